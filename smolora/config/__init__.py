@@ -1,0 +1,25 @@
+"""What a run is, as frozen pydantic models. Nothing here imports torch or touches a model."""
+
+from smolora.config.adapter import ATTENTION_ONLY, BOTH, MLP_ONLY, LoRAConfig
+from smolora.config.data import DataConfig
+from smolora.config.evaluation import EvaluationConfig
+from smolora.config.experiment import ExperimentConfig, PretrainConfig, dump_config, resolve_config
+from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.training import TrainingConfig
+
+__all__ = [
+    "ATTENTION_ONLY",
+    "BOTH",
+    "MLP_ONLY",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExperimentConfig",
+    "GPTConfig",
+    "LoRAConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "dump_config",
+    "resolve_config",
+]

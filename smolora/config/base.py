@@ -1,0 +1,61 @@
+"""The base of every configuration section: frozen, strict, and with errors that name field, value and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from smolora.errors import ConfigError, did_you_mean
+
+
+class Section(BaseModel):
+    """A group of settings. Immutable: `section.model_copy(update={...})` or `section.replace(...)` gives a changed one."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_describe(type(self), error)) from None
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise ConfigError(
+            f"{type(self).__name__}.{name} can't be assigned: a configuration is frozen. "
+            f"Use config.model_copy(update={{{name!r}: ...}}) or config.replace({name}=...) to get a changed one."
+        )
+
+    def replace(self, **values: Any) -> Any:
+        """Return a copy with `values` changed, validated again (`model_copy` of pydantic validates nothing)."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
+
+
+def _describe(section: type[BaseModel], error: ValidationError) -> str:
+    return "\n".join(_describe_one(section, dict(item)) for item in error.errors())
+
+
+def _describe_one(section: type[BaseModel], item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"] if not str(part).startswith("function-")]
+    path = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        allowed = _fields_at(section, location[:-1])
+        return f"{path}: no such setting.{did_you_mean(location[-1], allowed)} Known: {', '.join(sorted(allowed))}."
+    inner = item.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):  # A nested section has already said what is wrong with its own field.
+        return "\n".join(f"{path}.{line}" if path else line for line in str(inner).splitlines())
+    message = str(inner) if inner is not None else item["msg"][:1].lower() + item["msg"][1:]
+    found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+    return f"{path}: {message}{found}" if path else f"{message}"
+
+
+def _fields_at(section: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location:
+        field = section.model_fields.get(part)
+        nested = field.annotation if field else None
+        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+            return []
+        section = nested
+    return list(section.model_fields)

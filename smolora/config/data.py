@@ -1,0 +1,65 @@
+"""Which rows a run reads and how they become examples."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from smolora.config.base import Section
+
+FileType = Literal["txt", "csv", "jsonl", "json", "parquet", "hub"]
+
+
+class DataConfig(Section):
+    """Sources, columns, and the choices about rows that don't fit."""
+
+    sources: tuple[str, ...] = ()
+    """Files, folders or hub ids, read in this order."""
+
+    eval_source: str | None = None
+    """Held-out rows. Left out, min(5 %, 500) of the rows are held out (none below 50 rows)."""
+
+    file_type: FileType | None = None
+    """How to read the sources. Left out, it is inferred from the names."""
+
+    text_field: str | None = None
+    """Column of plain text."""
+
+    prompt_field: str | None = None
+    """Column the model is given; it is not trained on."""
+
+    completion_field: str | None = None
+    """Column the model is trained to answer."""
+
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest example in tokens. Left out, the model's context."""
+
+    overlong: Literal["raise", "truncate", "drop"] = "raise"
+    """What to do with an example past `max_length`. truncate cuts its end and counts the target tokens it cut."""
+
+    max_rejects: int = Field(default=0, ge=0)
+    """Malformed rows to tolerate before the run stops with exit code 3."""
+
+    chunk_size: int = Field(default=0, ge=0)
+    """Split plain text into pieces of this many words or tokens; 0 keeps rows whole."""
+
+    chunk_by: Literal["words", "tokens"] = "words"
+    """Unit of `chunk_size`."""
+
+    clean: tuple[str, ...] = ()
+    """Cleaning switches of TextCleaningProcessor to turn on, such as strip_html."""
+
+    deduplicate: bool = True
+    """Drop rows equal to an earlier one, keeping order."""
+
+    validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of rows to hold out where no `eval_source` is given."""
+
+    max_validation_rows: int = Field(default=500, ge=0)
+    """Bound on the held-out rows."""
+
+    @field_validator("sources", "clean", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value

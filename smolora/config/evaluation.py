@@ -1,0 +1,20 @@
+"""What is measured on held-out rows while a run learns."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from smolora.config.base import Section
+
+
+class EvaluationConfig(Section):
+    """Batch size and early stopping of evaluation during a run."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Rows in one forward pass of evaluation."""
+
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without improvement. Left out: never."""
+
+    early_stopping_threshold: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """How much lower the evaluation loss must be to count as improvement, in nats a token."""

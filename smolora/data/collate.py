@@ -1,0 +1,153 @@
+"""From examples to a batch of tensors, in three layouts with the same loss.
+
+packed: rows end to end in one long row, positions restarting. padded: one row each, filled up on the right.
+windows: equal lengths, every position a target. B batch, T time, N target tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smolora.data.token_dataset import Example
+from smolora.errors import DataError
+
+Layout = Literal["packed", "padded", "windows"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one forward pass."""
+
+    input_ids: Tensor
+    """[B, T] int64; packed: B = 1."""
+
+    position_ids: Tensor | None
+    """[B, T] int64, restarting at 0 with every row; packed only."""
+
+    attention_mask: Tensor | None
+    """[B, T] int64, 0 on padding; padded only. Padding is known by place, never by the pad token's id."""
+
+    target_positions: Tensor | None
+    """[N] flat indices into B * T of the positions whose logits predict; None: every position, in order."""
+
+    targets: Tensor
+    """[N] the token ids to predict."""
+
+    num_input_tokens: int
+    """Real tokens, without padding."""
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on `device`."""
+        values = {field.name: self.__dict__[field.name] for field in fields(self)}
+        return Batch(
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        )
+
+
+def collate_packed(examples: Sequence[Example]) -> Batch:
+    """Lay rows end to end with positions restarting; attention has to stop where they restart.
+
+    Raises:
+        DataError: No token of the batch is a target.
+    """
+    positions, targets = _find_targets(examples, row_starts=_starts([len(example) for example in examples]))
+    input_ids = np.concatenate([example.input_ids for example in examples])
+    return Batch(
+        input_ids=_int64(input_ids)[None],
+        position_ids=_int64(np.concatenate([np.arange(len(example)) for example in examples]))[None],
+        attention_mask=None,
+        target_positions=_int64(positions),
+        targets=_int64(targets),
+        num_input_tokens=len(input_ids),
+    )
+
+
+def collate_padded(examples: Sequence[Example], *, pad_token_id: int = 0) -> Batch:
+    """Fill rows up on the right to the longest; the mask, not the pad token's id, says what is padding.
+
+    Raises:
+        DataError: No token of the batch is a target.
+    """
+    lengths = [len(example) for example in examples]
+    width = max(lengths)
+    positions, targets = _find_targets(examples, row_starts=np.arange(len(examples)) * width)
+    input_ids = np.full((len(examples), width), pad_token_id, dtype=np.int64)
+    for row, example in zip(input_ids, examples, strict=True):
+        row[: len(example)] = example.input_ids
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=None,
+        attention_mask=_int64(np.arange(width) < np.array(lengths)[:, None]),
+        target_positions=_int64(positions),
+        targets=_int64(targets),
+        num_input_tokens=sum(lengths),
+    )
+
+
+def collate_windows(examples: Sequence[Example]) -> Batch:
+    """Stack windows of one length: all but the last token go in, all but the first are predicted.
+
+    Raises:
+        DataError: The windows differ in length.
+    """
+    lengths = {len(example) for example in examples}
+    if len(lengths) != 1:
+        raise DataError(f"windows of one batch have one length, found {sorted(lengths)}. Use the packed layout.")
+    windows = _int64(np.stack([example.input_ids for example in examples]))  # [B, context + 1]
+    inputs = windows[:, :-1].contiguous()
+    return Batch(
+        input_ids=inputs,
+        position_ids=None,
+        attention_mask=None,
+        target_positions=None,
+        targets=windows[:, 1:].reshape(-1),
+        num_input_tokens=inputs.numel(),
+    )
+
+
+def get_data_collator(layout: Layout) -> Callable[[Sequence[Example]], Batch]:
+    """Return the function that collates examples in `layout`."""
+    collators: dict[str, Callable[[Sequence[Example]], Batch]] = {
+        "packed": collate_packed,
+        "padded": collate_padded,
+        "windows": collate_windows,
+    }
+    if layout not in collators:
+        raise ValueError(f"no layout {layout!r}. Layouts: {', '.join(collators)}")
+    return collators[layout]
+
+
+def _starts(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)[:-1]])
+
+
+def _find_targets(examples: Sequence[Example], *, row_starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for each target, the flat position of the token before it (whose logits predict it) and its id."""
+    positions = [
+        start + np.flatnonzero(example.is_target) - 1 for start, example in zip(row_starts, examples, strict=True)
+    ]
+    targets = [example.input_ids[example.is_target] for example in examples]
+    if not sum(len(part) for part in targets):
+        raise DataError(
+            f"none of the {len(examples)} rows of a batch has a target token, so its loss would be undefined. "
+            "Check the prompt and completion columns with `smolora train --show`."
+        )
+    return np.concatenate(positions), np.concatenate(targets)
+
+
+def _int64(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

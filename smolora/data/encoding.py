@@ -1,0 +1,135 @@
+"""Text to token ids, the same way in training and inference.
+
+Text is always data: a text that spells a control token is encoded as ordinary characters. Special tokens are added by
+the callers, on purpose: `get_bos_ids` says what the tokenizer's habit is, `get_eos_id` what ends a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from smolora.data.token_dataset import Example, build_example
+from smolora.errors import DataError, ModelError
+
+_ANCHORS = ("\n", "a", ".")
+
+
+def get_bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the begin-of-text id as a list of one where the tokenizer puts it before a text by itself, else nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def get_eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that ends a text.
+
+    Raises:
+        ModelError: The tokenizer has none, so a model could never learn to stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end-of-text token (eos_token), so a model could not learn to stop. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the ids of each text, with no special token added and none read from the text.
+
+    Raises:
+        DataError: A text holds half of a surrogate pair.
+    """
+    for text in texts:
+        if (half := find_surrogate(text)) is not None:
+            raise DataError(f"a text holds {text[half]!r} at character {half}: half of a surrogate pair is no character.")
+    if not texts:
+        return []
+    # verbose=False: how long a text may be is checked by us, for the whole example.
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def find_surrogate(text: str) -> int | None:
+    """Return where a text holds half of a surrogate pair, which no tokenizer can encode, or None.
+
+    >>> find_surrogate("ab" + chr(0xD800))
+    2
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Encode (prompt, completion) pairs; the ids before the completion are exactly those of the prompt alone.
+
+    The pair is encoded as one text where the tokenizer keeps the prompt's ids in it. Where it would merge across the
+    seam, the completion is encoded by itself, so that training never shows a prefix that inference can't produce.
+
+    Raises:
+        DataError: The target tokens don't spell the completion.
+    """
+    bos, eos = get_bos_ids(tokenizer), get_eos_id(tokenizer)
+    answers = [join_seam(prompt, completion) for prompt, completion in pairs]
+    prompts = encode_texts([prompt for prompt, _ in pairs], tokenizer)
+    wholes = encode_texts([prompt + answer for (prompt, _), answer in zip(pairs, answers, strict=True)], tokenizer)
+    examples = []
+    for prompt_ids, whole, answer in zip(prompts, wholes, answers, strict=True):
+        if whole[: len(prompt_ids)] == prompt_ids:
+            answer_ids = whole[len(prompt_ids) :]
+        else:
+            answer_ids = encode_continuation(answer, tokenizer)
+        check_spelling(answer_ids, answer, tokenizer)
+        ids = [*bos, *prompt_ids, *answer_ids, eos]
+        examples.append(build_example(ids, [(len(bos) + len(prompt_ids), len(ids))]))
+    return examples
+
+
+def join_seam(prompt: str, completion: str) -> str:
+    """Return the completion as it follows the prompt: one space in front where neither side has white space there.
+
+    >>> join_seam("Q: 1+1", "2"), join_seam("Q: 1+1\\n", "2"), join_seam("", "2")
+    (' 2', '2', '2')
+    """
+    touches = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()
+    return f" {completion}" if touches else completion
+
+
+def encode_continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Encode a text that continues another one.
+
+    SentencePiece puts a space before the first word of every text, which a continuation must not get: it is encoded
+    behind an anchor, which is then cut off again.
+    """
+    for anchor in _ANCHORS:
+        anchor_ids, anchored = encode_texts([anchor, anchor + text], tokenizer)
+        if anchored[: len(anchor_ids)] == anchor_ids:
+            return anchored[len(anchor_ids) :]
+    return encode_texts([text], tokenizer)[0]
+
+
+def decode_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what ids spell, special tokens included and no space tidied away."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def check_spelling(ids: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise unless `ids` spell `text`, or what the tokenizer itself makes of it (some fold case or drop characters).
+
+    Raises:
+        DataError: They don't, so the wrong tokens would be trained on.
+    """
+    found = decode_ids(ids, tokenizer).strip()
+    if text.strip() in found:
+        return
+    own = decode_ids(encode_texts([text], tokenizer)[0], tokenizer)
+    if "".join(own.split()) not in "".join(found.split()):
+        raise DataError(
+            f"the tokens to train on spell {found[:200]!r} where {text[:200]!r} was meant, so the wrong text would be "
+            "learned. The tokenizer or its chat template rewrites this row; change the row, or use another tokenizer."
+        )

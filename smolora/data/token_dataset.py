@@ -1,0 +1,147 @@
+"""Examples in memory: three flat arrays for rows, one array of tokens for pretraining. NumPy only, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from smolora.errors import DataError
+
+TokenArray = npt.NDArray[np.int32]
+MaskArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded row. `is_target[t]`: token t is predicted, from the tokens before it; position 0 never is."""
+
+    input_ids: TokenArray
+    is_target: MaskArray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return int(self.is_target.sum())
+
+
+def build_example(ids: Sequence[int], target_spans: Sequence[tuple[int, int]]) -> Example:
+    """Return the example whose targets are the positions of `target_spans` (start, end), without position 0."""
+    input_ids = np.asarray(ids, dtype=np.int32)
+    is_target = np.zeros(len(input_ids), dtype=np.bool_)
+    for start, end in target_spans:
+        is_target[start:end] = True
+    is_target[:1] = False  # Nothing stands before the first token to predict it from.
+    return Example(input_ids, is_target)
+
+
+class TokenDataset:
+    """Examples of any length, kept end to end in flat arrays: 5 bytes a token."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.lengths: npt.NDArray[np.int64] = np.array([len(example) for example in examples], dtype=np.int64)
+        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])
+        self._input_ids: TokenArray = _join([example.input_ids for example in examples], np.dtype(np.int32))
+        self._is_target: MaskArray = _join([example.is_target for example in examples], np.dtype(np.bool_))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of a dataset with {len(self)}")
+        start, end = self._starts[index % len(self)], self._starts[index % len(self) + 1]
+        return Example(self._input_ids[start:end], self._is_target[start:end])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens of all examples."""
+        return len(self._input_ids)
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens that the loss counts, in one pass."""
+        return int(self._is_target.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the contents: equal exactly where lengths, tokens and targets are."""
+        return _hash(self.lengths, self._input_ids, self._is_target)
+
+
+class TextDataset:
+    """Windows over one long run of tokens, for pretraining.
+
+    Item i holds `tokens[i * stride : i * stride + context + 1]`: `context` inputs, and each but the first a target.
+
+    >>> dataset = TextDataset(np.arange(10), context=4)
+    >>> len(dataset), dataset[1].input_ids.tolist()
+    (2, [4, 5, 6, 7, 8])
+    """
+
+    def __init__(self, tokens: npt.ArrayLike, context: int, stride: int | None = None) -> None:
+        """Cut `tokens` into windows of `context` + 1, `stride` apart (default: `context`, so each token is a target once).
+
+        Raises:
+            DataError: The text is shorter than one window.
+        """
+        self.tokens: TokenArray = np.ascontiguousarray(tokens, dtype=np.int32)
+        self.context = context
+        self.stride = context if stride is None else stride
+        if context < 1 or self.stride < 1:
+            raise ValueError(f"context and stride are at least 1, found {context} and {self.stride}")
+        if len(self.tokens) < context + 1:
+            raise DataError(
+                f"the text has {len(self.tokens)} tokens, fewer than one window of context + 1 = {context + 1}. "
+                "Give more text or a smaller context."
+            )
+        self._is_target: MaskArray = np.ones(context + 1, dtype=np.bool_)
+        self._is_target[0] = False
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - self.context - 1) // self.stride + 1
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of a dataset with {len(self)}")
+        start = (index % len(self)) * self.stride
+        return Example(self.tokens[start : start + self.context + 1], self._is_target)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens that one pass over the windows reads."""
+        return len(self) * self.context
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens that the loss counts, in one pass."""
+        return len(self) * self.context
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokens and of how they are cut."""
+        return _hash(np.array([self.context, self.stride], dtype=np.int64), self.tokens)
+
+
+def _join(parts: Sequence[npt.NDArray[np.generic]], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype=dtype)
+
+
+def _hash(*arrays: npt.NDArray[np.generic]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        # Little-endian on every machine, so the same data has the same fingerprint everywhere.
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()

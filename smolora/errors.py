@@ -1,0 +1,76 @@
+"""What can go wrong for a person, as one tree. The command line turns `exit_code` into the exit status.
+
+    SmoloraError
+    ├── ConfigError (ValueError)              2   a key, value, flag, target module or existing run
+    ├── DataError (ValueError)                3   no such data, missing column, no rows, rejected rows, prompt past the context
+    ├── ModelError (ValueError)               4   no such model, bad or changed checkpoint, adapter on another base
+    ├── StorageError (OSError)                5   disk, memory, permission, an output path that can't be written
+    ├── BrokenRunError (RuntimeError)         6   non-finite numbers, or declared tensors that did not move
+    ├── FolderInUseError (RuntimeError)       7   another process writes in this folder
+    └── StoppedBySignal (RuntimeError)       75   stopped by a signal; a safe checkpoint is on disk
+
+Each also is the builtin that a caller would catch. A message says what was found, what is allowed and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SmoloraError(Exception):
+    """A mistake or a condition that a person can act on."""
+
+    exit_code = 1
+
+
+class ConfigError(SmoloraError, ValueError):
+    """A configuration key, a value, a flag or a target that can't be used."""
+
+    exit_code = 2
+
+
+class DataError(SmoloraError, ValueError):
+    """Data that is missing, malformed or unusable for the task."""
+
+    exit_code = 3
+
+
+class ModelError(SmoloraError, ValueError):
+    """A model, checkpoint or adapter that can't be loaded or doesn't fit."""
+
+    exit_code = 4
+
+
+class StorageError(SmoloraError, OSError):
+    """Disk, memory or permission stopped the work."""
+
+    exit_code = 5
+
+
+class BrokenRunError(SmoloraError, RuntimeError):
+    """A run that can't have learned: non-finite numbers, or tensors declared trainable that did not move."""
+
+    exit_code = 6
+
+
+class FolderInUseError(SmoloraError, RuntimeError):
+    """Another process holds the lock of this folder."""
+
+    exit_code = 7
+
+
+class StoppedBySignal(SmoloraError, RuntimeError):
+    """A signal ended the run at the end of a step; a checkpoint of that step is on disk."""
+
+    exit_code = 75
+
+
+def did_you_mean(found: str, allowed: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest allowed name, or an empty string.
+
+    >>> did_you_mean("q_projj", ["q_proj", "k_proj"])
+    " Did you mean 'q_proj'?"
+    """
+    nearest = difflib.get_close_matches(found, list(allowed), n=1)
+    return f" Did you mean '{nearest[0]}'?" if nearest else ""

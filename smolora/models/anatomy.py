@@ -1,0 +1,129 @@
+"""Which parameter is what: the one table behind LoRA targets, phase groups, gradient groups and layer numbers.
+
+A model comes in, its parts come out: every module that owns parameters, with its group, its layer and its role. Known families are read
+from the registry by `config.model_type`; any other by its structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from smolora.models.gpt import GPTModel
+from smolora.models.registry import FAMILIES, Family, Role
+from smolora.models.structure import infer_family, is_linear
+
+Group = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that owns parameters."""
+
+    name: str
+    """Path in the plain model."""
+    group: Group
+    layer: int | None
+    """Index of its block, from 0; None outside of the blocks."""
+    role: Role | None
+    """What it computes inside attention or MLP."""
+    is_linear: bool
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model."""
+
+    family: str
+    """`config.model_type`."""
+    parts: tuple[Part, ...]
+    num_layers: int
+
+    def linear_modules(self) -> list[str]:
+        """Every linear layer but the head."""
+        return [part.name for part in self.parts if part.is_linear and part.group != "head"]
+
+    def attention_modules(self) -> list[str]:
+        """The linear layers of attention."""
+        return [part.name for part in self.parts if part.is_linear and part.group == "attention"]
+
+    def mlp_modules(self) -> list[str]:
+        """The linear layers of the MLP."""
+        return [part.name for part in self.parts if part.is_linear and part.group == "mlp"]
+
+    def modules_with_role(self, *roles: Role) -> list[str]:
+        """The modules that compute one of `roles`."""
+        return [part.name for part in self.parts if part.role in roles]
+
+    def part_of(self, parameter_name: str) -> Part:
+        """Return the part that owns a parameter, under its plain name or the one peft gives it.
+
+        A parameter that no part of the plain model owns, such as a soft prompt, is in the group "other".
+        """
+        path = parameter_name.removeprefix(_PEFT_PREFIX)
+        while path:
+            path = path.rpartition(".")[0]  # q_proj.lora_A.default.weight is owned by the longest known path, q_proj.
+            if path in self._by_name:
+                return self._by_name[path]
+        return Part(parameter_name, "other", layer=None, role=None, is_linear=False)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Part]:
+        return {part.name: part for part in self.parts}
+
+
+def build_anatomy(model: nn.Module) -> Anatomy:
+    """Return the anatomy of a plain model: a GPTModel, one of transformers', or any with numbered blocks.
+
+    Raises:
+        ModelError: The family is unknown and the model has no numbered blocks with linear layers.
+    """
+    model_type = _read_model_type(model)
+    family = FAMILIES.get(model_type)
+    if family is None or not {family.blocks, family.head} <= dict(model.named_modules()).keys():
+        # Also a known family with another head, or none, or under the names of another transformers version.
+        family = infer_family(model)
+    parts = tuple(_iter_parts(model, family))
+    return Anatomy(model_type, parts, num_layers=len(list(model.get_submodule(family.blocks).children())))
+
+
+def _read_model_type(model: nn.Module) -> str:
+    if isinstance(model, GPTModel):
+        return "smolora_gpt"
+    return str(model.config.model_type) if isinstance(model, PreTrainedModel) else type(model).__name__
+
+
+def _iter_parts(model: nn.Module, family: Family) -> Iterator[Part]:
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            layer, path = _split_layer(name, family.blocks)
+            group, role = _read_place(path, module, family)
+            yield Part(name, group, layer, role, is_linear(module))
+
+
+def _split_layer(name: str, blocks: str) -> tuple[int | None, str]:
+    """Split model.layers.3.mlp.fc1 into (3, mlp.fc1); outside of the blocks there is no layer."""
+    if not name.startswith(f"{blocks}."):
+        return None, name
+    number, _, path = name.removeprefix(f"{blocks}.").partition(".")
+    return int(number), path
+
+
+def _read_place(path: str, module: nn.Module, family: Family) -> tuple[Group, Role | None]:
+    if path == family.head:
+        return "head", None
+    if path in family.embeddings:
+        return "embedding", None
+    if path in family.attention:
+        return "attention", family.attention[path]
+    if path in family.mlp:
+        return "mlp", family.mlp[path]
+    is_norm = all(parameter.ndim == 1 for parameter in module.parameters(recurse=False))
+    return ("norm" if is_norm else "other"), None

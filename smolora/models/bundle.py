@@ -1,0 +1,111 @@
+"""The one value that every stage of the walk passes on: a model, its tokenizer and its anatomy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from smolora.errors import ModelError
+from smolora.models.anatomy import Anatomy
+from smolora.models.gpt import GPTModel
+
+if TYPE_CHECKING:
+    from smolora.data.prompts import PromptFormat
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A model (GPTModel, transformers' or peft's), and what every stage needs to know about it."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    source: str
+    """The folder or hub id that the base weights came from."""
+    fingerprint: str
+    """Identity of the base weights."""
+    prompt_format: PromptFormat | None = None
+    """How rows were rendered when the model was tuned."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence in tokens; None where the model sets no bound."""
+        if isinstance(self.model, GPTModel):
+            return self.model.config.context
+        values = read_config(self.model).get_text_config().to_dict()
+        return next((int(values[name]) for name in _CONTEXT_NAMES if values.get(name)), None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._first_parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the base weights; an adapter's are float32."""
+        return self._first_parameter.dtype
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer: the generation config's, then the tokenizer's."""
+        found = [] if isinstance(self.model, GPTModel) else _read_eos(self.model.generation_config)
+        return tuple(dict.fromkeys(id for id in (*found, self.tokenizer.eos_token_id) if id is not None))
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters (scalars, not tensors), tied ones once."""
+        return count_parameters(self.model)[1]
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        """Parameters that require a gradient."""
+        return count_parameters(self.model)[0]
+
+    @property
+    def _first_parameter(self) -> nn.Parameter:
+        return next(self.model.parameters())  # The token embedding, which every family defines first.
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters: scalars, tied ones once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def describe_trainable_parameters(model: nn.Module) -> str:
+    """Return the share of trainable parameters as a sentence.
+
+    >>> describe_trainable_parameters(nn.Linear(3, 2))
+    '8 of 8 parameters are trained (100.00 %)'
+    """
+    trainable, total = count_parameters(model)
+    return f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / max(total, 1):.2f} %)"
+
+
+def print_trainable_parameters(model: nn.Module | ModelBundle) -> None:
+    """Print the share of trainable parameters."""
+    print(describe_trainable_parameters(model.model if isinstance(model, ModelBundle) else model))  # noqa: T201 - its promise
+
+
+def read_config(model: nn.Module) -> PretrainedConfig:
+    """Return the transformers config of a model, also through peft."""
+    config = model.config
+    if not isinstance(config, PretrainedConfig):
+        raise ModelError(f"{type(model).__name__} has no transformers config.")
+    return config
+
+
+def _read_eos(generation: GenerationConfig | Mapping[str, int] | nn.Module | torch.Tensor | None) -> list[int]:
+    if not isinstance(generation, GenerationConfig):
+        return []
+    found = generation.eos_token_id
+    return list(found) if isinstance(found, list) else [found]

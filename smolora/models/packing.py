@@ -1,0 +1,68 @@
+"""Whether a model can read rows laid end to end: measured on the model itself, since no config says so.
+
+With `position_ids` that restart at every row, no attention mask and no cache, most families attend block-diagonally. Some (bloom, opt)
+let the rows leak into each other without a word; they train on padded batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from smolora.models.gpt import GPTModel
+
+_FIRST, _OTHER_FIRST, _SECOND = (1, 3, 5, 2, 4), (6, 2, 1, 7, 3), (2, 5, 3, 6, 1, 4, 7)
+
+
+def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
+    """Probe `model` with two tiny packed rows and return (answer, reason as a sentence).
+
+    The second row's logits must not change by a bit when the first row does, and must equal those of the row alone up to rounding.
+    Four forward passes over a dozen tokens; weights, gradients, the random generator and train or eval mode stay as they were.
+    """
+    try:
+        with _undisturbed(model):
+            packed = _second_row_logits(model, _FIRST)
+            repacked = _second_row_logits(model, _OTHER_FIRST)
+            alone = _second_row_logits(model, ())
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return False, f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
+    if not torch.equal(packed, repacked):
+        leak = (packed - repacked).abs().max().item()
+        return False, f"packed rows leak into each other (a change of the first moves the second's logits by {leak:.1e})"
+    difference = (packed - alone).abs().max().item()
+    tolerance = 16 * torch.finfo(_read_dtype(model)).eps * max(1.0, alone.abs().max().item())
+    if not difference <= tolerance:
+        return False, f"a packed row differs from the row alone by {difference:.1e} (rounding explains {tolerance:.1e})"
+    return True, "a probe of two packed rows gave each row the logits it has alone"
+
+
+def _second_row_logits(model: nn.Module, first: tuple[int, ...]) -> Tensor:
+    """Return float32 logits [T, V] of the second row, packed behind `first`."""
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[*first, *_SECOND]], device=device)
+    position_ids = torch.tensor([[*range(len(first)), *range(len(_SECOND))]], device=device)
+    if isinstance(model, GPTModel):
+        logits: Tensor = model(input_ids, position_ids)
+    else:
+        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    return logits[0, len(first) :].float()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()  # Without dropout nothing draws from the random generator.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
+
+
+def _read_dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype

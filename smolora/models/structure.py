@@ -1,0 +1,110 @@
+"""Infers a Family from a model that the registry doesn't know: by position and shape of its linear layers inside numbered blocks.
+
+Names are used in two places only, each a whole word and never a substring of the model's name: a module whose class calls itself
+attention is attention, and q, k, v tell three projections of one shape apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from smolora.errors import ModelError
+from smolora.models.registry import Family, Role
+
+_PROJECTION_WORDS: dict[str, Role] = {
+    "q": "query",
+    "query": "query",
+    "k": "key",
+    "key": "key",
+    "v": "value",
+    "value": "value",
+}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies by one matrix: nn.Linear or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def read_shape(linear: nn.Module) -> tuple[int, int]:
+    """Return (input features, output features) of a linear layer."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    assert isinstance(linear, Conv1D)
+    return linear.nx, linear.nf
+
+
+def infer_family(model: nn.Module) -> Family:
+    """Return where `model` keeps what, read from its modules alone.
+
+    Raises:
+        ModelError: It has no numbered blocks with linear layers.
+    """
+    blocks = _find_blocks(model)
+    outside = {name: module for name, module in model.named_modules() if not name.startswith(f"{blocks}.")}
+    embeddings = {name: module for name, module in outside.items() if isinstance(module, nn.Embedding)}
+    sizes = {embedding.num_embeddings for embedding in embeddings.values()}
+    heads = [name for name, module in outside.items() if is_linear(module) and read_shape(module)[1] in sizes]
+    attention: dict[str, Role] = {}
+    mlp: dict[str, Role] = {}
+    for block in model.get_submodule(blocks).children():
+        in_attention, in_mlp = _split_block(block)
+        attention |= _read_attention_roles(in_attention)
+        mlp |= _read_mlp_roles(in_mlp)
+    return Family(blocks, attention, mlp, tuple(embeddings), heads[-1] if heads else "")
+
+
+def _find_blocks(model: nn.Module) -> str:
+    """Return the path of the module list that holds most of the linear layers (the outermost of equals)."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    counted = [(sum(map(is_linear, module.modules())), name) for name, module in lists]
+    most = max((count for count, _ in counted), default=0)
+    if most == 0:
+        raise ModelError(f"{type(model).__name__} has no numbered blocks with linear layers, so its layers can't be told apart.")
+    return next(name for count, name in counted if count == most)
+
+
+def _split_block(block: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the linear layers of attention and of the MLP, by path in the block."""
+    linears = {name: module for name, module in block.named_modules() if is_linear(module)}
+    attention = {name: module for name, module in linears.items() if _is_inside_attention(block, name)}
+    if not attention:  # No class says so: in the order of the maths, attention is the first of two containers.
+        containers = list(dict.fromkeys(name.partition(".")[0] for name in linears))
+        first = f"{containers[0]}." if len(containers) > 1 else None
+        attention = {name: module for name, module in linears.items() if first and name.startswith(first)}
+    return attention, {name: module for name, module in linears.items() if attention and name not in attention}
+
+
+def _is_inside_attention(block: nn.Module, path: str) -> bool:
+    segments = path.split(".")[:-1]
+    parents = [block.get_submodule(".".join(segments[: depth + 1])) for depth in range(len(segments))]
+    return any("attention" in type(parent).__name__.lower() for parent in parents)
+
+
+def _read_attention_roles(linears: Mapping[str, nn.Module]) -> dict[str, Role]:
+    roles: dict[str, Role] = {}
+    paths = list(linears)
+    if len(paths) == 2:
+        return {paths[0]: "query_key_value", paths[1]: "output"}
+    for path in paths:
+        words = path.rpartition(".")[2].lower().removeprefix("w").strip("_").split("_")
+        found = {_PROJECTION_WORDS[word] for word in words if word in _PROJECTION_WORDS}
+        if len(found) == 1:
+            roles |= {path: found.pop()}
+    rest = [path for path in paths if path not in roles]
+    return roles | ({rest[0]: "output"} if len(rest) == 1 else {})
+
+
+def _read_mlp_roles(linears: Mapping[str, nn.Module]) -> dict[str, Role]:
+    if len(linears) not in (2, 3):
+        return {}
+    shapes = {path: read_shape(linear) for path, linear in linears.items()}
+    narrowing = next((path for path, (inputs, outputs) in shapes.items() if inputs > outputs), list(shapes)[-1])
+    widening = [path for path in shapes if path != narrowing]
+    if len(widening) == 2:
+        return {widening[0]: "gate", widening[1]: "up", narrowing: "down"}
+    is_fused = shapes[widening[0]][1] == 2 * shapes[narrowing][0]
+    return {widening[0]: "gate_up" if is_fused else "up", narrowing: "down"}

@@ -1,0 +1,50 @@
+"""metrics.jsonl: one JSON object per logged step, appended line by line, cut back to the checkpoint on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from smolora.records.staging import describe_os_error, write_text
+
+Scalar = float | int | str | None
+
+
+class MetricsLog:
+    """Appends records to one file; valid JSON always, null where a number isn't finite."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Scalar]) -> None:
+        """Write one line and flush it."""
+        finite = {key: _finite(value) for key, value in record.items()}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except OSError as error:
+            raise describe_os_error(error, self.path) from error
+
+    def read(self) -> list[dict[str, Scalar]]:
+        """Return every whole record; a line torn by a kill is left out."""
+        if not self.path.is_file():
+            return []
+        records = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def cut(self, step: int) -> None:
+        """Drop the records past `step`, so that a resumed run continues a single curve."""
+        kept = [record for record in self.read() if isinstance(at := record.get("step"), int) and at <= step]
+        if self.path.exists():
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _finite(value: Scalar) -> Scalar:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,129 @@
+"""The folder of a run: the only place that knows a file's name, who writes in it, and which checkpoint is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolora.errors import ConfigError, FolderInUseError
+from smolora.records.staging import describe_os_error, find_damage
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with resumable training state."""
+
+    step: int
+    path: Path
+
+
+class RunDir:
+    """Names and guards of one run's folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.resolved_config = self.path / "resolved_config.yaml"
+        self.env = self.path / "env.json"
+        self.data_report = self.path / "data_report.json"
+        self.rejects = self.path / "rejects.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.profile = self.path / "profile.json"
+        self.adapter = self.path / "adapter_checkpoint"
+        self.merged = self.path / "final_merged"
+        self.model = self.path / "model"
+        self.lock_file = self.path / "run.lock"
+
+    @staticmethod
+    def is_run(path: str | Path) -> bool:
+        """Whether a run was started in this folder."""
+        return RunDir(path).resolved_config.is_file()
+
+    def refuse_existing(self) -> None:
+        """Raise unless a new run may start here; creates nothing.
+
+        Raises:
+            ConfigError: A run is here already, or the path is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; the output must be a folder.")
+        if self.is_run(self.path):
+            raise ConfigError(
+                f"{self.path} already holds a run. Continue it with --resume, or choose another output folder."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and hold its lock; the kernel lets go of it when this process ends, however it ends.
+
+        Raises:
+            FolderInUseError: Another process holds it.
+            StorageError: The folder can't be created.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock_file.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise describe_os_error(error, self.path) from error
+        with file:
+            _lock(file.fileno(), self.path)
+            yield
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is or will be."""
+        return self.path / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint folder, lowest step first, whole or not."""
+        if not self.path.is_dir():
+            return []
+        found = [(match, entry) for entry in self.path.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))]
+        return sorted((Checkpoint(int(match[1]), entry) for match, entry in found), key=lambda item: item.step)
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Return the highest step whose manifest verifies; name each damaged one that is passed over."""
+        for checkpoint in reversed(self.checkpoints()):
+            damage = find_damage(checkpoint.path)
+            if damage is None:
+                return checkpoint
+            logger.warning("%s is skipped: %s.", checkpoint.path.name, damage)
+        return None
+
+    def prune_checkpoints(self, *, keep: int, protected: int | None) -> None:
+        """Delete all but the `keep` highest steps and the `protected` one; a kill in between loses none of those."""
+        for checkpoint in self.checkpoints()[:-keep]:
+            if checkpoint.step != protected:
+                doomed = checkpoint.path.with_name(f".tmp-pruned-{checkpoint.path.name}-{os.getpid()}")
+                checkpoint.path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def sweep_leftovers(self) -> None:
+        """Delete what a killed writer left behind; call it with the lock held."""
+        for leftover in self.path.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    if sys.platform == "win32":
+        logger.warning("this system has no POSIX locks: nothing keeps a second run out of %s.", folder)
+        return
+    import fcntl
+
+    try:
+        # A record lock, unlike flock, is not inherited by forked children, so a worker that outlives a killed run
+        # keeps nobody out.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise FolderInUseError(
+            f"another process is writing in {folder}. Wait for it, stop it, or choose another output folder."
+        ) from None

@@ -1,0 +1,133 @@
+"""Folders and files that appear whole or not at all: written beside their place, flushed to disk, then renamed.
+
+A folder may carry a MANIFEST.json with the size and SHA-256 of each file; `find_damage` reads it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from smolora.errors import ConfigError, StorageError
+
+MANIFEST = "MANIFEST.json"
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `final`; rename it into place when the block ends without an error.
+
+    Raises:
+        ConfigError: `final` exists.
+        StorageError: The folder can't be written.
+    """
+    if final.exists():
+        raise ConfigError(f"{final} exists. Choose another output folder, or remove it first.")
+    staging = final.parent / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        for file in sorted(staging.rglob("*")):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes 0600, which the next person can't read.
+                _flush(file)
+        _flush_folder(staging)
+        staging.rename(final)
+        _flush_folder(final.parent)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise error if isinstance(error, StorageError) else describe_os_error(error, final) from error
+    except BaseException:  # Also KeyboardInterrupt: a half-written folder must not stay.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def describe_os_error(error: OSError, path: Path) -> StorageError:
+    """Turn an operating system's refusal into a sentence about `path`."""
+    return StorageError(f"can't write {path}: {error.strerror or error}. Free space or choose another output folder.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never a part."""
+    staging = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with staging.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise describe_os_error(error, path) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
+    """Write MANIFEST.json: `facts`, then the size and SHA-256 of every other file of the folder."""
+    files = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": hash_file(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {**facts, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, object]:
+    """Read MANIFEST.json; an unreadable one is empty."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a folder according to its manifest, or None when every byte is as written."""
+    files = read_manifest(folder).get("files")
+    if not isinstance(files, dict):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["size"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['size']}"
+        if hash_file(file) != expected["sha256"]:
+            return f"{name} has changed (its SHA-256 differs)"
+    return None
+
+
+def hash_file(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":  # Windows can't open a folder; its rename is flushed by the file system.
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

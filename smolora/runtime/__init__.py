@@ -1,0 +1,1 @@
+"""The machine a run computes on: device, dtype, memory, random numbers, terminal."""

@@ -1,0 +1,79 @@
+"""Memory of the process and of the device, and an allocator that keeps large blocks instead of mapping them anew."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import sys
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_TRIM_BYTES = 2**31 - 1
+
+
+def keep_large_blocks() -> str:
+    """Stop glibc from mapping and unmapping every large tensor at every step; return what was done.
+
+    By default blocks above a threshold of at most 32 MiB come from mmap and go back at once, so each step pays for
+    fresh zeroed pages. Measured by benchmarks/allocator.py.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return f"left as it is: {sys.platform} has no glibc"
+    libc = ctypes.CDLL(None)
+    done = libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+    return "large blocks are kept between steps" if done else "glibc refused mallopt; left as it is"
+
+
+class MemoryUsage(NamedTuple):
+    """Bytes in use now and at the peak."""
+
+    process: int
+    process_peak: int
+    device: int
+    device_peak: int
+
+
+class MemoryManager:
+    """What the process and its device hold."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def clear_cache(self) -> None:
+        """Give cached device memory back; on a CPU there is none."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+    def get_memory_usage(self) -> MemoryUsage:
+        """Return bytes of this process and of its device (0 on a CPU)."""
+        current, peak = 0, 0
+        if self.device.type == "cuda":
+            current, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        elif self.device.type == "mps":
+            current = peak = torch.mps.current_allocated_memory()
+        return MemoryUsage(_resident_bytes(), _peak_resident_bytes(), current, peak)
+
+
+def _resident_bytes() -> int:
+    if not os.path.exists("/proc/self/statm"):  # noqa: PTH110 - one word on a kernel file
+        return _peak_resident_bytes()
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak_resident_bytes() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

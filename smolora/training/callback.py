@@ -1,0 +1,45 @@
+"""The moments of the loop that others can listen to. Names are Hugging Face's, plus `on_gradients`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smolora.training.state import StepRecord
+    from smolora.training.trainer import Trainer
+
+
+class Callback:
+    """A listener. Override what you need; what `state_dict` returns comes back at resume."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Model, optimiser and state are ready, restored where a run is resumed."""
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """An update is about to be computed; `trainer.state.step` updates are done."""
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        """Gradients of the whole step are summed over micro-steps and processes, and not clipped yet."""
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        """The update is done. Set `trainer.state.should_stop` to end the run here."""
+
+    def on_log(self, trainer: Trainer, record: StepRecord) -> None:
+        """A line was written to metrics.jsonl."""
+
+    def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
+        """The held-out rows were evaluated."""
+
+    def on_save(self, trainer: Trainer) -> None:
+        """A checkpoint of this step is on disk."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """The loop has ended, whether by its last step, a callback, a signal or an error."""
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        """Return what must survive a resume."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+        """Take back what `state_dict` returned."""

@@ -1,0 +1,133 @@
+"""Callbacks that every run can use: early stopping, a profile of a few steps, and the progress line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch.profiler import profile
+
+from smolora.training.callback import Callback
+
+if TYPE_CHECKING:
+    from smolora.training.state import StepRecord
+    from smolora.training.trainer import Trainer
+
+
+class EarlyStoppingCallback(Callback):
+    """Stop after `patience` evaluations in a row whose loss is not `threshold` below the best one.
+
+    It listens to evaluations alone, so a step without one never counts, and a loss that isn't finite never improves.
+    """
+
+    def __init__(self, patience: int = 1, threshold: float = 0.0) -> None:
+        self.patience = patience
+        self.threshold = threshold
+        self.best = math.inf
+        self.evaluations_without_improvement = 0
+
+    def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
+        if eval_loss < self.best - self.threshold:
+            self.best = eval_loss
+            self.evaluations_without_improvement = 0
+            return
+        self.evaluations_without_improvement += 1
+        if self.evaluations_without_improvement >= self.patience:
+            trainer.state.should_stop = True
+            trainer.state.stop_reason = (
+                f"the held-out loss has not improved for {self.evaluations_without_improvement} evaluations"
+            )
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        best = self.best if math.isfinite(self.best) else None
+        return {"best": best, "evaluations_without_improvement": self.evaluations_without_improvement}
+
+    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+        best = state["best"]
+        self.best = math.inf if best is None else float(best)
+        self.evaluations_without_improvement = int(state["evaluations_without_improvement"] or 0)
+
+
+class ProfileCallback(Callback):
+    """Profile the steps from `first` to `last` and write a trace that chrome://tracing and Perfetto open."""
+
+    def __init__(self, steps: tuple[int, int], path: Path) -> None:
+        self.first, self.last = steps
+        self.path = path
+        self._profile: profile | None = None
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        if trainer.state.step + 1 == self.first:
+            self._profile = profile(profile_memory=True, record_shapes=True)
+            self._profile.start()
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step == self.last:
+            self._finish()
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self.path))
+            self._profile = None
+
+
+class ProgressCallback(Callback):
+    """One live line on a terminal; elsewhere a plain line per logged step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("step {task.completed:>6.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[facts]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=1, facts="")
+        self._eval_loss: float | None = None
+        self._started, self._first_step = 0.0, 0
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._started, self._first_step = time.perf_counter(), trainer.state.step
+        self._progress.update(self._task, total=trainer.state.total_steps, completed=trainer.state.step)
+        self._progress.start()
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        self._progress.update(self._task, completed=record.step, facts=self._describe(trainer, record))
+
+    def on_log(self, trainer: Trainer, record: StepRecord) -> None:
+        if not self.console.is_terminal:
+            self._print(f"step {record.step:>6}/{trainer.state.total_steps}  {self._describe(trainer, record)}")
+
+    def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
+        self._eval_loss = eval_loss
+        best = "  (lowest so far)" if trainer.state.best_step == trainer.state.step else ""
+        self._print(f"step {trainer.state.step:>6}  held-out loss {eval_loss:.4f}{best}")
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self._progress.stop()
+        if trainer.state.stop_reason:
+            self._print(f"stopped at step {trainer.state.step}: {trainer.state.stop_reason}")
+
+    def _describe(self, trainer: Trainer, record: StepRecord) -> str:
+        held_out = f"  held-out {self._eval_loss:.3f}" if self._eval_loss is not None else ""
+        seconds_a_step = (time.perf_counter() - self._started) / max(1, record.step - self._first_step)
+        minutes, seconds = divmod(round(seconds_a_step * (trainer.state.total_steps - record.step)), 60)
+        rate = record.input_tokens / record.seconds
+        return (
+            f"loss {record.loss:.3f}{held_out}  {rate:,.0f} tokens/s  lr {record.learning_rate:.1e}  "
+            f"ETA {minutes}:{seconds:02}"
+        )
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)

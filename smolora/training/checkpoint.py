@@ -1,0 +1,102 @@
+"""Checkpoints of a run: weights, optimiser, state and manifest in one folder that appears whole or not at all.
+
+A tuning run writes its adapter as peft does, so every `step-...` folder also loads in plain peft.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smolora.adapters.store import has_adapter, restore_adapter_tensors, write_adapter_folder
+from smolora.errors import DataError, ModelError
+from smolora.models.bundle import ModelBundle
+from smolora.records.staging import read_manifest, staged_folder, write_json, write_manifest
+
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optim.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint belongs to. Each is a SHA-256; a resume against anything else is refused."""
+
+    base: str
+    tokenizer: str
+    data: str
+
+    def require(self, checkpoint: Path) -> None:
+        """Raise unless `checkpoint` was written by a run on the same base, tokenizer and data.
+
+        Raises:
+            ModelError: Another base or tokenizer.
+            DataError: Other training rows.
+        """
+        recorded = read_manifest(checkpoint).get("identity")
+        for item in fields(self):
+            if not isinstance(recorded, dict) or recorded.get(item.name) != getattr(self, item.name):
+                error = DataError if item.name == "data" else ModelError
+                raise error(
+                    f"{checkpoint} was written with another {item.name}: it can't be resumed. "
+                    f"Bring the {item.name} back as it was, or start a new run in another folder."
+                )
+
+
+@dataclass(frozen=True)
+class TrainingSnapshot:
+    """Everything that a checkpoint holds beside the weights."""
+
+    optimizer: dict[str, Tensor]
+    state: dict[str, object]
+    callbacks: dict[str, dict[str, float | int | None]]
+
+
+def save_checkpoint(folder: Path, bundle: ModelBundle, snapshot: TrainingSnapshot, identity: RunIdentity) -> None:
+    """Write a checkpoint at `folder`.
+
+    Raises:
+        StorageError: The disk is full or can't be written; nothing is left at `folder`.
+    """
+    with staged_folder(folder) as staging:
+        if has_adapter(bundle):
+            write_adapter_folder(bundle, staging)
+        else:
+            save_file(_contiguous(dict(bundle.model.named_parameters())), staging / _MODEL)
+        save_file(_contiguous(snapshot.optimizer), staging / _OPTIMIZER)
+        write_json(staging / _STATE, {"trainer": snapshot.state, "callbacks": snapshot.callbacks})
+        facts = {"step": snapshot.state["step"], "identity": vars(identity)}
+        write_manifest(staging, facts)
+
+
+def load_checkpoint(folder: Path, bundle: ModelBundle) -> TrainingSnapshot:
+    """Put the weights of a verified checkpoint into `bundle` and return the rest.
+
+    Raises:
+        ModelError: The checkpoint's tensors aren't those of `bundle`.
+    """
+    if has_adapter(bundle):
+        restore_adapter_tensors(bundle, folder)
+    else:
+        _restore_parameters(bundle, load_file(folder / _MODEL), folder)
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return TrainingSnapshot(load_file(folder / _OPTIMIZER), state["trainer"], state["callbacks"])
+
+
+@torch.no_grad()
+def _restore_parameters(bundle: ModelBundle, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    parameters = dict(bundle.model.named_parameters())
+    if parameters.keys() != tensors.keys():
+        raise ModelError(f"{folder} holds other tensors than this model: {sorted(parameters.keys() ^ tensors.keys())[:3]}.")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ModelError(f"{folder}: {name} is {list(tensors[name].shape)}, the model's {list(parameter.shape)}.")
+        parameter.copy_(tensors[name])
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

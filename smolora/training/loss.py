@@ -1,0 +1,88 @@
+"""The loss: the sum of cross-entropies over target tokens, computed only where there is a target.
+
+    B batch, T time, V vocabulary, N target tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smolora.data.collate import Batch
+from smolora.models.gpt import GPTModel
+
+TargetLogits = Callable[[nn.Module, Batch], Tensor]
+
+
+def target_logits_of(model: nn.Module) -> TargetLogits:
+    """Return the function that computes `[N, V]` logits for `model`: a GPTModel, or any transformers or peft model."""
+    return _gpt_logits if isinstance(model, GPTModel) else _transformers_logits
+
+
+def _gpt_logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(
+        batch.input_ids, position_ids=batch.position_ids, target_positions=batch.target_positions
+    )
+    return logits.flatten(0, -2)
+
+
+def _transformers_logits(model: nn.Module, batch: Batch) -> Tensor:
+    if batch.position_ids is not None:
+        # A cache would switch off the block-diagonal mask that transformers derives from restarting positions.
+        packed = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            logits_to_keep=batch.target_positions,
+            use_cache=False,
+        )
+        return packed.logits[0]  # type: ignore[no-any-return]
+    padded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    logits: Tensor = padded.logits.flatten(0, 1)  # [B*T, V]
+    return logits if batch.target_positions is None else logits[batch.target_positions]
+
+
+def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum over targets of -log p(target), in float32 whatever the model computes in.
+
+    Args:
+        logits: `[N, V]`.
+        targets: `[N]` token ids.
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+@torch.no_grad()
+def find_first_nonfinite(model: nn.Module, batch: Batch) -> str:
+    """Say where numbers first stop being finite: a parameter, a module's output, a gradient, or only the loss."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"parameter {name}"
+    if module := _first_nonfinite_output(model, batch):
+        return f"the output of {module}"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name}"
+    return "the loss alone"
+
+
+def _first_nonfinite_output(model: nn.Module, batch: Batch) -> str | None:
+    found: list[str] = []
+
+    def listen(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor) and not torch.isfinite(first).all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(listen(name)) for name, module in model.named_modules() if name]
+    try:
+        target_logits_of(model)(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

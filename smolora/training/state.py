@@ -1,0 +1,78 @@
+"""Where a run stands: the numbers that survive a checkpoint, and the record of one step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from smolora.records.metrics_log import Scalar
+
+
+@dataclass
+class TrainerState:
+    """The run's position. Everything but `total_steps` is written to state.json."""
+
+    total_steps: int = 0
+    """Updates of the whole run."""
+
+    step: int = 0
+    """Updates done."""
+
+    epoch: float = 0.0
+    """Passes over the data done."""
+
+    tokens_seen: int = 0
+    """Target tokens learned from so far."""
+
+    best_eval_loss: float | None = None
+    """Lowest evaluation loss so far, in nats a token."""
+
+    best_step: int | None = None
+    """The step that reached it."""
+
+    should_stop: bool = False
+    """Set by a callback to end the run at the end of this step."""
+
+    stop_reason: str | None = None
+    """Why a callback ended it."""
+
+    checksums: dict[str, int] = field(default_factory=dict)
+    """CRC-32 of each trainable tensor before the first update, to prove at the end that it moved."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Return what state.json holds."""
+        values = asdict(self)
+        del values["total_steps"]
+        return values
+
+    def restore(self, values: dict[str, object]) -> None:
+        """Take the values of a state.json."""
+        vars(self).update({name: values[name] for name in self.to_dict()})
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one update measured."""
+
+    step: int
+    loss: float
+    """Mean over the step's target tokens, in nats."""
+    grad_norm: float
+    """L2 norm before clipping."""
+    learning_rate: float
+    tokens: int
+    """Target tokens."""
+    input_tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Scalar]:
+        """Return the columns of metrics.jsonl."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "tokens": self.tokens,
+            "input_tokens": self.input_tokens,
+            "tokens_per_second": self.input_tokens / self.seconds if self.seconds else None,
+            "phase": 0,
+        }

@@ -1,0 +1,315 @@
+"""The training loop, for pretraining and for tuning: one update at a time, each checked before it is applied.
+
+A step gathers its rows, divides the summed loss by the target tokens of the whole step (so accumulation equals one big
+batch), shows the unclipped gradients to the callbacks, refuses numbers that aren't finite, and only then updates.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from smolora.config import EvaluationConfig, TrainingConfig
+from smolora.data.collate import Batch
+from smolora.data.token_dataset import Example
+from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
+from smolora.models.bundle import ModelBundle
+from smolora.records.metrics_log import MetricsLog
+from smolora.records.run_dir import RunDir
+from smolora.runtime.seeding import seed_noise
+from smolora.runtime.signals import StopRequest, deferred_signals
+from smolora.training.callback import Callback
+from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_checkpoint, save_checkpoint
+from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
+from smolora.training.optim import (
+    build_optimizer,
+    optimizer_tensors,
+    require_gradients,
+    require_movement,
+    restore_optimizer,
+    tensor_checksums,
+    trainable_parameters,
+)
+from smolora.training.plan import StepPlan
+from smolora.training.schedules import resolve_warmup_steps, schedule_factor
+from smolora.training.state import StepRecord, TrainerState
+
+Collator = Callable[[Sequence[Example]], Batch]
+
+
+class ExampleDataset(Protocol):
+    """Rows by index; `fingerprint` tells two datasets apart."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Trainer:
+    """Trains whatever of `bundle.model` requires gradients.
+
+    Args:
+        bundle: Model and tokenizer; the model is trained in place.
+        train_dataset: Encoded rows.
+        config: The loop's settings.
+        collate: Turns examples into a batch; must match what the model's family can take.
+        eval_dataset: Held-out rows; without them nothing is evaluated.
+        evaluation: Batch size of evaluation.
+        run_dir: Where metrics and checkpoints go; without it nothing is written. The caller holds its lock.
+        identity: What checkpoints belong to; needed with `run_dir`.
+        callbacks: Listeners, called in this order.
+        betas: AdamW's decay rates of the two moments.
+
+    Example:
+        ```python
+        trainer = Trainer(bundle, dataset, TrainingConfig(max_steps=100), collate=collate_packed)
+        state = trainer.train()
+        ```
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        train_dataset: ExampleDataset,
+        config: TrainingConfig,
+        *,
+        collate: Collator,
+        eval_dataset: ExampleDataset | None = None,
+        evaluation: EvaluationConfig | None = None,
+        run_dir: RunDir | None = None,
+        identity: RunIdentity | None = None,
+        callbacks: Sequence[Callback] = (),
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.bundle = bundle
+        self.config = config
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.evaluation = evaluation or EvaluationConfig()
+        self.callbacks = list(callbacks)
+        self.state = TrainerState()
+        self._first_step = 0
+        self._collate = collate
+        self._run_dir = run_dir
+        self._identity = identity
+        self._accelerator = _build_accelerator(bundle.device)
+        self._plan = StepPlan(len(train_dataset), config, self._accelerator.num_processes)
+        self.state.total_steps = self._plan.total_steps
+        self._warmup_steps = resolve_warmup_steps(config.warmup_steps, self.state.total_steps)
+        self._eval_steps = config.eval_steps or math.ceil(self.state.total_steps / 5)
+        self.parameters = trainable_parameters(bundle.model)
+        if not self.parameters:
+            raise ConfigError("no tensor of the model requires gradients: attach an adapter, or unfreeze some.")
+        optimizer = build_optimizer(
+            self.parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=betas
+        )
+        self._target_logits = target_logits_of(bundle.model)
+        self._model, self._optimizer = self._accelerator.prepare(bundle.model, optimizer)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the records."""
+        return bool(self._accelerator.is_main_process)
+
+    def train(self, *, resume: bool = False) -> TrainerState:
+        """Run the loop to its last step, from the newest whole checkpoint where `resume` is set.
+
+        Raises:
+            BrokenRunError: Numbers that aren't finite, or trainable tensors without gradient or movement.
+            StoppedBySignal: SIGINT or SIGTERM; the step was finished and a checkpoint written.
+            ModelError, DataError: The checkpoint belongs to another base, tokenizer or data.
+        """
+        self._start(resume=resume)
+        with deferred_signals() as stop, ExitStack() as ending:
+            ending.callback(self._tell, lambda callback: callback.on_train_end(self))
+            self._tell(lambda callback: callback.on_train_begin(self))
+            ending.enter_context(self._gradient_checkpointing())
+            while self.state.step < self.state.total_steps and not self.state.should_stop:
+                self._finish_step(self._train_step(), stop)
+        require_movement(self.parameters, self.state.checksums, self.state.step)
+        return self.state
+
+    def evaluate(self) -> float:
+        """Return the mean loss over the held-out rows' target tokens, in nats; the model's mode is put back.
+
+        Raises:
+            ConfigError: There are no held-out rows.
+        """
+        if self.eval_dataset is None:
+            raise ConfigError("there are no held-out rows to evaluate on: pass eval_dataset.")
+        was_training = self._model.training
+        self._model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        rows = range(self._accelerator.process_index, len(self.eval_dataset), self._accelerator.num_processes)
+        size = self.evaluation.batch_size
+        with torch.no_grad():
+            for start in range(0, len(rows), size):
+                batch = self._batch(self.eval_dataset, rows[start : start + size])
+                loss = sum_cross_entropy(self._target_logits(self._model, batch), batch.targets)
+                total += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
+        self._model.train(was_training)
+        summed, tokens = self._sum_over_processes(total).tolist()
+        return summed / tokens
+
+    def _start(self, *, resume: bool) -> None:
+        self._model.train()
+        checkpoint = self._run_dir.newest_checkpoint() if resume and self._run_dir else None
+        if checkpoint is None:
+            self.state.checksums = tensor_checksums(self.parameters)
+        else:
+            self._require_identity().require(checkpoint.path)
+            snapshot = load_checkpoint(checkpoint.path, self.bundle)
+            restore_optimizer(self._optimizer.optimizer, self.parameters, snapshot.optimizer)
+            self.state.restore(snapshot.state)
+            for callback in self.callbacks:
+                if saved := snapshot.callbacks.get(type(callback).__name__):
+                    callback.load_state_dict(saved)
+        self._first_step = self.state.step
+        if self._run_dir and self.is_main_process:
+            MetricsLog(self._run_dir.metrics).cut(self.state.step)
+
+    def _train_step(self) -> StepRecord:
+        started = time.perf_counter()
+        self._tell(lambda callback: callback.on_step_begin(self))
+        step = self.state.step
+        learning_rate = self._set_learning_rate(step)
+        seed_noise(self.config.seed, "noise", step, self._accelerator.process_index)
+        batches = [
+            self._batch(self.train_dataset, rows) for rows in self._plan.micro_batches(step, self._accelerator.process_index)
+        ]
+        counts = torch.tensor([[len(b.targets), b.num_input_tokens] for b in batches], dtype=torch.float64).sum(0)
+        tokens, input_tokens = (int(count) for count in self._sum_over_processes(counts))
+        loss = self._backward(batches, tokens)
+        if step == self._first_step:
+            require_gradients(self.parameters)
+        self._tell(lambda callback: callback.on_gradients(self))
+        grad_norm = self._clip()
+        self._require_finite(loss, grad_norm, batches)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.epoch = self._plan.epoch_at(self.state.step)
+        self.state.tokens_seen += tokens
+        seconds = time.perf_counter() - started
+        return StepRecord(self.state.step, loss, grad_norm, learning_rate, tokens, input_tokens, seconds)
+
+    def _backward(self, batches: Sequence[Batch], tokens: int) -> float:
+        """Accumulate the gradient of the step's token mean, and return that mean."""
+        summed = torch.zeros((), dtype=torch.float64)
+        # DistributedDataParallel averages gradients over processes; the loss is a sum divided by all their tokens.
+        scale = self._accelerator.num_processes / tokens
+        for number, batch in enumerate(batches, start=1):
+            sync = nullcontext() if number == len(batches) else self._accelerator.no_sync(self._model)
+            with sync:
+                loss = sum_cross_entropy(self._target_logits(self._model, batch), batch.targets)
+                self._accelerator.backward(loss * scale)
+            summed += loss.detach().to("cpu", torch.float64)
+        return float(self._sum_over_processes(summed)) / tokens
+
+    def _clip(self) -> float:
+        limit = self.config.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+
+    def _require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        places = (find_first_nonfinite(self.bundle.model, batch) for batch in batches)
+        place = next((place for place in places if place != "the loss alone"), "the loss alone")
+        raise BrokenRunError(
+            f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}; not finite first in {place}. "
+            "The update was not applied. Lower the learning rate, use float32, or look at the rows of this step."
+        )
+
+    def _finish_step(self, record: StepRecord, stop: StopRequest) -> None:
+        self._tell(lambda callback: callback.on_step_end(self, record))
+        last = record.step == self.state.total_steps or self.state.should_stop
+        eval_loss, improved = None, False
+        if self.eval_dataset is not None and (last or record.step % self._eval_steps == 0):
+            eval_loss, improved = self._evaluate_and_compare()
+            last = last or self.state.should_stop
+        if last or record.step in (1, self.state.total_steps) or record.step % self.config.logging_steps == 0 or eval_loss:
+            self._log(record, eval_loss)
+        if last or improved or stop.signal_name or record.step % self.config.save_steps == 0:
+            self._save()
+        if stop.signal_name and not last:
+            kept = f" A checkpoint of step {record.step} is safe in {self._run_dir.path}." if self._run_dir else ""
+            raise StoppedBySignal(f"stopped by {stop.signal_name} after step {record.step}.{kept} Continue with --resume.")
+
+    def _evaluate_and_compare(self) -> tuple[float, bool]:
+        eval_loss = self.evaluate()
+        improved = self.state.best_eval_loss is None or eval_loss < self.state.best_eval_loss
+        if improved:
+            self.state.best_eval_loss, self.state.best_step = eval_loss, self.state.step
+        self._tell(lambda callback: callback.on_evaluate(self, eval_loss))
+        return eval_loss, improved
+
+    def _log(self, record: StepRecord, eval_loss: float | None) -> None:
+        if self._run_dir and self.is_main_process:
+            evaluated = {} if eval_loss is None else {"eval_loss": eval_loss}
+            MetricsLog(self._run_dir.metrics).append({**record.to_dict(), **evaluated})
+        self._tell(lambda callback: callback.on_log(self, record))
+
+    def _save(self) -> None:
+        if not self._run_dir or not self.is_main_process:
+            return
+        folder = self._run_dir.checkpoint_path(self.state.step)
+        snapshot = TrainingSnapshot(
+            optimizer_tensors(self._optimizer.optimizer, self.parameters),
+            self.state.to_dict(),
+            {type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+        )
+        save_checkpoint(folder, self.bundle, snapshot, self._require_identity())
+        self._run_dir.prune_checkpoints(keep=self.config.save_total_limit, protected=self.state.best_step)
+        self._tell(lambda callback: callback.on_save(self))
+
+    def _set_learning_rate(self, step: int) -> float:
+        factor = schedule_factor(
+            self.config.lr_scheduler_type, step, warmup_steps=self._warmup_steps, total_steps=self.state.total_steps
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+        return self.config.learning_rate * factor
+
+    def _batch(self, dataset: ExampleDataset, rows: Sequence[int]) -> Batch:
+        return self._collate([dataset[int(row)] for row in rows]).to(self.bundle.device)
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        if self._accelerator.num_processes == 1:
+            return value
+        placed = value.to(self.bundle.device)
+        return self._accelerator.reduce(placed, reduction="sum").cpu()  # type: ignore[no-any-return]
+
+    def _require_identity(self) -> RunIdentity:
+        assert self._identity is not None, "a trainer with a run_dir needs an identity"
+        return self._identity
+
+    def _tell(self, event: Callable[[Callback], None]) -> None:
+        for callback in self.callbacks:
+            event(callback)
+
+    def _gradient_checkpointing(self) -> AbstractContextManager[object]:
+        if not self.config.gradient_checkpointing:
+            return nullcontext()
+        model = self.bundle.model
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ending = ExitStack()
+        ending.callback(model.gradient_checkpointing_disable)
+        return ending
+
+
+def _build_accelerator(device: torch.device) -> Accelerator:
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:
+        raise ConfigError(f"WORLD_SIZE asks for {asked} processes, but accelerate runs {accelerator.num_processes}.")
+    return accelerator

@@ -1,0 +1,142 @@
+"""Tiny random models of every family, and a small real tokenizer, for all tests: seeded, float32, made in milliseconds.
+
+    folder = save_tiny_model("llama", tmp_path / "base")     # a Hugging Face folder: model.safetensors, config, tokenizer
+    bundle = tiny_bundle("gpt2", tmp_path / "base")           # the same, opened
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 288
+CONTEXT = 64
+NUM_LAYERS = 2
+EOS_TOKEN = "<|endoftext|>"
+
+_ROTARY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+_GROUPED = {**_ROTARY, "num_key_value_heads": 2, "head_dim": 8}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "qwen2": {key: value for key, value in _GROUPED.items() if key != "head_dim"},
+    "qwen3": _GROUPED,
+    "gemma": _GROUPED,
+    "gemma2": {**_GROUPED, "query_pre_attn_scalar": 8},
+    "phi": _ROTARY,
+    "gpt2": {"n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": CONTEXT},
+    "gpt_neox": _ROTARY,
+    "bloom": {"hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+    },
+}
+FAMILIES = tuple(_SETTINGS)
+PACKABLE_FAMILIES = tuple(family for family in FAMILIES if family not in ("bloom", "opt"))
+
+_TEXT = (
+    "the cat sat on the mat and the dog sat on the log. name: The Eagle, food: Italian, area: riverside. "
+    "The Eagle is an Italian place in the riverside area. Where is the other one? It isn't there; they went away, 12 of 34! "
+)
+
+
+@cache
+def _train_tokenizer() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(EOS_TOKEN, special=True, normalized=False)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 288 tokens: any text goes through it and back; end of text is token 0, and there is no pad token."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_train_tokenizer()), eos_token=EOS_TOKEN, model_max_length=CONTEXT
+    )
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """The config of a tiny model, every dropout 0."""
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "initializer_range": 0.15,  # Far above the usual 0.02, so that a small mistake moves the logits of so few layers.
+        **_no_dropout(family),
+        **_SETTINGS[family],
+        **changes,
+    }
+    return AutoConfig.for_model(family, **settings)
+
+
+def _no_dropout(family: str) -> dict[str, float]:
+    names = {
+        "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        "opt": ("dropout", "attention_dropout"),
+        "bloom": ("hidden_dropout", "attention_dropout"),
+        "gpt_neox": ("hidden_dropout", "attention_dropout"),
+    }
+    return dict.fromkeys(names.get(family, ("attention_dropout",)), 0.0)
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in eval mode; every parameter differs from its usual start, biases and norms too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def save_tiny_model(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **changes: Any,
+) -> Path:
+    """Write a tiny model and its tokenizer as a Hugging Face folder and return the folder."""
+    tiny_model(family, seed=seed, **changes).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_bundle(family: str, folder: Path, **settings: Any) -> Any:
+    """Save a tiny model in `folder` and open it as a ModelBundle."""
+    from smolora.models.loading import load_model  # noqa: PLC0415 - tests of lower layers import this module too
+
+    return load_model(str(save_tiny_model(family, folder, **settings)))
+
+
+def random_input_ids(num_tokens: int, *, seed: int = 0) -> torch.Tensor:
+    """Token ids [1, T] without the end of text."""
+    return torch.randint(1, VOCAB_SIZE, (1, num_tokens), generator=torch.Generator().manual_seed(seed))

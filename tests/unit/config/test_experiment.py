@@ -1,0 +1,73 @@
+"""A configuration is resolved from its layers: defaults, file, flags, assignments; a later one wins."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from smolora.config import ExperimentConfig, PretrainConfig, dump_config, resolve_config
+from smolora.errors import ConfigError
+
+MODEL = "model.name_or_path=x"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {name_or_path: from-file}\ntraining: {learning_rate: 1e-3, seed: 5}\n")
+    return file
+
+
+def test_a_file_wins_over_defaults_and_reads_1e_3_as_a_number(config_file):
+    config = resolve_config(ExperimentConfig, file=config_file)
+    assert config.training.learning_rate == 1e-3
+    assert config.training.logging_steps == 10
+
+
+def test_a_flag_wins_over_the_file(config_file):
+    config = resolve_config(ExperimentConfig, file=config_file, flags={"training.seed": 6, "training.max_steps": None})
+    assert (config.training.seed, config.training.max_steps) == (6, None)
+
+
+def test_an_assignment_wins_over_a_flag(config_file):
+    config = resolve_config(
+        ExperimentConfig, file=config_file, flags={"training.seed": 6}, assignments=["training.seed=7"]
+    )
+    assert config.training.seed == 7
+
+
+def test_an_assignment_is_read_as_yaml():
+    config = resolve_config(ExperimentConfig, assignments=[MODEL, "adapter.target_modules=[q_proj, v_proj]"])
+    assert config.adapter.target_modules == ("q_proj", "v_proj")
+
+
+def test_an_unknown_path_is_refused_by_name():
+    with pytest.raises(ConfigError, match="trainin: no such setting. Did you mean 'training'"):
+        resolve_config(ExperimentConfig, assignments=[MODEL, "trainin.seed=1"])
+
+
+def test_a_word_that_is_no_assignment_is_refused():
+    with pytest.raises(ConfigError, match="isn't key.path=value"):
+        resolve_config(ExperimentConfig, assignments=["fast"])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        resolve_config(ExperimentConfig, file=tmp_path / "bad.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no configuration file .*none\.yaml"):
+        resolve_config(ExperimentConfig, file=tmp_path / "none.yaml")
+
+
+def test_pretraining_keeps_its_own_defaults_beside_what_is_set():
+    training = resolve_config(PretrainConfig, assignments=["training.seed=3"]).training
+    assert (training.seed, training.learning_rate, training.max_steps) == (3, 1e-3, 2000)
+
+
+def test_a_dumped_configuration_reads_back_equal():
+    config = resolve_config(ExperimentConfig, assignments=[MODEL, "training.profile_steps=[2, 3]"])
+    assert ExperimentConfig(**yaml.safe_load(dump_config(config))) == config

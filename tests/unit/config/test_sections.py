@@ -1,0 +1,81 @@
+"""Sections are frozen and strict, and their errors name field, value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolora.config import DataConfig, ExperimentConfig, GPTConfig, LoRAConfig, ModelConfig, TrainingConfig
+from smolora.errors import ConfigError
+
+
+def test_a_misspelt_key_names_the_nearest_one():
+    with pytest.raises(ConfigError, match="learning_rat: no such setting. Did you mean 'learning_rate'"):
+        TrainingConfig(learning_rat=1)
+
+
+def test_a_nested_misspelt_key_is_given_with_its_whole_path():
+    with pytest.raises(ConfigError, match=r"^training\.learning_rat: no such setting"):
+        ExperimentConfig(model={"name_or_path": "x"}, training={"learning_rat": 1})
+
+
+def test_a_bad_value_is_a_value_error_that_shows_what_was_found():
+    with pytest.raises(ValueError, match=r"learning_rate: .*greater than or equal to 0 \(found -1\)"):
+        TrainingConfig(learning_rate=-1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_learning_rate_that_is_not_finite_is_refused(value):
+    with pytest.raises(ConfigError, match="learning_rate"):
+        TrainingConfig(learning_rate=value)
+
+
+def test_max_steps_of_zero_is_refused():
+    with pytest.raises(ConfigError, match="max_steps"):
+        TrainingConfig(max_steps=0)
+
+
+def test_assignment_is_refused_with_a_word_on_model_copy():
+    with pytest.raises(ConfigError, match="model_copy"):
+        TrainingConfig().seed = 3
+
+
+def test_replace_validates_the_new_value():
+    assert TrainingConfig(seed=1).replace(learning_rate=0.5).learning_rate == 0.5
+    with pytest.raises(ConfigError):
+        TrainingConfig().replace(learning_rate=-1)
+
+
+def test_replace_keeps_what_was_set_before():
+    assert TrainingConfig(seed=7).replace(learning_rate=0.5).seed == 7
+
+
+def test_rows_per_step_multiplies_accumulation():
+    config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    assert config.rows_per_step == 12
+    assert config.with_rows_per_step(6).per_device_train_batch_size == 2
+
+
+def test_rows_that_accumulation_does_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="7 rows a step"):
+        TrainingConfig(gradient_accumulation_steps=2).with_rows_per_step(7)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ConfigError, match="num_heads must divide width"):
+        GPTConfig(width=10, num_heads=4)
+
+
+def test_target_modules_take_a_comma_list_or_a_named_set():
+    assert LoRAConfig(target_modules="q_proj, v_proj").target_modules == ("q_proj", "v_proj")
+    assert LoRAConfig(target_modules="attention_only").target_modules == "attention_only"
+    with pytest.raises(ConfigError, match="at least one module"):
+        LoRAConfig(target_modules=[])
+
+
+def test_a_single_source_may_be_given_without_a_list():
+    assert DataConfig(sources="rows.jsonl").sources == ("rows.jsonl",)
+
+
+def test_lora_is_another_name_of_the_section_adapter():
+    config = ExperimentConfig(model=ModelConfig(name_or_path="x"), adapter=LoRAConfig(r=2))
+    assert config.lora is config.adapter

@@ -1,0 +1,31 @@
+"""metrics.jsonl is valid JSON always, and one curve across a resume."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolora.records.metrics_log import MetricsLog
+
+
+@pytest.fixture
+def log(tmp_path):
+    return MetricsLog(tmp_path / "metrics.jsonl")
+
+
+def test_a_number_that_is_not_finite_is_null(log):
+    log.append({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert log.path.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
+
+
+def test_cutting_drops_later_steps_and_a_torn_line(log):
+    for step in (1, 2, 3):
+        log.append({"step": step})
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    log.cut(2)
+    assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_cutting_a_log_that_does_not_exist_creates_nothing(log):
+    log.cut(5)
+    assert not log.path.exists()

@@ -1,0 +1,109 @@
+"""One writer at a time, and the newest checkpoint is the highest step that is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from smolora.errors import ConfigError, FolderInUseError, StorageError
+from smolora.records.run_dir import RunDir
+from smolora.records.staging import write_manifest
+
+HOLDER = """
+import sys, time
+from smolora.records.run_dir import RunDir
+with RunDir(sys.argv[1]).locked():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "run")
+
+
+def write_checkpoint(run, step):
+    folder = run.checkpoint_path(step)
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(str(step))
+    write_manifest(folder, {"step": step})
+
+
+def test_a_folder_locked_by_another_process_is_refused_until_it_is_killed(run):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(FolderInUseError, match="another process"), run.locked():
+            pass
+        holder.send_signal(signal.SIGKILL)
+    with run.locked():
+        pass
+
+
+def test_a_forked_child_does_not_inherit_the_lock(run):
+    reading, writing = os.pipe()
+    with run.locked():
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    try:
+        with run.locked():
+            pass
+    finally:
+        os.close(writing)
+        os.close(reading)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_holds_a_run_is_refused(run):
+    run.path.mkdir()
+    run.resolved_config.write_text("")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run.refuse_existing()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(run):
+    run.path.write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run.refuse_existing()
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError), RunDir(tmp_path / "file" / "run").locked():
+        pass
+
+
+def test_the_newest_checkpoint_is_the_highest_step(run):
+    for step in (9, 1_000_000, 10):
+        write_checkpoint(run, step)
+    assert run.newest_checkpoint().step == 1_000_000
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(run, caplog):
+    write_checkpoint(run, 1)
+    write_checkpoint(run, 2)
+    (run.checkpoint_path(2) / "weights").write_text("X")
+    assert run.newest_checkpoint().step == 1
+    assert "step-000002 is skipped: weights has changed" in caplog.text
+
+
+def test_pruning_keeps_the_newest_and_the_protected_one(run):
+    for step in range(1, 6):
+        write_checkpoint(run, step)
+    run.prune_checkpoints(keep=2, protected=1)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [1, 4, 5]
+    assert not list(run.path.glob(".tmp-*"))
+
+
+def test_leftovers_of_a_killed_writer_are_swept(run):
+    (run.path / ".tmp-step-000003-99").mkdir(parents=True)
+    (run.path / ".tmp-state.json-99").touch()
+    run.sweep_leftovers()
+    assert list(run.path.iterdir()) == []
