@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 VOCAB_SIZE = 288
 CONTEXT = 64
@@ -125,6 +126,7 @@ def save_tiny_model(
     **changes: Any,
 ) -> Path:
     """Write a tiny model and its tokenizer as a Hugging Face folder and return the folder."""
+    transformers_logging.disable_progress_bar()
     tiny_model(family, seed=seed, **changes).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return folder

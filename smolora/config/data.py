@@ -42,10 +42,13 @@ class DataConfig(Section):
     """Malformed rows to tolerate before the run stops with exit code 3."""
 
     chunk_size: int = Field(default=0, ge=0)
-    """Split plain text into pieces of this many words or tokens; 0 keeps rows whole."""
+    """Split plain text into pieces of this many words, or tokens of `chunk_tokenizer`; 0 keeps rows whole."""
 
-    chunk_by: Literal["words", "tokens"] = "words"
-    """Unit of `chunk_size`."""
+    chunk_tokenizer: str | None = None
+    """Model folder or hub id whose tokens `chunk_size` counts. Left out, it counts words."""
+
+    chat_template: str | None = None
+    """Jinja template for rows of messages. Left out, the tokenizer's, else a plain one."""
 
     clean: tuple[str, ...] = ()
     """Cleaning switches of TextCleaningProcessor to turn on, such as strip_html."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from smolora.data.prompts import PromptFormat
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
 from smolora.models.gpt import GPTModel
-
-if TYPE_CHECKING:
-    from smolora.data.prompts import PromptFormat
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -104,8 +100,6 @@ def read_config(model: nn.Module) -> PretrainedConfig:
     return config
 
 
-def _read_eos(generation: GenerationConfig | Mapping[str, int] | nn.Module | torch.Tensor | None) -> list[int]:
-    if not isinstance(generation, GenerationConfig):
-        return []
-    found = generation.eos_token_id
+def _read_eos(generation: object) -> list[int | None]:
+    found = generation.eos_token_id if isinstance(generation, GenerationConfig) else None
     return list(found) if isinstance(found, list) else [found]

@@ -9,6 +9,7 @@ Shapes: `B` batch, `T` time (tokens in a row), `D` width, `H` heads, `K` head wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -157,9 +158,17 @@ class GPTModel(nn.Module):
         features: Tensor = self.ln_final(x)
         return features
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, bool] | None = None) -> None:
+        """Recompute each block's activations in the backward pass: less memory, about a third more time.
+
+        Called as transformers' models are; the only kind here is the non-reentrant one.
+        """
+        assert not (gradient_checkpointing_kwargs or {}).get("use_reentrant"), "reentrant checkpointing is not offered"
         self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass again."""
+        self.gradient_checkpointing = False
 
     def save_pretrained(self, folder: Path | str, *, eos_token_id: int | None = None) -> None:
         """Write a GPT-2 checkpoint (safetensors and config.json) that plain transformers loads with equal logits."""

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from smolora.config.model import GPTConfig
 from smolora.errors import ModelError
 from smolora.models.gpt import GPTModel
+from smolora.models.loading import quiet_transformers
 
 AnyGPT = TypeVar("AnyGPT", bound=GPTModel)
 
@@ -55,7 +56,8 @@ def to_gpt2(model: GPTModel, *, eos_token_id: int | None = None) -> GPT2LMHeadMo
 def save_gpt2(model: GPTModel, folder: Path, *, eos_token_id: int | None = None) -> None:
     """Write `model` as a GPT-2 folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    to_gpt2(model, eos_token_id=eos_token_id).save_pretrained(folder)
+    with quiet_transformers():
+        to_gpt2(model, eos_token_id=eos_token_id).save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes 0600, which nobody else can read.
 

@@ -203,7 +203,7 @@ TURNS = (
 SOLO_ENDINGS = (
     "That night {a.name} slept soundly {a.home}.",
     "{a.name} kept {a.thing} as long as {a.she} lived.",
-    "And there was {a.food} for supper.",
+    "And for supper {a.she} had {a.food}.",
     "In the end the {a.job} went home, tired and glad.",
     "If you go there today, you may still see a {a.colour} {a.kind} {a.home}.",
 )
@@ -212,7 +212,7 @@ ENDINGS = (
     "They shared some {a.food} and watched the stars come out.",
     "They shared some {b.food}, and it was the best supper of the year.",
     "That night {b.name} stayed with {a.name} {a.home}.",
-    "{a.name} waved for a long time, and {b.name} went home {b.home}.",
+    "{a.name} waved for a long time, until {b.name} was safe in the little house {b.home}.",
     "So {a.name} gave {a.thing} to {b.name}, and both were happy.",
 )
 

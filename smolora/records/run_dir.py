@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -99,13 +100,27 @@ class RunDir:
             logger.warning("%s is skipped: %s.", checkpoint.path.name, damage)
         return None
 
+    def set_aside_damaged(self, newest: Checkpoint | None) -> None:
+        """Rename the checkpoints past the newest whole one to `damaged-...`, so that their steps can be saved anew."""
+        for checkpoint in self.checkpoints():
+            if newest is None or checkpoint.step > newest.step:
+                checkpoint.path.rename(self._vacant(f"damaged-{checkpoint.path.name}"))
+
+    def _vacant(self, name: str) -> Path:
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return next(path for path in map(self.path.joinpath, names) if not path.exists())
+
+    def retire(self, path: Path) -> None:
+        """Remove a folder of this run in one step: a kill in between leaves a whole folder or none."""
+        doomed = path.with_name(f".tmp-retired-{path.name}-{os.getpid()}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
     def prune_checkpoints(self, *, keep: int, protected: int | None) -> None:
         """Delete all but the `keep` highest steps and the `protected` one; a kill in between loses none of those."""
         for checkpoint in self.checkpoints()[:-keep]:
             if checkpoint.step != protected:
-                doomed = checkpoint.path.with_name(f".tmp-pruned-{checkpoint.path.name}-{os.getpid()}")
-                checkpoint.path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self.retire(checkpoint.path)
 
     def sweep_leftovers(self) -> None:
         """Delete what a killed writer left behind; call it with the lock held."""

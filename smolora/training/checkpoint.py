@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from smolora.adapters.store import has_adapter, restore_adapter_tensors, write_adapter_folder
+from smolora.adapters.attach import is_adapted
+from smolora.adapters.state import restore_adapter
+from smolora.adapters.store import save_adapter
 from smolora.errors import DataError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.staging import read_manifest, staged_folder, write_json, write_manifest
@@ -63,8 +65,8 @@ def save_checkpoint(folder: Path, bundle: ModelBundle, snapshot: TrainingSnapsho
         StorageError: The disk is full or can't be written; nothing is left at `folder`.
     """
     with staged_folder(folder) as staging:
-        if has_adapter(bundle):
-            write_adapter_folder(bundle, staging)
+        if is_adapted(bundle):
+            save_adapter(bundle, staging)
         else:
             save_file(_contiguous(dict(bundle.model.named_parameters())), staging / _MODEL)
         save_file(_contiguous(snapshot.optimizer), staging / _OPTIMIZER)
@@ -79,8 +81,8 @@ def load_checkpoint(folder: Path, bundle: ModelBundle) -> TrainingSnapshot:
     Raises:
         ModelError: The checkpoint's tensors aren't those of `bundle`.
     """
-    if has_adapter(bundle):
-        restore_adapter_tensors(bundle, folder)
+    if is_adapted(bundle):
+        restore_adapter(bundle, folder)
     else:
         _restore_parameters(bundle, load_file(folder / _MODEL), folder)
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))

@@ -23,6 +23,9 @@ class TrainerState:
     tokens_seen: int = 0
     """Target tokens learned from so far."""
 
+    base_eval_loss: float | None = None
+    """Evaluation loss before the first update, in nats a token."""
+
     best_eval_loss: float | None = None
     """Lowest evaluation loss so far, in nats a token."""
 

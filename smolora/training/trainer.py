@@ -48,7 +48,8 @@ Collator = Callable[[Sequence[Example]], Batch]
 class ExampleDataset(Protocol):
     """Rows by index; `fingerprint` tells two datasets apart."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -134,6 +135,8 @@ class Trainer:
             ending.callback(self._tell, lambda callback: callback.on_train_end(self))
             self._tell(lambda callback: callback.on_train_begin(self))
             ending.enter_context(self._gradient_checkpointing())
+            if self.eval_dataset is not None and self.state.step == 0:
+                self._evaluate_base()
             while self.state.step < self.state.total_steps and not self.state.should_stop:
                 self._finish_step(self._train_step(), stop)
         require_movement(self.parameters, self.state.checksums, self.state.step)
@@ -163,7 +166,10 @@ class Trainer:
 
     def _start(self, *, resume: bool) -> None:
         self._model.train()
-        checkpoint = self._run_dir.newest_checkpoint() if resume and self._run_dir else None
+        checkpoint = None
+        if resume and self._run_dir:
+            checkpoint = self._run_dir.newest_checkpoint()
+            self._run_dir.set_aside_damaged(checkpoint)
         if checkpoint is None:
             self.state.checksums = tensor_checksums(self.parameters)
         else:
@@ -244,6 +250,13 @@ class Trainer:
         if stop.signal_name and not last:
             kept = f" A checkpoint of step {record.step} is safe in {self._run_dir.path}." if self._run_dir else ""
             raise StoppedBySignal(f"stopped by {stop.signal_name} after step {record.step}.{kept} Continue with --resume.")
+
+    def _evaluate_base(self) -> None:
+        """Measure where the run starts, so that what it reaches can be compared."""
+        base_eval_loss = self.state.base_eval_loss = self.evaluate()
+        if self._run_dir and self.is_main_process:
+            MetricsLog(self._run_dir.metrics).append({"step": 0, "eval_loss": base_eval_loss})
+        self._tell(lambda callback: callback.on_evaluate(self, base_eval_loss))
 
     def _evaluate_and_compare(self) -> tuple[float, bool]:
         eval_loss = self.evaluate()

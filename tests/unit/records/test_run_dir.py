@@ -107,3 +107,10 @@ def test_leftovers_of_a_killed_writer_are_swept(run):
     (run.path / ".tmp-state.json-99").touch()
     run.sweep_leftovers()
     assert list(run.path.iterdir()) == []
+
+
+def test_damaged_checkpoints_are_set_aside_under_a_name_of_their_own(run):
+    for _ in range(2):
+        write_checkpoint(run, 2)
+        run.set_aside_damaged(None)
+    assert sorted(entry.name for entry in run.path.iterdir()) == ["damaged-step-000002", "damaged-step-000002-2"]

@@ -1,0 +1,139 @@
+"""The files of an adapter folder, read and judged before any model is touched.
+
+A folder is peft's (adapter_config.json, adapter_model.safetensors); ours adds base_identity.json, which says on which weights it was trained,
+and prompt_format.json. Adapters of the same shape fit many bases, so the shapes alone prove nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smolora.errors import ConfigError, ModelError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+IDENTITY_FILE = "base_identity.json"
+
+_LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as it lies on disk."""
+
+    folder: Path
+    config: peft.LoraConfig
+    tensors: Mapping[str, Tensor]
+    identity: Mapping[str, str | None]
+    """`fingerprint`, `source` and `revision` of the base; empty for a folder that plain peft wrote."""
+
+    @property
+    def base(self) -> str | None:
+        """The folder or hub id of the base."""
+        return self.config.base_model_name_or_path or self.identity.get("source")
+
+    @cached_property
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Matrices A [r, in] and B [out, r] by the path of their module in the plain model."""
+        sides: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            if match := _LORA_KEY.fullmatch(key):
+                sides.setdefault(match["module"], {})[match["side"]] = tensor
+        for module, found in sides.items():
+            if len(found) != 2:
+                raise ModelError(f"{self.folder} has only matrix {''.join(found)} of {module}: it is damaged. Copy it again.")
+        return {module: (found["A"], found["B"]) for module, found in sides.items()}
+
+    def refuse_other_base(self, fingerprint: str, source: str) -> None:
+        """Raise if the adapter says that it was trained on other weights.
+
+        Raises:
+            ModelError: The fingerprints differ.
+        """
+        expected = self.identity.get("fingerprint")
+        if expected and fingerprint and expected != fingerprint:
+            raise ModelError(
+                f"{self.folder} was trained on another base: {self.identity.get('source')} (weights {expected[:12]}), "
+                f"not on {source} ({fingerprint[:12]}). Open it on the base it was trained on."
+            )
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def resolve_adapter_path(root: Path, name: str) -> Path:
+    """Return the folder of the adapter called `name` under `root`.
+
+    Raises:
+        ConfigError: The name could lead out of `root` (peft would follow it there).
+    """
+    path = root / name
+    if not _NAME.fullmatch(name) or path.resolve().parent != root.resolve():
+        raise ConfigError(
+            f"'{name}' can't be an adapter's name. Use 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit."
+        )
+    return path
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read an adapter folder.
+
+    Raises:
+        ModelError: It isn't one, is pickled or damaged, isn't LoRA, or holds numbers that aren't finite.
+    """
+    if not is_adapter_folder(folder):
+        raise ModelError(f"{folder} holds no adapter: there is no {CONFIG_FILE}. Name an adapter folder, or a run.")
+    adapter = StoredAdapter(folder, _read_config(folder), _read_tensors(folder), _read_identity(folder))
+    for key, tensor in adapter.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{folder}: {key} holds NaN or infinity. Take an earlier checkpoint of its run.")
+    if not adapter.pairs:
+        raise ModelError(f"{folder} holds no LoRA matrix that peft would load, such as base_model.model.MODULE.lora_A.weight.")
+    return adapter
+
+
+def _read_config(folder: Path) -> peft.LoraConfig:
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / CONFIG_FILE} can't be read: {error}. Copy the adapter again.") from None
+    if not isinstance(config, peft.LoraConfig):
+        raise ModelError(f"{folder} is a {config.peft_type} adapter; LoRA is what can be opened.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        pickled = " Pickled weights (*.bin) can run code and are not opened." if any(folder.glob("*.bin")) else ""
+        raise ModelError(f"{folder} has no {WEIGHTS_FILE}.{pickled}")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ModelError(f"{file} can't be read: {error}. Copy the adapter again.") from None
+    return tensors
+
+
+def _read_identity(folder: Path) -> dict[str, str | None]:
+    file = folder / IDENTITY_FILE
+    if not file.is_file():
+        return {}
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+        return {name: identity[name] for name in ("fingerprint", "source", "revision")}
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{file} can't be read. Copy the adapter again.") from None

@@ -1,0 +1,92 @@
+"""Puts a fresh adapter on a base model: float32, seeded, and changing no logit until it is trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from smolora.adapters.targets import resolve_target_modules
+from smolora.config.adapter import LoRAConfig
+from smolora.errors import ConfigError, ModelError
+from smolora.models.anatomy import build_anatomy
+from smolora.models.bundle import ModelBundle
+
+
+def attach_adapter(bundle: ModelBundle, config: LoRAConfig, *, seed: int) -> ModelBundle:
+    """Freeze the base and put a new adapter on it; `bundle.model` itself is changed.
+
+    The adapter's weights are float32 over a base of any type (AdamW in half precision doesn't move, or overflows). Matrix B starts at 0, so no
+    logit changes; A is drawn from `seed`, and the global random generator stays as it was.
+
+    Raises:
+        ConfigError: A target that the model doesn't have, or a model that carries an adapter already.
+        ModelError: A GPTModel, which is adapted in its saved form.
+    """
+    model = refuse_unadaptable(bundle)
+    targets = resolve_target_modules(bundle.anatomy, config.target_modules)
+    peft_config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2 stores its matrices [in, out].
+        base_model_name_or_path=bundle.source,
+        revision=bundle.revision,
+    )
+    with torch.random.fork_rng(), quiet_peft():
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    return replace(bundle, model=adapted)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence peft's warnings inside the block; what matters in them is checked and raised by us.
+
+    Among them is peft 0.21's use of a property that transformers 5 deprecates, at every adapter.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def refuse_unadaptable(bundle: ModelBundle) -> PreTrainedModel:
+    """Return the plain transformers model of a bundle.
+
+    Raises:
+        ConfigError: It carries an adapter already.
+        ModelError: It isn't a transformers model.
+    """
+    if is_adapted(bundle):
+        raise ConfigError(
+            "the model carries an adapter already. Merge it first (smolora merge), or continue it with adapter.path (--adapter)."
+        )
+    if not isinstance(bundle.model, PreTrainedModel):
+        raise ModelError(
+            f"an adapter goes on a transformers model, found {type(bundle.model).__name__}. "
+            "Save it with save_pretrained, then open the folder with load_model."
+        )
+    return bundle.model
+
+
+def is_adapted(bundle: ModelBundle) -> bool:
+    """Whether the bundle's model carries an adapter."""
+    return isinstance(bundle.model, peft.PeftModel)
+
+
+def setup_model_with_lora(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: LoRAConfig | None = None, *, seed: int = 0
+) -> ModelBundle:
+    """Put a fresh LoRA adapter on a model that is in memory already; a thin name over `attach_adapter`."""
+    source = str(model.name_or_path) if isinstance(model, PreTrainedModel) else ""
+    bundle = ModelBundle(model, tokenizer, build_anatomy(model), source=source, fingerprint="")
+    return attach_adapter(bundle, config or LoRAConfig(), seed=seed)

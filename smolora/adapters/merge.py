@@ -1,0 +1,214 @@
+"""Merges a LoRA adapter into a plain model folder: read from the base's own files, proved on a probe, and there whole or not at all.
+
+The base's files keep their types, names and shards. peft's own merge loads the model in one type, and with a NaN in the adapter it either
+merges the NaN or stops half way.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from smolora.adapters.adapter_files import StoredAdapter, read_adapter
+from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
+from smolora.adapters.store import load_adapter, load_base
+from smolora.adapters.toggling import disabled_adapter
+from smolora.data.prompts import PROMPT_FORMAT_FILE
+from smolora.errors import ConfigError, ModelError
+from smolora.models.bundle import ModelBundle
+from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
+from smolora.models.weight_files import INDEX_FILE, list_weight_files, read_stored_tensors
+from smolora.records.staging import staged_folder, write_json
+
+REPORT_FILE = "merge_report.json"
+
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    INDEX_FILE,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+# What a LoRA config may say and be merged here. Any other setting that isn't at its default is refused, also one that peft adds later.
+_UNDERSTOOD = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+}
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
+
+_PROBE_TOKENS = 32
+_HALF_TOLERANCE = 8  # Roundings of the file's type, relative to the largest logit.
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, and how far the merged model is from base and adapter."""
+
+    base: str
+    base_fingerprint: str
+    adapter: str
+    out: str
+    dtype: str
+    num_merged_tensors: int
+    num_copied_tensors: int
+    num_probe_tokens: int
+    adapter_effect: float
+    """Largest change of a logit by the adapter, on the probe."""
+    max_difference: float
+    """Largest difference between a merged logit and the adapter's, computed in float32."""
+    tolerance: float
+    """What `max_difference` was held to."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The adapter's logits on a few tokens, before anything is merged."""
+
+    input_ids: Tensor
+    logits: Tensor
+    effect: float
+
+
+def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = None) -> MergeReport:
+    """Write base and adapter as one plain model folder, with merge_report.json.
+
+    Args:
+        adapter_folder: The adapter: ours, or plain peft's LoRA.
+        out: The new folder; it appears when all is written and verified.
+        base: The base's folder or hub id, where the adapter's own record doesn't lead to it.
+
+    Raises:
+        ConfigError: `out` exists.
+        ModelError: The adapter can't be merged into this base, or the merged model's logits aren't the adapter's.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists. Choose another output folder, or remove it first.")
+    adapter = read_adapter(adapter_folder)
+    _refuse_unmergeable(adapter)
+    bundle = load_model(base, dtype=torch.float32) if base else load_base(adapter, dtype=torch.float32)
+    base_folder = resolve_model_folder(bundle.source, revision=bundle.revision)
+    _refuse_base(base_folder, bundle, adapter)
+    updates = _build_updates(adapter, bundle)
+    probe = _probe_adapter(load_adapter(bundle, adapter_folder))
+    base_name, fingerprint = bundle.source, bundle.fingerprint
+    del bundle  # Its float32 weights, before the merged model's are loaded.
+    files = list_weight_files(base_folder)
+    stored = [tensor for file in files for tensor in read_stored_tensors(file)]
+    matched = match_updates(updates, stored)
+    dtypes = sorted({tensor.dtype for _, tensor in matched.values()})
+    with staged_folder(out) as staging:
+        for file in files:
+            write_merged_file(file, staging / file.name, {name: update for name, (update, _) in matched.items()})
+        _copy_settings(base_folder, adapter_folder, staging)
+        difference, tolerance = _verify(staging, probe, dtypes)
+        report = MergeReport(
+            base=base_name,
+            base_fingerprint=fingerprint,
+            adapter=str(adapter_folder),
+            out=str(out),
+            dtype=", ".join(dtypes),
+            num_merged_tensors=len(matched),
+            num_copied_tensors=len(stored) - len(matched),
+            num_probe_tokens=probe.input_ids.numel(),
+            adapter_effect=probe.effect,
+            max_difference=difference,
+            tolerance=tolerance,
+        )
+        write_json(staging / REPORT_FILE, asdict(report))
+    return report
+
+
+def read_scaling(config: peft.LoraConfig, module: str) -> float:
+    """Return what peft multiplies B A by on one module: alpha / r, or alpha / sqrt(r) with rslora."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def _refuse_unmergeable(adapter: StoredAdapter) -> None:
+    defaults = peft.LoraConfig().to_dict()
+    for name, value in adapter.config.to_dict().items():
+        if name not in _UNDERSTOOD and value != defaults[name]:
+            raise ModelError(f"{adapter.folder} uses {name}={value!r}, which can't be merged yet. Plain LoRA can.")
+    if adapter.config.init_lora_weights not in _PLAIN_STARTS:
+        raise ModelError(
+            f"{adapter.folder} started with init_lora_weights={adapter.config.init_lora_weights!r}, which changes the base. "
+            "Convert it to plain LoRA with peft (path_initial_model_for_weight_conversion), then merge that."
+        )
+    if len(adapter.tensors) != 2 * len(adapter.pairs):
+        raise ModelError(f"{adapter.folder} holds tensors that aren't LoRA's A and B, which can't be merged yet. Plain LoRA can.")
+
+
+def _refuse_base(folder: Path, bundle: ModelBundle, adapter: StoredAdapter) -> None:
+    if "quantization_config" in read_model_settings(folder):
+        raise ModelError(f"{folder} is quantised, and merging into rounded weights loses the adapter. Merge into the original.")
+    heads = [path for path in adapter.pairs if bundle.anatomy.part_of(f"{path}.weight").group == "head"]
+    if heads and isinstance(bundle.model, PreTrainedModel) and bundle.model.config.tie_word_embeddings:
+        raise ModelError(f"{adapter.folder} adapts {heads[0]}, whose weight is the token embedding's: merged, it would change both.")
+
+
+def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Update]:
+    modules = dict(bundle.model.named_modules())
+    return {
+        path: Update(a, b, read_scaling(adapter.config, path), is_transposed=isinstance(modules.get(path), Conv1D))
+        for path, (a, b) in adapter.pairs.items()
+    }
+
+
+def _probe_adapter(bundle: ModelBundle) -> _Probe:
+    num_tokens = min(bundle.context or _PROBE_TOKENS, _PROBE_TOKENS)
+    vocab_size = next(p for p in bundle.model.parameters() if p.ndim == 2).shape[0]
+    input_ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    logits = _compute_logits(bundle, input_ids)
+    with disabled_adapter(bundle):
+        effect = (logits - _compute_logits(bundle, input_ids)).abs().max().item()
+    return _Probe(input_ids, logits, effect)
+
+
+@torch.no_grad()
+def _compute_logits(bundle: ModelBundle, input_ids: Tensor) -> Tensor:
+    logits: Tensor = bundle.model(input_ids=input_ids, use_cache=False).logits
+    return logits
+
+
+def _copy_settings(base: Path, adapter: Path, target: Path) -> None:
+    for pattern in _COPIED:
+        for file in base.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+    for folder in (base, adapter):  # The adapter's own format wins.
+        if (folder / PROMPT_FORMAT_FILE).is_file():
+            shutil.copyfile(folder / PROMPT_FORMAT_FILE, target / PROMPT_FORMAT_FILE)
+
+
+def _verify(merged: Path, probe: _Probe, dtypes: list[str]) -> tuple[float, float]:
+    """Return (largest difference of a logit, tolerance), or raise if the merged model isn't the adapter's."""
+    logits = _compute_logits(load_model(merged, dtype=torch.float32), probe.input_ids)
+    difference = (logits - probe.logits).abs().max().item()
+    largest = max(1.0, probe.logits.abs().max().item())
+    halves = [torch.finfo(dtype).eps for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)) if name in dtypes]
+    tolerance = largest * max([1e-5, *(_HALF_TOLERANCE * eps for eps in halves)])
+    if not difference <= tolerance:
+        raise ModelError(
+            f"the merged model isn't the adapter's: a logit differs by {difference:.2e}, more than {tolerance:.2e}. "
+            "Nothing was written; adapter and base are as they were."
+        )
+    return difference, tolerance

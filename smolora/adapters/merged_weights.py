@@ -1,0 +1,100 @@
+"""Adds LoRA updates to safetensors files, one tensor in memory at a time.
+
+A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte, and the tensors follow
+in the same order: updated ones computed in float32 and cast back, all others copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from smolora.errors import ModelError
+from smolora.models.weight_files import StoredTensor, read_header, read_stored_tensors
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Update:
+    """What LoRA adds to one weight: scaling * B A."""
+
+    a: Tensor
+    """[r, in]"""
+    b: Tensor
+    """[out, r]"""
+    scaling: float
+    is_transposed: bool
+    """The weight is stored [in, out] (GPT-2's Conv1D)."""
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the updated weight in its own type, computed in float32."""
+        delta = self.scaling * (self.b.float() @ self.a.float())
+        return (weight.float() + (delta.T if self.is_transposed else delta)).to(weight.dtype)
+
+
+def match_updates(updates: Mapping[str, Update], stored: Iterable[StoredTensor]) -> dict[str, tuple[Update, StoredTensor]]:
+    """Return the updates by the name of the stored tensor they go on.
+
+    Args:
+        updates: By the path of the module in memory.
+        stored: Every tensor of the base.
+
+    Raises:
+        ModelError: A module's weight isn't in the files, or isn't of a type that can be added to.
+    """
+    by_name = {tensor.name: tensor for tensor in stored}
+    matched = {}
+    for path, update in updates.items():
+        names = (f"{path}.weight", f"{path}.weight".partition(".")[2])  # Older files leave the first part away.
+        tensor = next((by_name[name] for name in names if name in by_name), None)
+        if tensor is None:
+            raise ModelError(f"the base's files hold no {path}.weight to merge into. Merge into another copy of the base.")
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(
+                f"{tensor.name} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} can be merged into. "
+                "Name an unquantised base."
+            )
+        matched[tensor.name] = (update, tensor)
+    return matched
+
+
+def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update]) -> None:
+    """Copy the safetensors file `source` to `target` with `updates` added to the tensors they name.
+
+    Raises:
+        ModelError: A merged tensor isn't finite.
+    """
+    with source.open("rb") as reader, target.open("wb") as writer:
+        header, _ = read_header(reader)
+        writer.write(len(header).to_bytes(8, "little") + header)
+        for tensor in read_stored_tensors(source):
+            if update := updates.get(tensor.name):
+                writer.write(_merge(reader, tensor, update))
+            else:
+                _copy(reader, tensor, writer)
+
+
+def _merge(reader: BinaryIO, tensor: StoredTensor, update: Update) -> bytes:
+    reader.seek(tensor.start)
+    raw = bytearray(reader.read(tensor.end - tensor.start))
+    weight = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    merged = update.apply(weight).contiguous()
+    if not torch.isfinite(merged).all():
+        raise ModelError(f"{tensor.name} merged holds NaN or infinity: the update doesn't fit into {tensor.dtype}. Nothing was written.")
+    return merged.view(torch.uint8).numpy().tobytes()
+
+
+def _copy(reader: BinaryIO, tensor: StoredTensor, writer: BinaryIO) -> None:
+    reader.seek(tensor.start)
+    left = tensor.end - tensor.start
+    while left:
+        block = reader.read(min(_CHUNK, left))
+        writer.write(block)
+        left -= len(block)

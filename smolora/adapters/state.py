@@ -1,0 +1,30 @@
+"""Puts the weights of a checkpoint back into the adapter that a model in memory carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+
+from smolora.adapters.adapter_files import read_adapter
+from smolora.errors import ModelError
+from smolora.models.bundle import ModelBundle
+
+
+def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
+    """Give the bundle's adapter the weights of `folder`, which must be of the same adapter.
+
+    Raises:
+        ModelError: The bundle carries no adapter, or the folder holds other tensors.
+    """
+    if not isinstance(bundle.model, peft.PeftModel):
+        raise ModelError(f"{bundle.source} carries no adapter to restore.")
+    stored = read_adapter(folder)
+    own = peft.get_peft_model_state_dict(bundle.model, save_embedding_layers=False)
+    shapes, found = ({name: t.shape for name, t in tensors.items()} for tensors in (own, stored.tensors))
+    if shapes != found:
+        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise ModelError(
+            f"{folder} holds another adapter: {len(different)} tensors differ in name or shape, first {different[0]}."
+        )
+    peft.set_peft_model_state_dict(bundle.model, dict(stored.tensors))

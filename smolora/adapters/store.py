@@ -1,0 +1,150 @@
+"""Adapters to and from disk, and `load_bundle`, which opens whatever a person names: a model, an adapter or a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+
+from smolora.adapters.adapter_files import (
+    CONFIG_FILE,
+    IDENTITY_FILE,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    is_adapter_folder,
+    read_adapter,
+)
+from smolora.adapters.attach import quiet_peft, refuse_unadaptable
+from smolora.data.prompts import read_prompt_format, write_prompt_format
+from smolora.errors import ConfigError, ModelError
+from smolora.models.bundle import ModelBundle
+from smolora.models.loading import load_model, resolve_model_folder
+from smolora.models.structure import is_linear, read_shape
+from smolora.records.run_dir import RunDir
+from smolora.records.staging import write_json
+
+
+def save_adapter(bundle: ModelBundle, folder: Path) -> None:
+    """Write the adapter as a peft folder, with the identity of its base and the prompt format, into `folder`.
+
+    Files are written one after the other; whoever needs all or none passes a staged folder (records.staging).
+
+    Raises:
+        ConfigError: The bundle has no adapter.
+    """
+    if not isinstance(bundle.model, peft.PeftModel):
+        raise ConfigError("there is no adapter to save: the model has none. Attach one with attach_adapter.")
+    folder.mkdir(parents=True, exist_ok=True)
+    bundle.model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form that nobody has filled in.
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600, which nobody else can read.
+    _sort_targets(folder / CONFIG_FILE)
+    write_json(
+        folder / IDENTITY_FILE, {"fingerprint": bundle.fingerprint, "source": bundle.source, "revision": bundle.revision}
+    )
+    if bundle.prompt_format:
+        write_prompt_format(bundle.prompt_format, folder)
+
+
+def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) -> ModelBundle:
+    """Put a saved adapter, ours or plain peft's, on its base; `base.model` itself is changed.
+
+    Args:
+        base: The model it was trained on.
+        folder: The adapter.
+        trainable: Whether to train it further; otherwise it is frozen.
+
+    Raises:
+        ConfigError: The base carries an adapter already.
+        ModelError: The adapter is damaged, was trained on another base, or its tensors aren't exactly those the base takes.
+    """
+    model = refuse_unadaptable(base)
+    adapter = read_adapter(folder)
+    adapter.refuse_other_base(base.fingerprint, base.source)
+    _refuse_misfit(adapter, model)
+    with quiet_peft():  # It warns of missing keys and goes on; they are checked below.
+        adapted = peft.PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable, torch_device=str(base.device), low_cpu_mem_usage=True
+        )
+    _refuse_partial(adapter, adapted)
+    return replace(base, model=adapted, prompt_format=read_prompt_format(folder) or base.prompt_format)
+
+
+def load_bundle(path_or_id: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> ModelBundle:
+    """Open what a person names: a model folder or hub id, an adapter on its base, or a run.
+
+    A run is its model (pretraining), else its adapter on the base, else its merged model.
+
+    Args:
+        path_or_id: A path or a hub id.
+        dtype: Type of the base's weights in memory; None keeps the file's own.
+        device: Where the weights go.
+
+    Raises:
+        ModelError: There is nothing to open there, or it can't be opened.
+    """
+    if RunDir.is_run(path_or_id):
+        return load_bundle(_find_result(RunDir(path_or_id)), dtype=dtype, device=device)
+    folder = resolve_model_folder(path_or_id)
+    if not is_adapter_folder(folder):
+        return load_model(path_or_id, dtype=dtype, device=device)
+    return load_adapter(load_base(read_adapter(folder), dtype=dtype, device=device), folder)
+
+
+def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, device: str = "cpu") -> ModelBundle:
+    """Open the base that an adapter names.
+
+    Raises:
+        ModelError: It names none, or that one isn't there.
+    """
+    if not adapter.base:
+        raise ModelError(f"{adapter.folder / CONFIG_FILE} names no base model. Write its path or hub id as base_model_name_or_path.")
+    try:
+        return load_model(adapter.base, dtype=dtype, device=device, revision=adapter.config.revision)
+    except ModelError as error:
+        raise ModelError(f"the base of {adapter.folder} can't be opened: {error}") from error
+
+
+def _find_result(run: RunDir) -> Path:
+    for folder in (run.model, run.adapter, run.merged):
+        if folder.is_dir():
+            return folder
+    raise ModelError(f"the run {run.path} has no model or adapter yet. Finish it with --resume.")
+
+
+def _refuse_misfit(adapter: StoredAdapter, model: nn.Module) -> None:
+    """Raise unless every pair of matrices belongs to a linear layer of `model` with the same features in and out."""
+    modules = dict(model.named_modules())
+    for path, (a, b) in adapter.pairs.items():
+        if path not in modules or not is_linear(modules[path]):
+            raise ModelError(f"{adapter.folder} adapts {path}, and this base has no such linear layer. It is for another model.")
+        expected, found = read_shape(modules[path]), (a.shape[1], b.shape[0])
+        if found != expected:
+            raise ModelError(
+                f"{adapter.folder} adapts {path} from {found[0]} to {found[1]} features, and this base's goes from {expected[0]} "
+                f"to {expected[1]}. It is for another model."
+            )
+
+
+def _refuse_partial(adapter: StoredAdapter, adapted: peft.PeftModel) -> None:
+    """Raise, with the base as it was, unless the tensors on disk are exactly those that peft expects."""
+    expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if expected != set(adapter.tensors):
+        adapted.unload()
+        missing, unknown = sorted(expected - set(adapter.tensors)), sorted(set(adapter.tensors) - expected)
+        raise ModelError(
+            f"{adapter.folder} doesn't hold what its {CONFIG_FILE} promises: {len(missing)} tensors are missing "
+            f"{missing[:1]}, {len(unknown)} are not expected {unknown[:1]}. Copy the adapter again."
+        )
+
+
+def _sort_targets(config_file: Path) -> None:
+    """Give the targets a fixed order: peft keeps them in a set, so the same run would write other bytes each time."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    write_json(config_file, config)

@@ -1,0 +1,64 @@
+"""Which modules an adapter goes on: names of a person's choice become full module paths of the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from smolora.config.adapter import ATTENTION_ONLY, BOTH, MLP_ONLY
+from smolora.errors import ConfigError, did_you_mean
+from smolora.models.anatomy import Anatomy
+
+# The lists that LoRAConfig users pass are Llama's names; on any other family they mean the same parts.
+_LLAMA_LISTS = {frozenset(ATTENTION_ONLY): "attention_only", frozenset(MLP_ONLY): "mlp_only", frozenset(BOTH): "both"}
+
+
+def resolve_target_modules(anatomy: Anatomy, target_modules: str | Sequence[str]) -> list[str]:
+    """Return the full paths of the linear layers to adapt, in the order of the model.
+
+    Args:
+        anatomy: Of the plain model.
+        target_modules: `attention_only` (query and value, or the fused module), `mlp_only`, `both`, `all` (every linear layer but the
+            head), or names: the last part of a path (`q_proj`), its last parts (`mlp.c_proj`), or all of it.
+
+    Raises:
+        ConfigError: A name matches no linear layer, or a named group has none in this model.
+    """
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    named = names[0] if len(names) == 1 else _LLAMA_LISTS.get(frozenset(names))
+    group = _modules_of_group(anatomy, named) if named else None
+    if group is None:
+        chosen = {path for name in names for path in _match(anatomy, name)}
+        return [path for path in anatomy.linear_modules() if path in chosen]
+    if not group:
+        raise ConfigError(f"adapter.target_modules: '{named}' is nothing in '{anatomy.family}'. {_list_modules(anatomy)}")
+    return group
+
+
+def _modules_of_group(anatomy: Anatomy, named: str) -> list[str] | None:
+    if named == "all":
+        return anatomy.linear_modules()
+    if named == "attention_only":
+        return anatomy.modules_with_role("query", "value", "query_key_value")
+    if named == "mlp_only":
+        return anatomy.modules_with_role("gate", "up", "gate_up", "down")
+    if named == "both":
+        return anatomy.modules_with_role("query", "value", "query_key_value", "gate", "up", "gate_up", "down")
+    return None
+
+
+def _match(anatomy: Anatomy, name: str) -> list[str]:
+    matched = [path for path in anatomy.linear_modules() if path == name or path.endswith(f".{name}")]
+    if not matched:
+        hint = did_you_mean(name, _short_names(anatomy))
+        raise ConfigError(
+            f"adapter.target_modules: no module named '{name}' in '{anatomy.family}'.{hint} {_list_modules(anatomy)}"
+        )
+    return matched
+
+
+def _short_names(anatomy: Anatomy) -> list[str]:
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in anatomy.linear_modules()))
+
+
+def _list_modules(anatomy: Anatomy) -> str:
+    return f"Linear modules: {', '.join(_short_names(anatomy))}."

@@ -1,0 +1,28 @@
+"""Switches an adapter off for a while, to see what the base does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import peft
+
+from smolora.models.bundle import ModelBundle
+
+
+@contextmanager
+def disabled_adapter(bundle: ModelBundle) -> Iterator[None]:
+    """Compute with the base alone inside the block; a bundle without an adapter is left as it is.
+
+    What is frozen stays frozen: peft marks every adapter tensor trainable when it switches an adapter back on, so that is undone.
+    """
+    if not isinstance(bundle.model, peft.PeftModel):
+        yield
+        return
+    trained = [(parameter, parameter.requires_grad) for parameter in bundle.model.parameters()]
+    try:
+        with bundle.model.disable_adapter():
+            yield
+    finally:
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)

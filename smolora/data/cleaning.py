@@ -1,0 +1,139 @@
+"""Cleaning of text, every switch off by default: data is changed only where a person asked for it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+
+from smolora.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BLOCK_TAGS = frozenset(
+    "address article aside blockquote br dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 header hr li main "
+    "nav ol p pre section table tr ul".split()
+)
+_SILENT_TAGS = frozenset({"script", "style"})
+
+
+class TextCleaningProcessor:
+    """A step of a DatasetPipeline, or a plain function on text by `clean`.
+
+    >>> TextCleaningProcessor(strip_html=True).clean("<p>a &lt; b</p> if a < b and c > d")
+    'a < b if a < b and c > d'
+    """
+
+    def __init__(
+        self,
+        text_field: str = "text",
+        *,
+        strip_html: bool = False,
+        normalize_unicode: bool = False,
+        normalize_whitespace: bool = False,
+        flatten_whitespace: bool = False,
+        lowercase: bool = False,
+    ) -> None:
+        """Choose what to change.
+
+        Args:
+            text_field: The column to clean.
+            strip_html: Keep the text of HTML, without tags, scripts and styles.
+            normalize_unicode: Compose characters (NFC), so that equal text has equal bytes.
+            normalize_whitespace: One kind of line end, no space at line ends, at most one blank line; indentation and
+                paragraphs stay.
+            flatten_whitespace: Every run of white space becomes one space, line breaks too.
+            lowercase: Fold to lower case.
+        """
+        self.text_field = text_field
+        chosen = {
+            "strip_html": strip_html,
+            "normalize_unicode": normalize_unicode,
+            "normalize_whitespace": normalize_whitespace,
+            "flatten_whitespace": flatten_whitespace,
+            "lowercase": lowercase,
+        }
+        self._steps = [_SWITCHES[name] for name, is_on in chosen.items() if is_on]
+
+    @classmethod
+    def from_names(cls, names: Iterable[str]) -> TextCleaningProcessor:
+        """Turn on the switches of these names.
+
+        Raises:
+            ConfigError: There is no such switch.
+        """
+        switches = dict.fromkeys(names, True)
+        for name in switches:
+            if name not in _SWITCHES:
+                raise ConfigError(
+                    f"data.clean: no switch {name!r}.{did_you_mean(name, _SWITCHES)} Switches: {', '.join(_SWITCHES)}."
+                )
+        return cls(**switches)
+
+    def clean(self, text: str) -> str:
+        """Return the cleaned text."""
+        for step in self._steps:
+            text = step(text)
+        return text
+
+    def __call__(self, dataset: Dataset) -> Dataset:
+        """Return the dataset with its text column cleaned."""
+        field = self.text_field
+        return dataset.map(lambda row: {field: self.clean(row[field])}) if self._steps else dataset
+
+
+class _TextOfHTML(HTMLParser):
+    """Collects the text of HTML, with a line break where a block begins or ends."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self._silent = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._silent += tag in _SILENT_TAGS
+        self._break_line(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent -= tag in _SILENT_TAGS and self._silent > 0
+        self._break_line(tag)
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.parts.append(data)
+
+    def _break_line(self, tag: str) -> None:
+        if tag in _BLOCK_TAGS and self.parts and not self.parts[-1].endswith("\n"):
+            self.parts.append("\n")
+
+
+def _strip_html(text: str) -> str:
+    parser = _TextOfHTML()
+    parser.feed(text)
+    parser.close()
+    return "".join(parser.parts).strip()
+
+
+def _normalize_unicode(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _normalize_whitespace(text: str) -> str:
+    lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+
+
+def _flatten_whitespace(text: str) -> str:
+    return " ".join(text.split())
+
+
+_SWITCHES: dict[str, Callable[[str], str]] = {
+    "strip_html": _strip_html,
+    "normalize_unicode": _normalize_unicode,
+    "normalize_whitespace": _normalize_whitespace,
+    "flatten_whitespace": _flatten_whitespace,
+    "lowercase": str.lower,
+}

@@ -1,0 +1,231 @@
+"""The form of a row: which columns make the prompt and which the completion, and how they become tokens.
+
+One description, `PromptFormat`, is recognised from the data, used to encode the training rows, written beside the
+weights, and read by everything that asks the model later: the prefix is the same tokens everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from smolora.config.base import Section
+from smolora.config.data import DataConfig
+from smolora.data.chat import PLAIN_CHAT_TEMPLATE, Message, check_messages, encode_chat_prompt, encode_conversation
+from smolora.data.encoding import encode_pairs, encode_texts, get_bos_ids
+from smolora.data.token_dataset import Example
+from smolora.errors import ConfigError, DataError, ModelError, did_you_mean
+from smolora.records.staging import write_text
+
+PROMPT_FORMAT_FILE = "prompt_format.json"
+
+Kind = Literal["text", "prompt_completion", "instruction", "messages"]
+
+_RECOGNISED: dict[Kind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+"""The columns that make a form, most specific first."""
+
+_TRAINED = ("text", "completion", "output", "messages")
+
+
+class PromptFormat(Section):
+    """How rows are rendered."""
+
+    kind: Kind
+    """text: all of it is learned. prompt_completion, instruction: the answer is. messages: the assistant's turns are."""
+
+    columns: dict[str, str]
+    """Role of each column to its name in the data, such as {"prompt": "mr", "completion": "ref"}."""
+
+    chat_template: str | None = None
+    """messages only: the Jinja template."""
+
+    def describe(self) -> str:
+        """Return the mapping as a line for people.
+
+        >>> PromptFormat(kind="prompt_completion", columns={"prompt": "mr", "completion": "ref"}).describe()
+        "prompt_completion: prompt from column 'mr', completion from column 'ref' (trained)"
+        """
+        parts = [
+            f"{role} from column {column!r}" + (" (trained)" if role in _TRAINED else "")
+            for role, column in self.columns.items()
+        ]
+        return f"{self.kind}: {', '.join(parts)}"
+
+
+def write_prompt_format(fmt: PromptFormat, folder: Path) -> None:
+    """Write `prompt_format.json` into a model's or an adapter's folder."""
+    write_text(folder / PROMPT_FORMAT_FILE, fmt.model_dump_json(indent=2) + "\n")
+
+
+def read_prompt_format(folder: Path) -> PromptFormat | None:
+    """Read `prompt_format.json`; None where the folder has none.
+
+    Raises:
+        ModelError: The file isn't one of ours.
+    """
+    path = folder / PROMPT_FORMAT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return PromptFormat(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(f"{path} can't be read: {error}. Restore it, or delete it to prompt with plain text.") from error
+
+
+def resolve_prompt_format(
+    columns: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PromptFormat:
+    """Recognise the form of rows from their columns, or from the fields that `data` names; case doesn't matter.
+
+    Args:
+        columns: The columns that the rows have.
+        data: `text_field`, `prompt_field` and `completion_field` name columns by hand.
+        tokenizer: Whose chat template is used for messages; ours where it has none.
+
+    Raises:
+        DataError: A named column is missing, or no form fits.
+        ConfigError: The named fields contradict each other.
+    """
+    named = _named_format(columns, data)
+    if named is not None:
+        return named
+    for kind, roles in _RECOGNISED.items():
+        found = {role: column for role in roles if (column := match_column(role, columns)) is not None}
+        if len(found) < len(roles):
+            continue
+        if kind == "instruction" and (given := match_column("input", columns)) is not None:
+            found = {"instruction": found["instruction"], "input": given, "output": found["output"]}
+        template = _choose_template(data, tokenizer) if kind == "messages" else None
+        return PromptFormat(kind=kind, columns=found, chat_template=template)
+    raise DataError(
+        f"the columns {', '.join(map(repr, columns)) or '(none)'} fit no form. Known: text; prompt and completion; "
+        "instruction, output and perhaps input; messages. Name yours with --prompt-field and --completion-field, or "
+        "--text-field."
+    )
+
+
+def _choose_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    own = tokenizer.chat_template if tokenizer is not None else None
+    return data.chat_template or (own if isinstance(own, str) else PLAIN_CHAT_TEMPLATE)
+
+
+def _named_format(columns: Sequence[str], data: DataConfig) -> PromptFormat | None:
+    if (data.prompt_field is None) != (data.completion_field is None):
+        have, lack = ("prompt", "completion") if data.prompt_field else ("completion", "prompt")
+        raise ConfigError(f"data.{have}_field is set without data.{lack}_field: a row needs both, or only a text_field.")
+    if data.prompt_field is not None and data.completion_field is not None:
+        if data.text_field is not None:
+            raise ConfigError("data.text_field and data.prompt_field are both set: choose one form.")
+        prompt, completion = (find_column(name, columns) for name in (data.prompt_field, data.completion_field))
+        return PromptFormat(kind="prompt_completion", columns={"prompt": prompt, "completion": completion})
+    if data.text_field is not None:
+        return PromptFormat(kind="text", columns={"text": find_column(data.text_field, columns)})
+    return None
+
+
+def match_column(name: str, columns: Sequence[str]) -> str | None:
+    """Return the column called `name`, exactly or but for case; None where there is none.
+
+    Raises:
+        DataError: Several columns differ from `name` only by case.
+    """
+    if name in columns:
+        return name
+    matches = [column for column in columns if column.casefold() == name.casefold()]
+    if len(matches) > 1:
+        raise DataError(f"the columns {', '.join(map(repr, matches))} differ only by case; spell the one you mean.")
+    return matches[0] if matches else None
+
+
+def find_column(name: str, columns: Sequence[str]) -> str:
+    """Return the column called `name`, exactly or but for case.
+
+    Raises:
+        DataError: There is none.
+    """
+    found = match_column(name, columns)
+    if found is None:
+        listed = ", ".join(map(repr, columns)) or "(none)"
+        raise DataError(f"no column {name!r}.{did_you_mean(name, columns)} Columns found: {listed}.")
+    return found
+
+
+def render_pair(row: Mapping[str, object], fmt: PromptFormat) -> tuple[str, str]:
+    """Return the prompt and the completion of a row, as text; the prompt of plain text is empty.
+
+    Raises:
+        DataError: A column is missing or doesn't hold text.
+    """
+    values = {role: _read_text(row, column, is_optional=role == "input") for role, column in fmt.columns.items()}
+    if fmt.kind == "text":
+        return "", values["text"]
+    if fmt.kind == "instruction":
+        return _render_instruction(values["instruction"], values.get("input", "")), values["output"]
+    return values["prompt"], values["completion"]
+
+
+def encode_row(row: Mapping[str, object], fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Encode one row: begin-of-text once where the tokenizer has the habit, end-of-text last; only answers are targets.
+
+    Raises:
+        DataError: The row doesn't fit the form.
+    """
+    if fmt.kind == "messages":
+        messages = check_messages(row.get(fmt.columns["messages"]))
+        return encode_conversation(messages, tokenizer, template=fmt.chat_template)
+    return encode_pairs([render_pair(row, fmt)], tokenizer)[0]
+
+
+def encode_prompt(
+    prompt: str | Sequence[Message], fmt: PromptFormat | None, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Encode what a model is asked: the same tokens that training showed before the answer.
+
+    Args:
+        prompt: A text, or messages. For messages a text is one user turn; for an instruction it is the instruction. A
+            form without turns has no history: of messages, it is asked the last one.
+        fmt: The form the model was trained in; None for a plain model.
+        tokenizer: The model's.
+    """
+    if isinstance(prompt, str) and fmt is not None and fmt.kind == "messages":
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, str):
+        messages = check_messages(prompt)
+        if fmt is None or fmt.kind in {"messages", "text"}:
+            return encode_chat_prompt(messages, tokenizer, template=fmt.chat_template if fmt else None)
+        prompt = messages[-1]["content"]
+    if fmt is not None and fmt.kind == "instruction":
+        prompt = _render_instruction(prompt, "")
+    return [*get_bos_ids(tokenizer), *encode_texts([prompt], tokenizer)[0]]
+
+
+def encode_row_prompt(row: Mapping[str, object], fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Encode the prompt of a row: for messages, all turns before the last answer."""
+    if fmt.kind == "messages":
+        messages = check_messages(row.get(fmt.columns["messages"]))
+        last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+        return encode_prompt(messages[:last], fmt, tokenizer)
+    return [*get_bos_ids(tokenizer), *encode_texts([render_pair(row, fmt)[0]], tokenizer)[0]]
+
+
+def _render_instruction(instruction: str, given: str) -> str:
+    middle = f"### Input:\n{given}\n\n" if given.strip() else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+def _read_text(row: Mapping[str, object], column: str, *, is_optional: bool) -> str:
+    value = row.get(column)
+    if value is None and is_optional:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r} must hold text, found {'nothing' if value is None else repr(value)[:80]}.")
+    return value

@@ -1,0 +1,283 @@
+"""Files to rows: txt, csv, jsonl, json, parquet, plain or .gz or .bz2.
+
+A record that can't be used becomes a Reject with its line and reason, and the rest is read on; a file whose records
+can't be told apart (a duplicate header, an unterminated quote) is a DataError. No reader guesses, and none drops a record.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from smolora.config.data import FileType
+from smolora.data.rows import Reject, Row, check_values
+from smolora.errors import DataError, did_you_mean
+
+Read = Iterator[Row | Reject]
+
+END_OF_DOCUMENT = "<|endoftext|>"
+"""A line of a text file that holds nothing else separates documents; it is never part of the text."""
+
+_LONGEST_FIELD = 2**31 - 1
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_txt_folder(folder: str | Path) -> list[str]:
+    """Return the contents of every .txt file under `folder`, at any depth, in bytewise order of their paths.
+
+    Files that hold only white space are left out.
+    """
+    texts = [document for path in list_files(Path(folder), {"txt"}) for document in [_read_text(path)]]
+    return [text for text in texts if text.strip()]
+
+
+def read_csv(path: str | Path, text_field: str = "text") -> list[str]:
+    """Return one column of a csv file, a text per row."""
+    return _read_column(Path(path), "csv", text_field)
+
+
+def read_jsonl(path: str | Path, text_field: str = "text") -> list[str]:
+    """Return one field of a file with a JSON object per line, a text per row."""
+    return _read_column(Path(path), "jsonl", text_field)
+
+
+def read_rows(path: Path, file_type: FileType) -> list[Row | Reject]:
+    """Read every record of a file.
+
+    Raises:
+        DataError: The file is missing, isn't a regular file, or can't be told apart into records.
+    """
+    if file_type not in _READERS:
+        raise DataError(f"no reader for {file_type!r}.{did_you_mean(file_type, _READERS)} Types: {', '.join(_READERS)}.")
+    _check_regular(path)
+    return list(_READERS[file_type](path))
+
+
+def read_documents(path: Path) -> list[Row | Reject]:
+    """Read a text file whole, as one document, or several where lines of `<|endoftext|>` separate them."""
+    documents: list[Row | Reject] = []
+    lines: list[str] = []
+    first = 1
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip() == END_OF_DOCUMENT:
+                documents.append(check_values({"text": "".join(lines)}, str(path), first))
+                lines, first = [], number + 1
+            else:
+                lines.append(line)
+    return [*documents, check_values({"text": "".join(lines)}, str(path), first)]
+
+
+def infer_type(path: Path) -> FileType | None:
+    """Return the type that a file's name promises, compressed or not; None for an unknown one."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in {".gz", ".bz2"}:
+        suffixes.pop()
+    return _TYPES_BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+
+
+def list_files(folder: Path, types: set[FileType]) -> list[Path]:
+    """Return the regular files of some types under `folder`, at any depth, in bytewise order of their relative paths."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            # A FIFO would hang at opening, so only what is_file says is opened.
+            if infer_type(path) in types and path.is_file():
+                found.append(path)
+    return sorted(found, key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open UTF-8 text, plain or compressed, without its byte-order mark and with line ends as they are.
+
+    Bytes that aren't UTF-8 become lone surrogates, which `check_values` turns into a reject of their own row.
+
+    Raises:
+        DataError: The file can't be opened or unpacked, or is UTF-16.
+    """
+    _check_regular(path)
+    openers: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open}
+    opener = openers.get(path.suffix.lower(), open)
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            if file.read(2).encode("utf-8", "surrogateescape") in _UTF16_MARKS:
+                raise DataError(f"{path} is UTF-16 text. Save it as UTF-8.")
+            file.seek(0)
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"can't read {path}: {error}. The file may be damaged or cut; copy it again.") from error
+
+
+def _check_regular(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"no such file: {path}.")
+    if not path.is_file():
+        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, where a file was expected.")
+
+
+def _read_text(path: Path) -> str:
+    with open_text(path) as file:
+        found = check_values({"text": file.read()}, str(path), 1)
+    return str(_raise_on_reject(found).values["text"])
+
+
+def _read_column(path: Path, file_type: FileType, text_field: str) -> list[str]:
+    from smolora.data.prompts import find_column
+    from smolora.data.rows import list_columns
+
+    rows = [_raise_on_reject(found) for found in read_rows(path, file_type)]
+    column = find_column(text_field, list_columns(rows))
+    return [str(row.values[column]) for row in rows if row.values.get(column) is not None]
+
+
+def _raise_on_reject(found: Row | Reject) -> Row:
+    if isinstance(found, Reject):
+        raise DataError(f"{found.file}:{found.line}: {found.reason}. Repair the line, or read it with max_rejects set.")
+    return found
+
+
+def _iter_txt(path: Path) -> Read:
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = line.rstrip("\r\n")
+            yield check_values({"text": "" if text == END_OF_DOCUMENT else text}, str(path), number)
+
+
+def _iter_csv(path: Path) -> Read:
+    with open_text(path) as file, _long_fields():
+        # strict: without it, text after a closing quote and a quote that never closes are read as if they were meant.
+        reader = csv.reader(file, strict=True)
+        header = _read_header(reader, path)
+        while True:
+            first_line = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "unexpected end of data" in str(error):
+                    raise DataError(
+                        f"{path}:{first_line}: a quote opened in this row is never closed, so the rest of the file can't "
+                        "be told apart. Close the quote, or double it where it is text."
+                    ) from None
+                yield Reject(str(path), first_line, f"malformed csv: {error}")
+                continue
+            yield _match_header(fields, header, path, first_line)
+
+
+def _read_header(reader: Iterator[list[str]], path: Path) -> list[str]:
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise DataError(f"{path}:1: the header is malformed: {error}.") from None
+    duplicates = sorted({name for name in header if header.count(name) > 1})
+    if duplicates:
+        listed = ", ".join(map(repr, duplicates))
+        raise DataError(f"{path}:1: the header names {listed} more than once, so the column meant can't be told.")
+    return header
+
+
+def _match_header(fields: list[str], header: list[str], path: Path, line: int) -> Row | Reject:
+    if not fields:  # A blank line.
+        return Row({}, str(path), line)
+    if len(fields) != len(header):
+        return Reject(str(path), line, f"{len(fields)} fields, but the header has {len(header)}")
+    return check_values(dict(zip(header, fields, strict=True)), str(path), line)
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lift csv's limit of 131,072 characters a field, which is global to the process, for a while."""
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _iter_jsonl(path: Path) -> Read:
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                yield Row({}, str(path), number)
+                continue
+            try:
+                value = json.loads(line, object_pairs_hook=_unique_keys)
+            except (ValueError, RecursionError) as error:
+                yield Reject(str(path), number, f"malformed JSON: {error}")
+                continue
+            yield _check_object(value, path, number)
+
+
+def _iter_json(path: Path) -> Read:
+    with open_text(path) as file:
+        try:
+            values = json.load(file, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} is malformed JSON: {error}. Is it one object a line? Then its type is jsonl."
+            ) from error
+    if not isinstance(values, list):
+        raise DataError(f"{path} must hold a list of objects, found {type(values).__name__}.")
+    for number, value in enumerate(values, start=1):
+        yield _check_object(value, path, number)
+
+
+def _check_object(value: object, path: Path, number: int) -> Row | Reject:
+    if not isinstance(value, dict):
+        return Reject(str(path), number, f"expected a JSON object, found {type(value).__name__}")
+    return check_values(value, str(path), number)
+
+
+def _unique_keys(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} appears twice in one object")
+        found[key] = value
+    return found
+
+
+def _iter_parquet(path: Path) -> Read:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield check_values(values, str(path), number)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"can't read {path}: {error}. The file may be damaged or no parquet file.") from error
+
+
+_READERS: dict[FileType, Callable[[Path], Read]] = {
+    "txt": _iter_txt,
+    "csv": _iter_csv,
+    "jsonl": _iter_jsonl,
+    "json": _iter_json,
+    "parquet": _iter_parquet,
+}
+
+_TYPES_BY_SUFFIX: dict[str, FileType] = {
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+}

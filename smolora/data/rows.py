@@ -1,0 +1,55 @@
+"""A raw record and the record that could not be one, both with the place they came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from smolora.data.encoding import find_surrogate
+
+Values = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A raw record; `line` counts from 1 (records of a file without lines are counted alike)."""
+
+    values: Values
+    file: str
+    line: int
+
+    @property
+    def origin(self) -> str:
+        """Where the row came from, as `file:line`."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that can't be used, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+def check_values(values: Values, file: str, line: int) -> Row | Reject:
+    """Return the row, or a reject where a value holds half of a surrogate pair (or, as the same, bytes of no UTF-8)."""
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if (half := find_surrogate(text)) is not None:
+            code = ord(text[half])
+            # Undecodable bytes arrive as U+DC80 to U+DCFF, by Python's surrogateescape.
+            found = f"byte 0x{code - 0xDC00:02x} is no UTF-8" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X} is half a pair"
+            return Reject(file, line, f"column {name!r}, character {half}: {found}")
+    return Row(values, file, line)
+
+
+def list_columns(rows: Iterable[Row | Reject]) -> list[str]:
+    """Return the columns of all rows, in the order they first appear."""
+    columns: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, Row):
+            columns.update(dict.fromkeys(row.values))
+    return list(columns)

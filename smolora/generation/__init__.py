@@ -1,0 +1,1 @@
+"""Asking a model: one generator for the class, the command line, evaluation and chat."""

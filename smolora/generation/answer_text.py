@@ -1,0 +1,43 @@
+"""Token ids of an answer to its text, whole or piece by piece, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_ANCHOR_TOKENS = 32
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+def iter_pieces(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Iterable[int]
+) -> Iterator[str]:
+    """Yield the answer's text as its tokens come, holding a character back until all its bytes are there.
+
+    The end of the prompt stays in front of every decoding and is cut off the text: alone, the first token of a
+    SentencePiece answer would lose its space.
+    """
+    ids = list(prompt_ids[-_ANCHOR_TOKENS:])
+    shown = text = _decode(tokenizer, ids)
+    for token_id in answer_ids:
+        ids.append(token_id)
+        text = _decode(tokenizer, ids)
+        if len(text) > len(shown) and not text.endswith(_UNFINISHED):
+            yield text[len(shown) :]
+            shown = text
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
+    """Return what `iter_pieces` yields, joined; with one decoding instead of one a token wherever that is the same."""
+    anchor = list(prompt_ids[-_ANCHOR_TOKENS:])
+    text = _decode(tokenizer, [*anchor, *answer_ids])
+    if _UNFINISHED in text:  # Bytes that spell no character: what they become depends on which came together.
+        return "".join(iter_pieces(tokenizer, prompt_ids, answer_ids))
+    return text[len(_decode(tokenizer, anchor)) :]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

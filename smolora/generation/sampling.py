@@ -1,0 +1,35 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from smolora.config.base import Section
+
+
+class SamplingSettings(Section):
+    """Length and randomness of an answer.
+
+    >>> SamplingSettings(temperature=0).is_greedy
+    True
+    """
+
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Longest answer in tokens; the model's context may end it earlier."""
+
+    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    """Divides the logits: below 1 is safer, above 1 wilder, 0 always takes the likeliest token."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Choose among the k likeliest tokens only."""
+
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Choose among the likeliest tokens that together have this probability."""
+
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """The same seed gives the same answer. Left out, every answer is drawn anew."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn at random."""
+        return self.temperature == 0.0

@@ -1,0 +1,84 @@
+"""What was said so far, and how it is put to a model: by the form the model was trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from smolora.generation.sampling import SamplingSettings
+from smolora.generation.text_generator import Prompt, TextGenerator
+from smolora.models.bundle import ModelBundle
+
+
+class Conversation:
+    """A history that grows by a question and its answer, and forgets its oldest turns when the context is full.
+
+    A model of messages sees the turns through its chat template. One of plain text goes on from everything said. One
+    trained on single questions sees the last one alone.
+    """
+
+    def __init__(self, bundle: ModelBundle, settings: SamplingSettings = SamplingSettings()) -> None:
+        self.settings = settings
+        self.turns: list[dict[str, str]] = []
+        self.num_forgotten = 0
+        self._generator = TextGenerator(bundle)
+        self._context = bundle.context
+        self._form = _choose_form(bundle)
+
+    def describe(self) -> str:
+        """Return what the model sees of the history, as a sentence."""
+        return {
+            "turns": "The model sees the conversation through its chat template.",
+            "continued": "The model continues text: it goes on from everything written so far.",
+            "single": "The model was trained on single prompts: it sees each line alone.",
+        }[self._form]
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Yield the answer in pieces. Closed early, what was yielded is the answer; an empty one is forgotten.
+
+        `num_forgotten` counts the turns that this question pushed out.
+
+        Raises:
+            DataError: The text alone is past the context; the history stays as it was.
+        """
+        before, answer = list(self.turns), ""
+        self.turns.append({"role": "user", "content": text})
+        try:
+            for piece in self._generator.stream(self._prompt(), settings=self._make_room()):
+                answer += piece
+                yield piece
+        finally:
+            if answer.strip():
+                self.turns.append({"role": "assistant", "content": answer})
+            else:
+                self.turns = before
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.turns = []
+
+    def _prompt(self) -> Prompt:
+        if self._form == "turns":
+            return self.turns
+        if self._form == "single":
+            return self.turns[-1]["content"]
+        lines = [("\n" if turn["role"] == "user" else "") + turn["content"] for turn in self.turns]
+        return "".join(lines).removeprefix("\n")
+
+    def _make_room(self) -> SamplingSettings:
+        """Drop the oldest turns until half the context, or the longest answer, is free; return settings that fit."""
+        self.num_forgotten = 0
+        if self._context is None:
+            return self.settings
+        wanted = min(self.settings.max_new_tokens, self._context // 2)
+        while (free := self._context - self._generator.count_tokens(self._prompt())) < wanted and len(self.turns) > 1:
+            del self.turns[:2]
+            self.num_forgotten += 2
+        settings: SamplingSettings = self.settings.replace(max_new_tokens=max(1, min(self.settings.max_new_tokens, free)))
+        return settings
+
+
+def _choose_form(bundle: ModelBundle) -> str:
+    kind = bundle.prompt_format.kind if bundle.prompt_format else None
+    if kind == "messages" or (kind is None and bundle.tokenizer.chat_template):
+        return "turns"
+    return "continued" if kind in {None, "text"} else "single"

@@ -1,0 +1,167 @@
+"""Opens a pretrained model: a Hugging Face folder or hub id comes in, a ModelBundle goes out.
+
+Weights are read from safetensors only, code that comes with a model is never run, and a checkpoint that lacks a tensor is refused
+(transformers would fill it with random numbers and go on).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from smolora.data.prompts import read_prompt_format
+from smolora.errors import ModelError
+from smolora.models.anatomy import build_anatomy
+from smolora.models.bundle import ModelBundle
+from smolora.models.weight_files import fingerprint_weights, list_weight_files, read_stored_tensors
+from smolora.tokenizers.pretrained import load_tokenizer
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SETTINGS_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_OTHER_COPIES = ["original/*", "onnx/*", "consolidated*"]
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", revision: str | None = None
+) -> ModelBundle:
+    """Open a causal language model, in eval mode.
+
+    Args:
+        name_or_path: A folder in Hugging Face format, or a hub id.
+        dtype: Type of the weights in memory; None keeps the file's own.
+        device: Where the weights go.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: No such model, code of its own, no safetensors, or a damaged or incomplete checkpoint.
+    """
+    folder = resolve_model_folder(name_or_path, revision=revision)
+    read_model_settings(folder)
+    for file in list_weight_files(folder):
+        read_stored_tensors(file)
+    model = _load_weights(folder, dtype).to(device)
+    return ModelBundle(
+        model=model,
+        tokenizer=load_tokenizer(folder),
+        anatomy=build_anatomy(model),
+        source=str(folder.resolve()) if Path(name_or_path).is_dir() else str(name_or_path),
+        fingerprint=fingerprint_weights(folder),
+        prompt_format=read_prompt_format(folder),
+        revision=revision,
+    )
+
+
+def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """Return the local folder of a path or hub id; a hub id is downloaded (safetensors and settings) or taken from the cache.
+
+    Raises:
+        ModelError: There is no such folder, and no such model on the hub or no way to reach it.
+    """
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        kind = "a file, not a folder" if folder.exists() else "no folder"
+        raise ModelError(f"{name} is {kind}. Name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M.")
+    try:
+        settings = Path(snapshot_download(name, revision=revision, allow_patterns=_SETTINGS_FILES, ignore_patterns=_OTHER_COPIES))
+        refuse_code(settings)  # Before the gigabytes.
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*_SETTINGS_FILES, "*.safetensors"], ignore_patterns=_OTHER_COPIES
+            )
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"no folder '{name}' here, and the hub didn't give it: {reason} Check the name, or the network.") from error
+
+
+def read_model_settings(folder: Path) -> dict[str, object]:
+    """Return config.json of a model folder.
+
+    Raises:
+        ModelError: It is missing, unreadable, names no model type, or asks to run code.
+    """
+    refuse_code(folder)
+    settings = _read_json(folder / "config.json")
+    if settings is None:
+        raise ModelError(f"{folder} has no config.json, so it is no model folder. Name a model folder, a run, or a hub id.")
+    if not isinstance(settings.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'} names no model_type. Save the model again with save_pretrained.")
+    return settings
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise if a config asks to run code that comes with the model.
+
+    Raises:
+        ModelError: There is an `auto_map`.
+    """
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if "auto_map" in (_read_json(folder / name) or {}):
+            raise ModelError(
+                f"{folder / name} asks to run code of its own (auto_map), which is never done. "
+                "Use a model whose type transformers has; if transformers has this one, remove auto_map from your copy."
+            )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switch off the bars and warnings of transformers inside the block; what matters in them is checked and raised here."""
+    level, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    try:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} can't be opened as a causal language model: {reason}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{folder} lacks {len(missing)} tensors of a {model.config.model_type} model, such as {missing[0]}. "
+            "It is another kind of model, or an incomplete copy."
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _read_json(file: Path) -> dict[str, object] | None:
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} can't be read: {error}. Copy or download it again.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} must hold a JSON object, found {type(values).__name__}.")
+    return values
