@@ -99,7 +99,9 @@ def run_all(*commands: list[str]) -> int:
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> int:
-    print("$", " ".join(Path(part).name if part == command[0] else part for part in command), file=sys.stderr, flush=True)
+    print(
+        "$", " ".join(Path(part).name if part == command[0] else part for part in command), file=sys.stderr, flush=True
+    )
     try:
         return subprocess.call(command, cwd=ROOT, env={**os.environ, **(environment or {})})
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Tiny random models of every family, and a small real tokenizer, for all tests: seeded, float32, made in milliseconds.
 
-    folder = save_tiny_model("llama", tmp_path / "base")     # a Hugging Face folder: model.safetensors, config, tokenizer
-    bundle = tiny_bundle("gpt2", tmp_path / "base")           # the same, opened
+folder = save_tiny_model("llama", tmp_path / "base")     # a Hugging Face folder: model.safetensors, config, tokenizer
+bundle = tiny_bundle("gpt2", tmp_path / "base")           # the same, opened
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "gemma": _GROUPED,
     "gemma2": {**_GROUPED, "query_pre_attn_scalar": 8},
     "phi": _ROTARY,
+    "phi3": {**_ROTARY, "num_key_value_heads": 2},
     "gpt2": {"n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": CONTEXT},
     "gpt_neox": _ROTARY,
     "bloom": {"hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4},
@@ -53,7 +54,8 @@ PACKABLE_FAMILIES = tuple(family for family in FAMILIES if family not in ("bloom
 
 _TEXT = (
     "the cat sat on the mat and the dog sat on the log. name: The Eagle, food: Italian, area: riverside. "
-    "The Eagle is an Italian place in the riverside area. Where is the other one? It isn't there; they went away, 12 of 34! "
+    "The Eagle is an Italian place in the riverside area. Where is the other one? "
+    "It isn't there; they went away, 12 of 34! "
 )
 
 
@@ -73,7 +75,7 @@ def _train_tokenizer() -> str:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 288 tokens: any text goes through it and back; end of text is token 0, and there is no pad token."""
+    """A byte-level BPE of 288 tokens: any text makes the round trip; end of text is token 0; there is no pad token."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_train_tokenizer()), eos_token=EOS_TOKEN, model_max_length=CONTEXT
     )
@@ -86,7 +88,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
         "bos_token_id": None,
         "eos_token_id": 0,
         "pad_token_id": None,
-        "initializer_range": 0.15,  # Far above the usual 0.02, so that a small mistake moves the logits of so few layers.
+        "initializer_range": 0.15,  # Not the usual 0.02, so that a small mistake moves the logits of so few layers.
         **_no_dropout(family),
         **_SETTINGS[family],
         **changes,
@@ -134,7 +136,7 @@ def save_tiny_model(
 
 def tiny_bundle(family: str, folder: Path, **settings: Any) -> Any:
     """Save a tiny model in `folder` and open it as a ModelBundle."""
-    from smolora.models.loading import load_model  # noqa: PLC0415 - tests of lower layers import this module too
+    from smolora.models.loading import load_model  # Here, since tests of lower layers import this module too.
 
     return load_model(str(save_tiny_model(family, folder, **settings)))
 

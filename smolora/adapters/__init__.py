@@ -1,1 +1,1 @@
-"""Adapters: where they go (targets), how they get there (attach), and how they are kept, switched off and merged. The only door to peft."""
+"""Adapters: where they go, how they get there, how they are kept, switched off and merged. The only door to peft."""

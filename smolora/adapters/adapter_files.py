@@ -1,7 +1,8 @@
 """The files of an adapter folder, read and judged before any model is touched.
 
-A folder is peft's (adapter_config.json, adapter_model.safetensors); ours adds base_identity.json, which says on which weights it was trained,
-and prompt_format.json. Adapters of the same shape fit many bases, so the shapes alone prove nothing.
+A folder is peft's (adapter_config.json, adapter_model.safetensors); ours adds base_identity.json, which says on which
+weights it was trained, and prompt_format.json. Adapters of the same shape fit many bases, so the shapes alone prove
+nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class StoredAdapter:
                 sides.setdefault(match["module"], {})[match["side"]] = tensor
         for module, found in sides.items():
             if len(found) != 2:
-                raise ModelError(f"{self.folder} has only matrix {''.join(found)} of {module}: it is damaged. Copy it again.")
+                raise ModelError(
+                    f"{self.folder} has only matrix {''.join(found)} of {module}: it is damaged. Copy it again."
+                )
         return {module: (found["A"], found["B"]) for module, found in sides.items()}
 
     def refuse_other_base(self, fingerprint: str, source: str) -> None:
@@ -84,7 +87,8 @@ def resolve_adapter_path(root: Path, name: str) -> Path:
     path = root / name
     if not _NAME.fullmatch(name) or path.resolve().parent != root.resolve():
         raise ConfigError(
-            f"'{name}' can't be an adapter's name. Use 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit."
+            f"'{name}' can't be an adapter's name. Use 1 to 64 letters, digits, '.', '_' and '-', "
+            "and begin with a letter or digit."
         )
     return path
 
@@ -102,7 +106,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity. Take an earlier checkpoint of its run.")
     if not adapter.pairs:
-        raise ModelError(f"{folder} holds no LoRA matrix that peft would load, such as base_model.model.MODULE.lora_A.weight.")
+        raise ModelError(
+            f"{folder} holds no LoRA matrix that peft would load, such as base_model.model.MODULE.lora_A.weight."
+        )
     return adapter
 
 
@@ -111,6 +117,8 @@ def _read_config(folder: Path) -> peft.LoraConfig:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} can't be read: {error}. Copy the adapter again.") from None
+    if config.peft_type is None:
+        raise ModelError(f"{folder / CONFIG_FILE} can't be read: it names no peft_type. Copy the adapter again.")
     if not isinstance(config, peft.LoraConfig):
         raise ModelError(f"{folder} is a {config.peft_type} adapter; LoRA is what can be opened.")
     return config

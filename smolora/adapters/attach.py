@@ -10,7 +10,7 @@ from dataclasses import replace
 import peft
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smolora.adapters.targets import resolve_target_modules
@@ -23,8 +23,9 @@ from smolora.models.bundle import ModelBundle
 def attach_adapter(bundle: ModelBundle, config: LoRAConfig, *, seed: int) -> ModelBundle:
     """Freeze the base and put a new adapter on it; `bundle.model` itself is changed.
 
-    The adapter's weights are float32 over a base of any type (AdamW in half precision doesn't move, or overflows). Matrix B starts at 0, so no
-    logit changes; A is drawn from `seed`, and the global random generator stays as it was.
+    The adapter's weights are float32 over a base of any type (AdamW in half precision doesn't move, or overflows).
+    Matrix B starts at 0, so no logit changes; A is drawn from `seed`, and the global random generator stays as it
+    was.
 
     Raises:
         ConfigError: A target that the model doesn't have, or a model that carries an adapter already.
@@ -32,20 +33,38 @@ def attach_adapter(bundle: ModelBundle, config: LoRAConfig, *, seed: int) -> Mod
     """
     model = refuse_unadaptable(bundle)
     targets = resolve_target_modules(bundle.anatomy, config.target_modules)
-    peft_config = peft.LoraConfig(
+    peft_config = _build_peft_config(config, model, targets, source=bundle.source, revision=bundle.revision)
+    return replace(bundle, model=_adapt(model, peft_config, seed=seed))
+
+
+def setup_model_with_lora(model: PreTrainedModel, config: LoRAConfig | None = None, *, seed: int = 0) -> peft.PeftModel:
+    """Put a fresh adapter on a plain model that is in memory already, without a bundle; `model` itself is changed."""
+    config = config or LoRAConfig()
+    targets = resolve_target_modules(build_anatomy(model), config.target_modules)
+    return _adapt(model, _build_peft_config(config, model, targets, source=model.name_or_path or None), seed=seed)
+
+
+def _build_peft_config(
+    config: LoRAConfig, model: nn.Module, targets: list[str], *, source: str | None, revision: str | None = None
+) -> peft.LoraConfig:
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2 stores its matrices [in, out].
-        base_model_name_or_path=bundle.source,
-        revision=bundle.revision,
+        base_model_name_or_path=source,
+        revision=revision,
     )
+
+
+def _adapt(model: PreTrainedModel, peft_config: peft.LoraConfig, *, seed: int) -> peft.PeftModel:
     with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
-    return replace(bundle, model=adapted)
+    assert isinstance(adapted, peft.PeftModel)
+    return adapted
 
 
 @contextmanager
@@ -68,7 +87,8 @@ def refuse_unadaptable(bundle: ModelBundle) -> PreTrainedModel:
     """
     if is_adapted(bundle):
         raise ConfigError(
-            "the model carries an adapter already. Merge it first (smolora merge), or continue it with adapter.path (--adapter)."
+            "the model carries an adapter already. Merge it first (smolora merge), "
+            "or continue it with adapter.path (--adapter)."
         )
     if not isinstance(bundle.model, PreTrainedModel):
         raise ModelError(
@@ -81,12 +101,3 @@ def refuse_unadaptable(bundle: ModelBundle) -> PreTrainedModel:
 def is_adapted(bundle: ModelBundle) -> bool:
     """Whether the bundle's model carries an adapter."""
     return isinstance(bundle.model, peft.PeftModel)
-
-
-def setup_model_with_lora(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: LoRAConfig | None = None, *, seed: int = 0
-) -> ModelBundle:
-    """Put a fresh LoRA adapter on a model that is in memory already; a thin name over `attach_adapter`."""
-    source = str(model.name_or_path) if isinstance(model, PreTrainedModel) else ""
-    bundle = ModelBundle(model, tokenizer, build_anatomy(model), source=source, fingerprint="")
-    return attach_adapter(bundle, config or LoRAConfig(), seed=seed)

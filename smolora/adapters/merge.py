@@ -1,7 +1,7 @@
-"""Merges a LoRA adapter into a plain model folder: read from the base's own files, proved on a probe, and there whole or not at all.
+"""Merges a LoRA adapter into a plain model folder: read from the base's files, proved on a probe, whole or not there.
 
-The base's files keep their types, names and shards. peft's own merge loads the model in one type, and with a NaN in the adapter it either
-merges the NaN or stops half way.
+The base's files keep their types, names and shards. peft's own merge loads the model in one type, and with a NaN in
+the adapter it either merges the NaN or stops half way.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _COPIED = (
     "NOTICE*",
 )
 
-# What a LoRA config may say and be merged here. Any other setting that isn't at its default is refused, also one that peft adds later.
-_UNDERSTOOD = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout"),
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-}
+# What a LoRA config may say and be merged here. Another setting away from its default is refused, also one that peft
+# adds later.
+_BOOKKEEPING = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
+_SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, "inference_mode", "lora_dropout", "init_lora_weights"}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
 
 _PROBE_TOKENS = 32
@@ -79,7 +79,7 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class _Probe:
+class Probe:
     """The adapter's logits on a few tokens, before anything is merged."""
 
     input_ids: Tensor
@@ -107,7 +107,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     base_folder = resolve_model_folder(bundle.source, revision=bundle.revision)
     _refuse_base(base_folder, bundle, adapter)
     updates = _build_updates(adapter, bundle)
-    probe = _probe_adapter(load_adapter(bundle, adapter_folder))
+    probe = probe_adapter(load_adapter(bundle, adapter_folder))
     base_name, fingerprint = bundle.source, bundle.fingerprint
     del bundle  # Its float32 weights, before the merged model's are loaded.
     files = list_weight_files(base_folder)
@@ -118,7 +118,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         for file in files:
             write_merged_file(file, staging / file.name, {name: update for name, (update, _) in matched.items()})
         _copy_settings(base_folder, adapter_folder, staging)
-        difference, tolerance = _verify(staging, probe, dtypes)
+        difference, tolerance = verify_merged(staging, probe, dtypes)
         report = MergeReport(
             base=base_name,
             base_fingerprint=fingerprint,
@@ -150,19 +150,25 @@ def _refuse_unmergeable(adapter: StoredAdapter) -> None:
             raise ModelError(f"{adapter.folder} uses {name}={value!r}, which can't be merged yet. Plain LoRA can.")
     if adapter.config.init_lora_weights not in _PLAIN_STARTS:
         raise ModelError(
-            f"{adapter.folder} started with init_lora_weights={adapter.config.init_lora_weights!r}, which changes the base. "
-            "Convert it to plain LoRA with peft (path_initial_model_for_weight_conversion), then merge that."
+            f"{adapter.folder} started with init_lora_weights={adapter.config.init_lora_weights!r}, which changes "
+            "the base. Convert it to plain LoRA with peft (path_initial_model_for_weight_conversion), then merge that."
         )
     if len(adapter.tensors) != 2 * len(adapter.pairs):
-        raise ModelError(f"{adapter.folder} holds tensors that aren't LoRA's A and B, which can't be merged yet. Plain LoRA can.")
+        raise ModelError(
+            f"{adapter.folder} holds tensors that aren't LoRA's A and B, which can't be merged yet. Plain LoRA can."
+        )
 
 
 def _refuse_base(folder: Path, bundle: ModelBundle, adapter: StoredAdapter) -> None:
     if "quantization_config" in read_model_settings(folder):
-        raise ModelError(f"{folder} is quantised, and merging into rounded weights loses the adapter. Merge into the original.")
+        raise ModelError(
+            f"{folder} is quantised, and merging into rounded weights loses the adapter. Merge into the original."
+        )
     heads = [path for path in adapter.pairs if bundle.anatomy.part_of(f"{path}.weight").group == "head"]
     if heads and isinstance(bundle.model, PreTrainedModel) and bundle.model.config.tie_word_embeddings:
-        raise ModelError(f"{adapter.folder} adapts {heads[0]}, whose weight is the token embedding's: merged, it would change both.")
+        raise ModelError(
+            f"{adapter.folder} adapts {heads[0]}, whose weight is the token embedding's: merged, it would change both."
+        )
 
 
 def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Update]:
@@ -173,14 +179,15 @@ def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Upd
     }
 
 
-def _probe_adapter(bundle: ModelBundle) -> _Probe:
+def probe_adapter(bundle: ModelBundle) -> Probe:
+    """Return the logits of base and adapter on a few fixed tokens."""
     num_tokens = min(bundle.context or _PROBE_TOKENS, _PROBE_TOKENS)
     vocab_size = next(p for p in bundle.model.parameters() if p.ndim == 2).shape[0]
     input_ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     logits = _compute_logits(bundle, input_ids)
     with disabled_adapter(bundle):
         effect = (logits - _compute_logits(bundle, input_ids)).abs().max().item()
-    return _Probe(input_ids, logits, effect)
+    return Probe(input_ids, logits, effect)
 
 
 @torch.no_grad()
@@ -199,12 +206,20 @@ def _copy_settings(base: Path, adapter: Path, target: Path) -> None:
             shutil.copyfile(folder / PROMPT_FORMAT_FILE, target / PROMPT_FORMAT_FILE)
 
 
-def _verify(merged: Path, probe: _Probe, dtypes: list[str]) -> tuple[float, float]:
-    """Return (largest difference of a logit, tolerance), or raise if the merged model isn't the adapter's."""
+def verify_merged(merged: Path, probe: Probe, dtypes: list[str]) -> tuple[float, float]:
+    """Return (largest difference of a logit, tolerance), both in float32.
+
+    A float32 file is held to 1e-5 of the largest logit (at least 1e-5), a 16-bit file to 8 roundings of its type.
+
+    Raises:
+        ModelError: The merged model isn't the adapter's.
+    """
     logits = _compute_logits(load_model(merged, dtype=torch.float32), probe.input_ids)
     difference = (logits - probe.logits).abs().max().item()
     largest = max(1.0, probe.logits.abs().max().item())
-    halves = [torch.finfo(dtype).eps for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)) if name in dtypes]
+    halves = [
+        torch.finfo(dtype).eps for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)) if name in dtypes
+    ]
     tolerance = largest * max([1e-5, *(_HALF_TOLERANCE * eps for eps in halves)])
     if not difference <= tolerance:
         raise ModelError(

@@ -1,7 +1,7 @@
 """Adds LoRA updates to safetensors files, one tensor in memory at a time.
 
-A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte, and the tensors follow
-in the same order: updated ones computed in float32 and cast back, all others copied.
+A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte, and
+the tensors follow in the same order: updated ones computed in float32 and cast back, all others copied.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Update:
         return (weight.float() + (delta.T if self.is_transposed else delta)).to(weight.dtype)
 
 
-def match_updates(updates: Mapping[str, Update], stored: Iterable[StoredTensor]) -> dict[str, tuple[Update, StoredTensor]]:
+def match_updates(
+    updates: Mapping[str, Update], stored: Iterable[StoredTensor]
+) -> dict[str, tuple[Update, StoredTensor]]:
     """Return the updates by the name of the stored tensor they go on.
 
     Args:
@@ -55,7 +57,9 @@ def match_updates(updates: Mapping[str, Update], stored: Iterable[StoredTensor])
         names = (f"{path}.weight", f"{path}.weight".partition(".")[2])  # Older files leave the first part away.
         tensor = next((by_name[name] for name in names if name in by_name), None)
         if tensor is None:
-            raise ModelError(f"the base's files hold no {path}.weight to merge into. Merge into another copy of the base.")
+            raise ModelError(
+                f"the base's files hold no {path}.weight to merge into. Merge into another copy of the base."
+            )
         if tensor.dtype not in _DTYPES:
             raise ModelError(
                 f"{tensor.name} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} can be merged into. "
@@ -87,7 +91,10 @@ def _merge(reader: BinaryIO, tensor: StoredTensor, update: Update) -> bytes:
     weight = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype]).reshape(tensor.shape)
     merged = update.apply(weight).contiguous()
     if not torch.isfinite(merged).all():
-        raise ModelError(f"{tensor.name} merged holds NaN or infinity: the update doesn't fit into {tensor.dtype}. Nothing was written.")
+        raise ModelError(
+            f"{tensor.name} merged holds NaN or infinity: the update doesn't fit into {tensor.dtype}. "
+            "Nothing was written."
+        )
     return merged.view(torch.uint8).numpy().tobytes()
 
 

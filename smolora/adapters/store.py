@@ -44,7 +44,8 @@ def save_adapter(bundle: ModelBundle, folder: Path) -> None:
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600, which nobody else can read.
     _sort_targets(folder / CONFIG_FILE)
     write_json(
-        folder / IDENTITY_FILE, {"fingerprint": bundle.fingerprint, "source": bundle.source, "revision": bundle.revision}
+        folder / IDENTITY_FILE,
+        {"fingerprint": bundle.fingerprint, "source": bundle.source, "revision": bundle.revision},
     )
     if bundle.prompt_format:
         write_prompt_format(bundle.prompt_format, folder)
@@ -60,7 +61,8 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
 
     Raises:
         ConfigError: The base carries an adapter already.
-        ModelError: The adapter is damaged, was trained on another base, or its tensors aren't exactly those the base takes.
+        ModelError: The adapter is damaged, was trained on another base, or its tensors aren't exactly those the base
+        takes.
     """
     model = refuse_unadaptable(base)
     adapter = read_adapter(folder)
@@ -102,7 +104,9 @@ def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, devic
         ModelError: It names none, or that one isn't there.
     """
     if not adapter.base:
-        raise ModelError(f"{adapter.folder / CONFIG_FILE} names no base model. Write its path or hub id as base_model_name_or_path.")
+        raise ModelError(
+            f"{adapter.folder / CONFIG_FILE} names no base model. Write its path or hub id as base_model_name_or_path."
+        )
     try:
         return load_model(adapter.base, dtype=dtype, device=device, revision=adapter.config.revision)
     except ModelError as error:
@@ -121,12 +125,14 @@ def _refuse_misfit(adapter: StoredAdapter, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for path, (a, b) in adapter.pairs.items():
         if path not in modules or not is_linear(modules[path]):
-            raise ModelError(f"{adapter.folder} adapts {path}, and this base has no such linear layer. It is for another model.")
+            raise ModelError(
+                f"{adapter.folder} adapts {path}, and this base has no such linear layer. It is for another model."
+            )
         expected, found = read_shape(modules[path]), (a.shape[1], b.shape[0])
         if found != expected:
             raise ModelError(
-                f"{adapter.folder} adapts {path} from {found[0]} to {found[1]} features, and this base's goes from {expected[0]} "
-                f"to {expected[1]}. It is for another model."
+                f"{adapter.folder} adapts {path} from {found[0]} to {found[1]} features, and this base's goes "
+                f"from {expected[0]} to {expected[1]}. It is for another model."
             )
 
 

@@ -17,7 +17,8 @@ def resolve_target_modules(anatomy: Anatomy, target_modules: str | Sequence[str]
 
     Args:
         anatomy: Of the plain model.
-        target_modules: `attention_only` (query and value, or the fused module), `mlp_only`, `both`, `all` (every linear layer but the
+        target_modules: `attention_only` (query and value, or the fused module), `mlp_only`, `both`, `all` (every
+        linear layer but the
             head), or names: the last part of a path (`q_proj`), its last parts (`mlp.c_proj`), or all of it.
 
     Raises:
@@ -30,7 +31,9 @@ def resolve_target_modules(anatomy: Anatomy, target_modules: str | Sequence[str]
         chosen = {path for name in names for path in _match(anatomy, name)}
         return [path for path in anatomy.linear_modules() if path in chosen]
     if not group:
-        raise ConfigError(f"adapter.target_modules: '{named}' is nothing in '{anatomy.family}'. {_list_modules(anatomy)}")
+        raise ConfigError(
+            f"adapter.target_modules: '{named}' is nothing in '{anatomy.family}'. {_list_modules(anatomy)}"
+        )
     return group
 
 

@@ -14,7 +14,8 @@ from smolora.models.bundle import ModelBundle
 def disabled_adapter(bundle: ModelBundle) -> Iterator[None]:
     """Compute with the base alone inside the block; a bundle without an adapter is left as it is.
 
-    What is frozen stays frozen: peft marks every adapter tensor trainable when it switches an adapter back on, so that is undone.
+    What is frozen stays frozen: peft marks every adapter tensor trainable when it switches an adapter back on, so
+    that is undone.
     """
     if not isinstance(bundle.model, peft.PeftModel):
         yield

@@ -3,7 +3,7 @@
 from smolora.config.adapter import ATTENTION_ONLY, BOTH, MLP_ONLY, LoRAConfig
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
-from smolora.config.experiment import ExperimentConfig, PretrainConfig, dump_config, resolve_config
+from smolora.config.experiment import ExperimentConfig, PrepareConfig, PretrainConfig, dump_config, resolve_config
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
 from smolora.config.training import TrainingConfig
 
@@ -17,6 +17,7 @@ __all__ = [
     "GPTConfig",
     "LoRAConfig",
     "ModelConfig",
+    "PrepareConfig",
     "PretrainConfig",
     "TokenizerConfig",
     "TrainingConfig",

@@ -1,4 +1,4 @@
-"""The base of every configuration section: frozen, strict, and with errors that name field, value and what is allowed."""
+"""The base of every configuration section: frozen and strict; its errors name field, value and what is allowed."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class PretrainConfig(Section):
     """The text."""
 
     training: TrainingConfig = Field(default_factory=_pretraining_defaults)
-    """The training loop; its defaults differ from tuning's: 2,000 steps of 12 rows at 1e-3, cosine, weight decay 0.1."""
+    """The training loop. Its own defaults: 2,000 steps of 12 rows at 1e-3, cosine, weight decay 0.1."""
 
     evaluation: EvaluationConfig = EvaluationConfig(batch_size=32)
     """Evaluation during the run."""
@@ -76,24 +76,42 @@ class PretrainConfig(Section):
     """Where the run computes."""
 
 
-RunConfig = TypeVar("RunConfig", ExperimentConfig, PretrainConfig)
+class PrepareConfig(Section):
+    """What `smolora prepare` does with a source."""
+
+    data: DataConfig = DataConfig()
+    """Reading, cleaning, chunking and splitting."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the split."""
+
+
+RunConfig = TypeVar("RunConfig", ExperimentConfig, PretrainConfig, PrepareConfig)
 
 
 def resolve_config(
-    kind: type[RunConfig], *, file: Path | None = None, assignments: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+    kind: type[RunConfig],
+    *,
+    base: Path | None = None,
+    file: Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    assignments: Iterable[str] = (),
 ) -> RunConfig:
-    """Build a configuration from its layers; a later one wins: defaults, YAML `file`, `flags`, then `key.path=value`.
+    """Build a configuration from its layers; a later one wins: defaults, `base`, `file`, `flags`, `assignments`.
 
     Args:
         kind: The configuration class.
+        base: The configuration that a run was started with, where it is resumed.
         file: A YAML file with the sections of `kind`.
-        assignments: Strings such as `training.learning_rate=1e-4`; the value is read as YAML.
         flags: Values by dotted path; None means not given.
+        assignments: Strings such as `training.learning_rate=1e-4`; the value is read as YAML.
 
     Raises:
         ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed.
     """
-    values = _read_yaml(file) if file else {}
+    values: dict[str, Any] = {}
+    for layer in (base, file):
+        values = _merge(values, _read_yaml(layer)) if layer else values
     for path, value in (flags or {}).items():
         if value is not None:
             _assign(values, path, value)
@@ -105,7 +123,16 @@ def resolve_config(
     if kind is PretrainConfig:
         defaults = _pretraining_defaults().model_dump(exclude_unset=True)
         values["training"] = {**defaults, **_section(values, "training")}
+    if kind is ExperimentConfig and not values.get("model"):
+        raise ConfigError(
+            "model.name_or_path is missing. Name the base model with --model: a folder, a run or a hub id."
+        )
     return kind(**values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return {**below, **above, **{key: _merge(below[key], above[key]) for key in both}}
 
 
 def dump_config(config: Section) -> str:

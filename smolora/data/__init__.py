@@ -1,1 +1,1 @@
-"""From sources to batches: readers, cleaning, sources, prompts, preprocessing, token datasets, collation, and the ledger."""
+"""From sources to batches: readers, cleaning, sources, prompts, preprocessing, token datasets, collation, ledger."""

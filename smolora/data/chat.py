@@ -7,6 +7,8 @@ generation markers, which most templates lack. Control tokens that a user typed 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +44,9 @@ def check_messages(value: object) -> list[dict[str, str]]:
             text = message.get(key)
             if not isinstance(text, str) or not text.strip():
                 keys = ", ".join(map(str, message))
-                raise DataError(f"message {number} needs text under {key!r}, found {_shorten(text)} (its keys: {keys}).")
+                raise DataError(
+                    f"message {number} needs text under {key!r}, found {_shorten(text)} (its keys: {keys})."
+                )
     return [dict(message) for message in value]
 
 
@@ -54,19 +58,19 @@ def encode_conversation(
     Raises:
         DataError: The template can't render it, or rewrites a turn so that what to train on can't be told.
     """
-    ids = _render(messages, tokenizer, template)
+    renderer = _Renderer(tokenizer, template)
+    ids = renderer.render(messages)
     spans = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = _find_start(ids, messages, turn, tokenizer, template)
-        end = _find_end(ids, start, messages, turn, tokenizer, template)
-        check_spelling(ids[start:end], message["content"].strip(), tokenizer)
-        spans.append((start, end))
-    if spans and spans[-1][1] == len(ids) and not _ends_with_control_token(ids, spans[-1], tokenizer):
+        if message["role"] == "assistant":
+            start = renderer.find_start(ids, messages, turn)
+            end = renderer.find_end(ids, messages, turn, start)
+            check_spelling(ids[start:end], message["content"].strip(), tokenizer)
+            spans.append((start, end))
+    if spans and spans[-1][1] == len(ids) and not renderer.has_control_token(ids[slice(*spans[-1])]):
         ids = [*ids, get_eos_id(tokenizer)]
         spans[-1] = (spans[-1][0], len(ids))
-    bos = _missing_bos(ids, tokenizer)
+    bos = renderer.missing_bos(ids)
     return build_example([*bos, *ids], [(start + len(bos), end + len(bos)) for start, end in spans])
 
 
@@ -74,80 +78,75 @@ def encode_chat_prompt(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, template: str | None
 ) -> list[int]:
     """Encode a conversation up to where the assistant answers: the prefix that training shows before that turn."""
-    ids = _render(messages, tokenizer, template, is_prompt=True)
-    return [*_missing_bos(ids, tokenizer), *ids]
+    renderer = _Renderer(tokenizer, template)
+    ids = renderer.render(messages, is_prompt=True)
+    return [*renderer.missing_bos(ids), *ids]
 
 
-def _render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str | None, *, is_prompt: bool = False
-) -> list[int]:
-    try:
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE,
-            add_generation_prompt=is_prompt,
-            tokenize=True,
-            return_dict=True,
-            sanitize_control_tokens=True,
-            tokenizer_kwargs={"verbose": False},
-        )
-    except (TemplateError, ValueError, TypeError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the chat template can't render this conversation (roles {roles}): {error}.") from error
-    return list(encoded["input_ids"])
+@dataclass(frozen=True)
+class _Renderer:
+    """Renders conversations with one tokenizer and one template, and finds turns in what was rendered."""
 
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
 
-def _missing_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the begin-of-text id unless the template wrote it already."""
-    bos = get_bos_ids(tokenizer)
-    return [] if list(ids[: len(bos)]) == bos else bos
+    def render(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[int]:
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.template or self.tokenizer.chat_template or PLAIN_CHAT_TEMPLATE,
+                add_generation_prompt=is_prompt,
+                tokenize=True,
+                return_dict=True,
+                sanitize_control_tokens=True,
+                tokenizer_kwargs={"verbose": False},
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(f"the chat template can't render this conversation (roles {roles}): {error}.") from error
+        return list(encoded["input_ids"])
 
+    def missing_bos(self, ids: Sequence[int]) -> list[int]:
+        """Return the begin-of-text id unless the template wrote it already."""
+        bos = get_bos_ids(self.tokenizer)
+        return [] if list(ids[: len(bos)]) == bos else bos
 
-def _find_start(
-    ids: list[int], messages: Sequence[Message], turn: int, tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> int:
-    if turn == 0:
-        raise DataError("the conversation begins with the assistant, so nothing prompts its first turn.")
-    prompt = _render(messages[:turn], tokenizer, template, is_prompt=True)
-    if ids[: len(prompt)] != prompt:
-        raise DataError(
-            f"the chat template renders what comes before turn {turn + 1} differently once the turn is there, so the "
-            "model would be trained on a prefix that it never sees later. Use another data.chat_template or drop the row."
-        )
-    return len(prompt)
+    def find_start(self, ids: list[int], messages: Sequence[Message], turn: int) -> int:
+        if turn == 0:
+            raise DataError("the conversation begins with the assistant, so nothing prompts its first turn.")
+        prompt = self.render(messages[:turn], is_prompt=True)
+        if ids[: len(prompt)] != prompt:
+            raise DataError(
+                f"the chat template renders what comes before turn {turn + 1} differently once the turn is there, so "
+                "the model would learn from a prefix that it never sees later. Set another data.chat_template, or drop "
+                "the row."
+            )
+        return len(prompt)
 
+    def find_end(self, ids: list[int], messages: Sequence[Message], turn: int, start: int) -> int:
+        """Return where a turn ends: as in the conversation cut after it, else at the first mark that ends a turn.
 
-def _find_end(
-    ids: list[int],
-    start: int,
-    messages: Sequence[Message],
-    turn: int,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | None,
-) -> int:
-    """Return where a turn ends: as in the conversation cut after it, else at the first mark that ends a turn.
+        Some templates (Qwen 3's) render the last turn differently from earlier ones, so cutting isn't always exact.
+        """
+        cut = self.render(messages[: turn + 1])
+        if ids[: len(cut)] == cut:
+            return len(cut)
+        mark = self._find_turn_mark(messages[:turn])
+        for end in range(start + len(mark), len(ids) + 1):
+            if mark and ids[end - len(mark) : end] == mark:
+                return end
+        raise DataError(f"the chat template doesn't mark where turn {turn + 1} ends, so what to learn can't be told.")
 
-    Some templates (Qwen 3's) render the last turn differently from earlier ones, so cutting there isn't always exact.
-    """
-    cut = _render(messages[: turn + 1], tokenizer, template)
-    if ids[: len(cut)] == cut:
-        return len(cut)
-    first, second = (
-        _render([*messages[:turn], {"role": "assistant", "content": text}], tokenizer, template) for text in ("a", "b c")
-    )
-    mark: list[int] = []
-    while first[-1 - len(mark)] == second[-1 - len(mark)]:
-        mark.insert(0, first[-1 - len(mark)])
-    for end in range(start + len(mark), len(ids) + 1):
-        if mark and ids[end - len(mark) : end] == mark:
-            return end
-    raise DataError(f"the chat template doesn't mark where turn {turn + 1} ends, so it can't be told what to train on.")
+    def _find_turn_mark(self, history: Sequence[Message]) -> list[int]:
+        """Return the tokens that end an assistant turn: what two turns of different text have in common at the end."""
+        first, second = (self.render([*history, {"role": "assistant", "content": text}])[::-1] for text in ("a", "b c"))
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        return [token for token, _ in common][::-1]
 
-
-def _ends_with_control_token(ids: list[int], span: tuple[int, int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the turn holds a token that plain text can't produce, such as <|im_end|>."""
-    control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return any(token in control for token in ids[span[0] : span[1]])
+    def has_control_token(self, ids: Sequence[int]) -> bool:
+        """Whether some token is one that plain text can't produce, such as <|im_end|>."""
+        control = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return any(token in control for token in ids)
 
 
 def _shorten(value: object) -> str:

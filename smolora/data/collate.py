@@ -7,7 +7,7 @@ windows: equal lengths, every position a target. B batch, T time, N target token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -49,12 +49,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
-        values = {field.name: self.__dict__[field.name] for field in fields(self)}
         return Batch(
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=_move(self.position_ids, device),
+            attention_mask=_move(self.attention_mask, device),
+            target_positions=_move(self.target_positions, device),
+            targets=self.targets.to(device, non_blocking=True),
+            num_input_tokens=self.num_input_tokens,
         )
 
 
@@ -147,6 +148,10 @@ def _find_targets(examples: Sequence[Example], *, row_starts: np.ndarray) -> tup
             "Check the prompt and completion columns with `smolora train --show`."
         )
     return np.concatenate(positions), np.concatenate(targets)
+
+
+def _move(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def _int64(values: np.ndarray) -> Tensor:

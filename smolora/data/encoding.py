@@ -17,7 +17,7 @@ _ANCHORS = ("\n", "a", ".")
 
 
 def get_bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the begin-of-text id as a list of one where the tokenizer puts it before a text by itself, else nothing."""
+    """Return the begin-of-text id, as a list of one, where the tokenizer puts it before a text; else nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
@@ -44,11 +44,15 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     """
     for text in texts:
         if (half := find_surrogate(text)) is not None:
-            raise DataError(f"a text holds {text[half]!r} at character {half}: half of a surrogate pair is no character.")
+            raise DataError(
+                f"a text holds {text[half]!r} at character {half}: half of a surrogate pair is no character."
+            )
     if not texts:
         return []
     # verbose=False: how long a text may be is checked by us, for the whole example.
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
     return list(encoded["input_ids"])
 
 
@@ -76,10 +80,12 @@ def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenize
     """
     bos, eos = get_bos_ids(tokenizer), get_eos_id(tokenizer)
     answers = [join_seam(prompt, completion) for prompt, completion in pairs]
-    prompts = encode_texts([prompt for prompt, _ in pairs], tokenizer)
+    unique = list(dict.fromkeys(prompt for prompt, _ in pairs))  # One prompt often has several answers.
+    ids_of = dict(zip(unique, encode_texts(unique, tokenizer), strict=True))
     wholes = encode_texts([prompt + answer for (prompt, _), answer in zip(pairs, answers, strict=True)], tokenizer)
     examples = []
-    for prompt_ids, whole, answer in zip(prompts, wholes, answers, strict=True):
+    for (prompt, _), whole, answer in zip(pairs, wholes, answers, strict=True):
+        prompt_ids = ids_of[prompt]
         if whole[: len(prompt_ids)] == prompt_ids:
             answer_ids = whole[len(prompt_ids) :]
         else:
@@ -91,9 +97,9 @@ def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenize
 
 
 def join_seam(prompt: str, completion: str) -> str:
-    """Return the completion as it follows the prompt: one space in front where neither side has white space there.
+    r"""Return the completion as it follows the prompt: one space in front where neither side has white space there.
 
-    >>> join_seam("Q: 1+1", "2"), join_seam("Q: 1+1\\n", "2"), join_seam("", "2")
+    >>> join_seam("Q: 1+1", "2"), join_seam("Q: 1+1\n", "2"), join_seam("", "2")
     (' 2', '2', '2')
     """
     touches = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()

@@ -1,4 +1,4 @@
-"""What happened to every row: read, rejected, empty, duplicate, cut, dropped, kept, held out, and what is learned of it.
+"""What happened to every row: read, rejected, empty, duplicate, cut, dropped, kept, held out, and what is learned.
 
 The totals must add up: every row that was read is found again under exactly one heading, or the run stops.
 """
@@ -86,8 +86,8 @@ class DataReport:
         accounted = self.kept + len(self.rejects) + self.empty + self.duplicate
         if self.read + self.added_by_chunking != accounted:
             raise BrokenRunError(
-                f"the data report doesn't add up: {self.read} rows read and {self.added_by_chunking} added by chunking, "
-                f"but {accounted} accounted for. This is a bug in smolora; please report it with the data report."
+                f"the data report doesn't add up: {self.read} rows read and {self.added_by_chunking} added by "
+                f"chunking, but {accounted} accounted for. This is a bug in smolora; please report it with the report."
             )
         for side, counts in self.encoded.items():
             found = counts.examples + counts.dropped_overlong + counts.dropped_without_target
@@ -111,7 +111,8 @@ class DataReport:
         more = f"\n  and {len(self.rejects) - 5} more" if len(self.rejects) > 5 else ""
         place = f" All are listed in {folder / REJECTS_FILE}." if folder is not None else ""
         raise DataError(
-            f"{len(self.rejects)} of {self.read} rows can't be used (data.max_rejects allows {allowed}):\n{shown}{more}\n"
+            f"{len(self.rejects)} of {self.read} rows can't be used (data.max_rejects allows {allowed}):\n"
+            f"{shown}{more}\n"
             f"Repair them, or set data.max_rejects={len(self.rejects)} to go on without them.{place}"
         )
 
@@ -157,7 +158,9 @@ class DataReport:
 
 
 def _describe_side(side: str, counts: EncodingCounts) -> str:
-    parts = [f"{side}: {counts.examples:,} examples, {counts.target_tokens:,} of {counts.input_tokens:,} tokens learned"]
+    parts = [
+        f"{side}: {counts.examples:,} examples, {counts.target_tokens:,} of {counts.input_tokens:,} tokens learned"
+    ]
     if side != "train":
         parts[0] = parts[0].replace("learned", "evaluated")
     if counts.truncated:

@@ -17,8 +17,9 @@ from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.data.chat import PLAIN_CHAT_TEMPLATE, Message, check_messages, encode_chat_prompt, encode_conversation
 from smolora.data.encoding import encode_pairs, encode_texts, get_bos_ids
+from smolora.data.rows import find_column, match_column
 from smolora.data.token_dataset import Example
-from smolora.errors import ConfigError, DataError, ModelError, did_you_mean
+from smolora.errors import ConfigError, DataError, ModelError
 from smolora.records.staging import write_text
 
 PROMPT_FORMAT_FILE = "prompt_format.json"
@@ -40,7 +41,7 @@ class PromptFormat(Section):
     """How rows are rendered."""
 
     kind: Kind
-    """text: all of it is learned. prompt_completion, instruction: the answer is. messages: the assistant's turns are."""
+    """text: all of it is learned. prompt_completion, instruction: the answer. messages: the assistant's turns."""
 
     columns: dict[str, str]
     """Role of each column to its name in the data, such as {"prompt": "mr", "completion": "ref"}."""
@@ -78,7 +79,9 @@ def read_prompt_format(folder: Path) -> PromptFormat | None:
     try:
         return PromptFormat(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError) as error:
-        raise ModelError(f"{path} can't be read: {error}. Restore it, or delete it to prompt with plain text.") from error
+        raise ModelError(
+            f"{path} can't be read: {error}. Restore it, or delete it to prompt with plain text."
+        ) from error
 
 
 def resolve_prompt_format(
@@ -121,7 +124,9 @@ def _choose_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None
 def _named_format(columns: Sequence[str], data: DataConfig) -> PromptFormat | None:
     if (data.prompt_field is None) != (data.completion_field is None):
         have, lack = ("prompt", "completion") if data.prompt_field else ("completion", "prompt")
-        raise ConfigError(f"data.{have}_field is set without data.{lack}_field: a row needs both, or only a text_field.")
+        raise ConfigError(
+            f"data.{have}_field is set without data.{lack}_field: a row needs both, or only a text_field."
+        )
     if data.prompt_field is not None and data.completion_field is not None:
         if data.text_field is not None:
             raise ConfigError("data.text_field and data.prompt_field are both set: choose one form.")
@@ -130,33 +135,6 @@ def _named_format(columns: Sequence[str], data: DataConfig) -> PromptFormat | No
     if data.text_field is not None:
         return PromptFormat(kind="text", columns={"text": find_column(data.text_field, columns)})
     return None
-
-
-def match_column(name: str, columns: Sequence[str]) -> str | None:
-    """Return the column called `name`, exactly or but for case; None where there is none.
-
-    Raises:
-        DataError: Several columns differ from `name` only by case.
-    """
-    if name in columns:
-        return name
-    matches = [column for column in columns if column.casefold() == name.casefold()]
-    if len(matches) > 1:
-        raise DataError(f"the columns {', '.join(map(repr, matches))} differ only by case; spell the one you mean.")
-    return matches[0] if matches else None
-
-
-def find_column(name: str, columns: Sequence[str]) -> str:
-    """Return the column called `name`, exactly or but for case.
-
-    Raises:
-        DataError: There is none.
-    """
-    found = match_column(name, columns)
-    if found is None:
-        listed = ", ".join(map(repr, columns)) or "(none)"
-        raise DataError(f"no column {name!r}.{did_you_mean(name, columns)} Columns found: {listed}.")
-    return found
 
 
 def render_pair(row: Mapping[str, object], fmt: PromptFormat) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Files to rows: txt, csv, jsonl, json, parquet, plain or .gz or .bz2.
 
 A record that can't be used becomes a Reject with its line and reason, and the rest is read on; a file whose records
-can't be told apart (a duplicate header, an unterminated quote) is a DataError. No reader guesses, and none drops a record.
+can't be told apart (a duplicate header, an unterminated quote) is a DataError. No reader guesses, none drops a record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from smolora.config.data import FileType
-from smolora.data.rows import Reject, Row, check_values
+from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
 from smolora.errors import DataError, did_you_mean
 
 Read = Iterator[Row | Reject]
@@ -35,7 +35,7 @@ def read_txt_folder(folder: str | Path) -> list[str]:
 
     Files that hold only white space are left out.
     """
-    texts = [document for path in list_files(Path(folder), {"txt"}) for document in [_read_text(path)]]
+    texts = [_read_text(path) for path in list_files(Path(folder), {"txt"})]
     return [text for text in texts if text.strip()]
 
 
@@ -56,7 +56,9 @@ def read_rows(path: Path, file_type: FileType) -> list[Row | Reject]:
         DataError: The file is missing, isn't a regular file, or can't be told apart into records.
     """
     if file_type not in _READERS:
-        raise DataError(f"no reader for {file_type!r}.{did_you_mean(file_type, _READERS)} Types: {', '.join(_READERS)}.")
+        raise DataError(
+            f"no reader for {file_type!r}.{did_you_mean(file_type, _READERS)} Types: {', '.join(_READERS)}."
+        )
     _check_regular(path)
     return list(_READERS[file_type](path))
 
@@ -85,7 +87,7 @@ def infer_type(path: Path) -> FileType | None:
 
 
 def list_files(folder: Path, types: set[FileType]) -> list[Path]:
-    """Return the regular files of some types under `folder`, at any depth, in bytewise order of their relative paths."""
+    """Return the regular files of some types under `folder`, at any depth, in bytewise order of their paths."""
     found = []
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -132,9 +134,6 @@ def _read_text(path: Path) -> str:
 
 
 def _read_column(path: Path, file_type: FileType, text_field: str) -> list[str]:
-    from smolora.data.prompts import find_column
-    from smolora.data.rows import list_columns
-
     rows = [_raise_on_reject(found) for found in read_rows(path, file_type)]
     column = find_column(text_field, list_columns(rows))
     return [str(row.values[column]) for row in rows if row.values.get(column) is not None]
@@ -167,8 +166,8 @@ def _iter_csv(path: Path) -> Read:
             except csv.Error as error:
                 if "unexpected end of data" in str(error):
                     raise DataError(
-                        f"{path}:{first_line}: a quote opened in this row is never closed, so the rest of the file can't "
-                        "be told apart. Close the quote, or double it where it is text."
+                        f"{path}:{first_line}: a quote opened in this row is never closed, so the rest of the file "
+                        "can't be told apart. Close the quote, or double it where it is text."
                     ) from None
                 yield Reject(str(path), first_line, f"malformed csv: {error}")
                 continue
@@ -249,7 +248,7 @@ def _unique_keys(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
 
 
 def _iter_parquet(path: Path) -> Read:
-    import pyarrow
+    import pyarrow as pa
     from pyarrow import parquet
 
     try:
@@ -259,7 +258,7 @@ def _iter_parquet(path: Path) -> Read:
                 for values in batch.to_pylist():
                     number += 1
                     yield check_values(values, str(path), number)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"can't read {path}: {error}. The file may be damaged or no parquet file.") from error
 
 

@@ -1,12 +1,13 @@
-"""A raw record and the record that could not be one, both with the place they came from."""
+"""A raw record, the record that could not be one, both with the place they came from, and their columns."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from smolora.data.encoding import find_surrogate
+from smolora.errors import DataError, did_you_mean
 
 Values = Mapping[str, object]
 
@@ -41,7 +42,11 @@ def check_values(values: Values, file: str, line: int) -> Row | Reject:
         if (half := find_surrogate(text)) is not None:
             code = ord(text[half])
             # Undecodable bytes arrive as U+DC80 to U+DCFF, by Python's surrogateescape.
-            found = f"byte 0x{code - 0xDC00:02x} is no UTF-8" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X} is half a pair"
+            found = (
+                f"byte 0x{code - 0xDC00:02x} is no UTF-8"
+                if 0xDC80 <= code <= 0xDCFF
+                else f"U+{code:04X} is half a pair"
+            )
             return Reject(file, line, f"column {name!r}, character {half}: {found}")
     return Row(values, file, line)
 
@@ -53,3 +58,30 @@ def list_columns(rows: Iterable[Row | Reject]) -> list[str]:
         if isinstance(row, Row):
             columns.update(dict.fromkeys(row.values))
     return list(columns)
+
+
+def match_column(name: str, columns: Sequence[str]) -> str | None:
+    """Return the column called `name`, exactly or but for case; None where there is none.
+
+    Raises:
+        DataError: Several columns differ from `name` only by case.
+    """
+    if name in columns:
+        return name
+    matches = [column for column in columns if column.casefold() == name.casefold()]
+    if len(matches) > 1:
+        raise DataError(f"the columns {', '.join(map(repr, matches))} differ only by case; spell the one you mean.")
+    return matches[0] if matches else None
+
+
+def find_column(name: str, columns: Sequence[str]) -> str:
+    """Return the column called `name`, exactly or but for case.
+
+    Raises:
+        DataError: There is none.
+    """
+    found = match_column(name, columns)
+    if found is None:
+        listed = ", ".join(map(repr, columns)) or "(none)"
+        raise DataError(f"no column {name!r}.{did_you_mean(name, columns)} Columns found: {listed}.")
+    return found

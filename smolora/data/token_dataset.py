@@ -47,8 +47,12 @@ class TokenDataset:
     def __init__(self, examples: Sequence[Example]) -> None:
         self.lengths: npt.NDArray[np.int64] = np.array([len(example) for example in examples], dtype=np.int64)
         self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])
-        self._input_ids: TokenArray = _join([example.input_ids for example in examples], np.dtype(np.int32))
-        self._is_target: MaskArray = _join([example.is_target for example in examples], np.dtype(np.bool_))
+        self._input_ids: TokenArray = np.concatenate(
+            [np.zeros(0, np.int32), *(example.input_ids for example in examples)]
+        )
+        self._is_target: MaskArray = np.concatenate(
+            [np.zeros(0, np.bool_), *(example.is_target for example in examples)]
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -89,7 +93,7 @@ class TextDataset:
     """
 
     def __init__(self, tokens: npt.ArrayLike, context: int, stride: int | None = None) -> None:
-        """Cut `tokens` into windows of `context` + 1, `stride` apart (default: `context`, so each token is a target once).
+        """Cut `tokens` into windows of `context` + 1, `stride` apart (default `context`: each token is a target once).
 
         Raises:
             DataError: The text is shorter than one window.
@@ -133,10 +137,6 @@ class TextDataset:
     def fingerprint(self) -> str:
         """SHA-256 of the tokens and of how they are cut."""
         return _hash(np.array([self.context, self.stride], dtype=np.int64), self.tokens)
-
-
-def _join(parts: Sequence[npt.NDArray[np.generic]], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype=dtype)
 
 
 def _hash(*arrays: npt.NDArray[np.generic]) -> str:

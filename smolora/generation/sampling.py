@@ -33,3 +33,7 @@ class SamplingSettings(Section):
     def is_greedy(self) -> bool:
         """Whether nothing is drawn at random."""
         return self.temperature == 0.0
+
+
+DEFAULT_SAMPLING = SamplingSettings()
+"""Up to 200 tokens, drawn from the model's own probabilities."""

@@ -1,4 +1,7 @@
-"""Prompts in, answers out. transformers' `generate` computes; what goes in, where it ends and what is shown is decided here."""
+"""Prompts in, answers out.
+
+transformers' `generate` computes. What goes in, where it ends, what is drawn and what is shown is decided here.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from smolora.data.prompts import encode_prompt
 from smolora.errors import DataError, ModelError
 from smolora.generation.answer_text import decode_answer, iter_pieces
 from smolora.generation.random_state import own_random_state
-from smolora.generation.sampling import SamplingSettings
+from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
 from smolora.models.gpt2_weights import to_gpt2
@@ -57,7 +60,7 @@ class TextGenerator:
         self._eos_token_ids = list(bundle.eos_token_ids)
 
     def generate(
-        self, prompts: str | Sequence[str], *, settings: SamplingSettings = SamplingSettings(), batch_size: int = 16
+        self, prompts: str | Sequence[str], *, settings: SamplingSettings = DEFAULT_SAMPLING, batch_size: int = 16
     ) -> list[str]:
         """Return an answer, without its prompt, for each prompt.
 
@@ -75,7 +78,7 @@ class TextGenerator:
                     answers[index] = self._decode(requests[index], ids)
         return answers
 
-    def stream(self, prompt: Prompt, *, settings: SamplingSettings = SamplingSettings()) -> Iterator[str]:
+    def stream(self, prompt: Prompt, *, settings: SamplingSettings = DEFAULT_SAMPLING) -> Iterator[str]:
         """Yield the answer in pieces as they are computed; joined they are what `generate` returns.
 
         Closing the iterator stops the computation after the token at hand.
@@ -123,7 +126,9 @@ class TextGenerator:
             return ids
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
-            raise ModelError("the tokenizer has neither a begin- nor an end-of-text token, so the prompt can't be empty.")
+            raise ModelError(
+                "the tokenizer has neither a begin- nor an end-of-text token, so the prompt can't be empty."
+            )
         return [int(start)]
 
     def _decode(self, request: _Request, answer_ids: list[int]) -> str:
@@ -170,7 +175,10 @@ class TextGenerator:
 
     def _build_generation_config(self, max_new_tokens: int, settings: SamplingSettings) -> GenerationConfig:
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, num_beams=1, eos_token_id=self._eos_token_ids or None, pad_token_id=self._pad_token_id
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            eos_token_id=self._eos_token_ids or None,
+            pad_token_id=self._pad_token_id,
         )
         if settings.is_greedy:  # The neutral values of transformers; left out, the model's own file would fill them in.
             config.update(do_sample=False, temperature=1.0, top_k=50, top_p=1.0)
@@ -188,7 +196,7 @@ class TextGenerator:
         return list(itertools.takewhile(lambda token: token not in self._eos_token_ids, ids))
 
 
-class _TokenQueue(BaseStreamer):
+class _TokenQueue(BaseStreamer):  # type: ignore[misc]
     """Takes tokens from `generate` in one thread and is iterated in another."""
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import TextIO
 
 from smolora.errors import DataError, did_you_mean
-from smolora.generation.sampling import SamplingSettings
+from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.inference.conversation import Conversation
 from smolora.models.bundle import ModelBundle
 
@@ -24,7 +24,7 @@ _COMMANDS = {
 
 def run_chat(
     bundle: ModelBundle,
-    settings: SamplingSettings = SamplingSettings(),
+    settings: SamplingSettings = DEFAULT_SAMPLING,
     *,
     questions: TextIO | None = None,
     answers: TextIO | None = None,
@@ -60,7 +60,9 @@ class _Chat:
             self.conversation.reset()
             self.note("The conversation is forgotten.")
         elif command == "/help":
-            self.note("\n".join(f"{name:8}{meaning}" for name, meaning in _COMMANDS.items()) + "\nCtrl-C stops an answer.")
+            self.note(
+                "\n".join(f"{name:8}{meaning}" for name, meaning in _COMMANDS.items()) + "\nCtrl-C stops an answer."
+            )
         else:
             self.note(f"no command {command}.{did_you_mean(command, _COMMANDS)} Commands: {', '.join(_COMMANDS)}.")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
-from smolora.generation.sampling import SamplingSettings
+from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import Prompt, TextGenerator
 from smolora.models.bundle import ModelBundle
 
@@ -16,7 +16,7 @@ class Conversation:
     trained on single questions sees the last one alone.
     """
 
-    def __init__(self, bundle: ModelBundle, settings: SamplingSettings = SamplingSettings()) -> None:
+    def __init__(self, bundle: ModelBundle, settings: SamplingSettings = DEFAULT_SAMPLING) -> None:
         self.settings = settings
         self.turns: list[dict[str, str]] = []
         self.num_forgotten = 0
@@ -32,7 +32,7 @@ class Conversation:
             "single": "The model was trained on single prompts: it sees each line alone.",
         }[self._form]
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Yield the answer in pieces. Closed early, what was yielded is the answer; an empty one is forgotten.
 
         `num_forgotten` counts the turns that this question pushed out.
@@ -43,7 +43,8 @@ class Conversation:
         before, answer = list(self.turns), ""
         self.turns.append({"role": "user", "content": text})
         try:
-            for piece in self._generator.stream(self._prompt(), settings=self._make_room()):
+            settings = self._make_room()
+            for piece in self._generator.stream(self._prompt(), settings=settings):
                 answer += piece
                 yield piece
         finally:
@@ -73,7 +74,9 @@ class Conversation:
         while (free := self._context - self._generator.count_tokens(self._prompt())) < wanted and len(self.turns) > 1:
             del self.turns[:2]
             self.num_forgotten += 2
-        settings: SamplingSettings = self.settings.replace(max_new_tokens=max(1, min(self.settings.max_new_tokens, free)))
+        settings: SamplingSettings = self.settings.replace(
+            max_new_tokens=max(1, min(self.settings.max_new_tokens, free))
+        )
         return settings
 
 

@@ -1,7 +1,7 @@
 """Which parameter is what: the one table behind LoRA targets, phase groups, gradient groups and layer numbers.
 
-A model comes in, its parts come out: every module that owns parameters, with its group, its layer and its role. Known families are read
-from the registry by `config.model_type`; any other by its structure.
+A model comes in, its parts come out: every module that owns parameters, with its group, its layer and its role. Known
+families are read from the registry by `config.model_type`; any other by its structure.
 """
 
 from __future__ import annotations

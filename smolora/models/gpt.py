@@ -1,10 +1,11 @@
 """A GPT, whole and on one page: the GPT-2 architecture (Radford et al. 2019), written to be read.
 
-Token ids go in, logits over the vocabulary come out. Pre-norm blocks, learned positions, GELU, and a head that shares the embedding's weight.
-The one surprising fact: rows can be laid end to end without padding. `position_ids` that restart at 0 mark where a row begins, and no
-token then attends across that border.
+Token ids go in, logits over the vocabulary come out. Pre-norm blocks, learned positions, GELU, and a head that shares
+the embedding's weight. The one surprising fact: rows can be laid end to end without padding. `position_ids` that
+restart at 0 mark where a row begins, and no token then attends across that border.
 
-Shapes: `B` batch, `T` time (tokens in a row), `D` width, `H` heads, `K` head width (D = H * K), `V` vocabulary, `N` chosen positions.
+Shapes: `B` batch, `T` time (tokens in a row), `D` width, `H` heads, `K` head width (D = H * K), `V` vocabulary, `N`
+chosen positions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from smolora.config.model import GPTConfig
@@ -35,16 +35,20 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mix the tokens of `x` [B, T, D]. `mask` [B, 1, T, T] is True where a query may read a key; None is plain causal."""
-        q, k, v = (self._split_heads(project(x)) for project in (self.W_q, self.W_k, self.W_v))  # 3 times [B, H, T, K]
-        y = F.scaled_dot_product_attention(
+        """Mix the tokens of `x` [B, T, D].
+
+        `mask` [B, 1, T, T] is True where a query may read a key; None is plain causal.
+        """
+        q, k, v = (self._split_heads(project(x)) for project in (self.W_q, self.W_k, self.W_v))  # each [B, H, T, K]
+        y = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout.p if self.training else 0.0
         )  # softmax(q @ k.T / sqrt(K)) @ v: [B, H, T, K]
         y = y.transpose(1, 2).flatten(2)  # [B, T, D]
-        return self.dropout(self.W_o(y))
+        output: Tensor = self.dropout(self.W_o(y))
+        return output
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, T, D] to [B, H, T, K]
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # [B, T, D] to [B, H, T, K]
 
 
 class FeedForward(nn.Module):
@@ -59,7 +63,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform `x` [B, T, D] to [B, T, D]."""
-        return self.dropout(self.linear2(self.gelu(self.linear1(x))))
+        output: Tensor = self.dropout(self.linear2(self.gelu(self.linear1(x))))
+        return output
 
 
 class TransformerBlock(nn.Module):
@@ -74,8 +79,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Transform the residual stream `x` [B, T, D] to [B, T, D]."""
-        x = x + self.attention(self.ln1(x), mask)
-        return x + self.feed_forward(self.ln2(x))
+        h = x + self.attention(self.ln1(x), mask)
+        y: Tensor = h + self.feed_forward(self.ln2(h))
+        return y
 
 
 class GPTModel(nn.Module):
@@ -89,7 +95,9 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ConfigError("gpt.vocab_size: a model needs it; take the tokenizer's, with config.replace(vocab_size=...).")
+            raise ConfigError(
+                "gpt.vocab_size: a model needs it; take the tokenizer's, with config.replace(vocab_size=...)."
+            )
         self.config = config
         self.gradient_checkpointing = False
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)

@@ -23,7 +23,7 @@ from smolora.models.loading import quiet_transformers
 
 AnyGPT = TypeVar("AnyGPT", bound=GPTModel)
 
-# transformers' "gelu_new" is the same curve in eight kernels instead of one; the name in the file decides which one runs.
+# transformers' "gelu_new" is the same curve in eight kernels instead of one; the name in the file decides which runs.
 _ACTIVATION_WRITTEN = {"gelu_new": "gelu_pytorch_tanh", "gelu": "gelu"}
 _ACTIVATION_READ: dict[str, Literal["gelu_new", "gelu"]] = {
     "gelu_new": "gelu_new",
@@ -32,7 +32,11 @@ _ACTIVATION_READ: dict[str, Literal["gelu_new", "gelu"]] = {
 }
 
 _LAYER_NAMES = {"ln1": "ln_1", "ln2": "ln_2"}
-_MATRIX_NAMES = {"attention.W_o": "attn.c_proj", "feed_forward.linear1": "mlp.c_fc", "feed_forward.linear2": "mlp.c_proj"}
+_MATRIX_NAMES = {
+    "attention.W_o": "attn.c_proj",
+    "feed_forward.linear1": "mlp.c_fc",
+    "feed_forward.linear2": "mlp.c_proj",
+}
 _PROJECTIONS = ("attention.W_q", "attention.W_k", "attention.W_v")
 
 # Settings of GPT-2's config that change the arithmetic, with the only value that GPTModel computes.
@@ -46,7 +50,9 @@ _REQUIRED = {
 
 def to_gpt2(model: GPTModel, *, eos_token_id: int | None = None) -> GPT2LMHeadModel:
     """Return transformers' GPT-2 with a copy of the weights, on the same device and in the same train or eval mode."""
-    with torch.device("meta"):  # No memory, and no draw from the random generator, for weights that are replaced at once.
+    with torch.device(
+        "meta"
+    ):  # No memory, and no draw from the random generator, for weights that are replaced at once.
         gpt2 = GPT2LMHeadModel(_build_gpt2_config(model, eos_token_id))
     gpt2.load_state_dict(dict(_iter_gpt2_tensors(model)), assign=True, strict=False)
     gpt2.tie_weights()
@@ -63,14 +69,16 @@ def save_gpt2(model: GPTModel, folder: Path, *, eos_token_id: int | None = None)
 
 
 def load_gpt2(kind: type[AnyGPT], folder: Path, *, dropout: float | None = None) -> AnyGPT:
-    """Read a GPT-2 folder as a `kind`, in eval mode. OpenAI's own files, without the prefix `transformer.`, are read too."""
+    """Read a GPT-2 folder as a `kind`, in eval mode; also OpenAI's own files, without the prefix `transformer.`."""
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
             raise ModelError(f"no {file.name} in {folder}. A GPT-2 folder holds config.json and model.safetensors.")
     values = json.loads(config_file.read_text(encoding="utf-8"))
     if values.get("model_type") != "gpt2":
-        raise ModelError(f"{folder} holds a '{values.get('model_type')}' model; GPTModel reads gpt2. Use load_model for others.")
+        raise ModelError(
+            f"{folder} holds a '{values.get('model_type')}' model; GPTModel reads gpt2. Use load_model for others."
+        )
     try:
         tensors = load_file(weights_file)
     except SafetensorError as error:
@@ -128,9 +136,13 @@ def _read_gpt_config(found: GPT2Config, *, dropout: float | None) -> GPTConfig:
         if values.get(name, required) != required:
             raise ModelError(f"config.json: GPTModel computes {name}={required}, found {values[name]}. Use load_model.")
     if found.n_inner not in (None, 4 * found.n_embd):
-        raise ModelError(f"config.json: GPTModel's feed-forward is 4 * {found.n_embd} wide, found n_inner={found.n_inner}.")
+        raise ModelError(
+            f"config.json: GPTModel's feed-forward is 4 * {found.n_embd} wide, found n_inner={found.n_inner}."
+        )
     if found.activation_function not in _ACTIVATION_READ:
-        raise ModelError(f"config.json: activation_function '{found.activation_function}' isn't {' or '.join(_ACTIVATION_READ)}.")
+        raise ModelError(
+            f"config.json: activation_function '{found.activation_function}' isn't {' or '.join(_ACTIVATION_READ)}."
+        )
     if dropout is None:
         rates = {found.resid_pdrop, found.embd_pdrop, found.attn_pdrop}
         if len(rates) > 1:
@@ -147,7 +159,9 @@ def _read_gpt_config(found: GPT2Config, *, dropout: float | None) -> GPTConfig:
     )
 
 
-def _build_from_tensors(kind: type[AnyGPT], config: GPTConfig, tensors: Mapping[str, Tensor], *, is_tied: bool) -> AnyGPT:
+def _build_from_tensors(
+    kind: type[AnyGPT], config: GPTConfig, tensors: Mapping[str, Tensor], *, is_tied: bool
+) -> AnyGPT:
     with torch.device("meta"):
         model = kind(config)
     try:
@@ -156,7 +170,9 @@ def _build_from_tensors(kind: type[AnyGPT], config: GPTConfig, tensors: Mapping[
         raise ModelError(f"the checkpoint holds no tensor {error}, which its config.json promises.") from None
     except RuntimeError as error:
         raise ModelError(f"the checkpoint doesn't have the shape that its config.json promises: {error}") from None
-    head = model.token_embedding.weight if is_tied else nn.Parameter(tensors.get("lm_head.weight", tensors["wte.weight"]))
+    head = (
+        model.token_embedding.weight if is_tied else nn.Parameter(tensors.get("lm_head.weight", tensors["wte.weight"]))
+    )
     model.lm_head.weight = head
     return model
 

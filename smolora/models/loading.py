@@ -1,7 +1,7 @@
 """Opens a pretrained model: a Hugging Face folder or hub id comes in, a ModelBundle goes out.
 
-Weights are read from safetensors only, code that comes with a model is never run, and a checkpoint that lacks a tensor is refused
-(transformers would fill it with random numbers and go on).
+Weights are read from safetensors only, code that comes with a model is never run, and a checkpoint that lacks a
+tensor is refused (transformers would fill it with random numbers and go on).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load_model(
 
 
 def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = None) -> Path:
-    """Return the local folder of a path or hub id; a hub id is downloaded (safetensors and settings) or taken from the cache.
+    """Return the local folder of a path or hub id, which is downloaded or taken from the cache.
 
     Raises:
         ModelError: There is no such folder, and no such model on the hub or no way to reach it.
@@ -72,20 +72,29 @@ def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = Non
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(name):
         kind = "a file, not a folder" if folder.exists() else "no folder"
-        raise ModelError(f"{name} is {kind}. Name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M.")
+        raise ModelError(
+            f"{name} is {kind}. Name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M."
+        )
     try:
-        settings = Path(snapshot_download(name, revision=revision, allow_patterns=_SETTINGS_FILES, ignore_patterns=_OTHER_COPIES))
+        settings = Path(
+            snapshot_download(name, revision=revision, allow_patterns=_SETTINGS_FILES, ignore_patterns=_OTHER_COPIES)
+        )
         refuse_code(settings)  # Before the gigabytes.
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=[*_SETTINGS_FILES, "*.safetensors"], ignore_patterns=_OTHER_COPIES
+                name,
+                revision=revision,
+                allow_patterns=[*_SETTINGS_FILES, "*.safetensors"],
+                ignore_patterns=_OTHER_COPIES,
             )
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
         if isinstance(error, ModelError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"no folder '{name}' here, and the hub didn't give it: {reason} Check the name, or the network.") from error
+        raise ModelError(
+            f"no folder '{name}' here, and the hub didn't give it: {reason} Check the name, or the network."
+        ) from error
 
 
 def read_model_settings(folder: Path) -> dict[str, object]:
@@ -97,7 +106,9 @@ def read_model_settings(folder: Path) -> dict[str, object]:
     refuse_code(folder)
     settings = _read_json(folder / "config.json")
     if settings is None:
-        raise ModelError(f"{folder} has no config.json, so it is no model folder. Name a model folder, a run, or a hub id.")
+        raise ModelError(
+            f"{folder} has no config.json, so it is no model folder. Name a model folder, a run, or a hub id."
+        )
     if not isinstance(settings.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'} names no model_type. Save the model again with save_pretrained.")
     return settings
@@ -119,7 +130,7 @@ def refuse_code(folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Switch off the bars and warnings of transformers inside the block; what matters in them is checked and raised here."""
+    """Switch off the bars and warnings of transformers inside the block; what matters in them is checked and raised."""
     level, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     try:
         transformers_logging.set_verbosity_error()

@@ -1,7 +1,7 @@
 """Whether a model can read rows laid end to end: measured on the model itself, since no config says so.
 
-With `position_ids` that restart at every row, no attention mask and no cache, most families attend block-diagonally. Some (bloom, opt)
-let the rows leak into each other without a word; they train on padded batches.
+With `position_ids` that restart at every row, no attention mask and no cache, most families attend block-diagonally.
+Some (bloom, opt) let the rows leak into each other without a word; they train on padded batches.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ _FIRST, _OTHER_FIRST, _SECOND = (1, 3, 5, 2, 4), (6, 2, 1, 7, 3), (2, 5, 3, 6, 1
 def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
     """Probe `model` with two tiny packed rows and return (answer, reason as a sentence).
 
-    The second row's logits must not change by a bit when the first row does, and must equal those of the row alone up to rounding.
-    Four forward passes over a dozen tokens; weights, gradients, the random generator and train or eval mode stay as they were.
+    The second row's logits must not change by a bit when the first row does, and must equal those of the row alone up
+    to rounding. Four forward passes over a dozen tokens; weights, gradients, the random generator and train or eval
+    mode stay as they were.
     """
     try:
         with _undisturbed(model):
@@ -32,7 +33,10 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
         return False, f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
     if not torch.equal(packed, repacked):
         leak = (packed - repacked).abs().max().item()
-        return False, f"packed rows leak into each other (a change of the first moves the second's logits by {leak:.1e})"
+        return (
+            False,
+            f"packed rows leak into each other (a change of the first moves the second's logits by {leak:.1e})",
+        )
     difference = (packed - alone).abs().max().item()
     tolerance = 16 * torch.finfo(_read_dtype(model)).eps * max(1.0, alone.abs().max().item())
     if not difference <= tolerance:

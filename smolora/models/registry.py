@@ -166,7 +166,8 @@ def _get_family(model_type: str) -> Family:
     family = FAMILIES.get(model_type.replace("-", "_"))
     if family is None:
         raise ConfigError(
-            f"no family '{model_type}' in the registry.{did_you_mean(model_type, FAMILIES)} Known: {', '.join(FAMILIES)}. "
+            f"no family '{model_type}' in the registry.{did_you_mean(model_type, FAMILIES)} "
+            f"Known: {', '.join(FAMILIES)}. "
             "It is the model_type of config.json; the anatomy of a loaded model answers for any other."
         )
     return family

@@ -1,7 +1,7 @@
-"""Infers a Family from a model that the registry doesn't know: by position and shape of its linear layers inside numbered blocks.
+"""Infers a Family from an unknown model: by position and shape of its linear layers inside numbered blocks.
 
-Names are used in two places only, each a whole word and never a substring of the model's name: a module whose class calls itself
-attention is attention, and q, k, v tell three projections of one shape apart.
+Names are used in two places only, each a whole word and never a substring of the model's name: a module whose class
+calls itself attention is attention, and q, k, v tell three projections of one shape apart.
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ def _find_blocks(model: nn.Module) -> str:
     counted = [(sum(map(is_linear, module.modules())), name) for name, module in lists]
     most = max((count for count, _ in counted), default=0)
     if most == 0:
-        raise ModelError(f"{type(model).__name__} has no numbered blocks with linear layers, so its layers can't be told apart.")
-    return next(name for count, name in counted if count == most)
+        raise ModelError(
+            f"{type(model).__name__} has no numbered blocks with linear layers, so its layers can't be told apart."
+        )
+    paths: list[str] = [name for count, name in counted if count == most]
+    return min(paths, key=len)
 
 
 def _split_block(block: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -88,7 +91,8 @@ def _read_attention_roles(linears: Mapping[str, nn.Module]) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     paths = list(linears)
     if len(paths) == 2:
-        return {paths[0]: "query_key_value", paths[1]: "output"}
+        fused = max(paths, key=lambda path: read_shape(linears[path])[1])  # Three projections are wider than one.
+        return {path: "query_key_value" if path == fused else "output" for path in paths}
     for path in paths:
         words = path.rpartition(".")[2].lower().removeprefix("w").strip("_").split("_")
         found = {_PROJECTION_WORDS[word] for word in words if word in _PROJECTION_WORDS}

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder, read without loading a weight: what is in them, and one fingerprint of it all.
+"""The safetensors files of a model folder, read without loading a weight: what is in them, and a fingerprint.
 
 safetensors only: a pickle from outside can run code, so there is no fall-back to pytorch_model.bin.
 """
@@ -45,7 +45,9 @@ def list_weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(_read_index(folder / INDEX_FILE).values()))]
         for file in files:
             if not file.is_file() or file.parent != folder:
-                raise ModelError(f"{folder} is incomplete: {INDEX_FILE} names {file.name}, which isn't there. Copy it again.")
+                raise ModelError(
+                    f"{folder} is incomplete: {INDEX_FILE} names {file.name}, which isn't there. Copy it again."
+                )
         return files
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
@@ -91,8 +93,9 @@ def read_header(stream: BinaryIO) -> tuple[bytes, int]:
 def fingerprint_weights(folder: Path) -> str:
     """Return a SHA-256 that tells two base models apart, also two of one shape.
 
-    It covers the settings that shapes can't show, and of each tensor: name, type, shape, and 4 KiB from the start, the middle and the
-    end of its bytes. That takes milliseconds for gigabytes, and doesn't depend on how the tensors are split into files.
+    It covers the settings that shapes can't show, and of each tensor: name, type, shape, and 4 KiB from the start,
+    the middle and the end of its bytes. That takes milliseconds for gigabytes, and doesn't depend on how the tensors
+    are split into files.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(json.dumps({name: config.get(name) for name in _ESSENTIAL_SETTINGS}).encode())
@@ -107,7 +110,11 @@ def fingerprint_weights(folder: Path) -> str:
 
 def _iter_probes(stream: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:
     middle = (tensor.start + tensor.end) // 2
-    for start in (tensor.start, max(tensor.start, middle - _PROBE_BYTES // 2), max(tensor.start, tensor.end - _PROBE_BYTES)):
+    for start in (
+        tensor.start,
+        max(tensor.start, middle - _PROBE_BYTES // 2),
+        max(tensor.start, tensor.end - _PROBE_BYTES),
+    ):
         stream.seek(start)
         yield stream.read(min(_PROBE_BYTES, tensor.end - start))
 

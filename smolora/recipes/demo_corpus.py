@@ -171,7 +171,7 @@ DISCOVERIES = (
 SOLO_TURNS = (
     "{a.name} put {a.thing} in {a.her} pocket and smiled.",
     '"To whom does {a.thing} belong?" {a.name} asked everyone, but nobody knew.',
-    'The clouds grew dark, and {a.name} ran back to {a.her} house {a.home}.',
+    "The clouds grew dark, and {a.name} ran back to {a.her} house {a.home}.",
     '"Time for {a.food}!" said {a.name}.',
     '"I must get back to work," said {a.name}. "What would they do without a {a.job}?"',
     "The {a.colour} {a.kind} sang a little song about {a.food}.",
@@ -187,18 +187,24 @@ TURNS = (
     '"What work do you do?" asked {a.name}. "I am a {b.job}," said {b.name}.',
     '"Is it hard to be a {a.job}?" asked {b.name}. "Only on Mondays," said {a.name}.',
     '"What have you got there?" asked {b.name}. "I found {a.find}," said {a.name}.',
-    '"It is only {a.find}," said {b.name}, but {a.name} did not mind.',
-    "{b.name} had never seen a {a.kind} laugh so much.",
-    'It began to rain, so they ran to the house of {a.name} {a.home}.',
-    'They walked all the way to the house of {b.name} {b.home}.',
+    "If you look for {a.name}, go {a.home}.",
+    "If you look for {b.name}, go {b.home}.",
+    "Never ask {a.name} about {a.food}, or you will be there all day.",
+    "Never ask {b.name} about {b.food}, or you will be there all day.",
+    "There is no {a.kind} like {a.name}, and no {b.kind} like {b.name}.",
+    "{a.name} ran home {a.home}, and {b.name} ran home {b.home}.",
+    "{a.name} talked of {a.food}, and {b.name} talked of {b.food}.",
+    "The {b.job} was called {b.name}, and the {a.job} was called {a.name}.",
+    "{a.name} was a {a.job} and {b.name} was a {b.job}, so they talked about their work.",
+    "It began to rain, so they ran to the house of {a.name} {a.home}.",
+    "They walked all the way to the house of {b.name} {b.home}.",
     "{a.name} knew what {b.name} liked, and brought some {b.food}.",
     "{b.name} had heard that {a.name} loved {a.food}, and had packed a whole bag.",
     '"Every {b.kind} can dance," said {b.name}, and danced.',
-    "The {a.kind} told a joke, and the {b.kind} fell over laughing.",
-    "The {a.job} and the {b.job} talked about their work until it was dark.",
+    "{a.name} the {a.kind} told a joke, and {b.name} the {b.kind} fell over laughing.",
     '"You are the best {a.job} I know," said {b.name} to {a.name}.',
     '"You are the best {b.job} I know," said {a.name} to {b.name}.',
-    'They quarrelled about {a.thing}, and then they forgot why.',
+    "{a.name} and {b.name} quarrelled about {a.thing}, and then they forgot why.",
 )
 SOLO_ENDINGS = (
     "That night {a.name} slept soundly {a.home}.",
@@ -290,7 +296,7 @@ def tell_story(rng: random.Random, names: Sequence[str] = (*HEROINES, *HEROES)) 
 
 def _habits(rng: random.Random) -> list[str]:
     habits = [rng.choice(LIKINGS), rng.choice(TRADES)]
-    return rng.sample(habits, rng.choice((1, 1, 2)))
+    return rng.sample(habits, rng.choice((1, 1, 1, 2)))
 
 
 def _fitting(sentences: Iterable[str], told: frozenset[str]) -> list[str]:

@@ -38,5 +38,7 @@ def _find_adapter(source: Path) -> Path:
 def _default_out(adapter: Path) -> Path:
     run = RunDir(adapter.parent)
     if not RunDir.is_run(run.path):
-        raise ConfigError(f"{adapter} is in no run, so there is no default place for the merged model. Name one with -o.")
+        raise ConfigError(
+            f"{adapter} is in no run, so there is no default place for the merged model. Name one with -o."
+        )
     return run.merged

@@ -2,25 +2,138 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from smolora.config import PretrainConfig
-from smolora.errors import DataError
+from smolora.data.collate import collate_windows
+from smolora.data.encoding import encode_texts, get_eos_id
+from smolora.data.sources import Documents, read_source_documents
+from smolora.data.token_dataset import TextDataset, TokenArray
+from smolora.models.building import build_gpt
+from smolora.models.bundle import ModelBundle
+from smolora.models.gpt import GPTModel
+from smolora.recipes.run_folder import choose_callbacks, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import staged_folder
-from smolora.recipes.run_folder import recorded_run, settle_config
 from smolora.runtime.device import resolve_device
 from smolora.runtime.memory import keep_large_blocks
-from smolora.runtime.seeding import seed_noise
+from smolora.runtime.seeding import permutation
+from smolora.tokenizers.bpe import BPETokenizer
+from smolora.tokenizers.char import CharTokenizer
+from smolora.tokenizers.pretrained import fingerprint_tokenizer, to_pretrained
+from smolora.training.callback import Callback
+from smolora.training.checkpoint import RunIdentity
+from smolora.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 _BETAS = (0.9, 0.99)
-"""AdamW's decay rates for pretraining: a shorter memory of squares, as GPT-2's successors train small models."""
+"""AdamW's decay rates: squares are forgotten ten times sooner than by default, which suits short runs from nothing."""
+
+_FEWEST_DOCUMENTS_TO_SPLIT = 50
+
+
+def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> Path:
+    """Train a tokenizer and a GPT on the text of `config.data`; return the model's folder, `out/model`.
+
+    Raises:
+        ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
+        DataError: The text is missing or too short.
+        BrokenRunError: The run can't have learned.
+    """
+    run = RunDir(out)
+    config = settle_config(run, config, resume=resume)
+    allocator = keep_large_blocks()
+    device, reason = resolve_device(config.device)
+    documents = _split_documents(read_source_documents(config.data, out=out), config)
+    tokenizer = _train_tokenizer(config, documents)
+    train, held_out = _build_datasets(config, documents, tokenizer)
+    bundle = build_gpt(config.gpt, tokenizer, seed=config.training.seed, device=device)
+    logger.info("device: %s (%s)", device, reason)
+    logger.info("text: %s", _describe_text(documents, train, held_out))
+    logger.info("model: %s parameters, vocabulary %s", f"{bundle.num_parameters:,}", f"{len(tokenizer):,}")
+    trainer_identity = RunIdentity(bundle.fingerprint, fingerprint_tokenizer(tokenizer), train.fingerprint)
+    with recorded_run(run, config, resume=resume, machine={"device": f"{device} ({reason})", "allocator": allocator}):
+        documents.report.write(run.path)
+        state = Trainer(
+            bundle,
+            train,
+            config.training,
+            collate=collate_windows,
+            eval_dataset=held_out,
+            evaluation=config.evaluation,
+            run_dir=run,
+            identity=trainer_identity,
+            callbacks=choose_callbacks(run, config, callbacks),
+            betas=_BETAS,
+        ).train(resume=resume)
+        restore_best(run, bundle, state)
+        _save_model(run, bundle)
+    return run.model
+
+
+def _split_documents(documents: Documents, config: PretrainConfig) -> Documents:
+    """Hold out `validation_fraction` of the text: whole documents where there are many, else the end of each."""
+    share = config.data.validation_fraction
+    if documents.held_out or not share:
+        return documents
+    texts = documents.train
+    if len(texts) >= _FEWEST_DOCUMENTS_TO_SPLIT:
+        order = permutation(len(texts), config.training.seed, "held out")
+        chosen = set(order[: max(1, int(len(texts) * share))].tolist())
+        kept = [text for index, text in enumerate(texts) if index not in chosen]
+        return Documents(kept, [texts[index] for index in sorted(chosen)], documents.report)
+    cuts = [int(len(text) * (1 - share)) for text in texts]
+    heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+    return Documents(heads, [text[cut:] for text, cut in zip(texts, cuts, strict=True)], documents.report)
+
+
+def _train_tokenizer(config: PretrainConfig, documents: Documents) -> PreTrainedTokenizerBase:
+    if config.tokenizer.kind == "char":
+        return to_pretrained(CharTokenizer.train(documents.train), config.gpt.context)
+    return to_pretrained(BPETokenizer(config.tokenizer.vocab_size).train(documents.train), config.gpt.context)
+
+
+def _build_datasets(
+    config: PretrainConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TextDataset, TextDataset | None]:
+    """Return windows to learn from and windows to evaluate on.
+
+    With `max_steps` a window may start at any token, so no two passes cut the text alike; an epoch is each token once.
+    """
+    context = config.gpt.context
+    stride = 1 if config.training.max_steps else context
+    train = TextDataset(_encode_documents(documents.train, tokenizer), context, stride)
+    held_out = _encode_documents(documents.held_out, tokenizer)
+    if len(held_out) <= context:
+        if documents.held_out:
+            logger.info("the held-out text has %d tokens, fewer than one window: nothing is evaluated", len(held_out))
+        return train, None
+    return train, TextDataset(held_out, context)
+
+
+def _encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenArray:
+    """Return all documents as one run of tokens, each ended by end-of-text; a single text has no end to learn."""
+    if not texts:
+        return np.empty(0, dtype=np.int32)
+    end = [get_eos_id(tokenizer)] if len(texts) > 1 else []
+    return np.concatenate([np.array([*ids, *end], dtype=np.int32) for ids in encode_texts(texts, tokenizer)])
+
+
+def _describe_text(documents: Documents, train: TextDataset, held_out: TextDataset | None) -> str:
+    evaluated = f"{len(held_out.tokens):,} held out" if held_out else "none held out"
+    return f"{len(documents.train):,} documents, {len(train.tokens):,} tokens to learn from, {evaluated}"
+
+
+def _save_model(run: RunDir, bundle: ModelBundle) -> None:
+    assert isinstance(bundle.model, GPTModel), "a pretraining run trains a GPTModel"
+    if run.model.exists():
+        run.retire(run.model)
+    with staged_folder(run.model) as staging:
+        bundle.model.save_pretrained(staging, eos_token_id=bundle.tokenizer.eos_token_id)
+        bundle.tokenizer.save_pretrained(staging)

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,7 +16,12 @@ import yaml
 from smolora.config import ExperimentConfig, PretrainConfig, dump_config
 from smolora.errors import ConfigError, ModelError
 from smolora.records.run_dir import RunDir
+from smolora.models.bundle import ModelBundle
 from smolora.records.staging import write_json, write_text
+from smolora.training.callback import Callback
+from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
+from smolora.training.checkpoint import load_checkpoint
+from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +76,37 @@ def recorded_run(run: RunDir, config: RunConfig, *, resume: bool, machine: Mappi
         write_json(run.env, {**_describe_environment(), **machine})
         write_text(run.resolved_config, dump_config(config))
         yield
+
+
+def choose_callbacks(
+    run: RunDir, config: ExperimentConfig | PretrainConfig, callbacks: Sequence[Callback]
+) -> list[Callback]:
+    """Return the caller's callbacks, and those that the configuration asks for."""
+    chosen = list(callbacks)
+    if config.evaluation.early_stopping_patience is not None:
+        patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
+        chosen.append(EarlyStoppingCallback(patience, threshold))
+    if config.training.profile_steps is not None:
+        chosen.append(ProfileCallback(config.training.profile_steps, run.profile))
+    return chosen
+
+
+def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
+    """Put the weights with the lowest held-out loss into `bundle`, and say what the run reached."""
+    if state.best_eval_loss is None or state.best_step is None:
+        logger.info("done after %d steps; nothing was held out to measure it on", state.step)
+        return
+    if state.best_step != state.step:
+        load_checkpoint(run.checkpoint_path(state.best_step), bundle)
+    logger.info(
+        "held-out loss %.4f before, %.4f after %d of %d steps (the lowest, kept)",
+        state.base_eval_loss,
+        state.best_eval_loss,
+        state.best_step,
+        state.step,
+    )
+    if state.base_eval_loss is not None and state.best_eval_loss >= state.base_eval_loss:
+        logger.warning("the held-out loss never fell below its start: this run has not learned")
 
 
 def _stored_config(run: RunDir) -> dict[str, object]:

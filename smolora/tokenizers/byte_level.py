@@ -1,4 +1,4 @@
-"""What the two trained tokenizers share: text is UTF-8 bytes, tokens are runs of bytes, so any text round-trips exactly.
+"""What the two trained tokenizers share: tokens are runs of UTF-8 bytes, so any text round-trips exactly.
 
 Both hold one special token, `<|endoftext|>`, with id 0. Text that spells it is encoded as ordinary characters: only
 the program ends a text.
@@ -51,8 +51,8 @@ class ByteLevelTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"the text holds {text[error.start]!r} at character {error.start}: half of a surrogate pair, which is no "
-                "character and can't be encoded. Remove it, or repair the file it came from."
+                f"the text holds {text[error.start]!r} at character {error.start}: half of a surrogate pair, which is "
+                "no character and can't be encoded. Remove it, or repair the file it came from."
             ) from None
         return self.backend.encode(text, add_special_tokens=False).ids
 

@@ -48,7 +48,7 @@ class CharTokenizer(ByteLevelTokenizer):
 
 
 def _byte_symbols() -> list[str]:
-    """Return GPT-2's printable stand-in for each byte: itself where it is visible, else the next free one from U+0100."""
+    """Return GPT-2's printable stand-in for each byte: itself where visible, else the next one from U+0100."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = iter(range(256, 512))
     return [chr(byte if byte in visible else next(spare)) for byte in range(256)]

@@ -75,13 +75,15 @@ def _read_tokenizer_config(folder: Path) -> dict[str, object]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'tokenizer_config.json'} can't be read: {error}. Copy the folder again.") from error
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'} can't be read: {error}. Copy the folder again."
+        ) from error
     return config if isinstance(config, dict) else {}
 
 
 def _refuse_code(config: dict[str, object], source: str | Path) -> None:
     if "auto_map" in config:
         raise ModelError(
-            f"the tokenizer of {source} asks to run code of its own (auto_map in tokenizer_config.json), which is never "
-            "done. Use a tokenizer of a class that transformers has."
+            f"the tokenizer of {source} asks to run code of its own (auto_map in tokenizer_config.json), which is "
+            "never done. Use a tokenizer of a class that transformers has."
         )

@@ -93,7 +93,9 @@ def load_checkpoint(folder: Path, bundle: ModelBundle) -> TrainingSnapshot:
 def _restore_parameters(bundle: ModelBundle, tensors: Mapping[str, Tensor], folder: Path) -> None:
     parameters = dict(bundle.model.named_parameters())
     if parameters.keys() != tensors.keys():
-        raise ModelError(f"{folder} holds other tensors than this model: {sorted(parameters.keys() ^ tensors.keys())[:3]}.")
+        raise ModelError(
+            f"{folder} holds other tensors than this model: {sorted(parameters.keys() ^ tensors.keys())[:3]}."
+        )
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise ModelError(f"{folder}: {name} is {list(tensors[name].shape)}, the model's {list(parameter.shape)}.")

@@ -1,6 +1,6 @@
 """The loss: the sum of cross-entropies over target tokens, computed only where there is a target.
 
-    B batch, T time, V vocabulary, N target tokens
+Shapes: `B` batch, `T` time, `V` vocabulary, `N` target tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ def target_logits_of(model: nn.Module) -> TargetLogits:
 
 
 def _gpt_logits(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(
-        batch.input_ids, position_ids=batch.position_ids, target_positions=batch.target_positions
-    )
+    logits: Tensor = model(batch.input_ids, position_ids=batch.position_ids, target_positions=batch.target_positions)
     return logits.flatten(0, -2)
 
 

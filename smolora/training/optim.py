@@ -48,7 +48,9 @@ def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Paramete
     }
 
 
-def restore_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
     """Give the optimiser the state that `optimizer_tensors` returned.
 
     Raises:

@@ -47,9 +47,7 @@ def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def get_scheduler(
-    name: ScheduleName, optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int
-) -> LambdaLR:
+def get_scheduler(name: ScheduleName, optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
     """Return a torch scheduler over `optimizer` with the curve `name`.
 
     Raises:

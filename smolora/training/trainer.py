@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -162,7 +162,7 @@ class Trainer:
                 total += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
         self._model.train(was_training)
         summed, tokens = self._sum_over_processes(total).tolist()
-        return summed / tokens
+        return float(summed / tokens)
 
     def _start(self, *, resume: bool) -> None:
         self._model.train()
@@ -191,7 +191,8 @@ class Trainer:
         learning_rate = self._set_learning_rate(step)
         seed_noise(self.config.seed, "noise", step, self._accelerator.process_index)
         batches = [
-            self._batch(self.train_dataset, rows) for rows in self._plan.micro_batches(step, self._accelerator.process_index)
+            self._batch(self.train_dataset, rows)
+            for rows in self._plan.micro_batches(step, self._accelerator.process_index)
         ]
         counts = torch.tensor([[len(b.targets), b.num_input_tokens] for b in batches], dtype=torch.float64).sum(0)
         tokens, input_tokens = (int(count) for count in self._sum_over_processes(counts))
@@ -243,13 +244,20 @@ class Trainer:
         if self.eval_dataset is not None and (last or record.step % self._eval_steps == 0):
             eval_loss, improved = self._evaluate_and_compare()
             last = last or self.state.should_stop
-        if last or record.step in (1, self.state.total_steps) or record.step % self.config.logging_steps == 0 or eval_loss:
+        if (
+            last
+            or record.step in (1, self.state.total_steps)
+            or record.step % self.config.logging_steps == 0
+            or eval_loss
+        ):
             self._log(record, eval_loss)
         if last or improved or stop.signal_name or record.step % self.config.save_steps == 0:
             self._save()
         if stop.signal_name and not last:
             kept = f" A checkpoint of step {record.step} is safe in {self._run_dir.path}." if self._run_dir else ""
-            raise StoppedBySignal(f"stopped by {stop.signal_name} after step {record.step}.{kept} Continue with --resume.")
+            raise StoppedBySignal(
+                f"stopped by {stop.signal_name} after step {record.step}.{kept} Continue with --resume."
+            )
 
     def _evaluate_base(self) -> None:
         """Measure where the run starts, so that what it reaches can be compared."""
@@ -293,7 +301,7 @@ class Trainer:
             group["lr"] = self.config.learning_rate * factor
         return self.config.learning_rate * factor
 
-    def _batch(self, dataset: ExampleDataset, rows: Sequence[int]) -> Batch:
+    def _batch(self, dataset: ExampleDataset, rows: Iterable[int]) -> Batch:
         return self._collate([dataset[int(row)] for row in rows]).to(self.bundle.device)
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
@@ -313,11 +321,25 @@ class Trainer:
     def _gradient_checkpointing(self) -> AbstractContextManager[object]:
         if not self.config.gradient_checkpointing:
             return nullcontext()
-        model = self.bundle.model
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        ending = ExitStack()
-        ending.callback(model.gradient_checkpointing_disable)
-        return ending
+        return _recomputed_activations(cast(_Recomputing, self.bundle.model))
+
+
+class _Recomputing(Protocol):
+    """What GPTModel, transformers and peft models have in common."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, bool]) -> None: ...
+
+    def gradient_checkpointing_disable(self) -> None: ...
+
+
+@contextmanager
+def _recomputed_activations(model: _Recomputing) -> Iterator[None]:
+    # The reentrant kind fails without forced input gradients, and with them hides a phase that trains nothing.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 def _build_accelerator(device: torch.device) -> Accelerator:

@@ -34,7 +34,9 @@ def dataset():
 def make_trainer(tokenizer, dataset):
     """Return a function that builds a Trainer on a fresh, equally seeded GPT."""
 
-    def make(*, collate=collate_packed, dropout=0.0, rows=dataset, eval_dataset=None, run_dir=None, callbacks=(), **settings):
+    def make(
+        *, collate=collate_packed, dropout=0.0, rows=dataset, eval_dataset=None, run_dir=None, callbacks=(), **settings
+    ):
         shape = GPTConfig(num_layers=2, num_heads=2, width=16, context=32, dropout=dropout)
         defaults = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 1}
         return Trainer(

@@ -225,7 +225,9 @@ def test_frozen_tensors_do_not_move(make_trainer, dataset):
     frozen = template.bundle.model.blocks[0]
     frozen.requires_grad_(False)
     before = {name: p.clone() for name, p in frozen.named_parameters()}
-    trainer = type(template)(template.bundle, dataset, template.config.replace(weight_decay=0.1), collate=collate_padded)
+    trainer = type(template)(
+        template.bundle, dataset, template.config.replace(weight_decay=0.1), collate=collate_padded
+    )
     trainer.train()
     assert_close(dict(frozen.named_parameters()), before, rtol=0, atol=0, check_stride=False)
 
@@ -278,9 +280,16 @@ def test_metrics_are_one_object_per_logged_step(make_trainer, run, dataset):
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 3, 6]
     assert lines[0].keys() == {"step", "eval_loss"}
-    assert {"step", "loss", "grad_norm", "learning_rate", "tokens", "input_tokens", "tokens_per_second", "phase"} <= set(
-        lines[1]
-    )
+    assert {
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens",
+        "input_tokens",
+        "tokens_per_second",
+        "phase",
+    } <= set(lines[1])
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
 
 

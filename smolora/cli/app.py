@@ -1,0 +1,76 @@
+"""The table of verbs, and the one place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+
+from smolora import __version__
+from smolora.cli.ask import chat, generate
+from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
+from smolora.cli.make import merge, prepare, pretrain, train
+from smolora.cli.start import demo, doctor
+
+_START = Group("Start here", sort_key=1)
+_MAKE = Group("Make", sort_key=2)
+_ASK = Group("Ask", sort_key=3)
+
+
+def build_app() -> App:
+    """Return the parser with every verb."""
+    app = App(
+        name="smolora",
+        help="From raw text to a small language model you can trust, on the machine you have.",
+        version=__version__,
+        version_flags=["--version"],
+        default_parameter=Parameter(negative="", show_default=False),
+    )
+    app["--help"].group = app["--version"].group = Group("Options", sort_key=4)
+    app.command(demo, group=_START, sort_key=1)
+    app.command(doctor, group=_START, sort_key=2)
+    app.command(prepare, group=_MAKE, sort_key=1)
+    app.command(pretrain, group=_MAKE, sort_key=2)
+    app.command(train, group=_MAKE, sort_key=3)
+    app.command(merge, group=_MAKE, sort_key=4)
+    app.command(generate, alias="infer", group=_ASK, sort_key=1)
+    app.command(chat, group=_ASK, sort_key=2)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the code of what happened."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        build_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except CycloptsError as error:
+        return _fail(_describe_usage(error), MISTAKE)
+    except BrokenPipeError:  # The reader has had enough, as `head` has; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return _fail("interrupted.", INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the edge: what is no mistake of the person's is a bug, and shown whole
+        if (explained := explain(error)) is None:
+            traceback.print_exc()
+            return _fail("this is a bug in smolora. Please report it with the lines above.", UNEXPECTED)
+        return _fail(*explained)
+    return 0
+
+
+def _describe_usage(error: CycloptsError) -> str:
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected argument '{error.unused_tokens[0]}'. See smolora --help."
+    return " ".join(str(error).split())
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"smolora: error: {message}", file=sys.stderr)
+    return exit_code

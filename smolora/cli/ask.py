@@ -1,0 +1,92 @@
+"""The verbs that ask a model: generate, chat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from smolora.cli.terminal import open_terminal
+from smolora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smolora.generation.sampling import SamplingSettings
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 200
+    """Longest answer in tokens."""
+
+    greedy: bool = False
+    """Always take the likeliest token."""
+
+    temperature: float | None = None
+    """Below 1 is safer, above 1 wilder; 0 is --greedy."""
+
+    top_k: int | None = None
+    """Choose among the k likeliest tokens only."""
+
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together have this probability."""
+
+    seed: int | None = None
+    """The same seed gives the same answer."""
+
+    def to_settings(self) -> SamplingSettings:
+        """Return the settings of the generator."""
+        from smolora.generation.sampling import SamplingSettings
+
+        if self.greedy and self.temperature:
+            raise ConfigError(f"--greedy and --temperature {self.temperature:g} contradict each other; give one.")
+        temperature = 0.0 if self.greedy else 1.0 if self.temperature is None else self.temperature
+        return SamplingSettings(
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
+
+def generate(
+    model: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    flags: SamplingFlags | None = None,
+    device: str = "auto",
+) -> None:
+    """Print a model's answer to a prompt: the answer alone, on stdout.
+
+    Args:
+        model: A run, a model or adapter folder, or a hub id.
+        prompt: What it is asked, in the form it was trained on.
+        flags: How the answer is drawn.
+        device: auto, cpu, cuda or mps.
+    """
+    open_terminal()
+    settings = (flags or SamplingFlags()).to_settings()
+    from smolora.recipes.generate import generate as run_generate
+
+    print(run_generate(model, prompt, settings, device=device))
+
+
+def chat(model: str, /, *, flags: SamplingFlags | None = None, device: str = "auto") -> None:
+    """Talk to a model in the terminal, or through pipes with a question a line.
+
+    Args:
+        model: A run, a model or adapter folder, or a hub id.
+        flags: How the answer is drawn.
+        device: auto, cpu, cuda or mps.
+    """
+    open_terminal()
+    settings = (flags or SamplingFlags()).to_settings()
+    from smolora.inference.chat import run_chat
+    from smolora.recipes.generate import open_model
+
+    run_chat(open_model(model, device=device), settings)

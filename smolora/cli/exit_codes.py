@@ -1,0 +1,47 @@
+"""Errors to exit codes. Our own carry theirs; here are those of Python, torch and the operating system."""
+
+from __future__ import annotations
+
+import errno
+
+from smolora.errors import SmoloraError, StorageError
+
+MISTAKE = 2
+UNEXPECTED = 1
+INTERRUPTED = 130
+
+_NO_ROOM_OR_RIGHT = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOMEM,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+}
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """Return a message and an exit code for what a person can act on; None for a bug."""
+    if isinstance(error, SmoloraError):
+        return str(error), error.exit_code
+    if _is_out_of_memory(error):
+        return "out of memory. Lower --batch-size or --max-length, or choose a smaller model.", StorageError.exit_code
+    if _is_out_of_space(error):
+        return f"{error}. Free space, or choose another place.", StorageError.exit_code
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python says it by a class; torch by a RuntimeError whose wording differs by device."""
+    said = str(error)
+    by_torch = isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    return isinstance(error, MemoryError) or by_torch
+
+
+def _is_out_of_space(error: Exception) -> bool:
+    """Python says it by a number; safetensors and Arrow, written in Rust and C++, by the system's words."""
+    by_number = isinstance(error, OSError) and error.errno in _NO_ROOM_OR_RIGHT
+    return by_number or "No space left on device" in str(error)

@@ -1,0 +1,136 @@
+"""The verbs that make something: prepare, pretrain, train, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smolora.cli.flags import PretrainFlags, TrainFlags
+from smolora.cli.run_config import build_config
+from smolora.cli.terminal import open_terminal
+from smolora.errors import ConfigError
+
+Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+
+
+def prepare(
+    source: str,
+    *words: str,
+    out: Out,
+    text_field: str | None = None,
+    chunk_size: int | None = None,
+    file_type: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Read text or rows, clean and chunk them if asked, drop duplicates, and write train and validation files.
+
+    Args:
+        source: A file, a folder or a hub id.
+        words: Further settings of the data as data.key=value, such as data.chunk_by=tokens.
+        out: Folder to write train.jsonl, validation.jsonl and data_report.json into.
+        text_field: Column of plain text.
+        chunk_size: Split texts into pieces of so many words.
+        file_type: txt, csv, jsonl, json, parquet or hub, where the name doesn't tell.
+        seed: Seed of the split.
+    """
+    terminal = open_terminal()
+    from smolora.config import PrepareConfig, resolve_config
+    from smolora.recipes.prepare import prepare as run_prepare
+
+    given = {"text_field": text_field, "chunk_size": chunk_size, "file_type": file_type}
+    flags = {"seed": seed, **{f"data.{name}": value for name, value in given.items()}}
+    config = resolve_config(PrepareConfig, flags=flags, assignments=words)
+    report = run_prepare(source, out, config.data, seed=config.seed)
+    terminal.print(report.describe(), markup=False)
+
+
+def pretrain(
+    *words: str,
+    out: Out,
+    flags: PretrainFlags | None = None,
+    batch_size: int | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Train a tokenizer and a small GPT from nothing. The model is written to OUT/model.
+
+    Args:
+        words: A YAML file, and any setting as key.path=value.
+        out: Folder of the run.
+        flags: What has a flag of its own.
+        batch_size: Rows per update.
+        resume: Go on from the newest whole checkpoint in OUT, with the settings it was started with.
+        quiet: Show warnings only.
+    """
+    terminal = open_terminal(quiet=quiet)
+    from smolora.config import PretrainConfig
+    from smolora.recipes.pretrain import pretrain as run_pretrain
+    from smolora.training.callbacks import ProgressCallback
+
+    config = build_config(PretrainConfig, words, flags or PretrainFlags(), batch_size=batch_size, resumed=out if resume else None)
+    model = run_pretrain(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
+    terminal.print(f'model: {model}\nnext: smolora generate {out} "..."', markup=False)
+
+
+def train(
+    *words: str,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    flags: TrainFlags | None = None,
+    batch_size: int | None = None,
+    resume: bool = False,
+    show: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Fine-tune a model with LoRA. The adapter is written to OUT/adapter_checkpoint.
+
+    Args:
+        words: A YAML file, and any setting as key.path=value.
+        out: Folder of the run.
+        flags: What has a flag of its own.
+        batch_size: Rows per update.
+        resume: Go on from the newest whole checkpoint in OUT, with the settings it was started with.
+        show: Print the first examples with what is trained in [[ ]], and stop.
+        quiet: Show warnings only.
+    """
+    terminal = open_terminal(quiet=quiet)
+    from smolora.config import ExperimentConfig
+
+    config = build_config(ExperimentConfig, words, flags or TrainFlags(), batch_size=batch_size, resumed=out if resume else None)
+    if show:
+        from smolora.recipes.finetune import show_examples
+
+        _print_examples(show_examples(config))
+        return
+    if out is None:
+        raise ConfigError("-o is missing: the folder of the run, such as -o my-run.")
+    from smolora.recipes.finetune import finetune
+    from smolora.training.callbacks import ProgressCallback
+
+    run = finetune(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
+    terminal.print(f'adapter: {run.adapter}\nnext: smolora merge {out}, or smolora generate {out} "..."', markup=False)
+
+
+def merge(run: Path, *, out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None) -> None:
+    """Add an adapter to its base and write a plain model, checked to answer the same.
+
+    Args:
+        run: A run of `train`, or an adapter folder.
+        out: Folder to write. Left out, RUN/final_merged.
+    """
+    terminal = open_terminal()
+    from smolora.recipes.merge import merge as run_merge
+
+    report = run_merge(run, out)
+    terminal.print(
+        f"merged model: {report.out} (its logits differ from the adapter's by {report.max_difference:.1e} at most)",
+        markup=False,
+    )
+
+
+def _print_examples(examples: Sequence[Sequence[tuple[str, bool]]]) -> None:
+    for number, spans in enumerate(examples, start=1):
+        print(f"--- example {number}")
+        print("".join(f"[[{text}]]" if is_trained else text for text, is_trained in spans))

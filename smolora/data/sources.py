@@ -1,0 +1,332 @@
+"""Where rows come from: files, folders, a folder that `prepare` wrote, a hub id, a dataset in memory.
+
+One path for all: find the files, read them, recognise the form, select, split. The type of a source is inferred from
+its name; what can't be told is an error that says what would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from transformers import PreTrainedTokenizerBase
+
+from smolora.config.data import DataConfig, FileType
+from smolora.data.ledger import DataReport
+from smolora.data.prompts import PromptFormat, resolve_prompt_format
+from smolora.data.readers import infer_type, list_files, read_documents, read_rows
+from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
+from smolora.data.selection import RowSelection, split_validation
+from smolora.errors import DataError, did_you_mean
+from smolora.tokenizers.pretrained import load_tokenizer
+
+TRAIN_FILE = "train.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+_VALIDATION_FILES = (VALIDATION_FILE, "valid.jsonl", "val.jsonl", "dev.jsonl")
+"""Beside a train.jsonl, one of these holds the held-out rows; test.jsonl is never read with either."""
+
+Records = list[Row | Reject]
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of a run."""
+
+    train: list[Row]
+    held_out: list[Row]
+    fmt: PromptFormat
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The texts of a pretraining run."""
+
+    train: list[str]
+    held_out: list[str]
+    report: DataReport
+
+
+def read_sources(
+    data: DataConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None, out: Path | None = None
+) -> SourceRows:
+    """Read the rows that `data` names, ready to encode.
+
+    Args:
+        data: Sources and what to do with their rows.
+        seed: Chooses the held-out rows.
+        tokenizer: The model's, whose chat template is used for messages.
+        out: Where rejects.jsonl and data_report.json go before too many rejects stop the run.
+
+    Raises:
+        DataError: A source, a column or rows are missing, or too many rows were rejected.
+    """
+    is_whole = data.chunk_size > 0  # Lines are shorter than most chunks: what is chunked is the whole text of a file.
+    train = [part for source in _require_sources(data) for part in _read_source(source, data, is_whole=is_whole)]
+    held_out = _read_held_out(data, is_whole=is_whole)
+    return _build_rows(train, held_out, data, seed=seed, tokenizer=tokenizer, out=out)
+
+
+def read_dataset(
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    seed: int,
+    eval_dataset: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: Path | None = None,
+) -> SourceRows:
+    """Do for datasets in memory what `read_sources` does for files; `data.sources` isn't read.
+
+    Raises:
+        DataError: A column or rows are missing, or too many rows were rejected.
+    """
+    held_out = None if eval_dataset is None else [_to_records(eval_dataset, "eval_dataset")]
+    return _build_rows([_to_records(dataset, "dataset")], held_out, data, seed=seed, tokenizer=tokenizer, out=out)
+
+
+def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Documents:
+    """Read whole texts for pretraining: each text file is one document, each row of another type is one.
+
+    Nothing is held out of them, as a few long documents can't be split by rows: there are held-out texts only from an
+    `eval_source` or from a prepared folder.
+
+    Raises:
+        DataError: A source, a column or text is missing, or too many rows were rejected.
+    """
+    report = DataReport()
+    train = [part for source in _require_sources(data) for part in _read_source(source, data, is_whole=True)]
+    held_out = _read_held_out(data, is_whole=True) or []
+    columns = list_columns(record for records in train for record in records)
+    field = find_column(data.text_field or "text", columns)
+    chooser = RowSelection(PromptFormat(kind="text", columns={"text": field}), data, report, _chunk_tokenizer(data))
+    rows = [chooser.select(record for records in part for record in records) for part in (train, held_out)]
+    report.train, report.held_out = len(rows[0]), len(rows[1])
+    report.check_rejects(data.max_rejects, out)
+    report.check()
+    _require_rows(rows[0], report)
+    texts = [[str(row.values[field]) for row in part] for part in rows]
+    return Documents(texts[0], texts[1], report)
+
+
+class DatasetHandler:
+    """A source as a `datasets.Dataset`, and the report of what became of its rows."""
+
+    def __init__(
+        self, source: str | Path, text_field: str = "text", chunk_size: int = 0, file_type: FileType | None = None
+    ) -> None:
+        """Name a file, a folder or a hub id; see `prepare_dataset`."""
+        self.source = str(source)
+        self.text_field = text_field
+        self.config = DataConfig(
+            sources=(self.source,), chunk_size=chunk_size, file_type=file_type, validation_fraction=0.0
+        )
+        self.report: DataReport | None = None
+
+    def load(self) -> Dataset:
+        """Read the source; the columns of its form are kept.
+
+        Raises:
+            DataError: The source or the column is missing, or a row can't be used.
+        """
+        batches = _read_source(self.source, self.config, is_whole=self.config.chunk_size > 0)
+        columns = list_columns(record for records in batches for record in records)
+        # The default column is only a default: rows of another known form stay what they are.
+        is_text = self.text_field != "text" or "text" in {column.casefold() for column in columns}
+        data = self.config.replace(text_field=self.text_field) if is_text else self.config
+        rows = _build_rows(batches, None, data, seed=0, tokenizer=None, out=None)
+        self.report = rows.report
+        names = rows.fmt.columns.values()
+        return Dataset.from_dict({name: [row.values.get(name) for row in rows.train] for name in names})
+
+
+def prepare_dataset(
+    source: str | Path, text_field: str = "text", chunk_size: int = 0, file_type: FileType | None = None
+) -> Dataset:
+    """Read a txt, csv, jsonl, json or parquet file, a folder of them, or a hub id, without duplicates.
+
+    Args:
+        source: A path or a hub id.
+        text_field: The column of text, matched without regard to case.
+        chunk_size: Split texts into pieces of so many words; 0 keeps rows whole.
+        file_type: How to read the source; left out, it is inferred from the name.
+
+    Raises:
+        DataError: The source or the column is missing, or a row can't be used.
+    """
+    return DatasetHandler(source, text_field, chunk_size, file_type).load()
+
+
+def load_text_data(folder: str | Path) -> Dataset:
+    """Load every non-empty line of the text files under a folder as a row with a column `text`.
+
+    Raises:
+        DataError: There is no text.
+    """
+    return prepare_dataset(folder, file_type="txt")
+
+
+def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
+    """Load one split of a dataset of the Hugging Face hub; code that comes with it is never run.
+
+    Raises:
+        DataError: It doesn't exist, can't be reached, or has no such split.
+    """
+    try:
+        return load_dataset(name, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"can't load {name!r}, split {split!r}, from the hub: {reason} "
+            "If you meant a file or a folder, there is none of that name here."
+        ) from error
+
+
+def _build_rows(
+    train: Sequence[Records],
+    held_out: Sequence[Records] | None,
+    data: DataConfig,
+    *,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path | None,
+) -> SourceRows:
+    report = DataReport()
+    if not any(len(records) for records in train):
+        raise DataError("the data holds no rows.")
+    fmt = _resolve_first(train, data, tokenizer, report, out)
+    chooser = RowSelection(fmt, data, report, _chunk_tokenizer(data))
+    rows = chooser.select(_iter_alike(train, fmt, data))
+    if held_out is None:
+        report.train = len(rows)
+        learned, evaluated = split_validation(rows, data, seed=seed)
+    else:
+        learned, evaluated = rows, chooser.select(_iter_alike(held_out, fmt, data))
+        seen = {chooser.key(row) for row in learned}
+        report.held_out_seen = sum(chooser.key(row) in seen for row in evaluated)
+    report.train, report.held_out = len(learned), len(evaluated)
+    report.check_rejects(data.max_rejects, out)
+    report.check()
+    _require_rows(learned, report)
+    return SourceRows(learned, evaluated, fmt, report)
+
+
+def _resolve_first(
+    batches: Sequence[Records],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: DataReport,
+    out: Path | None,
+) -> PromptFormat:
+    """Resolve the form of the first file that has columns; where none has, every record was rejected."""
+    for records in batches:
+        if columns := list_columns(records):
+            return resolve_prompt_format(columns, data, tokenizer)
+    report.rejects += [record for records in batches for record in records if isinstance(record, Reject)]
+    report.files.update(record.file for records in batches for record in records)
+    report.check_rejects(0, out)
+    raise DataError("the data holds no rows, only blank lines.")
+
+
+def _iter_alike(batches: Sequence[Records], fmt: PromptFormat, data: DataConfig) -> list[Row | Reject]:
+    """Return the records of all files under the first file's column names (MR in one file may be mr in another)."""
+    alike: list[Row | Reject] = []
+    for records in batches:
+        columns = list_columns(records)
+        own = resolve_prompt_format(columns, data) if columns else fmt
+        if own.kind != fmt.kind:
+            raise DataError(
+                f"{records[0].file} holds rows of the form {own.describe()}, but the first source {fmt.describe()}. "
+                "Name the columns that all have, or train on one form."
+            )
+        renamed = {own.columns[role]: fmt.columns[role] for role in own.columns if role in fmt.columns}
+        if all(old == new for old, new in renamed.items()):
+            alike += records
+        else:
+            alike += [_rename(record, renamed) for record in records]
+    return alike
+
+
+def _rename(record: Row | Reject, renamed: dict[str, str]) -> Row | Reject:
+    if isinstance(record, Reject):
+        return record
+    return Row({renamed.get(name, name): value for name, value in record.values.items()}, record.file, record.line)
+
+
+def _chunk_tokenizer(data: DataConfig) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(data.chunk_tokenizer) if data.chunk_size and data.chunk_tokenizer else None
+
+
+def _require_sources(data: DataConfig) -> tuple[str, ...]:
+    if not data.sources:
+        raise DataError("no data is named. Give --data FILE_OR_DIR, or data.sources=[...] in the configuration.")
+    return data.sources
+
+
+def _require_rows(rows: Sequence[Row], report: DataReport) -> None:
+    if not rows:
+        raise DataError(f"no rows are left to learn from.\n{report.describe()}")
+
+
+def _read_held_out(data: DataConfig, *, is_whole: bool) -> list[Records] | None:
+    """Read the held-out rows where they are given: by name, or beside the train.jsonl of every source."""
+    if data.eval_source is not None:
+        return _read_source(data.eval_source, data.replace(file_type=None), is_whole=is_whole)
+    files = [_find_validation_file(Path(source)) for source in data.sources]
+    return [read_rows(file, "jsonl") for file in files if file is not None] if None not in files else None
+
+
+def _read_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Records]:
+    """Read what is learned from one source, a list of records per file; `is_whole` reads text files as documents."""
+    path = Path(source).expanduser()
+    if data.file_type == "hub" or (data.file_type is None and not path.exists() and _may_be_hub_id(source)):
+        return [_to_records(load_dataset_from_hub(source), source)]
+    if not path.exists():
+        raise DataError(f"no such file or folder: {source}.{_suggest_sibling(path)}")
+    found = _find_files(path, data.file_type)
+    return [read_documents(file) if is_whole and kind == "txt" else read_rows(file, kind) for file, kind in found]
+
+
+def _find_validation_file(folder: Path) -> Path | None:
+    """Return the file of held-out rows in a folder that `prepare` wrote, or one like it."""
+    if not (folder / TRAIN_FILE).is_file():
+        return None
+    return next((folder / name for name in _VALIDATION_FILES if (folder / name).is_file()), None)
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether a name that is no path here could be one of the hub: `name` or `owner/name`, with no known suffix."""
+    parts = source.split("/")
+    return len(parts) <= 2 and all(parts) and not source.startswith((".", "~")) and infer_type(Path(source)) is None
+
+
+def _suggest_sibling(path: Path) -> str:
+    return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
+
+
+def _find_files(path: Path, file_type: FileType | None) -> list[tuple[Path, FileType]]:
+    known: set[FileType] = {"txt", "csv", "jsonl", "json", "parquet"}
+    if not path.is_dir():
+        kind = file_type or infer_type(path)
+        if kind is None:
+            raise DataError(
+                f"can't tell the type of {path} from its name. Name it with --file-type: {', '.join(sorted(known))}."
+            )
+        return [(path, kind)]
+    if (path / TRAIN_FILE).is_file():
+        return [(path / TRAIN_FILE, "jsonl")]
+    files = list_files(path, {file_type} if file_type else known)
+    kinds = {kind for file in files if (kind := infer_type(file)) is not None}
+    if not files:
+        wanted = file_type or ", ".join(sorted(known))
+        raise DataError(f"the folder {path} holds no file to read ({wanted}), at any depth.")
+    if len(kinds) > 1:
+        raise DataError(f"{path} holds files of several types ({', '.join(sorted(kinds))}). Choose with --file-type.")
+    return [(file, kind) for file in files for kind in kinds]
+
+
+def _to_records(dataset: Dataset, name: str) -> Records:
+    return [check_values(values, name, index) for index, values in enumerate(dataset, start=1)]

@@ -1,0 +1,153 @@
+"""`smolora train`: a LoRA adapter on a causal language model, from rows to a PEFT folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset
+
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.store import load_adapter, load_bundle, save_adapter
+from smolora.config import ExperimentConfig
+from smolora.data.collate import Layout, get_data_collator
+from smolora.data.preprocessing import encode_rows, render_marked
+from smolora.data.sources import SourceRows, read_dataset, read_sources
+from smolora.data.token_dataset import TokenDataset
+from smolora.errors import ConfigError
+from smolora.models.bundle import ModelBundle, describe_trainable_parameters
+from smolora.models.loading import load_model
+from smolora.models.packing import can_pack_rows
+from smolora.recipes.run_folder import choose_callbacks, recorded_run, restore_best, settle_config
+from smolora.records.run_dir import RunDir
+from smolora.records.staging import staged_folder
+from smolora.runtime.device import resolve_device, resolve_dtype
+from smolora.runtime.memory import keep_large_blocks
+from smolora.tokenizers.pretrained import fingerprint_tokenizer
+from smolora.training.callback import Callback
+from smolora.training.checkpoint import RunIdentity
+from smolora.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """Encoded rows, and the rows they came from."""
+
+    rows: SourceRows
+    train: TokenDataset
+    held_out: TokenDataset | None
+
+
+def finetune(
+    config: ExperimentConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    dataset: Dataset | None = None,
+) -> RunDir:
+    """Tune `config.model` on its data; return the run's folder, whose `adapter_checkpoint/` is a PEFT adapter.
+
+    Args:
+        config: The whole run.
+        out: The run's folder.
+        resume: Go on from the newest whole checkpoint.
+        callbacks: Listeners of the loop.
+        dataset: Rows in memory, in place of `config.data.sources`.
+
+    Raises:
+        ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
+        DataError: Rows are missing, rejected or too long.
+        ModelError: The model or adapter can't be loaded, or a checkpoint belongs to another base.
+        BrokenRunError: The run can't have learned.
+    """
+    run = RunDir(out)
+    config = settle_config(run, config, resume=resume)
+    allocator = keep_large_blocks()
+    base, machine = _load_base(config)
+    data = _prepare_data(config, base, out, dataset)
+    layout = _choose_layout(base)
+    bundle = _adapt(base, config, data)
+    with recorded_run(run, config, resume=resume, machine={**machine, "allocator": allocator, "batches": layout}):
+        data.rows.report.write(run.path)
+        state = Trainer(
+            bundle,
+            data.train,
+            config.training,
+            collate=get_data_collator(layout),
+            eval_dataset=data.held_out,
+            evaluation=config.evaluation,
+            run_dir=run,
+            identity=RunIdentity(bundle.fingerprint, fingerprint_tokenizer(bundle.tokenizer), data.train.fingerprint),
+            callbacks=choose_callbacks(run, config, callbacks),
+        ).train(resume=resume)
+        restore_best(run, bundle, state)
+        _save(run, bundle)
+    return run
+
+
+def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
+    """Return the first examples as (text, is trained on) runs; nothing is written."""
+    base, _ = _load_base(config)
+    data = _prepare_data(config, base, None, None)
+    return [render_marked(data.train[index], base.tokenizer) for index in range(min(count, len(data.train)))]
+
+
+def _load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
+    device, device_reason = resolve_device(config.model.device)
+    dtype, dtype_reason = resolve_dtype(config.model.dtype, device)
+    name = config.model.name_or_path
+    if RunDir.is_run(name):
+        base = load_bundle(name, dtype=dtype, device=str(device))
+    else:
+        base = load_model(name, dtype=dtype, device=str(device), revision=config.model.revision)
+    machine = {"device": f"{device} ({device_reason})", "dtype": f"{dtype} ({dtype_reason})"}
+    logger.info("device: %s; base weights: %s", machine["device"], machine["dtype"])
+    return base, machine
+
+
+def _prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None, dataset: Dataset | None) -> TuningData:
+    seed = config.training.seed
+    if dataset is not None:
+        rows = read_dataset(dataset, config.data, seed=seed, tokenizer=base.tokenizer, out=out)
+    else:
+        rows = read_sources(config.data, seed=seed, tokenizer=base.tokenizer, out=out)
+    encoded = [
+        encode_rows(part, rows.fmt, base.tokenizer, config.data, base.context, rows.report, side=side)
+        for part, side in ((rows.train, "train"), (rows.held_out, "validation"))
+    ]
+    logger.info("rows as %s", rows.fmt.describe())
+    logger.info("%s", rows.report.describe())
+    return TuningData(rows, encoded[0], encoded[1] if len(encoded[1]) else None)
+
+
+def _choose_layout(base: ModelBundle) -> Layout:
+    is_packable, reason = can_pack_rows(base.model)
+    if not is_packable:
+        logger.info("batches are padded: %s", reason)
+    return "packed" if is_packable else "padded"
+
+
+def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> ModelBundle:
+    base = replace(base, prompt_format=data.rows.fmt)
+    if config.adapter.path is None:
+        bundle = attach_adapter(base, config.adapter, seed=config.training.seed)
+    else:
+        folder = Path(config.adapter.path)
+        if config.model.name_or_path == config.adapter.path:
+            raise ConfigError("adapter.path and model.name_or_path are the same: name the base as the model.")
+        folder = RunDir(folder).adapter if RunDir.is_run(folder) else folder
+        bundle = replace(load_adapter(base, folder, trainable=True), prompt_format=data.rows.fmt)
+    logger.info("adapter: %s", describe_trainable_parameters(bundle.model))
+    return bundle
+
+
+def _save(run: RunDir, bundle: ModelBundle) -> None:
+    if run.adapter.exists():
+        run.retire(run.adapter)
+    with staged_folder(run.adapter) as staging:
+        save_adapter(bundle, staging)

@@ -1,0 +1,59 @@
+"""The verb `prepare`: from a source to train.jsonl and validation.jsonl, with the account of every row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from smolora.config.data import DataConfig
+from smolora.data.ledger import DATA_REPORT_FILE, REJECTS_FILE, DataReport
+from smolora.data.rows import Row
+from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, read_sources
+from smolora.errors import ConfigError
+from smolora.records.staging import staged_folder
+
+
+def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -> DataReport:
+    """Read, clean, chunk, deduplicate and split a source into a folder that `train` and `pretrain` read.
+
+    Args:
+        source: A file, a folder or a hub id.
+        out: The folder to write; it appears whole or not at all. After too many rejects it holds only the account.
+        data: What to do with the rows; its `sources` are replaced by `source`.
+        seed: Chooses the held-out rows.
+
+    Raises:
+        ConfigError: `out` holds something already.
+        DataError: The source can't be used, or too many rows were rejected.
+    """
+    _refuse_existing(out)
+    rows = read_sources(data.replace(sources=(str(source),)), seed=seed, out=out)
+    _remove_account(out)
+    with staged_folder(out) as folder:
+        _write_rows(rows.train, folder / TRAIN_FILE)
+        _write_rows(rows.held_out, folder / VALIDATION_FILE)
+        rows.report.write(folder)
+    return rows.report
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; the output must be a folder.")
+    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {DATA_REPORT_FILE, REJECTS_FILE})):
+        raise ConfigError(f"{out} holds {others[0]} already. Choose another output folder, or remove it first.")
+
+
+def _remove_account(out: Path) -> None:
+    """Remove what an earlier attempt, stopped by rejected rows, left in `out`."""
+    if out.is_dir():
+        for name in (DATA_REPORT_FILE, REJECTS_FILE):
+            (out / name).unlink(missing_ok=True)
+        out.rmdir()
+
+
+def _write_rows(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
+            file.write(json.dumps(row.values, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,47 @@
+"""The terminal: people read stderr, so that stdout carries results alone. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from rich.console import Console
+
+_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+
+
+def stderr_console(quiet: bool = False) -> Console:
+    """Return a console on stderr; a quiet one shows nothing but the warnings of `show_log`."""
+    return Console(stderr=True, quiet=quiet, highlight=False)
+
+
+def show_log(console: Console) -> None:
+    """Print the package's own log on `console` as plain lines, clear of a live progress line there.
+
+    It replaces what an earlier call set up, and touches no logger but the package's.
+    """
+    logger = logging.getLogger("smolora")
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, ConsoleHandler)]
+    logger.addHandler(ConsoleHandler(console))
+    logger.setLevel(logging.WARNING if console.quiet else logging.INFO)
+    logger.propagate = False
+
+
+def silence_bars() -> None:
+    """Switch off the progress bars of the libraries; call it before they are imported. What the person set stays."""
+    for name in _BARS:
+        os.environ.setdefault(name, "1")
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints a log record as a line; what isn't mere information says so."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; warnings also on a quiet console."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        console = Console(stderr=True) if self._console.quiet else self._console
+        console.print(f"{prefix}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)

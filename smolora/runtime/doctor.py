@@ -1,0 +1,90 @@
+"""What this machine offers a run, as a list of facts: quick, and with nothing loaded but torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from smolora.runtime.device import resolve_device, resolve_dtype
+from smolora.runtime.memory import keep_large_blocks
+
+_REQUIRED = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+)
+
+_OPTIONAL = {"beautifulsoup4": ("html", "data.clean=strip_html")}
+"""Distribution to the extra that installs it, and what it is for."""
+
+
+class Fact(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    value: str
+
+
+def examine_machine(folder: Path = Path()) -> list[Fact]:
+    """Return what a run would find here: computing, memory, the disk of `folder`, versions and optional parts."""
+    device, device_reason = resolve_device("auto")
+    dtype, dtype_reason = resolve_dtype("auto", device)
+    return [
+        Fact("smolora", f"{_version('smolora')} on Python {platform.python_version()}, {platform.platform()}"),
+        Fact("device", f"{device} ({device_reason})"),
+        Fact("base dtype", f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"),
+        Fact("threads", _describe_threads()),
+        Fact("allocator", keep_large_blocks()),
+        Fact("memory", _describe_memory(device)),
+        Fact("disk", f"{_in_gib(shutil.disk_usage(folder).free)} free in {folder.resolve()}"),
+        Fact("libraries", ", ".join(f"{name} {_version(name)}" for name in _REQUIRED)),
+        *(Fact(f"optional {name}", _describe_optional(name)) for name in _OPTIONAL),
+    ]
+
+
+def _describe_threads() -> str:
+    chosen = (
+        f"OMP_NUM_THREADS={value}" if (value := os.environ.get("OMP_NUM_THREADS")) else "set OMP_NUM_THREADS to change"
+    )
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores ({chosen})"
+
+
+def _describe_memory(device: torch.device) -> str:
+    """Physical memory; a container's limit may be lower."""
+    text = "unknown on this system"
+    if sys.platform != "win32":
+        text = _in_gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        text += f"; {torch.cuda.get_device_name()}: {_in_gib(free)} free of {_in_gib(total)}"
+    return text
+
+
+def _describe_optional(name: str) -> str:
+    extra, use = _OPTIONAL[name]
+    found = _version(name)
+    return f"{found}, for {use}" if found else f"not installed; {use} needs it: pip install 'smolora[{extra}]'"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _in_gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,58 @@
+"""Adapters that were moved away from zero, as training would, so that a mistake shows in the logits."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+
+from smolora.adapters.attach import attach_adapter, quiet_peft
+from smolora.adapters.store import save_adapter
+from smolora.config.adapter import LoRAConfig
+from smolora.models.loading import load_model
+from tests.tiny import save_tiny_model
+
+
+def move_adapter(model, *, seed=5):
+    """Give every matrix B of an adapter random numbers in place of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def attach_moved(bundle, **settings):
+    """Attach a LoRA adapter without dropout to a bundle and move it."""
+    adapted = attach_adapter(bundle, LoRAConfig(lora_dropout=0.0, **settings), seed=3)
+    move_adapter(adapted.model)
+    adapted.model.eval()
+    return adapted
+
+
+@pytest.fixture
+def save_pair(tmp_path):
+    """Return a function that saves a tiny base and an adapter of ours on it, and returns both folders."""
+
+    def save(family="llama", *, base=None, **settings):
+        base_folder = save_tiny_model(family, tmp_path / "base", **(base or {}))
+        save_adapter(attach_moved(load_model(base_folder), **settings), tmp_path / "adapter")
+        return base_folder, tmp_path / "adapter"
+
+    return save
+
+
+@pytest.fixture
+def save_peft_pair(tmp_path):
+    """Return a function that saves a tiny base and an adapter that plain peft made on it, and returns both folders."""
+
+    def save(family="llama", *, base=None, **settings):
+        base_folder = save_tiny_model(family, tmp_path / "base", **(base or {}))
+        model = load_model(base_folder).model
+        with quiet_peft():
+            adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        move_adapter(adapted)
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        return base_folder, tmp_path / "adapter"
+
+    return save

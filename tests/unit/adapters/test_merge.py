@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smolora.adapters.attach import quiet_peft
+from smolora.adapters.merge import merge_adapter, probe_adapter, read_scaling, verify_merged
+from smolora.adapters.store import load_adapter
+from smolora.data.prompts import PromptFormat, read_prompt_format, write_prompt_format
+from smolora.errors import ConfigError, ModelError
+from smolora.models.loading import load_model
+from tests.tiny import FAMILIES, random_input_ids, save_tiny_model
+
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def plain_logits(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(random_input_ids(20)).logits
+
+
+def peft_logits(base, adapter):
+    with quiet_peft():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(model, adapter)(random_input_ids(20)).logits
+
+
+def assert_merged(base, adapter, out):
+    """Plain transformers on the merged folder computes what plain peft computes on base and adapter."""
+    expected = peft_logits(base, adapter)
+    assert (expected - plain_logits(base)).abs().max() > 0.1
+    # float32 rounding of W x + B A x against (W + B A) x; the logits are up to 10 in size.
+    torch.testing.assert_close(plain_logits(out), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_logits_equal_adapter_logits(save_pair, tmp_path, family):
+    base, adapter = save_pair(family, r=4, lora_alpha=12)
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_peft_adapter_is_merged(save_peft_pair, tmp_path, family):
+    base, adapter = save_peft_pair(family, target_modules="all-linear", r=4)
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+
+
+def test_rslora_and_patterns_of_rank_and_alpha_are_merged(save_peft_pair, tmp_path):
+    base, adapter = save_peft_pair(
+        target_modules="all-linear",
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        rank_pattern={"q_proj": 2, r"model\.layers\.1\.mlp\.up_proj": 6},
+        alpha_pattern={"layers.0.mlp.down_proj": 3},
+    )
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+
+
+def test_the_scaling_of_a_module_is_peft_s():
+    config = peft.LoraConfig(r=4, lora_alpha=8, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3})
+    assert read_scaling(config, "model.layers.0.self_attn.q_proj") == 1.5
+    assert read_scaling(config, "model.layers.0.self_attn.k_proj") == 2
+    assert read_scaling(config, "model.layers.0.self_attn.xq_proj") == 2
+    config.use_rslora = True
+    assert read_scaling(config, "model.layers.0.self_attn.k_proj") == pytest.approx(8 / math.sqrt(4))
+
+
+def test_conv1d_is_recognised_in_the_model_and_not_believed_from_the_config(save_pair, tmp_path):
+    base, adapter = save_pair("gpt2")  # attn.c_proj is square: only the module says how it is stored.
+    change_json(adapter / "adapter_config.json", fan_in_fan_out=False)
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tied_embeddings_stay_tied(save_pair, tmp_path, family):
+    base, adapter = save_pair(family, base={"tie_word_embeddings": True})
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_sharded_base_keeps_its_shards(save_pair, tmp_path):
+    base, adapter = save_pair(base={"max_shard_size": "40KB"})
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+    shards = {file.name for file in base.glob("*.safetensors*")}
+    assert len(shards) > 3
+    assert {file.name for file in (tmp_path / "out").glob("*.safetensors*")} == shards
+
+
+def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(save_pair, tmp_path):
+    base, adapter = save_pair(base={"dtype": torch.bfloat16}, r=4)
+    report = merge_adapter(adapter, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    lora, path = load_file(adapter / "adapter_model.safetensors"), "model.layers.1.mlp.up_proj"
+    delta = 4 * lora[f"base_model.model.{path}.lora_B.weight"] @ lora[f"base_model.model.{path}.lora_A.weight"]
+    assert torch.equal(after[f"{path}.weight"], (before[f"{path}.weight"].float() + delta).bfloat16())
+    assert report.dtype == "BF16"
+    assert 0 < report.max_difference <= report.tolerance < report.adapter_effect
+
+
+def test_only_the_targets_change(save_pair, tmp_path):
+    base, adapter = save_pair(target_modules="attention_only")
+    merge_adapter(adapter, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.{name}.weight" for layer in range(2) for name in ("q_proj", "v_proj")}
+
+
+def test_these_files_are_left_and_no_others(save_pair, tmp_path):
+    base, adapter = save_pair()
+    (base / "pytorch_model.bin").write_bytes(b"pickle")
+    (base / "README.md").write_text("the base's")
+    (base / "LICENSE").write_text("MIT")
+    merge_adapter(adapter, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == MODEL_FILES | {"LICENSE", "merge_report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_base_and_adapter_are_left_as_they_were(save_pair, tmp_path):
+    folders = save_pair()
+    before = {file: file.read_bytes() for folder in folders for file in folder.iterdir()}
+    merge_adapter(folders[1], tmp_path / "out")
+    assert {file: file.read_bytes() for folder in folders for file in folder.iterdir()} == before
+
+
+def test_the_report_says_what_was_merged(save_pair, tmp_path):
+    base, adapter = save_pair()
+    report = merge_adapter(adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out/merge_report.json").read_text()) == asdict(report)
+    assert (report.num_merged_tensors, report.num_copied_tensors, report.dtype) == (14, 7, "F32")
+    assert report.base == str(base)
+    assert report.adapter_effect > 0.1
+    assert report.max_difference <= report.tolerance == pytest.approx(1e-5, rel=20)
+
+
+def test_the_adapter_s_prompt_format_goes_along_before_the_base_s(save_pair, tmp_path):
+    base, adapter = save_pair()
+    of_base, of_adapter = (PromptFormat(kind="text", columns={"text": name}) for name in ("base", "adapter"))
+    write_prompt_format(of_base, base)
+    merge_adapter(adapter, tmp_path / "one")
+    assert read_prompt_format(tmp_path / "one") == of_base
+    write_prompt_format(of_adapter, adapter)
+    merge_adapter(adapter, tmp_path / "two")
+    assert read_prompt_format(tmp_path / "two") == of_adapter
+
+
+def test_a_merged_model_can_be_adapted_and_merged_again(save_pair, tmp_path):
+    _, adapter = save_pair()
+    merge_adapter(adapter, tmp_path / "out")
+    assert load_model(tmp_path / "out").model(random_input_ids(4)).logits.isfinite().all()
+
+
+def test_another_place_of_the_base_can_be_named(save_pair, tmp_path):
+    base, adapter = save_pair()
+    base.rename(tmp_path / "moved")
+    merge_adapter(adapter, tmp_path / "out", base=tmp_path / "moved")
+    assert_merged(tmp_path / "moved", adapter, tmp_path / "out")
+
+
+class TestRefused:
+    """Nothing appears at the final path, and nothing is left beside it."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self, tmp_path):
+        yield
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".tmp-*"))
+
+    def test_another_base_of_the_same_shape(self, save_pair, tmp_path):
+        _, adapter = save_pair()
+        other = save_tiny_model("llama", tmp_path / "other", seed=1)
+        with pytest.raises(ModelError, match="was trained on another base"):
+            merge_adapter(adapter, tmp_path / "out", base=other)
+
+    def test_numbers_that_are_not_finite(self, save_pair, tmp_path):
+        _, adapter = save_pair()
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match="holds NaN or infinity"):
+            merge_adapter(adapter, tmp_path / "out")
+
+    def test_an_update_that_overflows_the_base_s_type_half_way(self, save_pair, tmp_path):
+        _, adapter = save_pair(base={"dtype": torch.float16})
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"] *= 1e7
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight merged holds NaN or infinity"):
+            merge_adapter(adapter, tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"use_dora": True},
+            {"bias": "all"},
+            {"lora_bias": True},
+            {"modules_to_save": ["lm_head"]},
+            {"trainable_token_indices": [1, 2]},
+            {"layer_replication": [[0, 2]]},
+            {"init_lora_weights": "pissa"},
+        ],
+    )
+    def test_what_is_more_than_plain_lora(self, save_pair, tmp_path, setting):
+        _, adapter = save_pair()
+        change_json(adapter / "adapter_config.json", **setting)
+        with pytest.raises(ModelError, match=next(iter(setting))):
+            merge_adapter(adapter, tmp_path / "out")
+
+    def test_tensors_that_are_not_lora_s(self, save_pair, tmp_path):
+        _, adapter = save_pair()
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 288)
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match="aren't LoRA's A and B"):
+            merge_adapter(adapter, tmp_path / "out")
+
+    def test_a_tied_head(self, save_peft_pair, tmp_path):
+        _, adapter = save_peft_pair(base={"tie_word_embeddings": True}, target_modules=["lm_head", "q_proj"])
+        with pytest.raises(ModelError, match="lm_head, whose weight is the token embedding's"):
+            merge_adapter(adapter, tmp_path / "out")
+
+    def test_a_quantised_base(self, save_pair, tmp_path):
+        base, adapter = save_pair()
+        change_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+        with pytest.raises(ModelError, match="quantised|can't be opened"):
+            merge_adapter(adapter, tmp_path / "out")
+
+
+def test_an_untied_head_is_merged(save_peft_pair, tmp_path):
+    base, adapter = save_peft_pair(target_modules=["lm_head", "q_proj"])
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+
+
+def test_an_existing_output_is_refused_and_kept(save_pair, tmp_path):
+    _, adapter = save_pair()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("precious")
+    with pytest.raises(ConfigError, match="exists"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert (tmp_path / "out/mine").read_text() == "precious"
+
+
+def test_a_merged_model_that_is_not_the_adapter_s_is_noticed(save_pair):
+    base, adapter = save_pair()
+    probe = probe_adapter(load_adapter(load_model(base), adapter))
+    with pytest.raises(ModelError, match="the merged model isn't the adapter's"):
+        verify_merged(base, probe, ["F32"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_killed_merge_leaves_nothing_at_the_final_path_and_can_be_repeated(save_pair, tmp_path):
+    base, adapter = save_pair(base={"max_shard_size": "10KB"})
+    child = os.fork()
+    if child == 0:
+        merge_adapter(adapter, tmp_path / "out")
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".tmp-*")) and time.monotonic() < deadline:
+        pass
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
+from smolora.errors import ModelError
+from smolora.models.weight_files import read_stored_tensors
+
+MIB = 1 << 20
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def update_of(inputs, outputs, *, scaling=0.5, is_transposed=False):
+    return Update(draw(2, inputs, seed=1), draw(outputs, 2, seed=2), scaling, is_transposed)
+
+
+def test_an_update_is_scaling_times_b_a():
+    weight, update = draw(3, 5), update_of(5, 3)
+    expected = weight + 0.5 * torch.einsum("or,ri->oi", update.b, update.a)
+    torch.testing.assert_close(update.apply(weight), expected)
+
+
+def test_a_transposed_weight_gets_the_transposed_update():
+    weight, update = draw(4, 4), update_of(4, 4)
+    transposed = Update(update.a, update.b, update.scaling, is_transposed=True)
+    assert torch.equal(transposed.apply(weight.T.contiguous()), update.apply(weight).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_weight_is_added_to_in_float32_and_rounded_once(dtype):
+    weight, update = draw(8, 8, dtype=dtype), update_of(8, 8, scaling=1e-2)
+    merged = update.apply(weight)
+    assert merged.dtype == dtype
+    assert torch.equal(merged, (weight.float() + 1e-2 * (update.b @ update.a)).to(dtype))
+
+
+def test_a_merged_file_differs_in_the_updated_tensors_only(tmp_path):
+    tensors = {"a.weight": draw(6, 4), "b.weight": draw(3, 3, dtype=torch.bfloat16), "steps": torch.tensor(7)}
+    save_file(tensors, tmp_path / "in", metadata={"format": "pt"})
+    update = update_of(4, 6)
+    write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update})
+    merged = load_file(tmp_path / "out")
+    assert torch.equal(merged["a.weight"], update.apply(tensors["a.weight"]))
+    assert torch.equal(merged["b.weight"], tensors["b.weight"])
+    assert torch.equal(merged["steps"], tensors["steps"])
+    header = 8 + int.from_bytes((tmp_path / "in").read_bytes()[:8], "little")
+    assert (tmp_path / "in").read_bytes()[:header] == (tmp_path / "out").read_bytes()[:header]
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    names = [f"{number}.weight" for number in range(32)]
+    save_file({name: torch.zeros(512, 512) for name in names}, tmp_path / "in")
+    updates = {name: update_of(512, 512) for name in names[::2]}
+    tracemalloc.start()
+    write_merged_file(tmp_path / "in", tmp_path / "out", updates)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "out").stat().st_size > 32 * MIB
+    assert peak < 5 * MIB  # Bytes as read, as a tensor's buffer and as written, of one MiB each.
+
+
+def test_a_merged_tensor_that_overflows_is_refused(tmp_path):
+    save_file({"a.weight": draw(4, 4, dtype=torch.float16)}, tmp_path / "in")
+    with pytest.raises(ModelError, match=r"a\.weight merged holds NaN or infinity"):
+        write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update_of(4, 4, scaling=1e6)})
+
+
+def test_an_update_finds_its_tensor_also_without_the_first_part_of_its_name(tmp_path):
+    save_file({"h.0.c_attn.weight": draw(4, 4), "h.10.c_attn.weight": draw(4, 4)}, tmp_path / "in")
+    stored = read_stored_tensors(tmp_path / "in")
+    assert list(match_updates({"transformer.h.0.c_attn": update_of(4, 4)}, stored)) == ["h.0.c_attn.weight"]
+    with pytest.raises(ModelError, match=r"hold no transformer\.h\.1\.c_attn\.weight"):
+        match_updates({"transformer.h.1.c_attn": update_of(4, 4)}, stored)
+
+
+def test_a_quantised_tensor_is_refused(tmp_path):
+    save_file({"a.weight": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "in")
+    with pytest.raises(ModelError, match="stored as U8"):
+        match_updates({"a": update_of(4, 4)}, read_stored_tensors(tmp_path / "in"))

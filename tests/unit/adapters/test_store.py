@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smolora.adapters.adapter_files import read_adapter, resolve_adapter_path
+from smolora.adapters.store import load_adapter, load_bundle, save_adapter
+from smolora.data.prompts import PromptFormat, write_prompt_format
+from smolora.errors import ConfigError, ModelError
+from smolora.models.loading import load_model
+from tests.tiny import FAMILIES, random_input_ids, save_tiny_model, tiny_bundle
+from tests.unit.adapters.conftest import attach_moved
+
+# peft 0.21 reads a property that transformers 5 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(change(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_adapter_loads_in_plain_peft(tmp_path, family):
+    bundle = attach_moved(tiny_bundle(family, tmp_path / "base"))
+    save_adapter(bundle, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = random_input_ids(9)
+    assert torch.equal(plain(ids).logits, bundle.model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_peft_adapter_loads_here(save_peft_pair, family):
+    base, adapter = save_peft_pair(family, target_modules="all-linear", r=4)
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    bundle = load_adapter(load_model(base), adapter)
+    ids = random_input_ids(9)
+    assert torch.equal(bundle.model(ids).logits, plain(ids).logits)
+    assert not torch.equal(bundle.model(ids).logits, load_model(base).model(ids).logits)
+
+
+def test_an_adapter_folder_is_these_files_and_others_can_read_them(save_pair):
+    _, adapter = save_pair()
+    names = {file.name: file.stat().st_mode & 0o777 for file in adapter.iterdir()}
+    assert names.keys() == {"adapter_config.json", "adapter_model.safetensors", "base_identity.json"}
+    assert names["adapter_model.safetensors"] == 0o644
+
+
+def test_the_prompt_format_is_saved_and_comes_back(tmp_path):
+    fmt = PromptFormat(kind="prompt_completion", columns={"prompt": "mr", "completion": "ref"})
+    base = tiny_bundle("llama", tmp_path / "base")
+    save_adapter(replace(attach_moved(base), prompt_format=fmt), tmp_path / "adapter")
+    assert load_bundle(tmp_path / "adapter").prompt_format == fmt
+
+
+def test_the_base_s_prompt_format_holds_where_the_adapter_has_none(save_pair):
+    base, adapter = save_pair()
+    fmt = PromptFormat(kind="text", columns={"text": "text"})
+    write_prompt_format(fmt, base)
+    assert load_bundle(adapter).prompt_format == fmt
+
+
+def test_the_same_adapter_is_written_with_the_same_bytes(tmp_path):
+    bundle = attach_moved(tiny_bundle("llama", tmp_path / "base"))
+    save_adapter(bundle, tmp_path / "one")
+    save_adapter(bundle, tmp_path / "two")
+    targets = json.loads((tmp_path / "one/adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_a_frozen_adapter_is_loaded_by_default_and_a_trainable_one_when_asked(save_pair):
+    base, adapter = save_pair()
+    frozen = load_adapter(load_model(base), adapter)
+    assert frozen.num_trainable_parameters == 0
+    trained = load_adapter(load_model(base), adapter, trainable=True)
+    assert {n for n, p in trained.model.named_parameters() if p.requires_grad} == {
+        n for n, _ in trained.model.named_parameters() if ".lora_" in n
+    }
+
+
+def test_a_half_precision_adapter_becomes_float32(save_pair):
+    base, adapter = save_pair()
+    change_tensors(adapter, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    bundle = load_adapter(load_model(base, dtype=torch.bfloat16), adapter, trainable=True)
+    assert {p.dtype for n, p in bundle.model.named_parameters() if ".lora_" in n} == {torch.float32}
+
+
+def test_loading_draws_no_random_number(save_pair):
+    base, adapter = save_pair()
+    bundle, state = load_model(base), torch.get_rng_state()
+    load_adapter(bundle, adapter)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_adapter_on_another_base_of_the_same_shape_is_refused(save_pair, tmp_path):
+    _, adapter = save_pair()
+    other = save_tiny_model("llama", tmp_path / "other", seed=1)
+    with pytest.raises(ModelError, match="was trained on another base") as caught:
+        load_adapter(load_model(other), adapter)
+    assert caught.value.exit_code == 4
+
+
+def test_a_base_that_changed_on_disk_is_another_base(save_pair, tmp_path):
+    base, adapter = save_pair()
+    shutil.rmtree(base)
+    save_tiny_model("llama", base, seed=1)
+    with pytest.raises(ModelError, match="was trained on another base"):
+        load_bundle(adapter)
+
+
+def test_a_plain_peft_adapter_for_another_architecture_is_refused(save_peft_pair, tmp_path):
+    _, adapter = save_peft_pair("llama", target_modules="all-linear")
+    with pytest.raises(ModelError, match="this base has no such linear layer"):
+        load_adapter(tiny_bundle("gpt2", tmp_path / "other"), adapter)
+
+
+def test_a_plain_peft_adapter_of_another_width_is_refused(save_peft_pair, tmp_path):
+    _, adapter = save_peft_pair("llama", target_modules="all-linear")
+    with pytest.raises(ModelError, match="from 48 to 32 features, and this base's goes from 40 to 32"):
+        load_adapter(tiny_bundle("llama", tmp_path / "other", intermediate_size=40), adapter)
+
+
+def test_an_adapter_whose_keys_match_nothing_is_refused(save_pair):
+    base, adapter = save_pair()
+    change_tensors(adapter, lambda tensors: {name.replace("base_model.model.", ""): t for name, t in tensors.items()})
+    with pytest.raises(ModelError, match="holds no LoRA matrix that peft would load"):
+        load_adapter(load_model(base), adapter)
+
+
+def test_an_adapter_that_lacks_tensors_is_refused_and_the_base_is_as_before(save_pair):
+    base, adapter = save_pair()
+    change_tensors(adapter, lambda tensors: {name: t for name, t in tensors.items() if ".layers.1." not in name})
+    bundle, ids = load_model(base), random_input_ids(8)
+    names, before = [name for name, _ in bundle.model.named_parameters()], bundle.model(ids).logits
+    with pytest.raises(ModelError, match="14 tensors are missing"):
+        load_adapter(bundle, adapter)
+    assert [name for name, _ in bundle.model.named_parameters()] == names
+    assert torch.equal(bundle.model(ids).logits, before)
+
+
+def test_half_a_pair_of_matrices_is_refused(save_pair):
+    _, adapter = save_pair()
+    lonely = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    change_tensors(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lonely})
+    with pytest.raises(ModelError, match=r"only matrix A of model\.layers\.0\.mlp\.up_proj"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused(save_pair, number):
+    _, adapter = save_pair()
+
+    def spoil(tensors):
+        tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][3, 2] = number
+        return tensors
+
+    change_tensors(adapter, spoil)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.lora_B\.weight holds NaN or infinity"):
+        read_adapter(adapter)
+
+
+def test_a_damaged_file_is_refused(save_pair):
+    _, adapter = save_pair()
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ModelError, match="can't be read"):
+        read_adapter(adapter)
+
+
+def test_a_pickled_adapter_is_never_opened(save_pair):
+    _, adapter = save_pair()
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="Pickled weights"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"peft_type": "NONE_SUCH"}'])
+def test_a_broken_adapter_config_is_refused(save_pair, text):
+    _, adapter = save_pair()
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"adapter_config\.json can't be read"):
+        read_adapter(adapter)
+
+
+def test_another_method_than_lora_is_refused(save_pair):
+    _, adapter = save_pair()
+    (adapter / "adapter_config.json").write_text(json.dumps(peft.IA3Config().to_dict()))
+    with pytest.raises(ModelError, match="IA3 adapter; LoRA is what can be opened"):
+        read_adapter(adapter)
+
+
+def test_a_broken_identity_is_refused(save_pair):
+    _, adapter = save_pair()
+    (adapter / "base_identity.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"base_identity\.json can't be read"):
+        read_adapter(adapter)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="holds no adapter"):
+        read_adapter(tmp_path)
+
+
+def test_a_model_without_an_adapter_has_none_to_save(tmp_path):
+    with pytest.raises(ConfigError, match="there is no adapter to save"):
+        save_adapter(tiny_bundle("llama", tmp_path / "base"), tmp_path / "adapter")
+
+
+def test_a_base_that_is_gone_is_named(save_pair):
+    base, adapter = save_pair()
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=r"the base of .*adapter can't be opened"):
+        load_bundle(adapter)
+
+
+def test_an_adapter_that_names_no_base_is_refused(save_peft_pair):
+    _, adapter = save_peft_pair(target_modules="all-linear")
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ModelError, match="names no base model"):
+        load_bundle(adapter)
+
+
+class TestLoadBundle:
+    def test_a_model_folder(self, tmp_path):
+        folder = save_tiny_model("llama", tmp_path / "base")
+        assert load_bundle(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+    def test_an_adapter_folder_is_opened_on_its_base_from_anywhere(self, save_pair, tmp_path, monkeypatch):
+        _, adapter = save_pair()
+        monkeypatch.chdir(tmp_path.parent)
+        assert isinstance(load_bundle(adapter).model, peft.PeftModel)
+
+    def test_a_pretraining_run_is_its_model(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/resolved_config.yaml").write_text("")
+        folder = save_tiny_model("gpt2", tmp_path / "run/model")
+        assert load_bundle(tmp_path / "run").source == str(folder.resolve())
+
+    def test_a_tuning_run_is_its_adapter_on_its_base(self, save_pair, tmp_path):
+        base, adapter = save_pair()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/resolved_config.yaml").write_text("")
+        shutil.copytree(base, tmp_path / "run/final_merged")
+        assert not isinstance(load_bundle(tmp_path / "run").model, peft.PeftModel)
+        adapter.rename(tmp_path / "run/adapter_checkpoint")
+        bundle = load_bundle(tmp_path / "run")
+        assert isinstance(bundle.model, peft.PeftModel)
+        assert bundle.source == str(base.resolve())
+
+    def test_a_run_that_has_made_nothing_yet_is_refused(self, tmp_path):
+        (tmp_path / "resolved_config.yaml").write_text("")
+        with pytest.raises(ModelError, match="no model or adapter yet"):
+            load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/x", "a/b", "", ".hidden", "a" * 65, "a b", "..", "new\nline"])
+def test_an_adapter_s_name_that_could_leave_its_root_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="can't be an adapter's name"):
+        resolve_adapter_path(tmp_path, name)
+
+
+def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="can't be an adapter's name"):
+        resolve_adapter_path(tmp_path / "root", "link")
+
+
+def test_a_plain_adapter_s_name_is_a_folder_under_the_root(tmp_path):
+    assert resolve_adapter_path(tmp_path, "my-adapter_1.0") == tmp_path / "my-adapter_1.0"

@@ -1,0 +1,193 @@
+import bz2
+import csv
+import gzip
+import json
+import os
+import re
+
+import pytest
+
+from smolora.data.readers import infer_type, read_csv, read_documents, read_jsonl, read_rows, read_txt_folder
+from smolora.data.rows import Reject, Row
+from smolora.errors import DataError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return _write
+
+
+def values(found):
+    return [row.values for row in found if isinstance(row, Row)]
+
+
+def rejects(found):
+    return [(reject.line, reject.reason) for reject in found if isinstance(reject, Reject)]
+
+
+def test_a_folder_of_text_is_read_at_any_depth_in_bytewise_order(tmp_path, write):
+    for name in ("b.txt", "a/z.txt", "B.txt", "é.txt", "a.txt", "skip.csv", "empty.txt"):
+        write(name, "" if name == "empty.txt" else name)
+    assert read_txt_folder(tmp_path) == ["B.txt", "a.txt", "a/z.txt", "b.txt", "é.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_fifo_is_not_opened(tmp_path, write):
+    write("a.txt", "text")
+    os.mkfifo(tmp_path / "b.txt")
+    assert read_txt_folder(tmp_path) == ["text"]
+    with pytest.raises(DataError, match="no regular file"):
+        read_rows(tmp_path / "b.txt", "txt")
+
+
+def test_txt_is_a_row_per_line_and_keeps_its_line_number(write):
+    found = read_rows(write("a.txt", "one\r\n\r\n  two\u2028still two\n<|endoftext|>\n"), "txt")
+    assert values(found) == [{"text": "one"}, {"text": ""}, {"text": "  two\u2028still two"}, {"text": ""}]
+    assert [row.line for row in found] == [1, 2, 3, 4]
+
+
+def test_documents_are_whole_files_split_where_a_line_marks_the_end(write):
+    found = read_documents(write("a.txt", "one\r\n\n  two\n<|endoftext|>\nthree <|endoftext|> four"))
+    assert values(found) == [{"text": "one\r\n\n  two\n"}, {"text": "three <|endoftext|> four"}]
+    assert [row.line for row in found] == [1, 5]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_compressed_files_are_read_as_plain_ones(write, suffix, pack):
+    path = write(f"a.jsonl{suffix}", pack(b'{"text": "one"}\n'))
+    assert infer_type(path) == "jsonl"
+    assert read_jsonl(path) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv.gz", b"text\nnot packed"), ("b.csv.gz", gzip.compress(b"text\n" * 999)[:-20]), ("c.csv.bz2", b"text\nno")],
+)
+def test_a_damaged_archive_is_named(write, name, content):
+    with pytest.raises(DataError, match=f"can't read .*{name}"):
+        read_rows(write(name, content), "csv")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(write):
+    assert read_csv(write("a.csv", b"\xef\xbb\xbftext,x\none,1\n")) == ["one"]
+    assert read_jsonl(write("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n')) == ["one"]
+
+
+def test_utf_16_is_refused_with_what_to_do(write):
+    with pytest.raises(DataError, match="Save it as UTF-8"):
+        read_rows(write("a.csv", "text\none\n".encode("utf-16")), "csv")
+
+
+def test_a_line_that_is_no_utf_8_is_rejected_and_the_rest_read(write):
+    found = read_rows(write("a.txt", b"one\ntw\xffo\nthree\n"), "txt")
+    assert rejects(found) == [(2, "column 'text', character 2: byte 0xff is no UTF-8")]
+    assert len(found) == 3
+
+
+def test_a_column_is_matched_without_regard_to_case(write):
+    assert read_csv(write("a.csv", "MR,Text\n1,one\n"), "text") == ["one"]
+
+
+def test_a_missing_column_is_an_error_and_never_no_rows(write):
+    with pytest.raises(DataError, match=r"no column 'text'.*'txt', 'b'"):
+        read_csv(write("a.csv", "txt,b\none,1\n"))
+
+
+def test_line_ends_inside_quotes_stay_as_they_are(write):
+    found = read_rows(write("a.csv", 'text\n"one\r\ntwo"\n\nthree\n'), "csv")
+    assert values(found) == [{"text": "one\r\ntwo"}, {}, {"text": "three"}]
+    assert [row.line for row in found] == [2, 4, 5]
+
+
+def test_a_long_field_is_read_and_the_limit_of_csv_put_back(write):
+    before = csv.field_size_limit()
+    assert read_csv(write("a.csv", "text\n" + "x" * 200_000 + "\n")) == ["x" * 200_000]
+    assert csv.field_size_limit() == before
+
+
+def test_a_duplicate_header_is_fatal(write):
+    with pytest.raises(DataError, match="header names 'text' more than once"):
+        read_rows(write("a.csv", "text,id,text\n1,2,3\n"), "csv")
+
+
+def test_an_unterminated_quote_is_fatal_and_says_where_it_opened(write):
+    with pytest.raises(DataError, match=r"a\.csv:3: a quote opened"):
+        read_rows(write("a.csv", 'text\none\n"two\nthree\n'), "csv")
+
+
+def test_a_row_with_another_number_of_fields_is_rejected(write):
+    found = read_rows(write("a.csv", "a,b\n1,2\n1\n1,2,3\n"), "csv")
+    assert rejects(found) == [(3, "1 fields, but the header has 2"), (4, "3 fields, but the header has 2")]
+
+
+def test_text_after_a_closing_quote_is_rejected(write):
+    found = read_rows(write("a.csv", 'text\n"one" two\nthree\n'), "csv")
+    assert [line for line, _ in rejects(found)] == [2]
+    assert values(found) == [{"text": "three"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{bad", "malformed JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"text": "a", "text": "b"}', "'text' appears twice"),
+        ('{"text": "\\ud800"}', "U\\+D800 is half a pair"),
+        ('{"messages": [{"content": "\\udfff"}]}', "column 'messages'"),
+        ("[" * 100_000, "malformed JSON"),
+    ],
+)
+def test_a_bad_line_is_rejected_with_its_number_and_the_rest_read(write, line, reason):
+    found = read_rows(write("a.jsonl", f'{{"text": "one"}}\n{line}\n{{"text": 3}}\n'), "jsonl")
+    assert values(found) == [{"text": "one"}, {"text": 3}]
+    [(number, text)] = rejects(found)
+    assert number == 2
+    assert re.search(reason, text)
+
+
+def test_a_blank_line_of_jsonl_is_a_row_without_values(write):
+    assert values(read_rows(write("a.jsonl", '{"a": 1}\n\n'), "jsonl")) == [{"a": 1}, {}]
+
+
+def test_a_json_file_is_a_list_of_objects(write):
+    found = read_rows(write("a.json", json.dumps([{"text": "one"}, 3])), "json")
+    assert values(found) == [{"text": "one"}]
+    assert rejects(found) == [(2, "expected a JSON object, found int")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"a": 1}', "must hold a list"), ('{"a": 1}\n{"a": 2}', "its type is jsonl")]
+)
+def test_another_json_file_is_refused(write, content, message):
+    with pytest.raises(DataError, match=message):
+        read_rows(write("a.json", content), "json")
+
+
+def test_parquet_is_read(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "a.parquet")
+    assert values(read_rows(tmp_path / "a.parquet", "parquet")) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_a_damaged_parquet_file_is_named(write):
+    with pytest.raises(DataError, match=r"can't read .*a\.parquet"):
+        read_rows(write("a.parquet", "no"), "parquet")
+
+
+def test_the_promised_readers_name_the_line_they_can_not_use(write):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: malformed JSON"):
+        read_jsonl(write("a.jsonl", '{"text": "one"}\n{\n'))
+
+
+def test_a_missing_file_and_an_unknown_type_are_named(tmp_path, write):
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(tmp_path / "no.txt", "txt")
+    with pytest.raises(DataError, match=r"no reader for 'cvs'. Did you mean 'csv'\?"):
+        read_rows(write("a", ""), "cvs")

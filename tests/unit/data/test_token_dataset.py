@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from smolora.data.token_dataset import TextDataset, TokenDataset, build_example
+from smolora.errors import DataError
+
+
+def test_the_first_position_is_never_a_target():
+    assert build_example([5, 6, 7], [(0, 3)]).is_target.tolist() == [False, True, True]
+
+
+def test_examples_come_back_as_they_went_in():
+    examples = [build_example([1, 2, 3], [(1, 3)]), build_example([4], []), build_example([5, 6], [(1, 2)])]
+    dataset = TokenDataset(examples)
+    assert [example.input_ids.tolist() for example in dataset] == [[1, 2, 3], [4], [5, 6]]
+    assert dataset[-1].is_target.tolist() == [False, True]
+    assert (dataset.lengths.tolist(), dataset.num_input_tokens, dataset.num_target_tokens) == ([3, 1, 2], 6, 3)
+
+
+def test_an_index_past_the_end_is_refused():
+    with pytest.raises(IndexError):
+        TokenDataset([build_example([1, 2], [(1, 2)])])[1]
+
+
+def test_the_fingerprint_sees_tokens_targets_and_boundaries():
+    base = [build_example([1, 2], [(1, 2)]), build_example([3, 4], [(1, 2)])]
+    others = [
+        [build_example([1, 2], [(1, 2)]), build_example([3, 5], [(1, 2)])],
+        [build_example([1, 2], [(1, 2)]), build_example([3, 4], [])],
+        [build_example([1, 2, 3, 4], [(1, 2), (3, 4)])],
+    ]
+    assert len({TokenDataset(examples).fingerprint for examples in [base, *others]}) == 4
+    assert TokenDataset(base).fingerprint == TokenDataset(list(base)).fingerprint
+
+
+def test_an_empty_dataset_has_no_tokens():
+    assert (len(TokenDataset([])), TokenDataset([]).num_target_tokens) == (0, 0)
+
+
+def test_windows_make_every_token_but_the_first_a_target_once():
+    dataset = TextDataset(np.arange(13), context=4)
+    targets = np.concatenate([example.input_ids[example.is_target] for example in dataset])
+    assert targets.tolist() == list(range(1, 13))
+
+
+def test_a_stride_makes_windows_overlap():
+    dataset = TextDataset(np.arange(10), context=4, stride=1)
+    assert len(dataset) == 6
+    assert dataset[5].input_ids.tolist() == [5, 6, 7, 8, 9]
+
+
+def test_a_text_shorter_than_a_window_is_refused():
+    with pytest.raises(DataError, match="4 tokens, fewer than one window"):
+        TextDataset(np.arange(4), context=4)
+
+
+def test_the_fingerprint_of_windows_sees_the_tokens_and_the_cut():
+    fingerprints = {
+        TextDataset(np.arange(10), context=4).fingerprint,
+        TextDataset(np.arange(10), context=5).fingerprint,
+        TextDataset(np.arange(1, 11), context=4).fingerprint,
+    }
+    assert len(fingerprints) == 3

@@ -1,0 +1,193 @@
+"""Answers: the same one by one, in batches and streamed; they end where they should and disturb nobody's random state."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolora.data.prompts import PromptFormat, encode_prompt
+from smolora.errors import DataError
+from smolora.generation.sampling import SamplingSettings
+from smolora.generation.text_generator import TextGenerator
+from smolora.models.bundle import ModelBundle
+from smolora.models.gpt import GPTModel
+from smolora.models.loading import load_model
+from tests.tiny import CONTEXT, save_tiny_model, tiny_bundle
+
+PROMPTS = ["the cat", "name: The Eagle, food: Italian, area:", "", "the dog sat on the log. Where"]
+GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=12)
+SAMPLED = SamplingSettings(seed=5, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> ModelBundle:
+    return tiny_bundle("llama", tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture
+def generator(bundle) -> TextGenerator:
+    return TextGenerator(bundle)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "opt", "gpt_neox"])
+def test_greedy_answers_of_a_batch_equal_those_one_by_one(family, tmp_path):
+    generator = TextGenerator(tiny_bundle(family, tmp_path / "base"))
+    together = generator.generate(PROMPTS, settings=GREEDY)
+    assert together == [generator.generate(prompt, settings=GREEDY)[0] for prompt in PROMPTS]
+    assert len(set(together)) > 1
+
+
+def _greedy_ids(bundle, prompt, num_tokens):
+    """The naive oracle: the whole text through the model for every token."""
+    prompt_ids = encode_prompt(prompt, None, bundle.tokenizer)
+    ids = list(prompt_ids)
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            ids.append(int(bundle.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt_ids) :]
+
+
+def test_greedy_takes_the_likeliest_token_each_time(generator, bundle):
+    expected = bundle.tokenizer.decode(_greedy_ids(bundle, "the cat", 12))
+    assert generator.generate("the cat", settings=GREEDY)[0] == expected
+
+
+def test_a_batch_smaller_than_the_prompts_changes_no_greedy_answer(generator):
+    assert generator.generate(PROMPTS, settings=GREEDY, batch_size=3) == generator.generate(PROMPTS, settings=GREEDY)
+
+
+def test_no_prompts_give_no_answers(generator):
+    assert generator.generate([]) == []
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_streamed_pieces_join_to_the_generated_answer(generator, prompt, settings):
+    pieces = list(generator.stream(prompt, settings=settings))
+    assert len(pieces) > 1
+    assert "".join(pieces) == generator.generate(prompt, settings=settings)[0]
+
+
+def test_the_same_seed_repeats_an_answer_and_another_seed_does_not(generator):
+    first, again = (generator.generate("the cat", settings=SAMPLED) for _ in range(2))
+    other = generator.generate("the cat", settings=SAMPLED.replace(seed=6))
+    assert first == again != other
+
+
+def test_without_a_seed_every_answer_is_drawn_anew(generator):
+    settings = SamplingSettings(max_new_tokens=20)
+    assert generator.generate("the cat", settings=settings) != generator.generate("the cat", settings=settings)
+
+
+def test_sampling_leaves_the_global_random_state_as_it_was(generator):
+    before = torch.get_rng_state()
+    generator.generate("the cat", settings=SAMPLED)
+    list(generator.stream("the cat", settings=SAMPLED))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_top_k_of_one_is_greedy(generator):
+    drawn = generator.generate("the cat", settings=SAMPLED.replace(top_k=1))
+    assert drawn == generator.generate("the cat", settings=GREEDY)
+
+
+def test_settings_win_over_the_models_own_generation_config_without_a_warning(tmp_path, capfd):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    plain = TextGenerator(load_model(folder)).generate("the cat", settings=GREEDY)
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "num_beams": 2, "max_length": 5}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **own}))
+    generator = TextGenerator(load_model(folder))
+    assert generator.generate("the cat", settings=GREEDY) == plain
+    assert "".join(generator.stream("the cat", settings=GREEDY)) == plain[0]
+    assert capfd.readouterr().err == ""
+
+
+def test_an_answer_ends_at_any_end_token_of_the_model_and_does_not_show_it(tmp_path):
+    bundle = tiny_bundle("llama", tmp_path / "base")
+    ids = _greedy_ids(bundle, "the cat", 12)
+    bundle.model.generation_config.eos_token_id = [0, ids[4]]
+    before_it = bundle.tokenizer.decode(ids[: ids.index(ids[4])])
+    generator = TextGenerator(bundle)
+    assert generator.generate([PROMPTS[1], "the cat"], settings=GREEDY)[1] == before_it
+    assert "".join(generator.stream("the cat", settings=GREEDY)) == before_it
+
+
+def test_a_prompt_past_the_context_is_refused_with_both_lengths(generator):
+    with pytest.raises(DataError, match=rf"{CONTEXT + 10} tokens.*context is {CONTEXT} tokens"):
+        generator.generate(["a", "\n" * (CONTEXT + 10)], settings=GREEDY)
+
+
+def test_a_stream_refuses_a_prompt_past_the_context_before_it_is_read(generator):
+    with pytest.raises(DataError, match="no room"):
+        generator.stream("\n" * CONTEXT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_context_ends_each_answer_in_its_place_with_one_warning(family, tmp_path, caplog):
+    bundle = tiny_bundle(family, tmp_path / "base")
+    prompts = ["\n" * (CONTEXT - 10), "\n" * (CONTEXT - 3), "the cat"]
+    answers = TextGenerator(bundle).generate(prompts, settings=GREEDY)
+    expected = [_greedy_ids(bundle, prompt, num) for prompt, num in zip(prompts, (10, 3, 12), strict=True)]
+    assert answers == [bundle.tokenizer.decode(ids) for ids in expected]
+    assert caplog.messages == ["the context of 64 tokens ends an answer after 3 tokens, before max_new_tokens=12."]
+
+
+def test_a_closed_stream_stops_computing(generator):
+    steps = []
+    hook = generator.bundle.model.register_forward_hook(lambda *_: steps.append(1))
+    pieces = generator.stream("the cat", settings=GREEDY.replace(max_new_tokens=60))
+    next(pieces)
+    pieces.close()
+    hook.remove()
+    assert len(steps) < 60
+
+
+def test_an_error_in_the_streaming_thread_reaches_the_reader(bundle):
+    def fail(*_):
+        raise RuntimeError("broken layer")
+
+    hook = bundle.model.register_forward_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="broken layer"):
+            list(TextGenerator(bundle).stream("the cat"))
+    finally:
+        hook.remove()
+
+
+def test_a_gpt_in_memory_answers_like_its_saved_form(tmp_path):
+    saved = tiny_bundle("gpt2", tmp_path / "base", activation_function="gelu_pytorch_tanh")
+    in_memory = replace(saved, model=GPTModel.from_pretrained(tmp_path / "base"))
+    assert TextGenerator(in_memory).generate(PROMPTS, settings=GREEDY) == TextGenerator(saved).generate(
+        PROMPTS, settings=GREEDY
+    )
+
+
+def test_dropout_is_off_while_answering_and_back_on_afterwards(tmp_path):
+    bundle = tiny_bundle("gpt2", tmp_path / "base", resid_pdrop=0.5, embd_pdrop=0.5)
+    answer = TextGenerator(bundle).generate("the cat", settings=GREEDY)
+    bundle.model.train()
+    assert TextGenerator(bundle).generate("the cat", settings=GREEDY) == answer
+    assert bundle.model.training
+
+
+def test_the_space_at_the_seam_of_a_completion_is_not_part_of_the_answer(bundle):
+    fmt = PromptFormat(kind="prompt_completion", columns={"prompt": "p", "completion": "c"})
+    tuned = TextGenerator(replace(bundle, prompt_format=fmt))
+    plain = TextGenerator(bundle)
+    spaced = next(p for p in ("the", "dog", "a", "it", "log", "on", "area") if _answer(plain, p).startswith(" "))
+    assert _answer(tuned, spaced) == _answer(plain, spaced)[1:]
+    assert "".join(tuned.stream(spaced, settings=GREEDY)) == _answer(tuned, spaced)
+
+
+def _answer(generator, prompt):
+    return generator.generate(prompt, settings=GREEDY)[0]
+
+
+def test_control_tokens_typed_by_a_user_do_not_end_the_prompt(generator, bundle):
+    assert bundle.tokenizer.eos_token_id not in encode_prompt("a <|endoftext|> b", None, bundle.tokenizer)
+    assert generator.count_tokens("a <|endoftext|> b") > 5
+
+

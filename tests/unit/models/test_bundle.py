@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smolora.config.model import GPTConfig
+from smolora.models.anatomy import build_anatomy
+from smolora.models.bundle import ModelBundle, count_parameters, print_trainable_parameters
+from smolora.models.gpt import GPTModel
+from smolora.models.wrapper import BaseModelWrapper
+from tests.tiny import CONTEXT, FAMILIES, save_tiny_model, tiny_bundle, tiny_model, tiny_tokenizer
+
+
+def bundle_of(model):
+    return ModelBundle(model, tiny_tokenizer(), build_anatomy(model), source="memory", fingerprint="")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_context_is_read_from_any_family(family):
+    # bloom's ALiBi positions have no end.
+    assert bundle_of(tiny_model(family)).context == (None if family == "bloom" else CONTEXT)
+
+
+def test_the_context_of_the_gpt_to_read_is_its_config_s():
+    bundle = bundle_of(GPTModel(GPTConfig(context=40, vocab_size=288)))
+    assert bundle.context == 40
+    assert bundle.eos_token_ids == (0,)
+    assert bundle.dtype == torch.float32
+    assert bundle.device == torch.device("cpu")
+
+
+def test_every_end_of_text_counts_once():
+    bundle = bundle_of(tiny_model("llama"))
+    bundle.model.generation_config.eos_token_id = [7, 5]
+    assert bundle.eos_token_ids == (7, 5, 0)
+    bundle.model.generation_config.eos_token_id = 0
+    assert bundle.eos_token_ids == (0,)
+    bundle.model.generation_config.eos_token_id = None
+    assert bundle.eos_token_ids == (0,)
+
+
+def test_parameters_are_counted_as_scalars_and_tied_ones_once(capsys):
+    model = GPTModel(GPTConfig(num_layers=1, num_heads=1, width=4, context=8, vocab_size=10))
+    blocks = 4 * (4 * 4 + 4) + (4 * 16 + 16) + (16 * 4 + 4) + 2 * 8
+    assert count_parameters(model) == (40 + 32 + blocks + 8, 40 + 32 + blocks + 8)
+    model.token_embedding.requires_grad_(False)
+    bundle = bundle_of(model)
+    assert bundle.num_parameters - bundle.num_trainable_parameters == 40
+    print_trainable_parameters(bundle)
+    assert capsys.readouterr().out == f"{32 + blocks + 8:,} of {80 + blocks:,} parameters are trained (87.65 %)\n"
+
+
+def test_the_dtype_is_the_base_s(tmp_path):
+    assert tiny_bundle("llama", tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_wrapper_opens_the_same_bundle(tmp_path, capsys):
+    wrapper = BaseModelWrapper(str(save_tiny_model("opt", tmp_path)))
+    assert wrapper.model is wrapper.bundle.model
+    assert wrapper.tokenizer is wrapper.bundle.tokenizer
+    wrapper.print_trainable_parameters()
+    assert "parameters are trained" in capsys.readouterr().out

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from smolora.data.prompts import PromptFormat, write_prompt_format
+from smolora.errors import ModelError
+from smolora.models.loading import load_model, quiet_transformers
+from smolora.models.weight_files import fingerprint_weights
+from tests.tiny import FAMILIES, random_input_ids, save_tiny_model, tiny_model, tiny_tokenizer
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_opened_as_it_was_saved(tmp_path, family):
+    folder = save_tiny_model(family, tmp_path / "base")
+    bundle = load_model(folder)
+    ids = random_input_ids(8)
+    torch.testing.assert_close(bundle.model(ids).logits, tiny_model(family)(ids).logits, atol=0, rtol=0)
+    assert bundle.anatomy.family == family
+    assert bundle.source == str(folder.resolve())
+    assert bundle.fingerprint == fingerprint_weights(folder)
+    assert bundle.tokenizer("the cat")["input_ids"] == tiny_tokenizer()("the cat")["input_ids"]
+    assert bundle.prompt_format is None
+    assert not bundle.model.training
+
+
+def test_the_type_is_the_file_s_unless_told(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base", dtype=torch.bfloat16)
+    assert load_model(folder).dtype == torch.bfloat16
+    assert load_model(folder, dtype=torch.float32).dtype == torch.float32
+
+
+def test_sharded_weights_are_opened(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base", max_shard_size="40KB")
+    ids = random_input_ids(8)
+    assert torch.equal(load_model(folder).model(ids).logits, tiny_model("llama")(ids).logits)
+
+
+def test_the_prompt_format_of_a_tuned_model_comes_along(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    fmt = PromptFormat(kind="text", columns={"text": "text"})
+    write_prompt_format(fmt, folder)
+    assert load_model(folder).prompt_format == fmt
+
+
+def test_opening_draws_no_random_number_and_says_nothing(tmp_path, capfd):
+    folder = save_tiny_model("gpt2", tmp_path / "base")
+    transformers_logging.enable_progress_bar()
+    capfd.readouterr()
+    state = torch.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr() == ("", "")
+    transformers_logging.disable_progress_bar()
+
+
+def test_transformers_speaks_again_after_the_quiet_block():
+    transformers_logging.enable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    with quiet_transformers():
+        assert not transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.get_verbosity() == level
+    transformers_logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_asks_to_run_code_is_refused(tmp_path, name):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    change_json(folder / name, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+    (folder / "modeling.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match="auto_map"):
+        load_model(folder)
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="only pickled weights") as caught:
+        load_model(folder)
+    assert caught.value.exit_code == 4
+
+
+def test_a_missing_tensor_is_refused_instead_of_drawn_at_random(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors of a llama model, such as model\.layers\.1\.mlp\.up_proj"):
+        load_model(folder)
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    change_json(folder / "config.json", intermediate_size=40)
+    with pytest.raises(ModelError, match="can't be opened as a causal language model"):
+        load_model(folder)
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ModelError, match="it was cut"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "can't be read"), ("[]", "must hold a JSON object"), ("{}", "names no model_type")]
+)
+def test_a_broken_config_is_refused(tmp_path, text, message):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        load_model(folder)
+
+
+def test_a_model_type_that_nobody_knows_is_refused(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    change_json(folder / "config.json", model_type="adopt")
+    with pytest.raises(ModelError, match="can't be opened as a causal language model"):
+        load_model(folder)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "../a/b"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ModelError, match="is no folder"):
+        load_model(name)
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="is a file, not a folder"):
+        load_model(tmp_path / "model.gguf")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_clear_message(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="no folder 'someone/model' here, and the hub didn't give it"):
+        load_model("someone/model")

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from smolora.config.model import GPTConfig
+from smolora.models.gpt import GPTModel
+from smolora.models.packing import can_pack_rows
+from tests.tiny import FAMILIES, PACKABLE_FAMILIES, random_input_ids, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_tells_which_families_can_pack(family):
+    assert can_pack_rows(tiny_model(family))[0] == (family in PACKABLE_FAMILIES)
+
+
+def test_the_gpt_to_read_can_pack():
+    assert can_pack_rows(GPTModel(GPTConfig(vocab_size=288)))[0]
+
+
+@pytest.mark.parametrize("family", PACKABLE_FAMILIES)
+def test_packed_logits_equal_one_by_one_logits(family):
+    model = tiny_model(family)
+    rows = [random_input_ids(length, seed=length) for length in (4, 11, 1, 7)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    packed = model(input_ids=torch.cat(rows, 1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], 1)
+    # float32 rounding: a row alone goes through another kernel. The logits are up to 5 in size.
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_leak_is_named_as_the_reason():
+    able, reason = can_pack_rows(tiny_model("opt"))
+    assert not able
+    assert reason.startswith("packed rows leak into each other")
+
+
+def test_a_model_that_takes_no_positions_is_named_as_the_reason():
+    able, reason = can_pack_rows(nn.Sequential(nn.Embedding(288, 8), nn.Linear(8, 288)))
+    assert not able
+    assert "refuses restarting positions (TypeError" in reason
+
+
+def test_a_bfloat16_model_is_held_to_bfloat16_rounding():
+    assert can_pack_rows(tiny_model("llama").bfloat16())[0]
+
+
+class PositionBlind(nn.Module):
+    """Ignores where a row begins without looking at other rows: no leak, but the second row isn't itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_model("gpt2")
+
+    def forward(self, input_ids, position_ids, use_cache):
+        running = torch.arange(input_ids.shape[1])[None]
+        output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        output.logits = output.logits + running[..., None] * 0.01
+        return output
+
+
+def test_a_row_that_differs_from_the_row_alone_is_noticed():
+    able, reason = can_pack_rows(PositionBlind())
+    assert not able
+    assert "differs from the row alone" in reason
+
+
+def test_the_probe_leaves_no_trace():
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    can_pack_rows(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.store import save_adapter
+from smolora.config.adapter import LoRAConfig
+from smolora.errors import ConfigError, ModelError
+from smolora.models.loading import load_model
+from smolora.recipes.merge import merge
+from tests.tiny import random_input_ids, save_tiny_model
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with a tiny adapter of random numbers in it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "resolved_config.yaml").write_text("")
+    bundle = attach_adapter(load_model(save_tiny_model("llama", tmp_path / "base")), LoRAConfig(), seed=0)
+    with torch.random.fork_rng(), torch.no_grad():
+        for name, parameter in bundle.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    save_adapter(bundle, folder / "adapter_checkpoint")
+    return folder
+
+
+def test_a_run_is_merged_into_its_own_folder(run, tmp_path):
+    report = merge(run)
+    assert report.out == str(run / "final_merged")
+    ids = random_input_ids(6)
+    merged, base = load_model(run / "final_merged"), load_model(tmp_path / "base")
+    assert not torch.allclose(merged.model(ids).logits, base.model(ids).logits)
+
+
+def test_the_adapter_folder_of_a_run_is_merged_into_the_run(run):
+    merge(run / "adapter_checkpoint")
+    assert (run / "final_merged/merge_report.json").is_file()
+
+
+def test_another_folder_can_be_named(run, tmp_path):
+    merge(run, tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere/model.safetensors").is_file()
+    assert not (run / "final_merged").exists()
+
+
+def test_an_adapter_in_no_run_needs_a_folder(run, tmp_path):
+    adapter = (run / "adapter_checkpoint").rename(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="Name one with -o"):
+        merge(adapter)
+
+
+def test_a_second_merge_is_refused(run):
+    merge(run)
+    with pytest.raises(ConfigError, match="final_merged exists"):
+        merge(run)
+
+
+@pytest.mark.parametrize(("made", "advice"), [("model", "needs no merge"), ("plots", "--resume")])
+def test_a_run_without_an_adapter_says_what_to_do(tmp_path, made, advice):
+    (tmp_path / "resolved_config.yaml").write_text("")
+    (tmp_path / made).mkdir()
+    with pytest.raises(ModelError, match=advice):
+        merge(tmp_path)

@@ -1,0 +1,29 @@
+"""Every error is also the builtin a caller would catch, and has the exit code of the contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolora import errors
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin", "code"),
+    [
+        (errors.ConfigError, ValueError, 2),
+        (errors.DataError, ValueError, 3),
+        (errors.ModelError, ValueError, 4),
+        (errors.StorageError, OSError, 5),
+        (errors.BrokenRunError, RuntimeError, 6),
+        (errors.FolderInUseError, RuntimeError, 7),
+        (errors.StoppedBySignal, RuntimeError, 75),
+    ],
+)
+def test_an_error_is_the_builtin_and_has_its_exit_code(error, builtin, code):
+    assert issubclass(error, errors.SmoloraError)
+    assert issubclass(error, builtin)
+    assert error.exit_code == code
+
+
+def test_no_hint_is_given_where_nothing_is_near():
+    assert errors.did_you_mean("xyz", ["learning_rate"]) == ""
