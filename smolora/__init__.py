@@ -1,6 +1,6 @@
 """From raw text to a small language model you can trust, on the machine you have.
 
-Names are imported when they are first used: `import smolora` takes milliseconds and loads no torch.
+A name is imported when it is first used: `import smolora` takes milliseconds and loads no torch.
 """
 
 from __future__ import annotations
@@ -8,17 +8,177 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from smolora.adapters.attach import PEFTModelWrapper as PEFTModelWrapper
+if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` does it.
+    from smolora.adapters.attach import setup_model_with_lora
+    from smolora.adapters.store import load_bundle
+    from smolora.adapters.wrapper import PEFTModelWrapper
+    from smolora.api import SmoLoRA
+    from smolora.config import (
+        ATTENTION_ONLY,
+        BOTH,
+        MLP_ONLY,
+        DataConfig,
+        EvaluationConfig,
+        ExperimentConfig,
+        GPTConfig,
+        LoRAConfig,
+        ModelConfig,
+        PretrainConfig,
+        TokenizerConfig,
+        TrainingConfig,
+    )
+    from smolora.data.cleaning import TextCleaningProcessor
+    from smolora.data.collate import get_data_collator
+    from smolora.data.pipeline import DatasetPipeline, chunk_texts
+    from smolora.data.preprocessing import DataPreprocessor, get_preprocessor
+    from smolora.data.readers import read_csv, read_jsonl, read_txt_folder
+    from smolora.data.sources import DatasetHandler, load_dataset_from_hub, load_text_data, prepare_dataset
+    from smolora.data.token_dataset import TextDataset
+    from smolora.errors import (
+        BrokenRunError,
+        ConfigError,
+        DataError,
+        FolderInUseError,
+        ModelError,
+        SmoloraError,
+        StoppedBySignal,
+        StorageError,
+    )
+    from smolora.generation.sampling import SamplingSettings
+    from smolora.generation.text_generator import TextGenerator
+    from smolora.models.bundle import ModelBundle, print_trainable_parameters
+    from smolora.models.gpt import FeedForward, GPTModel, MultiHeadAttention, TransformerBlock
+    from smolora.models.registry import ModelRegistry
+    from smolora.models.wrapper import BaseModelWrapper
+    from smolora.runtime.device import DeviceManager
+    from smolora.runtime.memory import MemoryManager
+    from smolora.tokenizers.bpe import BPETokenizer
+    from smolora.tokenizers.char import CharTokenizer
+    from smolora.training.callback import Callback
+    from smolora.training.callbacks import EarlyStoppingCallback
+    from smolora.training.schedules import get_scheduler
+    from smolora.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "SmoLoRA": "smolora.api",
-}
-"""Public name to the module that defines it."""
+__all__ = [
+    "ATTENTION_ONLY",
+    "BOTH",
+    "BPETokenizer",
+    "BaseModelWrapper",
+    "BrokenRunError",
+    "Callback",
+    "CharTokenizer",
+    "ConfigError",
+    "DataConfig",
+    "DataError",
+    "DataPreprocessor",
+    "DatasetHandler",
+    "DatasetPipeline",
+    "DeviceManager",
+    "EarlyStoppingCallback",
+    "EvaluationConfig",
+    "ExperimentConfig",
+    "FeedForward",
+    "FolderInUseError",
+    "GPTConfig",
+    "GPTModel",
+    "LoRAConfig",
+    "MLP_ONLY",
+    "MemoryManager",
+    "ModelBundle",
+    "ModelConfig",
+    "ModelError",
+    "ModelRegistry",
+    "MultiHeadAttention",
+    "PEFTModelWrapper",
+    "PretrainConfig",
+    "SamplingSettings",
+    "SmoLoRA",
+    "SmoloraError",
+    "StoppedBySignal",
+    "StorageError",
+    "TextCleaningProcessor",
+    "TextDataset",
+    "TextGenerator",
+    "TokenizerConfig",
+    "Trainer",
+    "TrainingConfig",
+    "TransformerBlock",
+    "chunk_texts",
+    "get_data_collator",
+    "get_preprocessor",
+    "get_scheduler",
+    "load_bundle",
+    "load_dataset_from_hub",
+    "load_text_data",
+    "prepare_dataset",
+    "print_trainable_parameters",
+    "read_csv",
+    "read_jsonl",
+    "read_txt_folder",
+    "setup_model_with_lora",
+]
 
-__all__ = sorted(_HOMES)
+_HOMES = {
+    "ATTENTION_ONLY": "smolora.config",
+    "BOTH": "smolora.config",
+    "BPETokenizer": "smolora.tokenizers.bpe",
+    "BaseModelWrapper": "smolora.models.wrapper",
+    "BrokenRunError": "smolora.errors",
+    "Callback": "smolora.training.callback",
+    "CharTokenizer": "smolora.tokenizers.char",
+    "ConfigError": "smolora.errors",
+    "DataConfig": "smolora.config",
+    "DataError": "smolora.errors",
+    "DataPreprocessor": "smolora.data.preprocessing",
+    "DatasetHandler": "smolora.data.sources",
+    "DatasetPipeline": "smolora.data.pipeline",
+    "DeviceManager": "smolora.runtime.device",
+    "EarlyStoppingCallback": "smolora.training.callbacks",
+    "EvaluationConfig": "smolora.config",
+    "ExperimentConfig": "smolora.config",
+    "FeedForward": "smolora.models.gpt",
+    "FolderInUseError": "smolora.errors",
+    "GPTConfig": "smolora.config",
+    "GPTModel": "smolora.models.gpt",
+    "LoRAConfig": "smolora.config",
+    "MLP_ONLY": "smolora.config",
+    "MemoryManager": "smolora.runtime.memory",
+    "ModelBundle": "smolora.models.bundle",
+    "ModelConfig": "smolora.config",
+    "ModelError": "smolora.errors",
+    "ModelRegistry": "smolora.models.registry",
+    "MultiHeadAttention": "smolora.models.gpt",
+    "PEFTModelWrapper": "smolora.adapters.wrapper",
+    "PretrainConfig": "smolora.config",
+    "SamplingSettings": "smolora.generation.sampling",
+    "SmoLoRA": "smolora.api",
+    "SmoloraError": "smolora.errors",
+    "StoppedBySignal": "smolora.errors",
+    "StorageError": "smolora.errors",
+    "TextCleaningProcessor": "smolora.data.cleaning",
+    "TextDataset": "smolora.data.token_dataset",
+    "TextGenerator": "smolora.generation.text_generator",
+    "TokenizerConfig": "smolora.config",
+    "Trainer": "smolora.training.trainer",
+    "TrainingConfig": "smolora.config",
+    "TransformerBlock": "smolora.models.gpt",
+    "chunk_texts": "smolora.data.pipeline",
+    "get_data_collator": "smolora.data.collate",
+    "get_preprocessor": "smolora.data.preprocessing",
+    "get_scheduler": "smolora.training.schedules",
+    "load_bundle": "smolora.adapters.store",
+    "load_dataset_from_hub": "smolora.data.sources",
+    "load_text_data": "smolora.data.sources",
+    "prepare_dataset": "smolora.data.sources",
+    "print_trainable_parameters": "smolora.models.bundle",
+    "read_csv": "smolora.data.readers",
+    "read_jsonl": "smolora.data.readers",
+    "read_txt_folder": "smolora.data.readers",
+    "setup_model_with_lora": "smolora.adapters.attach",
+}
+"""Public name to the module it comes from."""
 
 
 def __getattr__(name: str) -> object:
@@ -28,4 +188,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return [*__all__, "__version__"]

@@ -60,11 +60,12 @@ def _build_peft_config(
 
 
 def _adapt(model: PreTrainedModel, peft_config: peft.LoraConfig, *, seed: int) -> peft.PeftModel:
-    with torch.random.fork_rng(), quiet_peft():
+    is_training = model.training
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), quiet_peft():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
     assert isinstance(adapted, peft.PeftModel)
-    return adapted
+    return adapted.train(is_training)  # peft's new dropout layers would drop in an eval model.
 
 
 @contextmanager

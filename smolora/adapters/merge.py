@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smolora.adapters.adapter_files import StoredAdapter, read_adapter
 from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
-from smolora.adapters.store import load_adapter, load_base
+from smolora.adapters.store import load_adapter, load_base, resolve_base_folder
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ConfigError, ModelError
@@ -103,9 +103,10 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         raise ConfigError(f"{out} exists. Choose another output folder, or remove it first.")
     adapter = read_adapter(adapter_folder)
     _refuse_unmergeable(adapter)
+    base_folder = resolve_model_folder(base) if base else resolve_base_folder(adapter)
+    _refuse_quantised(base_folder)
     bundle = load_model(base, dtype=torch.float32) if base else load_base(adapter, dtype=torch.float32)
-    base_folder = resolve_model_folder(bundle.source, revision=bundle.revision)
-    _refuse_base(base_folder, bundle, adapter)
+    _refuse_tied_head(adapter, bundle)
     updates = _build_updates(adapter, bundle)
     probe = probe_adapter(load_adapter(bundle, adapter_folder))
     base_name, fingerprint = bundle.source, bundle.fingerprint
@@ -159,11 +160,14 @@ def _refuse_unmergeable(adapter: StoredAdapter) -> None:
         )
 
 
-def _refuse_base(folder: Path, bundle: ModelBundle, adapter: StoredAdapter) -> None:
+def _refuse_quantised(folder: Path) -> None:
     if "quantization_config" in read_model_settings(folder):
         raise ModelError(
             f"{folder} is quantised, and merging into rounded weights loses the adapter. Merge into the original."
         )
+
+
+def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
     heads = [path for path in adapter.pairs if bundle.anatomy.part_of(f"{path}.weight").group == "head"]
     if heads and isinstance(bundle.model, PreTrainedModel) and bundle.model.config.tie_word_embeddings:
         raise ModelError(

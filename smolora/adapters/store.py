@@ -65,6 +65,7 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         takes.
     """
     model = refuse_unadaptable(base)
+    is_training = model.training
     adapter = read_adapter(folder)
     adapter.refuse_other_base(base.fingerprint, base.source)
     _refuse_misfit(adapter, model)
@@ -73,6 +74,7 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
             model, str(folder), is_trainable=trainable, torch_device=str(base.device), low_cpu_mem_usage=True
         )
     _refuse_partial(adapter, adapted)
+    adapted.train(is_training)
     return replace(base, model=adapted, prompt_format=read_prompt_format(folder) or base.prompt_format)
 
 
@@ -103,14 +105,39 @@ def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, devic
     Raises:
         ModelError: It names none, or that one isn't there.
     """
+    resolve_base_folder(adapter)
+    return load_model(str(adapter.base), dtype=dtype, device=device, revision=adapter.config.revision)
+
+
+def resolve_base_folder(adapter: StoredAdapter) -> Path:
+    """Return the local folder of the base that an adapter names.
+
+    Raises:
+        ModelError: It names none, or that one isn't there.
+    """
     if not adapter.base:
         raise ModelError(
             f"{adapter.folder / CONFIG_FILE} names no base model. Write its path or hub id as base_model_name_or_path."
         )
     try:
-        return load_model(adapter.base, dtype=dtype, device=device, revision=adapter.config.revision)
+        return resolve_model_folder(adapter.base, revision=adapter.config.revision)
     except ModelError as error:
-        raise ModelError(f"the base of {adapter.folder} can't be opened: {error}") from error
+        raise ModelError(f"the base of {adapter.folder} isn't there: {error}") from error
+
+
+def find_adapter(source: str | Path) -> Path:
+    """Return the adapter folder of a run, an adapter folder itself, or that of a hub id.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if not RunDir.is_run(source):
+        return resolve_model_folder(source)
+    run = RunDir(source)
+    if is_adapter_folder(run.adapter):
+        return run.adapter
+    advice = "It trained a whole model, which needs no merge." if run.model.is_dir() else "Finish it with --resume."
+    raise ModelError(f"the run {source} has no adapter in {run.adapter.name}. {advice}")
 
 
 def _find_result(run: RunDir) -> Path:

@@ -27,6 +27,7 @@ def build_app() -> App:
         help="From raw text to a small language model you can trust, on the machine you have.",
         version=__version__,
         version_flags=["--version"],
+        suppress_keyboard_interrupt=False,  # It is said in `run`.
         default_parameter=Parameter(negative="", show_default=False),
     )
     app["--help"].group = app["--version"].group = Group("Options", sort_key=4)
@@ -43,7 +44,9 @@ def build_app() -> App:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    exit_code = run(sys.argv[1:] if arguments is None else arguments)
+    _let_go_of_stdout()
+    sys.exit(exit_code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -51,10 +54,11 @@ def run(arguments: Sequence[str]) -> int:
     try:
         build_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
+        return 0
     except CycloptsError as error:
         return _fail(_describe_usage(error), MISTAKE)
-    except BrokenPipeError:  # The reader has had enough, as `head` has; what is left in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # The reader has had enough, as `head` has.
+        return 0
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the edge: what is no mistake of the person's is a bug, and shown whole
@@ -62,13 +66,20 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
             return _fail("this is a bug in smolora. Please report it with the lines above.", UNEXPECTED)
         return _fail(*explained)
-    return 0
 
 
 def _describe_usage(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument '{error.unused_tokens[0]}'. See smolora --help."
     return " ".join(str(error).split())
+
+
+def _let_go_of_stdout() -> None:
+    """Send what can't be written nowhere: Python would try again at its end, complain, and change the exit code to 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -29,7 +29,7 @@ def prepare(
 
     Args:
         source: A file, a folder or a hub id.
-        words: Further settings of the data as data.key=value, such as data.chunk_by=tokens.
+        words: Further settings of the data as data.key=value, such as data.chunk_tokenizer=MODEL.
         out: Folder to write train.jsonl, validation.jsonl and data_report.json into.
         text_field: Column of plain text.
         chunk_size: Split texts into pieces of so many words.
@@ -38,11 +38,12 @@ def prepare(
     """
     terminal = open_terminal()
     from smolora.config import PrepareConfig, resolve_config
-    from smolora.recipes.prepare import prepare as run_prepare
 
     given = {"text_field": text_field, "chunk_size": chunk_size, "file_type": file_type}
     flags = {"seed": seed, **{f"data.{name}": value for name, value in given.items()}}
     config = resolve_config(PrepareConfig, flags=flags, assignments=words)
+    from smolora.recipes.prepare import prepare as run_prepare
+
     report = run_prepare(source, out, config.data, seed=config.seed)
     terminal.print(report.describe(), markup=False)
 
@@ -67,10 +68,11 @@ def pretrain(
     """
     terminal = open_terminal(quiet=quiet)
     from smolora.config import PretrainConfig
+
+    config = build_config(PretrainConfig, words, flags or PretrainFlags(), batch_size=batch_size, resumed=out if resume else None)
     from smolora.recipes.pretrain import pretrain as run_pretrain
     from smolora.training.callbacks import ProgressCallback
 
-    config = build_config(PretrainConfig, words, flags or PretrainFlags(), batch_size=batch_size, resumed=out if resume else None)
     model = run_pretrain(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
     terminal.print(f'model: {model}\nnext: smolora generate {out} "..."', markup=False)
 

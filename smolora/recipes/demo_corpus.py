@@ -131,40 +131,36 @@ class Hero:
 OPENINGS = (
     "Once there was a {a.colour} {a.kind} called {a.name}, who lived {a.home}.",
     "{a.name} was a {a.colour} {a.kind} who lived {a.home}.",
-    "{a.Home} lived a {a.colour} {a.kind} named {a.name}.",
     "Everyone in the valley knew {a.name}, the {a.colour} {a.kind} who lived {a.home}.",
     "A {a.colour} {a.kind} named {a.name} had a small house {a.home}.",
-    "Long ago a {a.colour} {a.kind} came to live {a.home}. {a.Her} name was {a.name}.",
-    "This is the story of {a.name}, a {a.colour} {a.kind}. {a.She} lived {a.home}.",
+    "Long ago a {a.colour} {a.kind} named {a.name} came to live {a.home}.",
+    "This is the story of {a.name}, a {a.colour} {a.kind} who lived {a.home}.",
 )
 LIKINGS = (
-    "{a.She} loved {a.food} more than anything.",
+    "{a.name} loved {a.food} more than anything.",
     "Nothing made {a.name} happier than {a.food}.",
-    "For breakfast {a.she} always ate {a.food}.",
+    "For breakfast {a.name} always ate {a.food}.",
     "{a.name} could smell {a.food} from a mile away.",
-    "On cold days {a.she} dreamed of {a.food}.",
-    "{a.name} never went anywhere without some {a.food}.",
-    "{a.Her} favourite food was {a.food}.",
+    "On cold days {a.name} dreamed of {a.food}.",
+    "{a.name} never went out without some {a.food}.",
 )
 TRADES = (
-    "{a.She} was a {a.job} and {a.deed}.",
+    "{a.name} was a {a.job} and {a.deed}.",
     "{a.name} was the only {a.job} in the valley.",
-    "{a.She} worked as a {a.job}, and all day long {a.she} {a.deed}.",
-    "As a {a.job}, {a.name} {a.deed}.",
+    "{a.name} worked as a {a.job}, and all day long {a.she} {a.deed}.",
     "{a.name} was a {a.job}, like {a.her} mother before {a.object}.",
-    "{a.She} was a good {a.job} who {a.deed}.",
+    "{a.name} was a good {a.job} who {a.deed}.",
 )
 MEETINGS = (
     "One {day} {a.name} met {b.name}, a {b.colour} {b.kind} who lived {b.home}.",
     "{a.Her} best friend was {b.name}, a {b.colour} {b.kind} who lived {b.home}.",
-    "Not far away, {b.home}, lived a {b.colour} {b.kind} called {b.name}.",
+    "Not far away lived a {b.colour} {b.kind} called {b.name}, {b.home}.",
     "{a.name} had a friend called {b.name}, a {b.colour} {b.kind} with a house {b.home}.",
     "One {day} there was a knock at the door. It was {b.name}, the {b.colour} {b.kind} who lived {b.home}.",
 )
 DISCOVERIES = (
     "One {day} {a.name} found {a.find} {spot}.",
     "On the way to market {a.name} found {a.find} {spot}.",
-    "Then {a.name} saw something {spot}. It was {a.find}!",
     "Who would have thought it? {a.name} found {a.find} {spot}.",
 )
 # Told facts again, in other words. A sentence is used only where the story has told all that it takes for granted.
@@ -280,23 +276,22 @@ def _facts_in(sentence: str) -> frozenset[str]:
 def tell_story(rng: random.Random, names: Sequence[str] = (*HEROINES, *HEROES)) -> Told:
     """Tell one story: who there is, what they are like, what happens, how it ends."""
     a, b = _draw_heroes(rng, names)
-    has_friend = rng.random() < 0.75
-    sentences = [rng.choice(OPENINGS), *_habits(rng)]
+    has_friend = rng.random() < 0.6
+    sentences = [rng.choice(OPENINGS), *_habits(rng, 1 if has_friend else 2)]
     if has_friend:
-        sentences += [rng.choice(MEETINGS), *(habit.replace("{a.", "{b.") for habit in _habits(rng))]
-    if rng.random() < 0.6:
+        sentences += [rng.choice(MEETINGS), *(habit.replace("{a.", "{b.") for habit in _habits(rng, 1))]
+    if rng.random() < 0.4:
         sentences.append(rng.choice(DISCOVERIES))
     told = frozenset[str]().union(*map(_facts_in, sentences))
     turns = _fitting(TURNS if has_friend else SOLO_TURNS, told)
     endings = _fitting(ENDINGS if has_friend else SOLO_ENDINGS, told)
-    sentences += rng.sample(turns, min(len(turns), rng.choice((0, 1, 2, 3)))) + [rng.choice(endings)]
+    sentences += rng.sample(turns, min(len(turns), rng.choice((1, 2, 3)))) + [rng.choice(endings)]
     filled = (sentence.format(a=a, b=b, day=rng.choice(DAYS), spot=rng.choice(SPOTS)) for sentence in sentences)
     return Told(" ".join(filled), {"a": a, "b": b} if has_friend else {"a": a}, told)
 
 
-def _habits(rng: random.Random) -> list[str]:
-    habits = [rng.choice(LIKINGS), rng.choice(TRADES)]
-    return rng.sample(habits, rng.choice((1, 1, 1, 2)))
+def _habits(rng: random.Random, num: int) -> list[str]:
+    return rng.sample([rng.choice(LIKINGS), rng.choice(TRADES)], num)
 
 
 def _fitting(sentences: Iterable[str], told: frozenset[str]) -> list[str]:

@@ -117,7 +117,9 @@ def _prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None,
     else:
         rows = read_sources(config.data, seed=seed, tokenizer=base.tokenizer, out=out)
     encoded = [
-        encode_rows(part, rows.fmt, base.tokenizer, config.data, base.context, rows.report, side=side)
+        encode_rows(
+            part, rows.fmt, base.tokenizer, data=config.data, context=base.context, report=rows.report, side=side
+        )
         for part, side in ((rows.train, "train"), (rows.held_out, "validation"))
     ]
     logger.info("rows as %s", rows.fmt.describe())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smolora.adapters.adapter_files import is_adapter_folder
 from smolora.adapters.merge import MergeReport, merge_adapter
-from smolora.errors import ConfigError, ModelError
+from smolora.adapters.store import find_adapter
+from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
 
 
@@ -21,24 +21,12 @@ def merge(source: Path, out: Path | None = None) -> MergeReport:
         ConfigError: `out` exists, or is left out for an adapter that is in no run.
         ModelError: There is no adapter, or it can't be merged.
     """
-    adapter = _find_adapter(source)
+    adapter = find_adapter(source)
     return merge_adapter(adapter, out or _default_out(adapter))
-
-
-def _find_adapter(source: Path) -> Path:
-    if not RunDir.is_run(source):
-        return source
-    run = RunDir(source)
-    if is_adapter_folder(run.adapter):
-        return run.adapter
-    trained = "It trained a whole model, which needs no merge." if run.model.is_dir() else "Finish it with --resume."
-    raise ModelError(f"the run {source} has no adapter in {run.adapter.name}. {trained}")
 
 
 def _default_out(adapter: Path) -> Path:
     run = RunDir(adapter.parent)
     if not RunDir.is_run(run.path):
-        raise ConfigError(
-            f"{adapter} is in no run, so there is no default place for the merged model. Name one with -o."
-        )
+        raise ConfigError(f"{adapter} is in no run, so the merged model has no default place. Name one with -o.")
     return run.merged

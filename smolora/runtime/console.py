@@ -24,7 +24,6 @@ def show_log(console: Console) -> None:
     logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, ConsoleHandler)]
     logger.addHandler(ConsoleHandler(console))
     logger.setLevel(logging.WARNING if console.quiet else logging.INFO)
-    logger.propagate = False
 
 
 def silence_bars() -> None:

@@ -12,6 +12,7 @@ from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
+from smolora.models.packing import can_pack_rows
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_model, tiny_bundle, tiny_model, tiny_tokenizer
 
 
@@ -103,3 +104,16 @@ def test_the_wrapper_saves_a_peft_folder(tmp_path):
     wrapper = PEFTModelWrapper(str(save_tiny_model("llama", tmp_path / "base")), LoRAConfig(r=2))
     wrapper.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_train_or_eval_mode_is_kept_so_that_no_dropout_starts_unasked(tmp_path, is_training):
+    bundle = tiny_bundle("llama", tmp_path)
+    bundle.model.train(is_training)
+    model = attach_adapter(bundle, LoRAConfig(lora_dropout=0.5), seed=0).model
+    assert {module.training for module in model.modules()} == {is_training}
+
+
+def test_an_adapted_model_packs_rows_as_its_base_does(tmp_path):
+    assert can_pack_rows(attach_adapter(tiny_bundle("llama", tmp_path / "a"), LoRAConfig(), seed=0).model)[0]
+    assert not can_pack_rows(attach_adapter(tiny_bundle("opt", tmp_path / "b"), LoRAConfig(), seed=0).model)[0]

@@ -123,7 +123,9 @@ def test_only_the_targets_change(save_pair, tmp_path):
     merge_adapter(adapter, tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"model.layers.{layer}.self_attn.{name}.weight" for layer in range(2) for name in ("q_proj", "v_proj")}
+    assert changed == {
+        f"model.layers.{layer}.self_attn.{name}.weight" for layer in range(2) for name in ("q_proj", "v_proj")
+    }
 
 
 def test_these_files_are_left_and_no_others(save_pair, tmp_path):
@@ -243,7 +245,7 @@ class TestRefused:
     def test_a_quantised_base(self, save_pair, tmp_path):
         base, adapter = save_pair()
         change_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-        with pytest.raises(ModelError, match="quantised|can't be opened"):
+        with pytest.raises(ModelError, match="is quantised"):
             merge_adapter(adapter, tmp_path / "out")
 
 

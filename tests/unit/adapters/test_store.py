@@ -224,7 +224,7 @@ def test_a_model_without_an_adapter_has_none_to_save(tmp_path):
 def test_a_base_that_is_gone_is_named(save_pair):
     base, adapter = save_pair()
     shutil.rmtree(base)
-    with pytest.raises(ModelError, match=r"the base of .*adapter can't be opened"):
+    with pytest.raises(ModelError, match=r"the base of .*adapter isn't there"):
         load_bundle(adapter)
 
 

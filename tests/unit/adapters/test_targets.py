@@ -10,7 +10,12 @@ from tests.tiny import FAMILIES, NUM_LAYERS, tiny_model
 
 QUERY_VALUE = ["self_attn.q_proj", "self_attn.v_proj"]
 GATED = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-LLAMA = ("model.layers", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"], QUERY_VALUE, GATED)
+LLAMA = (
+    "model.layers",
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
+    QUERY_VALUE,
+    GATED,
+)
 BIG = ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
 
 # blocks, attention, attention_only, mlp_only
@@ -29,7 +34,12 @@ EXPECTED = {
         ["mlp.gate_up_proj", "mlp.down_proj"],
     ),
     "gpt2": ("transformer.h", ["attn.c_attn", "attn.c_proj"], ["attn.c_attn"], ["mlp.c_fc", "mlp.c_proj"]),
-    "gpt_neox": ("gpt_neox.layers", ["attention.query_key_value", "attention.dense"], ["attention.query_key_value"], BIG),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        ["attention.query_key_value", "attention.dense"],
+        ["attention.query_key_value"],
+        BIG,
+    ),
     "bloom": (
         "transformer.h",
         ["self_attention.query_key_value", "self_attention.dense"],
@@ -80,7 +90,9 @@ def test_a_name_is_the_last_part_of_a_path_and_not_a_part_of_it():
 def test_gpt2_s_c_proj_is_in_attention_and_in_the_mlp():
     anatomy = anatomy_of("gpt2")
     assert len(resolve_target_modules(anatomy, ["c_proj"])) == 2 * NUM_LAYERS
-    assert resolve_target_modules(anatomy, ["mlp.c_proj"]) == [f"transformer.h.{i}.mlp.c_proj" for i in range(NUM_LAYERS)]
+    assert resolve_target_modules(anatomy, ["mlp.c_proj"]) == [
+        f"transformer.h.{i}.mlp.c_proj" for i in range(NUM_LAYERS)
+    ]
 
 
 def test_a_full_path_is_one_module():
@@ -90,7 +102,9 @@ def test_a_full_path_is_one_module():
 
 def test_names_come_back_in_the_order_of_the_model_and_once():
     resolved = resolve_target_modules(anatomy_of("llama"), ["v_proj", "q_proj", "self_attn.v_proj"])
-    assert resolved == [f"model.layers.{i}.self_attn.{name}" for i in range(NUM_LAYERS) for name in ("q_proj", "v_proj")]
+    assert resolved == [
+        f"model.layers.{i}.self_attn.{name}" for i in range(NUM_LAYERS) for name in ("q_proj", "v_proj")
+    ]
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest_and_all():

@@ -32,7 +32,9 @@ def char():
 
 @pytest.fixture
 def bpe():
-    return to_pretrained(BPETokenizer(300).train("the cat sat on the mat. User: hi\nAssistant: hello " * 9), context=128)
+    return to_pretrained(
+        BPETokenizer(300).train("the cat sat on the mat. User: hi\nAssistant: hello " * 9), context=128
+    )
 
 
 @pytest.fixture

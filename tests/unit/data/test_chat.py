@@ -78,7 +78,10 @@ def test_a_template_that_writes_begin_of_text_gets_no_second_one(llama):
 
 
 def test_a_template_without_a_mark_for_the_end_gets_the_end_of_text(bpe):
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     example = encode_conversation(TALK[:2], bpe, template=template)
     assert runs(example, bpe) == ["hello there<|endoftext|>"]
 

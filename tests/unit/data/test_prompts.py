@@ -60,9 +60,7 @@ def test_the_example_spells_prompt_and_completion_as_given(gpt2, prompt, complet
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.text(st.characters(exclude_categories=["Cs"]))
-)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_prompt_is_a_prefix_of_its_example(bpe, prompt, completion):
     example = encode_row({"p": prompt, "c": completion}, PAIR, bpe)
     prefix = encode_prompt(prompt, PAIR, bpe)
@@ -149,7 +147,9 @@ def test_columns_that_fit_nothing_are_listed():
 
 
 def test_a_missing_column_is_named_with_the_nearest():
-    with pytest.raises(DataError, match=r"no column 'dialog'. Did you mean 'dialogue'\? Columns found: 'dialogue', 'id'"):
+    with pytest.raises(
+        DataError, match=r"no column 'dialog'. Did you mean 'dialogue'\? Columns found: 'dialogue', 'id'"
+    ):
         resolve_prompt_format(["dialogue", "id"], DataConfig(text_field="dialog"))
 
 

@@ -29,7 +29,14 @@ BIG = {"dense_h_to_4h": "up", "dense_4h_to_h": "down"}
 # blocks, attention, mlp, norms in a block, norms outside, embeddings
 EXPECTED = {
     "llama": ("model.layers", self_attention(SEPARATE), mlp(GATED), TWO_NORMS, {"model.norm"}, ["model.embed_tokens"]),
-    "gemma2": ("model.layers", self_attention(SEPARATE), mlp(GATED), FOUR_NORMS, {"model.norm"}, ["model.embed_tokens"]),
+    "gemma2": (
+        "model.layers",
+        self_attention(SEPARATE),
+        mlp(GATED),
+        FOUR_NORMS,
+        {"model.norm"},
+        ["model.embed_tokens"],
+    ),
     "qwen3": (
         "model.layers",
         self_attention(SEPARATE),
@@ -110,8 +117,8 @@ def test_every_part_of_a_family_is_named_exactly(model_type):
     blocks, attention, mlp_roles, block_norms, norms, embeddings = EXPECTED[model_type]
     anatomy = build_anatomy(build_model(model_type))
     expected = {"lm_head": ("head", None, None, True)}
-    expected |= {name: ("embedding", None, None, False) for name in embeddings}
-    expected |= {name: ("norm", None, None, False) for name in norms}
+    expected |= dict.fromkeys(embeddings, ("embedding", None, None, False))
+    expected |= dict.fromkeys(norms, ("norm", None, None, False))
     for layer in range(NUM_LAYERS):
         expected |= {f"{blocks}.{layer}.{name}": ("attention", layer, role, True) for name, role in attention.items()}
         expected |= {f"{blocks}.{layer}.{name}": ("mlp", layer, role, True) for name, role in mlp_roles.items()}
@@ -157,7 +164,9 @@ def test_without_a_class_called_attention_the_first_container_is_attention():
     model.stack = nn.ModuleList(Block() for _ in range(3))
     model.out = nn.Linear(4, 10)
     anatomy = build_anatomy(model)
-    assert anatomy.modules_with_role("query", "output") == [f"stack.{i}.mix.{n}" for i in range(3) for n in ("q", "merge")]
+    assert anatomy.modules_with_role("query", "output") == [
+        f"stack.{i}.mix.{n}" for i in range(3) for n in ("q", "merge")
+    ]
     assert anatomy.modules_with_role("up", "down") == [f"stack.{i}.feed.{n}" for i in range(3) for n in (0, 1)]
     assert anatomy.part_of("out.weight").group == "head"
 

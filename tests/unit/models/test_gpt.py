@@ -124,7 +124,9 @@ def test_gradient_checkpointing_keeps_no_activation_of_a_block(model):
 
     def count_kept():
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
             model.train()(draw_ids(1, 8))
         return len(kept)
 

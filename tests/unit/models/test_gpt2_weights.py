@@ -20,7 +20,9 @@ ROUNDING = {"atol": 2e-6, "rtol": 1e-5}
 def build_gpt(**changes):
     """A GPT whose every tensor differs from its initial value."""
     torch.manual_seed(0)
-    model = GPTModel(GPTConfig(num_layers=2, num_heads=2, width=16, context=32, vocab_size=288).replace(**changes)).eval()
+    model = GPTModel(
+        GPTConfig(num_layers=2, num_heads=2, width=16, context=32, vocab_size=288).replace(**changes)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -69,7 +71,9 @@ def test_gpt2_weights_load_into_gpt_model_with_equal_logits(tmp_path):
 def test_openai_names_without_the_prefix_load_too(tmp_path):
     folder = save_tiny_model("gpt2", tmp_path / "gpt2")
     expected = GPTModel.from_pretrained(folder)(random_input_ids(12))
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # The mask that OpenAI's files carry.
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(GPTModel.from_pretrained(folder)(random_input_ids(12)), expected)
@@ -80,7 +84,9 @@ def test_an_untied_head_stays_untied(tmp_path):
     model, ids = GPTModel.from_pretrained(folder), random_input_ids(12)
     torch.testing.assert_close(model(ids), AutoModelForCausalLM.from_pretrained(folder)(ids).logits, **ROUNDING)
     model.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, model(ids), **ROUNDING)
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, model(ids), **ROUNDING
+    )
 
 
 def test_a_gpt2_in_memory_is_a_copy_and_draws_no_random_number():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -154,3 +156,16 @@ def test_a_hub_id_that_cannot_be_reached_is_one_clear_message(monkeypatch, tmp_p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="no folder 'someone/model' here, and the hub didn't give it"):
         load_model("someone/model")
+
+
+def test_a_real_model_tells_the_story_it_was_trained_on():
+    folder = Path(os.environ.get("SMOLORA_SHARED", Path(__file__).parents[4] / "shared")) / "models/stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"the real model is not here: {folder}")
+    bundle = load_model(folder)
+    assert (bundle.num_parameters, bundle.context, bundle.eos_token_ids) == (260_032, 512, (1, 2))
+    ids = torch.tensor([[1]])
+    for _ in range(30):
+        ids = torch.cat([ids, bundle.model(ids).logits[:, -1:].argmax(-1)], 1)
+    text = bundle.tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")

@@ -1,0 +1,146 @@
+"""The edge: verbs, help, and every error as one message and the right exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from smolora import __version__
+from smolora.cli.app import main
+
+VERBS = {"demo", "doctor", "prepare", "pretrain", "train", "merge", "generate", "chat"}
+
+
+def test_help_lists_exactly_the_verbs_that_exist(smolora):
+    code, out, _ = smolora("--help")
+    words = {word for line in out.splitlines() if line.startswith("│") for word in line.split()[1:2]}
+    assert code == 0
+    assert words >= VERBS
+    assert not words & {"evaluate", "compare", "export", "serve", "report", "plan", "probe", "config", "init"}
+
+
+def test_no_arguments_show_the_help(smolora):
+    assert smolora()[:2] == smolora("--help")[:2]
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_explains_itself_and_each_of_its_flags(smolora, verb):
+    code, out, _ = smolora(verb, "--help")
+    entries = [line.strip("│ *").split() for line in out.splitlines() if line.startswith("│")]
+    assert code == 0
+    assert not [entry for entry in entries if entry[:1] and entry[0].startswith("--") and len(entry) < 3]
+
+
+def test_the_version_is_the_installed_one(smolora):
+    assert smolora("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], 'Unknown command "trian". Did you mean "train"?'),
+        (["train", "--modle", "x", "-o", "y"], "Unknown option: --modle. Did you mean --model?"),
+        (["train", "--lr", "fast", "-o", "y"], 'Invalid value for --lr: unable to convert "fast" into float.'),
+        (["train", "--preset", "e2e"], "Unknown option: --preset."),
+        (["generate", "model"], 'Command "generate" parameter PROMPT requires an argument.'),
+        (["generate", "model", "prompt", "more"], "unexpected argument 'more'."),
+        (["generate", "m", "p", "--greedy", "--temperature", "2"], "--greedy and --temperature 2 contradict each other"),
+        (["generate", "m", "p", "--top-p", "3"], "top_p: input should be less than or equal to 1 (found 3.0)"),
+        (["train", "--model", "m"], "-o is missing"),
+        (["train", "-o", "y"], "model.name_or_path is missing"),
+        (["train", "--model", "m", "-o", "y", "trainin.seed=1"], "trainin: no such setting. Did you mean 'training'?"),
+        (["train", "--model", "m", "-o", "y", "training.sed=1"], "training.sed: no such setting. Did you mean 'seed'?"),
+        (["train", "--model", "m", "-o", "y", "--overlong", "cut"], "data.overlong: input should be 'raise', 'truncate'"),
+        (["train", "none.yaml", "-o", "y"], "no configuration file none.yaml"),
+        (["pretrain", "--data", "d", "-o", "y", "--heads", "3"], "gpt.num_heads must divide width, but 128"),
+        (["pretrain", "--data", "d"], 'Command "pretrain" parameter --out requires an argument.'),
+        (["prepare", "d", "-o", "y", "data.cunk_size=3"], "data.cunk_size: no such setting. Did you mean 'chunk_size'?"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_message_and_exit_2(smolora, arguments, message):
+    code, out, err = smolora(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("smolora: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["prepare", "nowhere.csv", "-o", "y"], 3, "no such file or folder: nowhere.csv"),
+        (["train", "--model", "./nowhere", "--data", "d.csv", "-o", "y"], 4, "./nowhere is no folder"),
+        (["generate", "./nowhere", "hello"], 4, "./nowhere is no folder"),
+        (["chat", "./nowhere"], 4, "./nowhere is no folder"),
+    ],
+)
+def test_what_isnt_there_is_named_with_its_exit_code(smolora, tmp_path, monkeypatch, arguments, exit_code, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = smolora(*arguments)
+    assert (code, out) == (exit_code, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Stdout(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self._error = error
+
+    def write(self, text):
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "smolora: error: interrupted."),
+        (MemoryError(), 5, "smolora: error: out of memory"),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_what_happens_to_the_process_has_its_exit_code(smolora, monkeypatch, error, exit_code, message):
+    monkeypatch.setattr(sys, "stdout", _Stdout(error))
+    code, _, err = smolora("doctor")
+    assert code == exit_code
+    assert err.startswith(message)
+    assert "Traceback" not in err
+
+
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(smolora, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", _Stdout(ZeroDivisionError("1/0")))
+    code, _, err = smolora("doctor")
+    assert code == 1
+    assert "Traceback" in err
+    assert err.endswith("smolora: error: this is a bug in smolora. Please report it with the lines above.\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_exits_5_without_a_traceback():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "smolora.cli", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 5
+    assert done.stderr == "smolora: error: [Errno 28] No space left on device. Free space, or choose another place.\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-m", "smolora.cli", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.wait() == 0
+        assert process.stderr.read() == ""
+
+
+def test_main_exits_with_the_code(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["trian"])
+    assert ended.value.code == 2
+    capsys.readouterr()

@@ -1,0 +1,133 @@
+"""The layers of a run's configuration, from the words and flags of a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from smolora.cli.flags import PretrainFlags, TrainFlags, collect_settings
+from smolora.cli.run_config import build_config, split_words
+from smolora.config import ExperimentConfig, PretrainConfig, dump_config
+from smolora.errors import ConfigError
+
+TRAIN = TrainFlags(model="m")
+
+
+def _build(*words, flags=TRAIN, kind=ExperimentConfig, batch_size=None, resumed=None):
+    return build_config(kind, words, flags, batch_size=batch_size, resumed=resumed)
+
+
+def test_every_train_flag_reaches_its_path():
+    flags = TrainFlags(
+        model="m",
+        data=("a.csv", "b.csv"),
+        eval_data="c.csv",
+        prompt_field="mr",
+        completion_field="ref",
+        text_field="t",
+        adapter="run",
+        epochs=2.0,
+        max_steps=3,
+        lr=1e-3,
+        seed=4,
+        r=2,
+        target="both",
+        max_length=9,
+        overlong="drop",
+        dtype="float32",
+        device="cpu",
+    )
+    config = _build(flags=flags)
+    assert len(collect_settings(flags)) == len(dataclasses.fields(flags))
+    assert (config.model.name_or_path, config.model.dtype, config.model.device) == ("m", "float32", "cpu")
+    assert (config.data.sources, config.data.eval_source) == (("a.csv", "b.csv"), "c.csv")
+    assert (config.data.prompt_field, config.data.completion_field, config.data.text_field) == ("mr", "ref", "t")
+    assert (config.data.max_length, config.data.overlong) == (9, "drop")
+    assert (config.adapter.path, config.adapter.r, config.adapter.target_modules) == ("run", 2, "both")
+    assert (config.training.num_train_epochs, config.training.max_steps) == (2.0, 3)
+    assert (config.training.learning_rate, config.training.seed) == (1e-3, 4)
+
+
+def test_every_pretrain_flag_reaches_its_path():
+    flags = PretrainFlags(
+        data=("a.txt",),
+        eval_data="b.txt",
+        tokenizer="bpe",
+        layers=3,
+        heads=2,
+        width=8,
+        context=16,
+        max_steps=5,
+        lr=0.5,
+        seed=6,
+        device="cpu",
+    )
+    config = _build(flags=flags, kind=PretrainConfig)
+    assert len(collect_settings(flags)) == len(dataclasses.fields(flags))
+    assert (config.data.sources, config.data.eval_source, config.tokenizer.kind) == (("a.txt",), "b.txt", "bpe")
+    assert (config.gpt.num_layers, config.gpt.num_heads, config.gpt.width, config.gpt.context) == (3, 2, 8, 16)
+    assert (config.training.max_steps, config.training.learning_rate, config.training.seed) == (5, 0.5, 6)
+    assert config.device == "cpu"
+
+
+def test_a_flag_beats_the_file_and_a_word_beats_the_flag(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name_or_path: m}\ntraining: {seed: 1, learning_rate: 1e-4, max_steps: 7}\n")
+    config = _build(str(file), "training.seed=3", flags=TrainFlags(seed=2, lr=0.5))
+    assert (config.training.seed, config.training.learning_rate, config.training.max_steps) == (3, 0.5, 7)
+
+
+def test_a_word_without_a_path_is_the_configuration_file(tmp_path):
+    odd = tmp_path / "lr=1.yaml"
+    odd.write_text("model: {name_or_path: m}\n")
+    assert split_words([str(odd), "a.b=c"]) == (Path(odd), ["a.b=c"])
+
+
+def test_a_second_file_is_refused_with_a_word_on_data():
+    with pytest.raises(ConfigError, match=r"unexpected 'b\.csv'.*Several data files need --data each"):
+        split_words(["a.yaml", "b.csv"])
+
+
+def test_the_batch_size_is_rows_per_step_however_they_are_split():
+    config = _build("training.gradient_accumulation_steps=4", batch_size=8)
+    assert (config.training.per_device_train_batch_size, config.training.rows_per_step) == (2, 8)
+
+
+def test_a_batch_size_that_cant_be_split_is_refused():
+    with pytest.raises(ConfigError, match="8 rows a step can't be split into gradient_accumulation_steps=3"):
+        _build("training.gradient_accumulation_steps=3", batch_size=8)
+
+
+def test_two_settings_of_the_rows_of_a_step_are_refused():
+    with pytest.raises(ConfigError, match="--batch-size and training.per_device_train_batch_size both"):
+        _build("training.per_device_train_batch_size=4", batch_size=8)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A run that was started with settings of its own."""
+    config = _build("training.seed=5", "training.gradient_accumulation_steps=2", batch_size=4)
+    (tmp_path / "resolved_config.yaml").write_text(dump_config(config))
+    return tmp_path
+
+
+def test_a_resumed_run_needs_no_word_of_its_settings(stored):
+    config = _build(flags=TrainFlags(), resumed=stored)
+    assert (config.model.name_or_path, config.training.seed, config.training.rows_per_step) == ("m", 5, 4)
+
+
+def test_flags_and_words_lie_above_a_resumed_runs_settings(stored):
+    config = _build("training.save_steps=3", flags=TrainFlags(max_steps=9), resumed=stored)
+    assert (config.training.max_steps, config.training.save_steps, config.training.seed) == (9, 3, 5)
+
+
+def test_resuming_where_no_run_is_starts_from_the_defaults(tmp_path):
+    assert _build(resumed=tmp_path) == _build()
+
+
+def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):
+    started = _build("training.save_steps=3", flags=PretrainFlags(layers=1), kind=PretrainConfig)
+    (tmp_path / "resolved_config.yaml").write_text(dump_config(started))
+    assert _build(flags=PretrainFlags(), kind=PretrainConfig, resumed=tmp_path) == started

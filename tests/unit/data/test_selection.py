@@ -1,0 +1,123 @@
+import pytest
+
+from smolora.config.data import DataConfig
+from smolora.data.ledger import DataReport
+from smolora.data.prompts import PromptFormat
+from smolora.data.rows import Reject, Row
+from smolora.data.selection import RowSelection, split_validation
+from smolora.errors import ConfigError
+
+TEXT = PromptFormat(kind="text", columns={"text": "text"})
+PAIR = PromptFormat(kind="prompt_completion", columns={"prompt": "p", "completion": "c"})
+
+
+def select(values, fmt=TEXT, **settings):
+    report = DataReport()
+    rows = [Row(value, "a", line) if isinstance(value, dict) else value for line, value in enumerate(values, start=1)]
+    chosen = RowSelection(fmt, DataConfig(**settings), report).select(rows)
+    report.train = len(chosen)
+    report.check()
+    return [row.values for row in chosen], report
+
+
+def texts(*values):
+    return [{"text": value} for value in values]
+
+
+def test_duplicates_are_dropped_in_order():
+    rows, report = select(texts("b", "a", "b", "c", "a"))
+    assert rows == texts("b", "a", "c")
+    assert report.duplicate == 2
+
+
+def test_duplicates_stay_where_asked():
+    rows, _report = select(texts("a", "a"), deduplicate=False)
+    assert len(rows) == 2
+
+
+def test_rows_that_differ_in_one_column_of_the_form_are_no_duplicates():
+    rows, _report = select([{"p": "a", "c": "b"}, {"p": "a", "c": "d"}], PAIR)
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize("row", [{}, {"text": ""}, {"text": " \r\n"}, {"text": None}])
+def test_a_row_without_text_is_counted_as_empty(row):
+    rows, report = select([row, {"text": "a"}])
+    assert (len(rows), report.empty) == (1, 1)
+
+
+@pytest.mark.parametrize("row", [{"p": "", "c": "b"}, {"p": "a", "c": ""}])
+def test_a_pair_that_lacks_one_side_is_empty(row):
+    assert select([row, {"p": "a", "c": "b"}], PAIR)[1].empty == 1
+
+
+def test_an_instruction_without_input_is_no_empty_row():
+    fmt = PromptFormat(kind="instruction", columns={"instruction": "i", "input": "x", "output": "o"})
+    rows, _report = select([{"i": "a", "x": None, "o": "b"}, {"i": "a", "o": "c"}], fmt)
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": 3}, "column 'text' must hold text, found int 3"),
+        ({"other": "a"}, "no column 'text'; found 'other'"),
+        (Reject("a", 2, "malformed"), "malformed"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_rejected_with_its_line(row, reason):
+    _rows, report = select([{"text": "a"}, row])
+    assert report.rejects == [Reject("a", 2, reason)]
+
+
+def test_messages_that_are_none_are_rejected():
+    fmt = PromptFormat(kind="messages", columns={"messages": "m"})
+    rows, report = select([{"m": "hi"}, {"m": [{"role": "user", "content": "hi"}]}], fmt)
+    assert len(rows) == 1
+    assert "must be a list" in report.rejects[0].reason
+
+
+def test_cleaning_comes_before_empty_rows_and_duplicates():
+    rows, report = select(texts("<b>A</b>", "a", "<br>"), clean=("strip_html", "lowercase"))
+    assert rows == texts("a")
+    assert (report.empty, report.duplicate) == (1, 1)
+
+
+def test_cleaning_leaves_columns_outside_the_form_alone():
+    rows, _ = select([{"text": "A", "title": "B"}], clean=("lowercase",))
+    assert rows == [{"text": "a", "title": "B"}]
+
+
+def test_chunks_are_counted():
+    rows, report = select(texts("a b c d e", "f"), chunk_size=2)
+    assert rows == texts("a b", "c d", "e", "f")
+    assert report.added_by_chunking == 2
+
+
+def test_pairs_are_not_chunked():
+    with pytest.raises(ConfigError, match="these rows are prompt_completion"):
+        select([{"p": "a", "c": "b"}], PAIR, chunk_size=2)
+
+
+ROWS = [Row({"text": str(number)}, "a", number) for number in range(1000)]
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(49, 0), (50, 2), (1000, 50)])
+def test_five_percent_are_held_out_and_none_of_few(rows, held_out):
+    train, validation = split_validation(ROWS[:rows], DataConfig(), seed=0)
+    assert (len(train), len(validation)) == (rows - held_out, held_out)
+
+
+def test_the_number_held_out_is_bounded():
+    assert len(split_validation(ROWS, DataConfig(max_validation_rows=7), seed=0)[1]) == 7
+
+
+def test_the_split_loses_no_row_and_keeps_order():
+    train, validation = split_validation(ROWS, DataConfig(), seed=0)
+    assert sorted(train + validation, key=lambda row: row.line) == ROWS
+    assert train == sorted(train, key=lambda row: row.line)
+
+
+def test_the_split_depends_on_the_seed_alone():
+    assert split_validation(ROWS, DataConfig(), seed=1) == split_validation(list(ROWS), DataConfig(), seed=1)
+    assert split_validation(ROWS, DataConfig(), seed=1) != split_validation(ROWS, DataConfig(), seed=2)

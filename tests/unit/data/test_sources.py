@@ -1,0 +1,255 @@
+import gzip
+import json
+
+import pytest
+from datasets import Dataset
+
+from smolora.config.data import DataConfig
+from smolora.data.sources import (
+    DatasetHandler,
+    load_dataset_from_hub,
+    load_text_data,
+    prepare_dataset,
+    read_dataset,
+    read_source_documents,
+    read_sources,
+)
+from smolora.errors import DataError
+from tests.unit.data.conftest import require_shared
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def numbered(count, start=0):
+    return [{"text": f"row {number}"} for number in range(start, start + count)]
+
+
+def read(*sources, seed=0, **settings):
+    return read_sources(DataConfig(sources=tuple(map(str, sources)), **settings), seed=seed)
+
+
+def test_rows_are_read_and_split(tmp_path):
+    rows = read(write_rows(tmp_path / "a.jsonl", numbered(100)))
+    assert (len(rows.train), len(rows.held_out)) == (95, 5)
+    assert rows.fmt.kind == "text"
+    assert (rows.report.read, rows.report.kept) == (100, 100)
+
+
+def test_held_out_rows_may_be_named(tmp_path):
+    train, test = (
+        write_rows(tmp_path / "a.jsonl", numbered(60)),
+        write_rows(tmp_path / "b.jsonl", numbered(3, start=59)),
+    )
+    rows = read(train, eval_source=str(test))
+    assert (len(rows.train), len(rows.held_out)) == (60, 3)
+    assert rows.report.held_out_seen == 1
+
+
+def test_a_prepared_folder_is_its_two_files(tmp_path):
+    write_rows(tmp_path / "train.jsonl", numbered(60))
+    write_rows(tmp_path / "validation.jsonl", numbered(2, start=60))
+    (tmp_path / "data_report.json").write_text("{}")
+    rows = read(tmp_path)
+    assert [row.values["text"] for row in rows.held_out] == ["row 60", "row 61"]
+    assert len(rows.train) == 60
+
+
+def test_a_prepared_folder_with_nothing_held_out_holds_nothing_out(tmp_path):
+    write_rows(tmp_path / "train.jsonl", numbered(60))
+    write_rows(tmp_path / "validation.jsonl", [])
+    assert len(read(tmp_path).train) == 60
+
+
+def test_the_test_file_beside_a_train_file_is_never_learned(tmp_path):
+    for start, name in enumerate(("train", "valid", "test")):
+        write_rows(tmp_path / f"{name}.jsonl", numbered(60, start=60 * start))
+    rows = read(tmp_path)
+    assert {row.file for row in rows.train} == {str(tmp_path / "train.jsonl")}
+    assert {row.file for row in rows.held_out} == {str(tmp_path / "valid.jsonl")}
+
+
+def test_a_train_file_alone_is_split(tmp_path):
+    write_rows(tmp_path / "train.jsonl", numbered(60))
+    assert len(read(tmp_path).held_out) == 3
+
+
+def test_sources_are_read_in_order_and_columns_matched_across_them(tmp_path):
+    (tmp_path / "a.csv").write_text("MR,ref\na,b\n")
+    write_rows(tmp_path / "b.jsonl", [{"mr": "c", "REF": "d", "id": 1}])
+    rows = read(tmp_path / "a.csv", tmp_path / "b.jsonl", prompt_field="mr", completion_field="ref")
+    assert [row.values for row in rows.train] == [{"MR": "a", "ref": "b"}, {"MR": "c", "ref": "d", "id": 1}]
+
+
+def test_sources_of_different_forms_are_refused(tmp_path):
+    first, second = (
+        write_rows(tmp_path / "a.jsonl", numbered(1)),
+        write_rows(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}]),
+    )
+    with pytest.raises(DataError, match=r"b\.jsonl holds rows of the form prompt_completion"):
+        read(first, second)
+
+
+def test_rejects_stop_the_run_after_they_are_written(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{bad\n')
+    config = DataConfig(sources=(str(tmp_path / "a.jsonl"),))
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be used[\s\S]*data.max_rejects=1"):
+        read_sources(config, seed=0, out=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "rejects.jsonl").read_text())["line"] == 2
+
+
+def test_tolerated_rejects_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{bad\n')
+    rows = read(tmp_path / "a.jsonl", max_rejects=1)
+    assert (len(rows.train), len(rows.report.rejects)) == (1, 1)
+
+
+def test_a_file_of_nothing_but_rejects_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{bad\n")
+    with pytest.raises(DataError, match="1 of 1 rows can't be used"):
+        read(tmp_path / "a.jsonl", max_rejects=5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no rows"), ("\n\n", "no rows"), ('{"text": " "}\n', "no rows are left")]
+)
+def test_a_file_without_rows_is_refused(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path):
+    write_rows(tmp_path / "train_rows.jsonl", numbered(1))
+    with pytest.raises(
+        DataError, match=r"no such file or folder: .*train_row.jsonl. Did you mean 'train_rows.jsonl'\?"
+    ):
+        read(tmp_path / "train_row.jsonl")
+
+
+def test_a_file_of_unknown_type_asks_for_the_type(tmp_path):
+    (tmp_path / "a.dat").write_text("one\n")
+    with pytest.raises(DataError, match="--file-type: csv, json, jsonl, parquet, txt"):
+        read(tmp_path / "a.dat")
+    assert read(tmp_path / "a.dat", file_type="txt").train[0].values == {"text": "one"}
+
+
+def test_a_folder_of_several_types_asks_for_one(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "b.csv").write_text("text\ntwo\n")
+    with pytest.raises(DataError, match=r"several types \(csv, txt\)"):
+        read(tmp_path)
+    assert len(read(tmp_path, file_type="csv").train) == 1
+
+
+def test_a_folder_with_nothing_to_read_is_named(tmp_path):
+    with pytest.raises(DataError, match="holds no file to read"):
+        read(tmp_path)
+
+
+def test_no_source_is_an_error():
+    with pytest.raises(DataError, match="no data is named"):
+        read()
+
+
+def test_a_hub_id_that_can_not_be_reached_says_that_no_file_has_that_name(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="If you meant a file or a folder"):
+        load_dataset_from_hub("smolora-tests/no-such-dataset")
+
+
+def test_text_is_chunked_over_lines_and_not_within_them(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    assert prepare_dataset(tmp_path, chunk_size=2)["text"][:] == ["one\ntwo", "three"]
+
+
+def test_prepare_dataset_gives_the_text_without_duplicates_in_order(tmp_path):
+    (tmp_path / "a.csv").write_text("Text,id\nb,1\na,2\nb,3\n")
+    assert prepare_dataset(tmp_path / "a.csv").to_dict() == {"Text": ["b", "a"]}
+
+
+def test_prepare_dataset_takes_another_column_by_name(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"body": "one", "text": "two"}])
+    assert prepare_dataset(tmp_path / "a.jsonl", "Body").to_dict() == {"body": ["one"]}
+
+
+def test_prepare_dataset_keeps_pairs_as_they_are(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert prepare_dataset(tmp_path / "a.jsonl").to_dict() == {"prompt": ["a"], "completion": ["b"]}
+
+
+def test_prepare_dataset_names_a_missing_column(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"txt": "one"}])
+    with pytest.raises(DataError, match="'txt' fit no form"):
+        prepare_dataset(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="no column 'body'"):
+        prepare_dataset(tmp_path / "a.jsonl", "body")
+
+
+def test_a_handler_keeps_the_report(tmp_path):
+    handler = DatasetHandler(write_rows(tmp_path / "a.jsonl", [*numbered(3), *numbered(1)]))
+    assert handler.load().num_rows == 3
+    assert handler.report.duplicate == 1
+
+
+def test_load_text_data_is_a_row_per_line_of_every_text_file(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").write_text("two\n\nthree\n")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n"))
+    assert load_text_data(tmp_path)["text"][:] == ["one", "two", "three"]
+
+
+def test_a_dataset_in_memory_is_selected_like_a_file():
+    dataset = Dataset.from_dict({"text": ["a", "a", "", "b"]})
+    rows = read_dataset(dataset, DataConfig(), seed=0, eval_dataset=Dataset.from_dict({"Text": ["c"]}))
+    assert [row.values["text"] for row in rows.train + rows.held_out] == ["a", "b", "c"]
+    assert rows.train[1].origin == "dataset:4"
+
+
+def test_documents_are_whole_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n  two\n")
+    assert read_source_documents(DataConfig(sources=(str(tmp_path),))).train == ["one\n\n  two\n"]
+
+
+def test_documents_of_a_prepared_folder_are_its_rows(tmp_path):
+    write_rows(tmp_path / "train.jsonl", numbered(60))
+    write_rows(tmp_path / "validation.jsonl", numbered(1, start=60))
+    documents = read_source_documents(DataConfig(sources=(str(tmp_path),)))
+    assert (len(documents.train), documents.held_out) == (60, ["row 60"])
+
+
+def test_documents_need_a_text_column(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match="no column 'text'"):
+        read_source_documents(DataConfig(sources=(str(tmp_path),)))
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "read_count", "empty", "duplicate"),
+    [
+        ("e2e/devset.csv", ("mr", "ref"), 4672, 0, 151),
+        ("e2e/trainset_rebuilt.csv.gz", ("MR", "REF"), 42061, 0, 1202),
+        ("samsum/train.jsonl.gz", ("dialogue", "summary"), 14732, 1, None),
+        ("nli/sick_train.jsonl", ("premise", "hypothesis"), 4439, 0, 0),
+    ],
+)
+def test_real_files_are_read_without_a_reject(file, fields, read_count, empty, duplicate):
+    rows = read(require_shared(f"data/{file}"), prompt_field=fields[0], completion_field=fields[1])
+    assert (rows.report.read, len(rows.report.rejects), rows.report.empty) == (read_count, 0, empty)
+    assert duplicate in {None, rows.report.duplicate}
+
+
+def test_real_dialogues_keep_their_line_ends():
+    rows = read(require_shared("data/samsum/val.jsonl"), prompt_field="dialogue", completion_field="summary")
+    assert sum("\r\n" in row.values["dialogue"] for row in rows.train) > 600
+
+
+def test_real_stories_are_split_where_the_file_marks_their_ends():
+    path = require_shared("data/pretrain/tinystories_train_2MiB.txt")
+    documents = read_source_documents(DataConfig(sources=(str(path),)))
+    assert len(documents.train) > 2000
+    assert not any("<|endoftext|>" in document for document in documents.train)

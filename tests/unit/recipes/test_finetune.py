@@ -1,0 +1,190 @@
+"""From rows to an adapter: what is learned, what is written, what is refused, and what goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from smolora.adapters.store import load_bundle
+from smolora.config import ExperimentConfig, resolve_config
+from smolora.errors import ConfigError, DataError, ModelError, StoppedBySignal
+from smolora.recipes.finetune import finetune, show_examples
+from smolora.records.run_dir import RunDir
+from smolora.training.callback import Callback
+from tests.tiny import save_tiny_model
+
+NUMBERS = ["one", "two", "three", "four", "five", "six"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_tiny_model("llama", tmp_path / "base")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    pairs = [(f"{a} and {b} of {c}", f"{b} {a}") for a in NUMBERS for b in NUMBERS for c in NUMBERS[:2]]
+    file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return file
+
+
+def config(base, rows, *assignments):
+    settings = [f"model.name_or_path={base}", f"data.sources={rows}", "training.learning_rate=1e-2"]
+    return resolve_config(
+        ExperimentConfig, assignments=[*settings, "model.dtype=float32", "training.max_steps=12", *assignments]
+    )
+
+
+class Interrupt(Callback):
+    """Asks the run to stop in step 5."""
+
+    def on_step_begin(self, trainer):
+        if trainer.state.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def adapter_bytes(run):
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_adapter_learns_and_loads_in_plain_peft(tmp_path, base, rows):
+    run = finetune(config(base, rows), tmp_path / "run")
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run.adapter)).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = load_bundle(run.path).model(input_ids=ids).logits
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected)
+
+
+def test_the_adapter_folder_names_base_and_prompt_format(tmp_path, base, rows):
+    run = finetune(config(base, rows), tmp_path / "run")
+    assert {path.name for path in run.adapter.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base_identity.json",
+        "prompt_format.json",
+    }
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, base, rows):
+    whole = finetune(config(base, rows), tmp_path / "whole")
+    with pytest.raises(StoppedBySignal, match="SIGINT after step 5"):
+        finetune(config(base, rows), tmp_path / "run", callbacks=[Interrupt()])
+    run = finetune(config(base, rows), tmp_path / "run", resume=True)
+    assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_a_finished_run_resumes_by_writing_what_is_missing(tmp_path, base, rows):
+    run = finetune(config(base, rows), tmp_path / "run")
+    expected = adapter_bytes(run)
+    run.retire(run.adapter)
+    assert adapter_bytes(finetune(config(base, rows), run.path, resume=True)) == expected
+
+
+def test_a_new_learning_rate_at_resume_is_honoured(tmp_path, base, rows, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    with pytest.raises(StoppedBySignal):
+        finetune(config(base, rows), tmp_path / "run", callbacks=[Interrupt()])
+    run = finetune(config(base, rows, "training.learning_rate=3e-3"), tmp_path / "run", resume=True)
+    lines = {line["step"]: line for line in map(json.loads, run.metrics.read_text().splitlines())}
+    assert lines[10]["learning_rate"] < 3e-3
+    assert "resuming with training.learning_rate = 0.003 (was 0.01)" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["adapter.r=4", "training.seed=1", "training.per_device_train_batch_size=4"])
+def test_what_a_checkpoint_depends_on_cannot_change(tmp_path, base, rows, change):
+    finetune(config(base, rows), tmp_path / "run")
+    with pytest.raises(ConfigError, match=f"{change.partition('=')[0]} can't change within a run"):
+        finetune(config(base, rows, change), tmp_path / "run", resume=True)
+
+
+def test_a_resume_on_changed_rows_is_refused(tmp_path, base, rows):
+    finetune(config(base, rows), tmp_path / "run")
+    rows.write_text(rows.read_text().replace("five", "ten"))
+    with pytest.raises(DataError, match="another data"):
+        finetune(config(base, rows), tmp_path / "run", resume=True)
+
+
+def test_a_resume_on_another_base_of_the_same_shape_is_refused(tmp_path, base, rows):
+    finetune(config(base, rows), tmp_path / "run")
+    other = save_tiny_model("llama", tmp_path / "other", seed=1)
+    with pytest.raises(ModelError, match="another base"):
+        finetune(config(other, rows), tmp_path / "run", resume=True)
+
+
+def test_a_rejected_row_stops_the_run_before_it_is_one(tmp_path, base, rows):
+    rows.write_text(rows.read_text() + '{"prompt": "half a row\n')
+    with pytest.raises(DataError, match="1 of 73 rows can't be used"):
+        finetune(config(base, rows), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "rejects.jsonl").read_text())["line"] == 73
+    assert not RunDir.is_run(tmp_path / "run")
+
+
+def test_an_overlong_row_is_refused_without_a_folder(tmp_path, base, rows):
+    with pytest.raises(DataError, match="--overlong"):
+        finetune(config(base, rows, "data.max_length=8"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_target_module_is_refused_without_a_folder(tmp_path, base, rows):
+    with pytest.raises(ConfigError, match="no module named 'q_projj'"):
+        finetune(config(base, rows, "adapter.target_modules=q_projj"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_can_be_continued_on_new_rows(tmp_path, base, rows):
+    first = finetune(config(base, rows), tmp_path / "first")
+    second = finetune(config(base, rows, f"adapter.path={first.path}"), tmp_path / "second")
+    starts = [json.loads(run.metrics.read_text().splitlines()[0])["eval_loss"] for run in (first, second)]
+    assert starts[1] < starts[0] - 0.5
+
+
+def test_rows_in_memory_are_taken_in_place_of_sources(tmp_path, base):
+    rows = Dataset.from_list([{"text": f"{a} then {b}"} for a in NUMBERS for b in NUMBERS])
+    run = finetune(config(base, "[]"), tmp_path / "run", dataset=rows)
+    assert json.loads(run.data_report.read_text())["read"] == 36
+
+
+def test_a_family_that_leaks_between_packed_rows_trains_on_padded_batches_and_says_so(tmp_path, rows, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    base = save_tiny_model("bloom", tmp_path / "bloom")
+    run = finetune(config(base, rows), tmp_path / "run")
+    assert "batches are padded: packed rows leak" in caplog.text
+    assert json.loads(run.env.read_text())["batches"] == "padded"
+
+
+def test_a_frozen_base_in_bfloat16_keeps_its_adapter_in_float32(tmp_path, base, rows):
+    run = finetune(config(base, rows, "model.dtype=bfloat16"), tmp_path / "run")
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_the_first_examples_show_what_is_trained_on(base, rows, tmp_path):
+    spans = show_examples(config(base, rows))[0]
+    assert [is_target for _, is_target in spans] == [False, True]
+    assert spans[1][0].endswith("<|endoftext|>")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_step_becomes_the_adapter(tmp_path, base, rows):
+    class Spoil(Callback):
+        def on_step_end(self, trainer, record):
+            if record.step == 7:
+                with torch.no_grad():
+                    for parameter in trainer.parameters.values():
+                        parameter.mul_(4)
+
+    run = finetune(config(base, rows, "training.eval_steps=3"), tmp_path / "run", callbacks=[Spoil()])
+    best = run.checkpoint_path(6) / "adapter_model.safetensors"
+    assert adapter_bytes(run) == best.read_bytes()

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+
+from smolora.config.data import DataConfig
+from smolora.data.sources import read_source_documents, read_sources
+from smolora.errors import ConfigError, DataError
+from smolora.recipes.prepare import prepare
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"row {n}", "id": n} for n in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0], {"text": ""}]))
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_writes_exactly_four_files_and_every_row_is_accounted_for(source, tmp_path):
+    out = tmp_path / "out"
+    report = prepare(source, out, DataConfig())
+    assert {path.name for path in out.iterdir()} == {
+        "train.jsonl", "validation.jsonl", "data_report.json", "rejects.jsonl",
+    }  # fmt: skip
+    assert len(read_lines(out / "train.jsonl")) == report.train == 95
+    assert len(read_lines(out / "validation.jsonl")) == report.held_out == 5
+    saved = json.loads((out / "data_report.json").read_text())
+    assert (saved["read"], saved["empty"], saved["duplicate"], saved["kept"]) == (102, 1, 1, 100)
+
+
+def test_train_and_pretrain_read_what_it_wrote(source, tmp_path):
+    prepare(source, tmp_path / "out", DataConfig())
+    data = DataConfig(sources=(str(tmp_path / "out"),))
+    rows, documents = read_sources(data, seed=9), read_source_documents(data)
+    assert (len(rows.train), len(rows.held_out)) == (len(documents.train), len(documents.held_out)) == (95, 5)
+
+
+def test_columns_outside_the_form_are_kept(source, tmp_path):
+    prepare(source, tmp_path / "out", DataConfig())
+    assert set(read_lines(tmp_path / "out" / "train.jsonl")[0]) == {"text", "id"}
+
+
+def test_the_same_seed_writes_the_same_bytes(source, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        prepare(source, tmp_path / name, DataConfig(), seed=seed)
+    first, again, other = ((tmp_path / name / "validation.jsonl").read_bytes() for name in "abc")
+    assert first == again != other
+
+
+def test_text_survives_unchanged(tmp_path):
+    (tmp_path / "a.csv").write_bytes('text\n"é 日\r\n\u2028  two"\n'.encode())
+    prepare(tmp_path / "a.csv", tmp_path / "out", DataConfig())
+    assert read_sources(DataConfig(sources=(str(tmp_path / "out"),)), seed=0).train[0].values == {
+        "text": "é 日\r\n\u2028  two"
+    }
+
+
+def test_text_is_chunked_and_cleaned_where_asked(tmp_path):
+    (tmp_path / "a.txt").write_text("<p>one two</p>\n<p>three</p>")
+    prepare(tmp_path / "a.txt", tmp_path / "out", DataConfig(chunk_size=2, clean="strip_html"))
+    assert read_lines(tmp_path / "out" / "train.jsonl") == [{"text": "one two"}, {"text": "three"}]
+
+
+def test_rejects_leave_the_account_alone_and_a_second_attempt_works(tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text('{"text": "one"}\n{bad\n')
+    with pytest.raises(DataError, match="1 of 2 rows can't be used"):
+        prepare(source, out, DataConfig())
+    assert {path.name for path in out.iterdir()} == {"rejects.jsonl", "data_report.json"}
+    report = prepare(source, out, DataConfig(max_rejects=1))
+    assert (report.train, len(read_lines(out / "rejects.jsonl"))) == (1, 1)
+
+
+def test_a_wrong_source_leaves_no_folder(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        prepare(tmp_path / "no.jsonl", tmp_path / "out", DataConfig())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_something_is_refused_and_untouched(source, tmp_path):
+    prepare(source, tmp_path / "out", DataConfig())
+    before = (tmp_path / "out" / "train.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="holds train.jsonl already"):
+        prepare(source, tmp_path / "out", DataConfig(), seed=5)
+    assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
+
+
+def test_an_output_that_is_a_file_is_refused(source, tmp_path):
+    with pytest.raises(ConfigError, match="is a file"):
+        prepare(source, source, DataConfig())

@@ -1,0 +1,108 @@
+"""From text to a Hugging Face folder: what is learned, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from smolora.config import PretrainConfig, resolve_config
+from smolora.errors import ConfigError, DataError
+from smolora.recipes.pretrain import pretrain
+from smolora.records.run_dir import RunDir
+
+SMALL = ["gpt.num_layers=1", "gpt.num_heads=2", "gpt.width=16", "gpt.context=16", "training.max_steps=20"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file whose next letter is nearly always certain."""
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(random.Random(0).choices(["one", "two", "three", "four"], k=800)))
+    return file
+
+
+def config(text, *assignments):
+    return resolve_config(
+        PretrainConfig, assignments=[f"data.sources={text}", "training.learning_rate=1e-2", *SMALL, *assignments]
+    )
+
+
+def test_what_is_saved_loads_in_plain_transformers_and_has_learned(tmp_path, text):
+    folder = pretrain(config(text), tmp_path / "run")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("one two three", return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    assert loss < 3.0  # An untrained model gives ln(257) = 5.5.
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_the_run_folder_holds_its_records(tmp_path, text):
+    pretrain(config(text), tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    assert json.loads(run.env.read_text())["versions"]["torch"] == torch.__version__
+    assert json.loads(run.data_report.read_text())["read"] == 1
+    assert "num_layers: 1" in run.resolved_config.read_text()
+    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert steps == [0, 1, 4, 8, 10, 12, 16, 20]
+
+
+def test_a_run_where_one_exists_is_refused(tmp_path, text):
+    pretrain(config(text), tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        pretrain(config(text), tmp_path / "run")
+
+
+def test_a_resumed_run_may_get_more_steps_but_not_another_shape(tmp_path, text):
+    pretrain(config(text), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"gpt\.width can't change within a run: it was 16, now 32"):
+        pretrain(config(text, "gpt.width=32"), tmp_path / "run", resume=True)
+    pretrain(config(text, "training.max_steps=25"), tmp_path / "run", resume=True)
+    assert RunDir(tmp_path / "run").newest_checkpoint().step == 25
+
+
+def test_a_resume_on_another_text_is_refused(tmp_path, text):
+    pretrain(config(text), tmp_path / "run")
+    text.write_text(text.read_text().replace("one", "noe"))
+    with pytest.raises(DataError, match="another data"):
+        pretrain(config(text), tmp_path / "run", resume=True)
+
+
+def test_a_text_that_is_too_short_leaves_no_folder(tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(DataError, match="fewer than one window"):
+        pretrain(config(tmp_path / "short.txt"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bpe_tokenizer_is_learned_from_the_text(tmp_path, text):
+    folder = pretrain(config(text, "tokenizer.kind=bpe", "tokenizer.vocab_size=270"), tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) <= 270
+    assert len(tokenizer("three four")["input_ids"]) < len("three four")
+
+
+def test_the_same_seed_gives_the_same_model_bit_by_bit(tmp_path, text):
+    first, second = (pretrain(config(text), tmp_path / name) / "model.safetensors" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_folder_of_many_texts_ends_each_and_holds_whole_ones_out(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02}.txt").write_text(f"this is text number {number}, and it ends here.")
+    model = pretrain(config(folder, "data.validation_fraction=0.2"), tmp_path / "run")
+    assert json.loads((model / "config.json").read_text())["eos_token_id"] is not None
+    lines = [json.loads(line) for line in RunDir(tmp_path / "run").metrics.read_text().splitlines()]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]

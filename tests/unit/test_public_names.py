@@ -1,0 +1,127 @@
+"""The public surface: exactly these names, each real, and none of them costs anything before it is used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smolora
+from smolora import errors
+
+PROMISED = {
+    # The class, and rows
+    "SmoLoRA",
+    "prepare_dataset",
+    "load_text_data",
+    "DatasetHandler",
+    "read_txt_folder",
+    "read_jsonl",
+    "read_csv",
+    "chunk_texts",
+    "load_dataset_from_hub",
+    "DatasetPipeline",
+    "TextCleaningProcessor",
+    "DataPreprocessor",
+    "get_preprocessor",
+    "get_data_collator",
+    "TextDataset",
+    # The machine
+    "DeviceManager",
+    "MemoryManager",
+    # Configuration
+    "LoRAConfig",
+    "ATTENTION_ONLY",
+    "MLP_ONLY",
+    "BOTH",
+    "ModelConfig",
+    "TrainingConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExperimentConfig",
+    "GPTConfig",
+    "TokenizerConfig",
+    "PretrainConfig",
+    # Models
+    "ModelRegistry",
+    "ModelBundle",
+    "load_bundle",
+    "GPTModel",
+    "TransformerBlock",
+    "MultiHeadAttention",
+    "FeedForward",
+    "CharTokenizer",
+    "BPETokenizer",
+    "BaseModelWrapper",
+    "PEFTModelWrapper",
+    "setup_model_with_lora",
+    "print_trainable_parameters",
+    # Training and asking
+    "Trainer",
+    "Callback",
+    "EarlyStoppingCallback",
+    "get_scheduler",
+    "TextGenerator",
+    "SamplingSettings",
+    # Errors
+    "SmoloraError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "StorageError",
+    "BrokenRunError",
+    "FolderInUseError",
+    "StoppedBySignal",
+}
+
+
+def test_the_public_names_are_exactly_the_promised_ones():
+    assert set(smolora.__all__) == PROMISED
+    assert sorted(smolora.__all__) == smolora.__all__
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
+def test_every_public_name_resolves(name):
+    assert smolora.__dict__.get(name, smolora.__getattr__(name)) is not None
+    assert name in dir(smolora)
+
+
+def test_type_checkers_see_the_same_homes_as_the_interpreter():
+    tree = ast.parse(Path(smolora.__file__).read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == smolora._HOMES
+
+
+def test_every_error_is_public():
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert kinds <= set(smolora.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'smolora' has no attribute 'SmolLora'"):
+        smolora.SmolLora  # noqa: B018
+
+
+HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy"
+
+
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import smolora", (*HEAVY, "pydantic", "yaml")),
+        ("from smolora import SmoLoRA; SmoLoRA('m', 'd.jsonl')", HEAVY),
+        ("import smolora.config, smolora.errors, smolora.records.run_dir", HEAVY),
+        ("import smolora.cli", (*HEAVY, "pydantic")),
+        ("import smolora.runtime.console", HEAVY),
+    ],
+)
+def test_importing_loads_nothing_heavy(statement, unwanted):
+    loaded = f"print([name for name in {unwanted!r} if name in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys; {statement}; {loaded}"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
