@@ -9,9 +9,7 @@ from dataclasses import replace
 
 import peft
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from smolora.adapters.targets import resolve_target_modules
 from smolora.config.adapter import LoRAConfig
@@ -33,7 +31,7 @@ def attach_adapter(bundle: ModelBundle, config: LoRAConfig, *, seed: int) -> Mod
     """
     model = refuse_unadaptable(bundle)
     targets = resolve_target_modules(bundle.anatomy, config.target_modules)
-    peft_config = _build_peft_config(config, model, targets, source=bundle.source, revision=bundle.revision)
+    peft_config = _build_peft_config(config, targets, source=bundle.source, revision=bundle.revision)
     return replace(bundle, model=_adapt(model, peft_config, seed=seed))
 
 
@@ -41,11 +39,11 @@ def setup_model_with_lora(model: PreTrainedModel, config: LoRAConfig | None = No
     """Put a fresh adapter on a plain model that is in memory already, without a bundle; `model` itself is changed."""
     config = config or LoRAConfig()
     targets = resolve_target_modules(build_anatomy(model), config.target_modules)
-    return _adapt(model, _build_peft_config(config, model, targets, source=model.name_or_path or None), seed=seed)
+    return _adapt(model, _build_peft_config(config, targets, source=model.name_or_path or None), seed=seed)
 
 
 def _build_peft_config(
-    config: LoRAConfig, model: nn.Module, targets: list[str], *, source: str | None, revision: str | None = None
+    config: LoRAConfig, targets: list[str], *, source: str | None, revision: str | None = None
 ) -> peft.LoraConfig:
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -53,7 +51,6 @@ def _build_peft_config(
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2 stores its matrices [in, out].
         base_model_name_or_path=source,
         revision=revision,
     )
@@ -72,7 +69,8 @@ def _adapt(model: PreTrainedModel, peft_config: peft.LoraConfig, *, seed: int) -
 def quiet_peft() -> Iterator[None]:
     """Silence peft's warnings inside the block; what matters in them is checked and raised by us.
 
-    Among them is peft 0.21's use of a property that transformers 5 deprecates, at every adapter.
+    Among them: peft 0.21 uses a property that transformers 5 deprecates, and it tells that it has set fan_in_fan_out
+    for GPT-2, whose matrices are stored [in, out].
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -115,9 +115,10 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
     matched = match_updates(updates, stored)
     dtypes = sorted({tensor.dtype for _, tensor in matched.values()})
+    updates_by_tensor = {name: update for name, (update, _) in matched.items()}
     with staged_folder(out) as staging:
         for file in files:
-            write_merged_file(file, staging / file.name, {name: update for name, (update, _) in matched.items()})
+            write_merged_file(file, staging / file.name, updates_by_tensor)
         _copy_settings(base_folder, adapter_folder, staging)
         difference, tolerance = verify_merged(staging, probe, dtypes)
         report = MergeReport(

@@ -12,6 +12,7 @@ from smolora.cli.flags import PretrainFlags, TrainFlags
 from smolora.cli.run_config import build_config
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
+from smolora.runtime.console import print_plainly
 
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 
@@ -45,7 +46,7 @@ def prepare(
     from smolora.recipes.prepare import prepare as run_prepare
 
     report = run_prepare(source, out, config.data, seed=config.seed)
-    terminal.print(report.describe(), markup=False)
+    print_plainly(terminal, report.describe())
 
 
 def pretrain(
@@ -69,12 +70,14 @@ def pretrain(
     terminal = open_terminal(quiet=quiet)
     from smolora.config import PretrainConfig
 
-    config = build_config(PretrainConfig, words, flags or PretrainFlags(), batch_size=batch_size, resumed=out if resume else None)
+    config = build_config(
+        PretrainConfig, words, flags or PretrainFlags(), batch_size=batch_size, resumed=out if resume else None
+    )
     from smolora.recipes.pretrain import pretrain as run_pretrain
     from smolora.training.callbacks import ProgressCallback
 
     model = run_pretrain(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
-    terminal.print(f'model: {model}\nnext: smolora generate {out} "..."', markup=False)
+    print_plainly(terminal, f'model: {model}\nnext: smolora generate {out} "..."')
 
 
 def train(
@@ -100,7 +103,9 @@ def train(
     terminal = open_terminal(quiet=quiet)
     from smolora.config import ExperimentConfig
 
-    config = build_config(ExperimentConfig, words, flags or TrainFlags(), batch_size=batch_size, resumed=out if resume else None)
+    config = build_config(
+        ExperimentConfig, words, flags or TrainFlags(), batch_size=batch_size, resumed=out if resume else None
+    )
     if show:
         from smolora.recipes.finetune import show_examples
 
@@ -112,7 +117,7 @@ def train(
     from smolora.training.callbacks import ProgressCallback
 
     run = finetune(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
-    terminal.print(f'adapter: {run.adapter}\nnext: smolora merge {out}, or smolora generate {out} "..."', markup=False)
+    print_plainly(terminal, f'adapter: {run.adapter}\nnext: smolora merge {out}, or smolora generate {out} "..."')
 
 
 def merge(run: Path, *, out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None) -> None:
@@ -126,9 +131,9 @@ def merge(run: Path, *, out: Annotated[Path | None, Parameter(name=["--out", "-o
     from smolora.recipes.merge import merge as run_merge
 
     report = run_merge(run, out)
-    terminal.print(
-        f"merged model: {report.out} (its logits differ from the adapter's by {report.max_difference:.1e} at most)",
-        markup=False,
+    print_plainly(
+        terminal,
+        f"merged model: {report.out} (no logit is further than {report.max_difference:.1e} from the adapter's)",
     )
 
 

@@ -15,6 +15,11 @@ def stderr_console(quiet: bool = False) -> Console:
     return Console(stderr=True, quiet=quiet, highlight=False)
 
 
+def print_plainly(console: Console, text: str) -> None:
+    """Print text as it is: no markup read from it, no colours added, no line broken at the terminal's width."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_log(console: Console) -> None:
     """Print the package's own log on `console` as plain lines, clear of a live progress line there.
 
@@ -43,4 +48,4 @@ class ConsoleHandler(logging.Handler):
         """Print one record; warnings also on a quiet console."""
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         console = Console(stderr=True) if self._console.quiet else self._console
-        console.print(f"{prefix}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+        print_plainly(console, f"{prefix}{record.getMessage()}")

@@ -48,17 +48,26 @@ def test_the_version_is_the_installed_one(smolora):
         (["train", "--preset", "e2e"], "Unknown option: --preset."),
         (["generate", "model"], 'Command "generate" parameter PROMPT requires an argument.'),
         (["generate", "model", "prompt", "more"], "unexpected argument 'more'."),
-        (["generate", "m", "p", "--greedy", "--temperature", "2"], "--greedy and --temperature 2 contradict each other"),
+        (
+            ["generate", "m", "p", "--greedy", "--temperature", "2"],
+            "--greedy and --temperature 2 contradict each other",
+        ),
         (["generate", "m", "p", "--top-p", "3"], "top_p: input should be less than or equal to 1 (found 3.0)"),
         (["train", "--model", "m"], "-o is missing"),
         (["train", "-o", "y"], "model.name_or_path is missing"),
         (["train", "--model", "m", "-o", "y", "trainin.seed=1"], "trainin: no such setting. Did you mean 'training'?"),
         (["train", "--model", "m", "-o", "y", "training.sed=1"], "training.sed: no such setting. Did you mean 'seed'?"),
-        (["train", "--model", "m", "-o", "y", "--overlong", "cut"], "data.overlong: input should be 'raise', 'truncate'"),
+        (
+            ["train", "--model", "m", "-o", "y", "--overlong", "cut"],
+            "data.overlong: input should be 'raise', 'truncate'",
+        ),
         (["train", "none.yaml", "-o", "y"], "no configuration file none.yaml"),
         (["pretrain", "--data", "d", "-o", "y", "--heads", "3"], "gpt.num_heads must divide width, but 128"),
         (["pretrain", "--data", "d"], 'Command "pretrain" parameter --out requires an argument.'),
-        (["prepare", "d", "-o", "y", "data.cunk_size=3"], "data.cunk_size: no such setting. Did you mean 'chunk_size'?"),
+        (
+            ["prepare", "d", "-o", "y", "data.cunk_size=3"],
+            "data.cunk_size: no such setting. Did you mean 'chunk_size'?",
+        ),
     ],
 )
 def test_a_mistake_in_the_command_line_is_one_message_and_exit_2(smolora, arguments, message):

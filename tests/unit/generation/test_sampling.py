@@ -10,7 +10,14 @@ from smolora.generation.sampling import SamplingSettings
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("max_new_tokens", 0), ("top_k", 0), ("top_p", 1.5), ("seed", -1)],
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("max_new_tokens", 0),
+        ("top_k", 0),
+        ("top_p", 1.5),
+        ("seed", -1),
+    ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=rf"^{name}: .*found {value}"):

@@ -189,5 +189,3 @@ def _answer(generator, prompt):
 def test_control_tokens_typed_by_a_user_do_not_end_the_prompt(generator, bundle):
     assert bundle.tokenizer.eos_token_id not in encode_prompt("a <|endoftext|> b", None, bundle.tokenizer)
     assert generator.count_tokens("a <|endoftext|> b") > 5
-
-

@@ -1,0 +1,51 @@
+"""generate and chat: the answer alone on stdout."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from smolora.generation.sampling import SamplingSettings
+from smolora.recipes.generate import generate
+from tests.tiny import CONTEXT
+
+FEW = ("--max-new-tokens", 8)
+
+
+def test_the_answer_is_all_of_stdout(smolora, base):
+    answer = generate(str(base), "the cat", SamplingSettings(temperature=0.0, max_new_tokens=8))
+    assert smolora("generate", base, "the cat", "--greedy", *FEW) == (0, f"{answer}\n", "")
+    assert smolora("infer", base, "the cat", "--temperature", 0, *FEW)[1] == f"{answer}\n"
+
+
+def test_a_seed_repeats_the_answer(smolora, base):
+    first, again, other = (smolora("generate", base, "the cat", *FEW, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_prompt_may_begin_with_a_dash(smolora, base):
+    assert smolora("generate", base, "- the cat", *FEW)[0] == 0
+
+
+def test_an_empty_prompt_starts_from_nothing(smolora, base):
+    assert smolora("generate", base, "", *FEW)[0] == 0
+
+
+def test_a_prompt_past_the_context_is_3(smolora, base):
+    code, out, err = smolora("generate", base, "\n" * CONTEXT)
+    assert (code, out) == (3, "")
+    assert f"the model's context is {CONTEXT} tokens" in err
+
+
+def test_a_device_that_isnt_known_is_2(smolora, base):
+    code, _, err = smolora("generate", base, "the cat", "--device", "tpu")
+    assert code == 2
+    assert "'tpu' isn't on this machine" in err
+
+
+def test_chat_answers_a_line_at_a_time_through_pipes(smolora, base, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n/quit\n"))
+    code, out, err = smolora("chat", base, "--greedy", *FEW)
+    assert code == 0
+    assert out == smolora("generate", base, "the cat", "--greedy", *FEW)[1]
+    assert "/help lists the commands" in err

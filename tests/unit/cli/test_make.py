@@ -1,0 +1,159 @@
+"""prepare, pretrain, train and merge, from the command line to the files they promise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from smolora.records.metrics_log import MetricsLog
+from smolora.records.run_dir import RunDir
+
+FIELDS = ("--prompt-field", "mr", "--completion-field", "ref")
+SHORT = ("--max-steps", 4, "--batch-size", 4, "training.save_steps=2")
+
+
+@pytest.fixture
+def train(smolora, base, rows):
+    return lambda out, *more: smolora("train", "--model", base, "--data", rows, *FIELDS, *SHORT, "-o", out, *more)
+
+
+def test_prepare_writes_both_sides_and_reports_on_stderr(smolora, rows, tmp_path):
+    code, out, err = smolora(
+        "prepare", rows, "-o", tmp_path / "data", "data.prompt_field=mr", "data.completion_field=ref"
+    )
+    assert (code, out) == (0, "")
+    assert "rows read" in err
+    sides = [(tmp_path / "data" / f"{side}.jsonl").read_text().splitlines() for side in ("train", "validation")]
+    assert (len(sides[0]), len(sides[1])) == (57, 3)
+
+
+def test_prepare_of_a_missing_column_is_3_and_lists_the_columns(smolora, rows, tmp_path):
+    code, _, err = smolora("prepare", rows, "-o", tmp_path / "data", "--text-field", "txt")
+    assert code == 3
+    assert "no column 'txt'" in err
+    assert "'mr', 'ref'" in err
+    assert not (tmp_path / "data").exists()
+
+
+def test_pretrain_leaves_a_model_that_generate_opens(smolora, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog sat on the log.\n" * 40)
+    shape = ("--layers", 1, "--heads", 2, "--width", 16, "--context", 16)
+    run = RunDir(tmp_path / "run")
+    code, out, err = smolora("pretrain", "--data", text, "-o", run.path, *shape, "--max-steps", 3, "--batch-size", 2)
+    assert (code, out) == (0, "")
+    assert (run.model / "model.safetensors").is_file()
+    assert "step" in err
+    code, out, _ = smolora("generate", run.path, "the", "--greedy", "--max-new-tokens", 4)
+    assert code == 0
+    assert out.strip("\n")
+
+
+def test_train_then_merge_then_generate(smolora, train, tmp_path):
+    run = RunDir(tmp_path / "run")
+    code, out, err = train(run.path)
+    assert (code, out) == (0, "")
+    assert "prompt from column 'mr', completion from column 'ref'" in err
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+    assert smolora("merge", run.path)[0] == 0
+    answers = [
+        smolora("generate", path, "name 3", "--greedy", "--max-new-tokens", 8) for path in (run.path, run.merged)
+    ]
+    assert answers[0][:2] == answers[1][:2]
+
+
+def test_quiet_shows_no_line_of_progress(train, tmp_path):
+    assert train(tmp_path / "run", "--quiet")[1:] == ("", "")
+
+
+def test_train_on_an_existing_run_is_refused_with_what_to_do(train, tmp_path):
+    train(tmp_path / "run")
+    code, _, err = train(tmp_path / "run")
+    assert code == 2
+    assert "already holds a run. Continue it with --resume, or choose another output folder" in err
+
+
+def test_resume_alone_goes_on_with_what_the_run_started_with(smolora, train, tmp_path):
+    run = RunDir(tmp_path / "run")
+    train(run.path)
+    code, _, err = smolora("train", "--resume", "-o", run.path, "--max-steps", 6)
+    assert code == 0
+    assert "resuming with training.max_steps = 6 (was 4)" in err
+    assert MetricsLog(run.metrics).read()[-1]["step"] == 6
+    assert yaml.safe_load(run.resolved_config.read_text())["training"]["per_device_train_batch_size"] == 4
+
+
+def test_resume_with_another_rank_is_refused(smolora, train, tmp_path):
+    train(tmp_path / "run")
+    code, _, err = smolora("train", "--resume", "-o", tmp_path / "run", "--r", 3)
+    assert code == 2
+    assert "adapter.r can't change within a run" in err
+
+
+def test_show_prints_what_is_trained_and_writes_nothing(smolora, base, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = smolora("train", "--model", base, "--data", rows, *FIELDS, "--show")
+    assert code == 0
+    first = next(line for line in out.splitlines() if line.startswith("name"))
+    number = first.split()[1].split("[")[0]
+    assert first == f"name {number}[[ the cat sat {number}<|endoftext|>]]"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_isnt_there_is_2_and_leaves_no_folder(train, tmp_path):
+    code, _, err = train(tmp_path / "run", "--target", "c_atn")
+    assert code == 2
+    assert "Did you mean 'c_attn'" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_columns_that_fit_nothing_are_3_and_are_listed(smolora, base, rows, tmp_path):
+    code, _, err = smolora("train", "--model", base, "--data", rows, "-o", tmp_path / "run")
+    assert code == 3
+    assert "'mr', 'ref'" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rejected_row_is_3_and_named(smolora, base, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"text": "the cat"}) + "\nnot json\n")
+    code, _, err = smolora("train", "--model", base, "--data", data, "-o", tmp_path / "run")
+    assert code == 3
+    assert "rows.jsonl:2" in err
+    assert (tmp_path / "run" / "rejects.jsonl").is_file()
+
+
+def test_a_folder_in_use_is_7(train, tmp_path):
+    run = RunDir(tmp_path / "run")
+    script = f"from smolora.records.run_dir import RunDir\nwith RunDir({str(run.path)!r}).locked(): print(1, flush=True); input()"
+    import subprocess
+    import sys
+
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        holder.stdout.readline()
+        code, _, err = train(run.path)
+        holder.communicate("\n")
+    assert code == 7
+    assert "another process is writing in" in err
+
+
+def test_an_adapter_on_another_base_is_4(smolora, train, rows, tmp_path):
+    from tests.tiny import save_tiny_model
+
+    train(tmp_path / "run")
+    other = save_tiny_model("gpt2", tmp_path / "other", seed=1)
+    flags = ("--model", other, "--data", rows, *FIELDS, "--adapter", tmp_path / "run")
+    code, _, err = smolora("train", *flags, "-o", tmp_path / "second")
+    assert code == 4
+    assert "Traceback" not in err
+
+
+def test_an_output_path_that_cant_be_a_folder_is_5(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = train(tmp_path / "file" / "run")
+    assert code == 5
+    assert "can't write" in err

@@ -1,0 +1,32 @@
+"""The facts about a machine are there, and true."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from smolora.runtime.doctor import examine_machine
+
+
+def test_each_choice_comes_with_its_reason(tmp_path):
+    facts = dict(examine_machine(tmp_path))
+    assert facts["device"].endswith(")")
+    assert "(" in facts["base dtype"]
+    assert facts["threads"].startswith(f"{torch.get_num_threads()} of ")
+    assert facts["allocator"]
+    assert str(tmp_path) in facts["disk"]
+    assert "GiB" in facts["memory"]
+
+
+def test_versions_are_the_installed_ones():
+    facts = dict(examine_machine())
+    assert f"peft {importlib.metadata.version('peft')}" in facts["libraries"]
+    assert f"Python {platform.python_version()}" in facts["smolora"]
+
+
+def test_every_optional_part_is_present_or_says_how_to_install_it():
+    optional = [fact.value for fact in examine_machine() if fact.name.startswith("optional")]
+    assert optional
+    assert all("pip install" in value or "for " in value for value in optional)
