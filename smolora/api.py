@@ -86,9 +86,9 @@ class SmoLoRA:
 
     @dataset.setter
     def dataset(self, rows: Dataset | Iterable[Mapping[str, object]]) -> None:
-        from datasets import Dataset
+        from smolora.data.sources import as_dataset
 
-        self._replacement = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
+        self._replacement = as_dataset(rows)
 
     def train(self, *, resume: bool = False, callbacks: Sequence[Callback] | None = None) -> None:
         """Fine-tune the base model and write the adapter.

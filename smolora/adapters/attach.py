@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import peft
 import torch
-from transformers import PreTrainedModel
 
 from smolora.adapters.targets import resolve_target_modules
 from smolora.config.adapter import LoRAConfig
 from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
+from smolora.models.structure import PreTrainedModel
 
 
 def attach_adapter(bundle: ModelBundle, config: LoRAConfig, *, seed: int) -> ModelBundle:

@@ -15,8 +15,6 @@ import peft
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from smolora.adapters.adapter_files import StoredAdapter, read_adapter
 from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
@@ -26,6 +24,7 @@ from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
+from smolora.models.structure import PreTrainedModel, is_stored_transposed
 from smolora.models.weight_files import INDEX_FILE, list_weight_files, read_stored_tensors
 from smolora.records.staging import staged_folder, write_json
 
@@ -179,7 +178,7 @@ def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
 def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Update]:
     modules = dict(bundle.model.named_modules())
     return {
-        path: Update(a, b, read_scaling(adapter.config, path), is_transposed=isinstance(modules.get(path), Conv1D))
+        path: Update(a, b, read_scaling(adapter.config, path), is_transposed=is_stored_transposed(modules.get(path)))
         for path, (a, b) in adapter.pairs.items()
     }
 

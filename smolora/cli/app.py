@@ -75,7 +75,7 @@ def _describe_usage(error: CycloptsError) -> str:
 
 
 def _let_go_of_stdout() -> None:
-    """Send what can't be written nowhere: Python would try again at its end, complain, and change the exit code to 120."""
+    """Send what can't be written nowhere: at its end Python would try again, complain, and exit with 120."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -7,11 +7,13 @@ the callers, on purpose: `get_bos_ids` says what the tokenizer's habit is, `get_
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from smolora.data.token_dataset import Example, build_example
 from smolora.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ANCHORS = ("\n", "a", ".")
 

@@ -7,9 +7,7 @@ the same for every task and live in `encode_rows`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from smolora.config.data import DataConfig
 from smolora.data.encoding import decode_ids, encode_pairs
@@ -18,6 +16,9 @@ from smolora.data.prompts import Kind, PromptFormat, encode_row, render_pair
 from smolora.data.rows import Row
 from smolora.data.token_dataset import Example, TokenDataset
 from smolora.errors import ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Side = Literal["train", "validation"]
 

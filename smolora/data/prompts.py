@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from smolora.config.base import Section
 from smolora.config.data import DataConfig
@@ -21,6 +19,9 @@ from smolora.data.rows import find_column, match_column
 from smolora.data.token_dataset import Example
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.records.staging import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_FORMAT_FILE = "prompt_format.json"
 

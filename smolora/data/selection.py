@@ -6,8 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
 from smolora.data.chat import check_messages
@@ -17,6 +16,9 @@ from smolora.data.pipeline import chunk_texts
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Reject, Row
 from smolora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FEWEST_ROWS_TO_SPLIT = 50
 """Below this many rows none is held out: too few to measure on, and too many to miss."""

@@ -6,13 +6,13 @@ its name; what can't be told is an error that says what would do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import PreTrainedTokenizerBase
 
 from smolora.config.data import DataConfig, FileType
 from smolora.data.ledger import DataReport
@@ -22,6 +22,9 @@ from smolora.data.rows import Reject, Row, check_values, find_column, list_colum
 from smolora.data.selection import RowSelection, split_validation
 from smolora.errors import DataError, did_you_mean
 from smolora.tokenizers.pretrained import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRAIN_FILE = "train.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -167,6 +170,11 @@ def load_text_data(folder: str | Path) -> Dataset:
         DataError: There is no text.
     """
     return prepare_dataset(folder, file_type="txt")
+
+
+def as_dataset(rows: Dataset | Iterable[Mapping[str, object]]) -> Dataset:
+    """Return rows in memory as a dataset; one that is a dataset already is returned as it is."""
+    return rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
 
 
 def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:

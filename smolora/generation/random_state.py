@@ -12,16 +12,22 @@ import torch
 @contextmanager
 def own_random_state(device: torch.device, seed: int | None) -> Iterator[None]:
     """Seed `device`'s generator for the block and put its state back afterwards; None takes a seed from the system."""
-    on_cpu = device.type == "cpu"
-    forked = (
-        torch.random.fork_rng([], device_type="cpu")
-        if on_cpu
-        else torch.random.fork_rng([device], device_type=device.type)
-    )
-    seed = secrets.randbits(63) if seed is None else seed
-    with forked:
-        if on_cpu:
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator too.
-        else:
-            torch.get_device_module(device).manual_seed(seed)
-        yield
+    forked = [device] if device.type == "cuda" else []
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng can't fork mps.
+    with torch.random.fork_rng(forked, device_type="cuda"):
+        _seed_generator(device, secrets.randbits(63) if seed is None else seed)
+        try:
+            yield
+        finally:
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
+
+
+def _seed_generator(device: torch.device, seed: int) -> None:
+    """Seed one device; torch.manual_seed would seed all of them, and their states would be lost."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

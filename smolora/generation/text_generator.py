@@ -60,7 +60,7 @@ class TextGenerator:
         self._eos_token_ids = list(bundle.eos_token_ids)
 
     def generate(
-        self, prompts: str | Sequence[str], *, settings: SamplingSettings = DEFAULT_SAMPLING, batch_size: int = 16
+        self, prompts: str | Sequence[Prompt], *, settings: SamplingSettings = DEFAULT_SAMPLING, batch_size: int = 16
     ) -> list[str]:
         """Return an answer, without its prompt, for each prompt.
 

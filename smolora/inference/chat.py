@@ -88,7 +88,7 @@ class _Chat:
 
 def _iter_lines(questions: TextIO) -> Iterator[str]:
     """Yield stripped lines; on a terminal with a prompt, line editing and history."""
-    is_terminal = questions is sys.stdin and questions.isatty()
+    is_terminal = questions is sys.stdin and questions.isatty() and sys.stdout.isatty()
     if is_terminal and sys.platform != "win32":
         import readline  # noqa: F401 - importing it gives `input` its line editing
     while True:

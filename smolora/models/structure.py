@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from transformers import PreTrainedModel as PreTrainedModel  # Passed on: adapters take it from here.
 from transformers.pytorch_utils import Conv1D
 
 from smolora.errors import ModelError
@@ -27,6 +28,11 @@ _PROJECTION_WORDS: dict[str, Role] = {
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies by one matrix: nn.Linear or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_stored_transposed(module: nn.Module | None) -> bool:
+    """Whether a linear layer's weight is stored [in, out], as GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D)
 
 
 def read_shape(linear: nn.Module) -> tuple[int, int]:

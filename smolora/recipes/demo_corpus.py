@@ -154,9 +154,8 @@ TRADES = (
 MEETINGS = (
     "One {day} {a.name} met {b.name}, a {b.colour} {b.kind} who lived {b.home}.",
     "{a.Her} best friend was {b.name}, a {b.colour} {b.kind} who lived {b.home}.",
-    "Not far away lived a {b.colour} {b.kind} called {b.name}, {b.home}.",
-    "{a.name} had a friend called {b.name}, a {b.colour} {b.kind} with a house {b.home}.",
-    "One {day} there was a knock at the door. It was {b.name}, the {b.colour} {b.kind} who lived {b.home}.",
+    "{a.name} had a friend called {b.name}, a {b.colour} {b.kind} who lived {b.home}.",
+    "Then {b.name} came to visit, a {b.colour} {b.kind} who lived {b.home}.",
 )
 DISCOVERIES = (
     "One {day} {a.name} found {a.find} {spot}.",
@@ -166,14 +165,27 @@ DISCOVERIES = (
 # Told facts again, in other words. A sentence is used only where the story has told all that it takes for granted.
 SOLO_TURNS = (
     "{a.name} put {a.thing} in {a.her} pocket and smiled.",
-    '"To whom does {a.thing} belong?" {a.name} asked everyone, but nobody knew.',
-    "The clouds grew dark, and {a.name} ran back to {a.her} house {a.home}.",
+    '"Who has lost {a.thing}?" asked {a.name}, but nobody knew.',
+    "The clouds grew dark, and {a.name} ran back {a.home}.",
     '"Time for {a.food}!" said {a.name}.',
-    '"I must get back to work," said {a.name}. "What would they do without a {a.job}?"',
-    "The {a.colour} {a.kind} sang a little song about {a.food}.",
+    '"What would the valley do without a {a.job}?" said {a.name}.',
+    "{a.name} sang a little song about {a.food}.",
     "The wind sang {a.home}, and {a.name} sang too.",
     "All the children wanted to be a {a.job}, just like {a.name}.",
     "At noon {a.name} sat down and ate some {a.food}.",
+    "There was no {a.kind} like {a.name}.",
+    "If you look for {a.name}, look {a.home}.",
+    '"Where do you live?" asked {b}. "I live {a.home}," said {a.name}.',
+    '"What do you like best?" asked {b}. "{a.Food}!" said {a.name}.',
+    '"What work do you do?" asked {b}. "I am a {a.job}," said {a.name}.',
+    '"Is it hard to be a {a.job}?" asked {b}. "Only on Mondays," said {a.name}.',
+    '"What have you got there?" asked {b}. "I found {a.find}," said {a.name}.',
+    "{b} had never seen a {a.kind} laugh so much.",
+    "It began to rain, so {b} ran to the house of {a.name} {a.home}.",
+    "{b} knew what {a.name} liked, and brought some {a.food}.",
+    '"Every {a.kind} can dance," said {a.name}, and danced with {b}.',
+    '"You are the best {a.job} I know," said {b}.',
+    "{a.name} and {b} quarrelled about {a.thing}, and then they forgot why.",
 )
 TURNS = (
     '"Where do you live?" asked {b.name}. "I live {a.home}," said {a.name}.',
@@ -183,8 +195,8 @@ TURNS = (
     '"What work do you do?" asked {a.name}. "I am a {b.job}," said {b.name}.',
     '"Is it hard to be a {a.job}?" asked {b.name}. "Only on Mondays," said {a.name}.',
     '"What have you got there?" asked {b.name}. "I found {a.find}," said {a.name}.',
-    "If you look for {a.name}, go {a.home}.",
-    "If you look for {b.name}, go {b.home}.",
+    "If you look for {a.name}, look {a.home}.",
+    "If you look for {b.name}, look {b.home}.",
     "Never ask {a.name} about {a.food}, or you will be there all day.",
     "Never ask {b.name} about {b.food}, or you will be there all day.",
     "There is no {a.kind} like {a.name}, and no {b.kind} like {b.name}.",
@@ -208,6 +220,9 @@ SOLO_ENDINGS = (
     "And for supper {a.she} had {a.food}.",
     "In the end the {a.job} went home, tired and glad.",
     "If you go there today, you may still see a {a.colour} {a.kind} {a.home}.",
+    "Then {a.name} and {b} shared some {a.food} and watched the stars come out.",
+    "So {a.name} gave {a.thing} to {b}, and both were happy.",
+    "{b} waved for a long time, until {a.name} was safe {a.home}.",
 )
 ENDINGS = (
     "From that day on the {a.kind} and the {b.kind} were friends.",
@@ -217,6 +232,41 @@ ENDINGS = (
     "{a.name} waved for a long time, until {b.name} was safe in the little house {b.home}.",
     "So {a.name} gave {a.thing} to {b.name}, and both were happy.",
 )
+
+# A round says one fact of several heroes, and then says it again in another order.
+ROUNDS = {
+    "home": (
+        ("Some friends told each other where they lived.", "{a.name} lived {a.home}."),
+        ("The snow came early that year.", "{a.name} stayed at home {a.home}."),
+        ("The postman went from door to door.", "For {a.name} {a.home} he had a letter."),
+        ("At night the moon looked in everywhere.", "It saw {a.name} {a.home}."),
+        ("Everybody went home.", "{a.name} went home {a.home}."),
+    ),
+    "food": (
+        ("It was a fine day for a picnic.", "{a.name} brought {a.food}."),
+        ("Everybody was hungry.", "{a.name} wanted {a.food}."),
+        ("What a dinner that was!", "{a.name} ate {a.food}."),
+        ("There was a feast on the meadow.", "{a.name} could not get enough of {a.food}."),
+        ("They went to market together.", "{a.name} bought {a.food}."),
+    ),
+    "job": (
+        ("There was much to do in the valley.", "{a.name} was a {a.job}."),
+        ("Everyone had work.", "{a.name} worked as a {a.job}."),
+        ("When they were small they had told their mothers what they would be.", "{a.name} became a {a.job}."),
+        ("They played at being grown up.", "{a.name} was the {a.job}."),
+    ),
+    "find": (
+        ("They all went treasure hunting.", "{a.name} found {a.find}."),
+        ("On the beach there was much to find.", "{a.name} picked up {a.find}."),
+        ("In the evening they showed what they had.", "{a.name} had {a.find}."),
+        ("They would never part with their treasures.", "{a.name} kept {a.find}."),
+    ),
+    "kind": (
+        ("There was a party in the barn.", "{a.name} was a {a.colour} {a.kind}."),
+        ("They had their portraits painted.", "{a.name} was painted as a {a.colour} {a.kind}."),
+        ("At the dance they all wore masks, but one could tell.", "{a.name} was still a {a.colour} {a.kind}."),
+    ),
+}
 
 
 class Question(NamedTuple):
@@ -248,11 +298,10 @@ def _capitalised(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def _draw_heroes(rng: random.Random, names: Sequence[str]) -> tuple[Hero, Hero]:
-    """Return two heroes who share no fact, so that every answer is one of them."""
-    drawn = (rng.sample(values, 2) for values in (names, KINDS, COLOURS, HOMES, FOODS, list(WORK), FINDS))
-    first, second = zip(*drawn, strict=True)
-    return _hero(*first), _hero(*second)
+def _draw_heroes(rng: random.Random, names: Sequence[str], num: int) -> list[Hero]:
+    """Return heroes who share no fact, so that every answer is one of them."""
+    drawn = (rng.sample(values, num) for values in (names, KINDS, COLOURS, HOMES, FOODS, list(WORK), FINDS))
+    return [_hero(*values) for values in zip(*drawn, strict=True)]
 
 
 def _hero(name: str, kind: str, colour: str, home: str, food: str, job: str, find: str) -> Hero:
@@ -275,18 +324,21 @@ def _facts_in(sentence: str) -> frozenset[str]:
 
 def tell_story(rng: random.Random, names: Sequence[str] = (*HEROINES, *HEROES)) -> Told:
     """Tell one story: who there is, what they are like, what happens, how it ends."""
-    a, b = _draw_heroes(rng, names)
-    has_friend = rng.random() < 0.6
+    a, b = _draw_heroes(rng, names, 2)
+    has_friend = rng.random() < 0.0
     sentences = [rng.choice(OPENINGS), *_habits(rng, 1 if has_friend else 2)]
     if has_friend:
         sentences += [rng.choice(MEETINGS), *(habit.replace("{a.", "{b.") for habit in _habits(rng, 1))]
-    if rng.random() < 0.4:
+    if rng.random() < 0.7:
         sentences.append(rng.choice(DISCOVERIES))
     told = frozenset[str]().union(*map(_facts_in, sentences))
     turns = _fitting(TURNS if has_friend else SOLO_TURNS, told)
     endings = _fitting(ENDINGS if has_friend else SOLO_ENDINGS, told)
-    sentences += rng.sample(turns, min(len(turns), rng.choice((1, 2, 3)))) + [rng.choice(endings)]
-    filled = (sentence.format(a=a, b=b, day=rng.choice(DAYS), spot=rng.choice(SPOTS)) for sentence in sentences)
+    sentences += rng.sample(turns, min(len(turns), rng.choice((1, 2)))) + [rng.choice(endings)]
+    filled = (
+        sentence.format(a=a, b=b if has_friend else b.name, day=rng.choice(DAYS), spot=rng.choice(SPOTS))
+        for sentence in sentences
+    )
     return Told(" ".join(filled), {"a": a, "b": b} if has_friend else {"a": a}, told)
 
 
@@ -296,6 +348,16 @@ def _habits(rng: random.Random, num: int) -> list[str]:
 
 def _fitting(sentences: Iterable[str], told: frozenset[str]) -> list[str]:
     return [sentence for sentence in sentences if _facts_in(sentence) <= told]
+
+
+def tell_round(rng: random.Random, names: Sequence[str] = (*HEROINES, *HEROES)) -> str:
+    """Tell one fact of three or four heroes twice, in two orders and in two ways."""
+    heroes = _draw_heroes(rng, names, rng.choice((3, 4)))
+    sentences = []
+    for opening, line in rng.sample(ROUNDS[rng.choice(FACTS)], 2):
+        rng.shuffle(heroes)
+        sentences += [opening, *(line.format(a=hero) for hero in heroes)]
+    return " ".join(sentences)
 
 
 def ask(rng: random.Random, story: Told) -> dict[str, str]:

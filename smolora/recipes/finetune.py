@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from smolora.adapters.attach import attach_adapter
-from smolora.adapters.store import load_adapter, load_bundle, save_adapter
+from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
-from smolora.data.preprocessing import encode_rows, render_marked
+from smolora.data.preprocessing import Side, encode_rows, render_marked
+from smolora.data.rows import Row
 from smolora.data.sources import SourceRows, read_dataset, read_sources
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError
@@ -29,6 +29,9 @@ from smolora.tokenizers.pretrained import fingerprint_tokenizer
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
 from smolora.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +119,12 @@ def _prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None,
         rows = read_dataset(dataset, config.data, seed=seed, tokenizer=base.tokenizer, out=out)
     else:
         rows = read_sources(config.data, seed=seed, tokenizer=base.tokenizer, out=out)
+    sides: list[tuple[list[Row], Side]] = [(rows.train, "train"), (rows.held_out, "validation")]
     encoded = [
         encode_rows(
             part, rows.fmt, base.tokenizer, data=config.data, context=base.context, report=rows.report, side=side
         )
-        for part, side in ((rows.train, "train"), (rows.held_out, "validation"))
+        for part, side in sides
     ]
     logger.info("rows as %s", rows.fmt.describe())
     logger.info("%s", rows.report.describe())
@@ -139,11 +143,11 @@ def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> Mod
     if config.adapter.path is None:
         bundle = attach_adapter(base, config.adapter, seed=config.training.seed)
     else:
-        folder = Path(config.adapter.path)
         if config.model.name_or_path == config.adapter.path:
             raise ConfigError("adapter.path and model.name_or_path are the same: name the base as the model.")
-        folder = RunDir(folder).adapter if RunDir.is_run(folder) else folder
-        bundle = replace(load_adapter(base, folder, trainable=True), prompt_format=data.rows.fmt)
+        bundle = replace(
+            load_adapter(base, find_adapter(config.adapter.path), trainable=True), prompt_format=data.rows.fmt
+        )
     logger.info("adapter: %s", describe_trainable_parameters(bundle.model))
     return bundle
 

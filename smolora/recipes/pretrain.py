@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from smolora.config import PretrainConfig
 from smolora.data.collate import collate_windows
@@ -29,6 +29,9 @@ from smolora.tokenizers.pretrained import fingerprint_tokenizer, to_pretrained
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
 from smolora.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

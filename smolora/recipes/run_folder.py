@@ -15,8 +15,8 @@ import yaml
 
 from smolora.config import ExperimentConfig, PretrainConfig, dump_config
 from smolora.errors import ConfigError, ModelError
-from smolora.records.run_dir import RunDir
 from smolora.models.bundle import ModelBundle
+from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback

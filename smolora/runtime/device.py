@@ -58,7 +58,7 @@ def resolve_dtype(name: str, device: torch.device, *, trains_base: bool = False)
 def has_native_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run on hardware made for them."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":
         return False  # It works from macOS 14 on, but slower than float32 on the first chips.
     features = torch.cpu.get_capabilities()

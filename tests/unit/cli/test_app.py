@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -129,9 +129,9 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(smolora, monkeypatch):
     assert err.endswith("smolora: error: this is a bug in smolora. Please report it with the lines above.\n")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_stdout_exits_5_without_a_traceback():
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "smolora.cli", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
+from tests.tiny import save_tiny_model
 
 FIELDS = ("--prompt-field", "mr", "--completion-field", "ref")
 SHORT = ("--max-steps", 4, "--batch-size", 4, "training.save_steps=2")
@@ -127,10 +132,8 @@ def test_a_rejected_row_is_3_and_named(smolora, base, tmp_path):
 
 def test_a_folder_in_use_is_7(train, tmp_path):
     run = RunDir(tmp_path / "run")
-    script = f"from smolora.records.run_dir import RunDir\nwith RunDir({str(run.path)!r}).locked(): print(1, flush=True); input()"
-    import subprocess
-    import sys
-
+    hold = f"with RunDir({str(run.path)!r}).locked(): print('held', flush=True); input()"
+    script = f"from smolora.records.run_dir import RunDir\n{hold}"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
@@ -141,9 +144,16 @@ def test_a_folder_in_use_is_7(train, tmp_path):
     assert "another process is writing in" in err
 
 
-def test_an_adapter_on_another_base_is_4(smolora, train, rows, tmp_path):
-    from tests.tiny import save_tiny_model
+def test_a_second_run_continues_from_the_adapter_of_the_first(train, tmp_path):
+    first, second = RunDir(tmp_path / "first"), RunDir(tmp_path / "second")
+    train(first.path)
+    code, _, _ = train(second.path, "--adapter", first.path, "--lr", 1e-9)
+    assert code == 0
+    weights = [load_file(run.adapter / "adapter_model.safetensors") for run in (first, second)]
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)  # A fresh adapter is 0 in half of them.
 
+
+def test_an_adapter_on_another_base_is_4(smolora, train, rows, tmp_path):
     train(tmp_path / "run")
     other = save_tiny_model("gpt2", tmp_path / "other", seed=1)
     flags = ("--model", other, "--data", rows, *FIELDS, "--adapter", tmp_path / "run")

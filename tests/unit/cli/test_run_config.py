@@ -123,6 +123,13 @@ def test_flags_and_words_lie_above_a_resumed_runs_settings(stored):
     assert (config.training.max_steps, config.training.save_steps, config.training.seed) == (9, 3, 5)
 
 
+def test_a_file_lies_above_a_resumed_runs_settings_key_by_key(stored, tmp_path):
+    file = tmp_path / "more.yaml"
+    file.write_text("training: {save_steps: 3}\n")
+    config = _build(str(file), flags=TrainFlags(), resumed=stored)
+    assert (config.training.save_steps, config.training.seed) == (3, 5)
+
+
 def test_resuming_where_no_run_is_starts_from_the_defaults(tmp_path):
     assert _build(resumed=tmp_path) == _build()
 

@@ -1,4 +1,4 @@
-"""Answers: the same one by one, in batches and streamed; they end where they should and disturb nobody's random state."""
+"""Answers: the same one by one, in batches and streamed; they end in the right place and disturb nothing."""
 
 from __future__ import annotations
 

@@ -39,11 +39,11 @@ def test_wrapping_leaves_the_trained_tokenizer_as_it_was(char):
     assert char.eos_token_id not in char.encode("<|endoftext|>")
 
 
-def test_the_fingerprint_survives_saving_and_a_padded_call(tmp_path, char):
+def test_the_fingerprint_survives_saving_and_a_state_of_truncation(tmp_path, char):
     tokenizer = to_pretrained(char, context=64)
     before = fingerprint_tokenizer(tokenizer)
     tokenizer.save_pretrained(tmp_path)
-    tokenizer(["a", "bb"], truncation=True, max_length=1)
+    tokenizer.backend_tokenizer.enable_truncation(1)
     assert fingerprint_tokenizer(tokenizer) == before
     assert fingerprint_tokenizer(load_tokenizer(tmp_path)) == before
 
