@@ -2,7 +2,7 @@
 
     SmoloraError
     ├── ConfigError (ValueError)              2   a key, value, flag, target module or existing run
-    ├── DataError (ValueError)                3   no such data, missing column, no rows, rejected rows, prompt past the context
+    ├── DataError (ValueError)                3   data missing or rejected, column missing, prompt past the context
     ├── ModelError (ValueError)               4   no such model, bad or changed checkpoint, adapter on another base
     ├── StorageError (OSError)                5   disk, memory, permission, an output path that can't be written
     ├── BrokenRunError (RuntimeError)         6   non-finite numbers, or declared tensors that did not move
@@ -60,7 +60,7 @@ class FolderInUseError(SmoloraError, RuntimeError):
     exit_code = 7
 
 
-class StoppedBySignal(SmoloraError, RuntimeError):
+class StoppedBySignal(SmoloraError, RuntimeError):  # noqa: N818 - no error, the run did as it was told
     """A signal ended the run at the end of a step; a checkpoint of that step is on disk."""
 
     exit_code = 75

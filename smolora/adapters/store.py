@@ -69,9 +69,11 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     adapter = read_adapter(folder)
     adapter.refuse_other_base(base.fingerprint, base.source)
     _refuse_misfit(adapter, model)
-    with quiet_peft():  # It warns of missing keys and goes on; they are checked below.
+    # peft warns of missing keys and goes on; they are checked below. It draws weights before it reads them; with its
+    # low_cpu_mem_usage it would not, but then a float32 adapter is rounded to the type of a bfloat16 base.
+    with quiet_peft(), torch.random.fork_rng():
         adapted = peft.PeftModel.from_pretrained(
-            model, str(folder), is_trainable=trainable, torch_device=str(base.device), low_cpu_mem_usage=True
+            model, str(folder), is_trainable=trainable, torch_device=str(base.device)
         )
     _refuse_partial(adapter, adapted)
     adapted.train(is_training)

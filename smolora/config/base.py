@@ -10,7 +10,7 @@ from smolora.errors import ConfigError, did_you_mean
 
 
 class Section(BaseModel):
-    """A group of settings. Immutable: `section.model_copy(update={...})` or `section.replace(...)` gives a changed one."""
+    """A group of settings. Immutable: `section.replace(...)` or pydantic's `model_copy` gives a changed one."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True

@@ -66,7 +66,7 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _profile_is_an_interval(self) -> TrainingConfig:
         if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError(f"profile_steps must be [first, last] with 1 <= first <= last, found {self.profile_steps}")
+            raise ValueError(f"profile_steps must be [first, last], 1 <= first <= last, found {self.profile_steps}")
         return self
 
     @property
@@ -79,7 +79,8 @@ class TrainingConfig(Section):
         size, remainder = divmod(rows, self.gradient_accumulation_steps)
         if remainder or size < 1:
             raise ConfigError(
-                f"training: {rows} rows a step can't be split into gradient_accumulation_steps={self.gradient_accumulation_steps}"
+                f"training: {rows} rows a step can't be split evenly into "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} passes."
             )
         copy: TrainingConfig = self.replace(per_device_train_batch_size=size)
         return copy

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
-from transformers import PreTrainedModel as PreTrainedModel  # Passed on: adapters take it from here.
+from transformers import PreTrainedModel as PreTrainedModel  # noqa: PLC0414 - passed on to adapters
 from transformers.pytorch_utils import Conv1D
 
 from smolora.errors import ModelError

@@ -325,16 +325,12 @@ def _facts_in(sentence: str) -> frozenset[str]:
 def tell_story(rng: random.Random, names: Sequence[str] = (*HEROINES, *HEROES)) -> Told:
     """Tell one story: who there is, what they are like, what happens, how it ends."""
     a, b = _draw_heroes(rng, names, 2)
-    has_friend = rng.random() < 0.0
-    sentences = [rng.choice(OPENINGS), *_habits(rng, 1 if has_friend else 2)]
-    if has_friend:
-        sentences += [rng.choice(MEETINGS), *(habit.replace("{a.", "{b.") for habit in _habits(rng, 1))]
-    if rng.random() < 0.7:
-        sentences.append(rng.choice(DISCOVERIES))
+    has_friend = False
+    facts = rng.sample([rng.choice(LIKINGS), rng.choice(TRADES), rng.choice(DISCOVERIES)], rng.choice((2, 2, 3)))
+    sentences = [rng.choice(OPENINGS), *facts]
     told = frozenset[str]().union(*map(_facts_in, sentences))
-    turns = _fitting(TURNS if has_friend else SOLO_TURNS, told)
-    endings = _fitting(ENDINGS if has_friend else SOLO_ENDINGS, told)
-    sentences += rng.sample(turns, min(len(turns), rng.choice((1, 2)))) + [rng.choice(endings)]
+    turns, endings = _fitting(SOLO_TURNS, told), _fitting(SOLO_ENDINGS, told)
+    sentences += rng.sample(turns, rng.choice((1, 2))) + rng.sample(endings, 1)
     filled = (
         sentence.format(a=a, b=b if has_friend else b.name, day=rng.choice(DAYS), spot=rng.choice(SPOTS))
         for sentence in sentences

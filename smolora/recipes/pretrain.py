@@ -1,4 +1,4 @@
-"""`smolora pretrain`: from text to a small GPT in a Hugging Face folder, with a tokenizer learned from the same text."""
+"""`smolora pretrain`: from text to a small GPT in a Hugging Face folder, its tokenizer learned from the same text."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ class Trainer:
     def _gradient_checkpointing(self) -> AbstractContextManager[object]:
         if not self.config.gradient_checkpointing:
             return nullcontext()
-        return _recomputed_activations(cast(_Recomputing, self.bundle.model))
+        return _recomputed_activations(cast("_Recomputing", self.bundle.model))
 
 
 class _Recomputing(Protocol):

@@ -96,7 +96,7 @@ def test_the_batch_size_is_rows_per_step_however_they_are_split():
 
 
 def test_a_batch_size_that_cant_be_split_is_refused():
-    with pytest.raises(ConfigError, match="8 rows a step can't be split into gradient_accumulation_steps=3"):
+    with pytest.raises(ConfigError, match="8 rows a step can't be split evenly into gradient_accumulation_steps=3"):
         _build("training.gradient_accumulation_steps=3", batch_size=8)
 
 
