@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing with warm-up and medians, alternation, a table, the machine, and where real data is."""
+"""What the benchmarks share: timing with a warm-up, medians, a table, the machine, and where the real data is."""
 
 from __future__ import annotations
 

@@ -221,9 +221,7 @@ def main() -> None:
     outcomes = compare(
         args.text or find_shared("data/pretrain/tinyshakespeare.txt"), steps=args.steps, rounds=args.rounds
     )
-    medians = {
-        name: [median([outcome[column] for outcome in turns]) for column in range(3)] for name, turns in outcomes.items()
-    }
+    medians = {name: [median(column) for column in zip(*turns, strict=True)] for name, turns in outcomes.items()}
     plain, ours = medians["plain loop"], medians["smolora"]
     rows = [[name, *values] for name, values in medians.items()]
     rows.append(["smolora / plain", *(mine / theirs for mine, theirs in zip(ours, plain, strict=True))])

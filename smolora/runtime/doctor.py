@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,8 +28,6 @@ _REQUIRED = (
     "pydantic",
 )
 
-_OPTIONAL = {"beautifulsoup4": ("html", "data.clean=strip_html")}
-"""Distribution to the extra that installs it, and what it is for."""
 
 
 class Fact(NamedTuple):
@@ -51,7 +50,7 @@ def examine_machine(folder: Path = Path()) -> list[Fact]:
         Fact("memory", _describe_memory(device)),
         Fact("disk", f"{_in_gib(shutil.disk_usage(folder).free)} free in {folder.resolve()}"),
         Fact("libraries", ", ".join(f"{name} {_version(name)}" for name in _REQUIRED)),
-        *(Fact(f"optional {name}", _describe_optional(name)) for name in _OPTIONAL),
+        *(Fact(f"optional: {extra}", _describe_extra(extra)) for extra in _list_extras()),
     ]
 
 
@@ -73,10 +72,16 @@ def _describe_memory(device: torch.device) -> str:
     return text
 
 
-def _describe_optional(name: str) -> str:
-    extra, use = _OPTIONAL[name]
-    found = _version(name)
-    return f"{found}, for {use}" if found else f"not installed; {use} needs it: pip install 'smolora[{extra}]'"
+def _list_extras() -> list[str]:
+    return importlib.metadata.metadata("smolora").get_all("Provides-Extra") or []
+
+
+def _describe_extra(extra: str) -> str:
+    marker = f'extra == "{extra}"'
+    needed = [line for line in importlib.metadata.requires("smolora") or [] if marker in line.replace("'", '"')]
+    names = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in needed]
+    missing = [name for name in names if _version(name) is None]
+    return f"not installed ({', '.join(missing)}): pip install 'smolora[{extra}]'" if missing else "installed"
 
 
 def _version(name: str) -> str | None:

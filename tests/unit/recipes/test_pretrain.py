@@ -7,12 +7,18 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolora.config import PretrainConfig, resolve_config
+from smolora.data.encoding import encode_texts
 from smolora.errors import ConfigError, DataError
-from smolora.recipes.pretrain import pretrain
+from smolora.recipes.pretrain import pretrain, split_at_lines
 from smolora.records.run_dir import RunDir
+from smolora.tokenizers.bpe import BPETokenizer
+from smolora.tokenizers.char import CharTokenizer
+from smolora.tokenizers.pretrained import to_pretrained
 
 SMALL = ["gpt.num_layers=1", "gpt.num_heads=2", "gpt.width=16", "gpt.context=16", "training.max_steps=20"]
 
@@ -106,3 +112,21 @@ def test_a_folder_of_many_texts_ends_each_and_holds_whole_ones_out(tmp_path):
     assert json.loads((model / "config.json").read_text())["eos_token_id"] is not None
     lines = [json.loads(line) for line in RunDir(tmp_path / "run").metrics.read_text().splitlines()]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+
+
+_TEXT = (
+    "To be, or not to be:\n\nthat is the question.\n  Whether 'tis nobler\n\tin the mind;\r\nto suffer 12 slings\n" * 3
+)
+_TOKENIZERS = [
+    to_pretrained(CharTokenizer.train(_TEXT), 64),
+    to_pretrained(BPETokenizer(300).train([_TEXT]), 64),
+]
+
+
+@pytest.mark.parametrize("tokenizer", _TOKENIZERS, ids=["char", "bpe"])
+@given(text=st.text(alphabet="ab é\n\t\r'.1", max_size=80) | st.text(max_size=40))
+def test_a_text_in_pieces_becomes_the_tokens_of_the_whole(tokenizer, text):
+    pieces = split_at_lines(text, length=3)
+    assert "".join(pieces) == text
+    joined = [token for ids in encode_texts(pieces, tokenizer) for token in ids]
+    assert joined == encode_texts([text], tokenizer)[0]

@@ -26,7 +26,6 @@ def test_versions_are_the_installed_ones():
     assert f"Python {platform.python_version()}" in facts["smolora"]
 
 
-def test_every_optional_part_is_present_or_says_how_to_install_it():
-    optional = [fact.value for fact in examine_machine() if fact.name.startswith("optional")]
-    assert optional
-    assert all("pip install" in value or "for " in value for value in optional)
+def test_every_optional_part_is_named_with_whether_it_is_installed():
+    facts = dict(examine_machine())
+    assert facts["optional: dev"] == "installed"  # It brought the test runner.
