@@ -24,12 +24,14 @@ def get_bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def get_eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that ends a text.
+def get_eos_id(tokenizer: PreTrainedTokenizerBase, end_token: str | None = None) -> int:
+    """Return the id that ends a text: that of `end_token`, else the tokenizer's end-of-text.
 
     Raises:
         ModelError: The tokenizer has none, so a model could never learn to stop.
     """
+    if end_token is not None:
+        return int(tokenizer.convert_tokens_to_ids(end_token))
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end-of-text token (eos_token), so a model could not learn to stop. "
@@ -71,7 +73,9 @@ def find_surrogate(text: str) -> int | None:
     return None
 
 
-def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def encode_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, end_token: str | None = None
+) -> list[Example]:
     """Encode (prompt, completion) pairs; the ids before the completion are exactly those of the prompt alone.
 
     The pair is encoded as one text where the tokenizer keeps the prompt's ids in it. Where it would merge across the
@@ -80,7 +84,7 @@ def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenize
     Raises:
         DataError: The target tokens don't spell the completion.
     """
-    bos, eos = get_bos_ids(tokenizer), get_eos_id(tokenizer)
+    bos, eos = get_bos_ids(tokenizer), get_eos_id(tokenizer, end_token)
     answers = [join_seam(prompt, completion) for prompt, completion in pairs]
     unique = list(dict.fromkeys(prompt for prompt, _ in pairs))  # One prompt often has several answers.
     ids_of = dict(zip(unique, encode_texts(unique, tokenizer), strict=True))

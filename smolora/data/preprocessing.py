@@ -51,7 +51,8 @@ class DataPreprocessor:
         """
         if self.fmt.kind == "messages":
             return [encode_row(row, self.fmt, self.tokenizer) for row in rows]
-        return encode_pairs([render_pair(row, self.fmt) for row in rows], self.tokenizer)
+        pairs = [render_pair(row, self.fmt) for row in rows]
+        return encode_pairs(pairs, self.tokenizer, end_token=self.fmt.end_token)
 
 
 class InstructionPreprocessor(DataPreprocessor):

@@ -50,6 +50,9 @@ class PromptFormat(Section):
     chat_template: str | None = None
     """messages only: the Jinja template."""
 
+    end_token: str | None = None
+    """The token that ends a text or an answer. Left out, the tokenizer's end-of-text token; chat templates bring theirs."""
+
     def describe(self) -> str:
         """Return the mapping as a line for people.
 
@@ -161,7 +164,7 @@ def encode_row(row: Mapping[str, object], fmt: PromptFormat, tokenizer: PreTrain
     if fmt.kind == "messages":
         messages = check_messages(row.get(fmt.columns["messages"]))
         return encode_conversation(messages, tokenizer, template=fmt.chat_template)
-    return encode_pairs([render_pair(row, fmt)], tokenizer)[0]
+    return encode_pairs([render_pair(row, fmt)], tokenizer, end_token=fmt.end_token)[0]
 
 
 def encode_prompt(

@@ -3,40 +3,43 @@
 `write_corpus` leaves stories to pretrain on, and rows of story, question and answer to tune on and to hold out. Each
 hero draws kind, home, food, work and find at random, and a story says the same fact again in other words. The second
 time it can only be predicted by looking back, which is what a model must have learned before it can answer questions.
+`write_passages` does the like with a person's own texts: the rows ask for the rest of a passage. No torch.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-HEROINES = "Ada Bella Clara Daisy Elsa Fern Greta Hazel Ida Juno Kiki Lola Mila Nora Olive Pippa Ruby Stella Tilly Wanda"
-HEROES = "Alfie Bruno Caspar Dylan Emil Felix Gus Hugo Igor Jasper Leo Max Ned Otto Pip Rufus Sam Toby Victor Walter"
-NAMES = (*HEROINES.split(), *HEROES.split())
-HELD_OUT_NAMES = ("Clara", "Hazel", "Mila", "Ruby", "Wanda", "Emil", "Hugo", "Otto", "Pip", "Toby")
+from smolora.errors import DataError
+
+HEROINES = tuple("Ada Clara Daisy Fern Hazel Ida Juno Lola Mila Nora Ruby Tilly".split())
+HEROES = tuple("Alfie Bruno Emil Felix Gus Hugo Leo Max Otto Pip Rufus Sam".split())
+NAMES = (*HEROINES, *HEROES)
+HELD_OUT_NAMES = ("Clara", "Hazel", "Mila", "Emil", "Otto", "Pip")
 """Heroes of the held-out questions: the stories tell of them, but no row that the adapter learns from does."""
 
 COLOURS = tuple("brown grey black white red golden silver spotted striped".split())
 KINDS = tuple(
-    "badger bear beaver cat crow dog duck fox frog goat goose hare hedgehog heron mole mouse owl otter pig rabbit raven "
-    "sheep sparrow squirrel toad weasel wolf".split()
+    "badger bear beaver cat crow dog fox frog goat goose hare hedgehog mole mouse rabbit squirrel toad wolf".split()
 )
 HOMES = tuple(
     "above the waterfall, among the ferns, at the bottom of the garden, at the edge of the wood, behind the chapel, "
-    "behind the old barn, beside the mill, beside the railway, by the river, in a cave by the sea, in a hollow oak, "
-    "in the apple orchard, in the clock tower, in the reeds, near the lighthouse, on a small island, on the windy hill, "
-    "under the hawthorn hedge, under the stone bridge".split(", ")
+    "beside the mill, beside the railway, by the river, in a cave by the sea, in a hollow oak, in the apple orchard, "
+    "in the clock tower, near the lighthouse, on a small island, on the windy hill, under the stone bridge".split(", ")
 )
 FOODS = tuple(
-    "apple pie, barley bread, blackberry jam, buttered toast, cold porridge, dandelion leaves, ginger biscuits, "
-    "honey cakes, hot chestnuts, mushroom stew, pear tart, pumpkin soup, ripe plums, roasted corn, salted walnuts, "
-    "sour cherries, sunflower seeds, sweet peas, wild strawberries".split(", ")
+    "barley bread, blackberry jam, buttered toast, cold porridge, ginger biscuits, honey cakes, hot chestnuts, "
+    "mushroom stew, pear tart, pumpkin soup, ripe plums, roasted corn, salted walnuts, sour cherries, sunflower seeds, "
+    "wild strawberries".split(", ")
 )
 WORK = {
     "baker": "baked the bread for the whole valley",
@@ -53,15 +56,13 @@ WORK = {
     "painter": "painted pictures of the sea",
     "potter": "made bowls as thin as eggshells",
     "sailor": "knew the name of every wind",
-    "shepherd": "counted the lambs at sunset",
     "tailor": "sewed coats with too many pockets",
-    "teacher": "taught the little ones to read",
     "weaver": "wove blankets in seven colours",
 }
 FINDS = tuple(
-    "a blue kite, a brass key, a copper bell, a feather pen, a glass marble, a little drum, a lost letter, a music box, "
-    "a paper lantern, a pearl button, a pocket watch, a round mirror, a silk ribbon, a straw hat, a tin whistle, "
-    "a torn map, a toy soldier, a velvet glove, a wooden boat".split(", ")
+    "a blue kite, a brass key, a copper bell, a feather pen, a glass marble, a little drum, a music box, "
+    "a paper lantern, a pocket watch, a round mirror, a silk ribbon, a straw hat, a tin whistle, a torn map, "
+    "a wooden boat".split(", ")
 )
 SPOTS = tuple(
     "in the long grass, under a pile of leaves, on the path, in an empty nest, behind a milestone, in a snowdrift, "
@@ -104,22 +105,22 @@ DISCOVERIES = (
 # From here on facts come again, in other words. A sentence is used only where the story has told what it builds on.
 TURNS = (
     "{a.name} put {a.thing} in {a.her} pocket and smiled.",
-    '"Who has lost {a.thing}?" asked the {a.colour} {a.kind}, but nobody knew.',
-    "The clouds grew dark, and the {a.colour} {a.kind} ran back {a.home}.",
-    '"Time for {a.food}!" said the {a.colour} {a.kind}.',
+    '"Who has lost {a.thing}?" asked the {a.kind}, but nobody knew.',
+    "The clouds grew dark, and the {a.kind} ran to the little house {a.home}.",
+    '"Time for {a.food}!" said the {a.kind}.',
     '"What would the valley do without a {a.job}?" said {a.name}.',
-    "The {a.colour} {a.kind} sang a little song about {a.food}.",
+    "The {a.kind} sang a little song about {a.food}.",
     "The wind sang {a.home}, and {a.name} sang too.",
     "All the children wanted to be a {a.job}, just like {a.name}.",
-    "At noon the {a.colour} {a.kind} sat down and ate some {a.food}.",
-    "There was no other {a.colour} {a.kind} like {a.name}.",
+    "At noon the {a.kind} sat down and ate some {a.food}.",
+    "There was no other {a.kind} like {a.name} in the whole valley.",
     "If you look for {a.name}, look {a.home}.",
     '"Where do you live?" asked {friend}. "I live {a.home}," said {a.name}.',
-    '"What do you like best?" asked {friend}. "{a.Food}!" said the {a.colour} {a.kind}.',
+    '"What do you like best?" asked {friend}. "{a.Food}!" said the {a.kind}.',
     '"What work do you do?" asked {friend}. "I am a {a.job}," said {a.name}.',
-    '"Is it hard to be a {a.job}?" asked {friend}. "Only on Mondays," said the {a.colour} {a.kind}.',
+    '"Is it hard to be a {a.job}?" asked {friend}. "Only on Mondays," said the {a.kind}.',
     '"What have you got there?" asked {friend}. "I found {a.find}," said {a.name}.',
-    "{friend} had never seen a {a.colour} {a.kind} laugh so much.",
+    "{friend} had never seen a {a.kind} laugh so much.",
     "It began to rain, so {friend} ran to the house of {a.name} {a.home}.",
     "{friend} knew what {a.name} liked, and brought some {a.food}.",
     '"Every {a.kind} can dance," said {a.name}, and danced with {friend}.',
@@ -129,21 +130,25 @@ TURNS = (
 ENDINGS = (
     "That night {a.name} slept soundly {a.home}.",
     "{a.name} kept {a.thing} as long as {a.she} lived.",
-    "And for supper the {a.colour} {a.kind} had {a.food}.",
+    "And for supper the {a.kind} had {a.food}.",
     "In the end the {a.job} went home, tired and glad.",
     "If you go there today, you may still see a {a.colour} {a.kind} {a.home}.",
     "Then {a.name} and {friend} shared some {a.food} and watched the stars come out.",
-    "So the {a.colour} {a.kind} gave {a.thing} to {friend}, and both were happy.",
+    "So the {a.kind} gave {a.thing} to {friend}, and both were happy.",
     "{friend} waved for a long time, until {a.name} was safe {a.home}.",
 )
 
 QUESTIONS = {
-    "kind": ("What kind of animal was {a.name}?", "{a.name} was a {a.colour} {a.kind}."),
+    "kind": ("What kind of animal was {a.name}?", "{a.name} was a {a.kind}."),
     "home": ("Where did {a.name} live?", "{a.name} lived {a.home}."),
-    "food": ("What did {a.name} like to eat?", "{a.name} liked to eat {a.food}."),
+    "food": ("What food did {a.name} love?", "{a.name} loved {a.food}."),
     "job": ("What was the work of {a.name}?", "{a.name} was a {a.job}."),
     "find": ("What did {a.name} find?", "{a.name} found {a.find}."),
 }
+
+# Passages of a person's own text.
+_FEWEST_PASSAGES, _MOST_HELD_OUT = 40, 200
+_PROMPT_WORDS, _FEWEST_WORDS, _MOST_WORDS = 6, 12, 50
 
 
 @dataclass(frozen=True)
@@ -199,30 +204,64 @@ class Story(NamedTuple):
 
 @dataclass(frozen=True)
 class DemoCorpus:
-    """The files that `write_corpus` left."""
+    """Files in JSONL: what to pretrain on, tune on, and ask in the end."""
 
-    stories: Path
-    """Rows of `text`, a story each."""
+    text: Path
+    """Rows of `text`."""
 
     rows: Path
-    """Rows of `prompt` and `completion` to tune on."""
+    """Rows of `prompt` and `completion`."""
 
     held_out: Path
-    """Rows like them, about heroes whom no row to tune on asks about."""
+    """Rows like them that neither the text nor the other rows hold."""
 
 
 def write_corpus(
     folder: Path, seed: int = 0, *, num_stories: int = 16_000, num_rows: int = 8_000, num_held_out: int = 200
 ) -> DemoCorpus:
-    """Write stories.jsonl, questions.jsonl and held_out.jsonl into `folder`, the same for the same seed."""
+    """Write stories and questions into `folder`; the same for the same seed, everywhere."""
     rng = random.Random(seed)
-    corpus = DemoCorpus(folder / "stories.jsonl", folder / "questions.jsonl", folder / "held_out.jsonl")
     learned = [name for name in NAMES if name not in HELD_OUT_NAMES]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_rows(corpus.stories, ({"text": tell_story(rng, NAMES).text} for _ in range(num_stories)))
-    _write_rows(corpus.rows, (ask(rng, tell_story(rng, learned)) for _ in range(num_rows)))
-    _write_rows(corpus.held_out, (ask(rng, tell_story(rng, HELD_OUT_NAMES)) for _ in range(num_held_out)))
-    return corpus
+    stories = [tell_story(rng) for _ in range(num_stories)]
+    rows = [ask(rng, tell_story(rng, learned)) for _ in range(num_rows)]
+    held_out = [ask(rng, tell_story(rng, HELD_OUT_NAMES)) for _ in range(num_held_out)]
+    return _write(folder, [story.text for story in stories], rows, held_out)
+
+
+def write_passages(folder: Path, texts: Sequence[str]) -> DemoCorpus:
+    """Cut texts into passages and write them into `folder`; the last tenth is held out of the text and of the rows.
+
+    Raises:
+        DataError: There are too few passages to learn from and to hold some out.
+    """
+    passages = [(number, passage) for number, text in enumerate(texts) for passage in _cut_passages(text)]
+    cut = len(passages) * 9 // 10
+    kept = ["\n\n".join(words for _, words in group) for _, group in groupby(passages[:cut], key=lambda pair: pair[0])]
+    rows = [_ask_for_rest(passage) for _, passage in passages if len(passage.split()) >= _FEWEST_WORDS]
+    num_held_out = sum(len(passage.split()) >= _FEWEST_WORDS for _, passage in passages[cut:])
+    if len(rows) < _FEWEST_PASSAGES or num_held_out == 0:
+        raise DataError(
+            f"found {len(rows)} passages of {_FEWEST_WORDS} words or more, and the demo needs {_FEWEST_PASSAGES}. "
+            "Passages are set apart by blank lines; give it more text."
+        )
+    return _write(folder, kept, rows[:-num_held_out], rows[-num_held_out:][:_MOST_HELD_OUT])
+
+
+def _cut_passages(text: str) -> list[str]:
+    """Return the paragraphs of a text; a long one comes in pieces."""
+    paragraphs = (paragraph.strip() for paragraph in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n")))
+    return [piece for paragraph in paragraphs if paragraph for piece in _cut_words(paragraph)]
+
+
+def _cut_words(paragraph: str) -> list[str]:
+    starts = [match.start() for match in re.finditer(r"\S+", paragraph)][::_MOST_WORDS]
+    return [paragraph[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _ask_for_rest(passage: str) -> dict[str, str]:
+    """Return a row that gives the first words of a passage and asks for the rest."""
+    seam = [match.end() for match in re.finditer(r"\S+", passage)][_PROMPT_WORDS - 1]
+    return {"prompt": passage[:seam], "completion": passage[seam:].strip()}
 
 
 def tell_story(rng: random.Random, names: Sequence[str] = NAMES) -> Story:
@@ -234,7 +273,9 @@ def tell_story(rng: random.Random, names: Sequence[str] = NAMES) -> Story:
     facts = frozenset[str]().union(*map(_facts_in, sentences))
     sentences += rng.sample(_fitting(TURNS, facts), rng.choice((1, 2)))
     sentences.append(rng.choice(_fitting(ENDINGS, facts)))
-    filled = (sentence.format(a=hero, friend=friend, day=rng.choice(DAYS), spot=rng.choice(SPOTS)) for sentence in sentences)
+    filled = (
+        sentence.format(a=hero, friend=friend, day=rng.choice(DAYS), spot=rng.choice(SPOTS)) for sentence in sentences
+    )
     return Story(" ".join(filled), hero, facts)
 
 
@@ -245,7 +286,7 @@ def ask(rng: random.Random, story: Story) -> dict[str, str]:
     return {"prompt": prompt, "completion": answer.format(a=story.hero)}
 
 
-_FACT_OF_FORM = {**{fact: fact for fact in QUESTIONS}, "colour": "kind", "Food": "food", "deed": "job", "thing": "find"}
+_FACT_OF_FORM = {**{fact: fact for fact in QUESTIONS}, "Food": "food", "deed": "job", "thing": "find"}
 
 
 @cache
@@ -259,6 +300,16 @@ def _fitting(sentences: Iterable[str], facts: frozenset[str]) -> list[str]:
     return [sentence for sentence in sentences if _facts_in(sentence) <= facts]
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def _write(
+    folder: Path, texts: Sequence[str], rows: Sequence[dict[str, str]], held_out: Sequence[dict[str, str]]
+) -> DemoCorpus:
+    corpus = DemoCorpus(folder / "text.jsonl", folder / "rows.jsonl", folder / "held_out.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in (
+        (corpus.text, [{"text": text} for text in texts]),
+        (corpus.rows, rows),
+        (corpus.held_out, held_out),
+    ):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    return corpus

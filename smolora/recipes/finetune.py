@@ -18,6 +18,7 @@ from smolora.data.sources import SourceRows, read_dataset, read_sources
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle, describe_trainable_parameters
+from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
 from smolora.recipes.run_folder import choose_callbacks, recorded_run, restore_best, settle_config
@@ -119,6 +120,7 @@ def _prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None,
         rows = read_dataset(dataset, config.data, seed=seed, tokenizer=base.tokenizer, out=out)
     else:
         rows = read_sources(config.data, seed=seed, tokenizer=base.tokenizer, out=out)
+    rows = replace(rows, fmt=rows.fmt.replace(end_token=choose_end_token(base)))
     sides: list[tuple[list[Row], Side]] = [(rows.train, "train"), (rows.held_out, "validation")]
     encoded = [
         encode_rows(

@@ -1,0 +1,250 @@
+"""`smolora demo`: the whole walk in minutes, offline: write text, pretrain, tune, merge, and ask before and after.
+
+With a text of the person's own the walk is the same and the task another: to finish a passage from its first words.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from smolora.adapters.store import load_bundle
+from smolora.config import (
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    GPTConfig,
+    LoRAConfig,
+    ModelConfig,
+    PretrainConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+from smolora.data.sources import read_source_documents
+from smolora.errors import ConfigError
+from smolora.generation.sampling import SamplingSettings
+from smolora.generation.text_generator import TextGenerator
+from smolora.models.bundle import ModelBundle
+from smolora.recipes.demo_corpus import DemoCorpus, write_corpus, write_passages
+from smolora.recipes.finetune import finetune
+from smolora.recipes.merge import merge
+from smolora.recipes.pretrain import pretrain
+from smolora.records.metrics_log import MetricsLog
+from smolora.records.run_dir import RunDir
+from smolora.runtime.console import print_plainly, show_log, stderr_console
+from smolora.training.callbacks import ProgressCallback
+
+_PRETRAINING_STEPS, _TUNING_STEPS = 3500, 300
+_NUM_ASKED, _NUM_SHOWN = 100, 5
+_ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """What the demo learns, and how it is judged."""
+
+    corpus: DemoCorpus
+    pretraining: str
+    tuning: str
+    has_one_answer: bool
+    """Whether an answer is right or wrong; else both texts are shown and the loss decides."""
+
+    sampling: SamplingSettings
+
+
+@dataclass
+class Walk:
+    """The console, and how long each part took."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def say(self, text: str = "") -> None:
+        """Print a line."""
+        print_plainly(self.console, text)
+
+    @contextmanager
+    def part(self, title: str, explanation: str) -> Iterator[None]:
+        """Announce a part of the walk, and time it."""
+        self.say(f"\n{len(self.seconds) + 1}. {title}: {explanation}")
+        started = time.perf_counter()
+        yield
+        self.seconds[title] = time.perf_counter() - started
+        self.say(f"   {self.seconds[title]:.0f} s")
+
+
+def run_demo(out: Path, text: Path | None = None) -> None:
+    """Walk the whole way in `out`, and print on stderr what each part does and what it reached.
+
+    Args:
+        out: A folder that doesn't exist yet, or is empty.
+        text: A file or folder of text, in place of the demo's own stories.
+
+    Raises:
+        ConfigError: There is something in `out`.
+        DataError: `text` is missing or too short.
+    """
+    _refuse_filled(out)
+    walk = Walk(stderr_console())
+    show_log(walk.console)
+    task = _write_stories(walk, out) if text is None else _write_own_text(walk, out, text)
+    base = _pretrain(walk, task, out / "base")
+    run = _tune(walk, task, base, out / "tuned")
+    _merge(walk, run)
+    _ask(walk, task, base, run)
+    _suggest(walk, out, task)
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out} is there already. Remove it, or choose another folder with -o.")
+
+
+def _write_stories(walk: Walk, out: Path) -> DemoTask:
+    with walk.part("write", "a small grammar tells stories about the animals of a valley, and asks about other ones"):
+        corpus = write_corpus(out / "text")
+        walk.say(f"   for example: {_read_rows(corpus.text)[0]['text']}")
+    return DemoTask(
+        corpus,
+        "a GPT learns from nothing to continue the stories; it has never seen a question",
+        "an adapter learns to answer questions about a story",
+        has_one_answer=True,
+        sampling=SamplingSettings(max_new_tokens=_ANSWER_TOKENS, temperature=0.0),
+    )
+
+
+def _write_own_text(walk: Walk, out: Path, text: Path) -> DemoTask:
+    with walk.part("read", f"{text} is cut into passages, the last tenth of which is held out"):
+        documents = read_source_documents(DataConfig(sources=(str(text),)))
+        corpus = write_passages(out / "text", documents.train)
+    return DemoTask(
+        corpus,
+        "a GPT learns from nothing to continue your text",
+        "an adapter learns to finish a passage from its first words, and to stop there",
+        has_one_answer=False,
+        sampling=SamplingSettings(max_new_tokens=2 * _ANSWER_TOKENS, temperature=0.7, top_k=50, seed=0),
+    )
+
+
+def _pretrain(walk: Walk, task: DemoTask, out: Path) -> Path:
+    config = PretrainConfig(
+        gpt=GPTConfig(num_layers=2, num_heads=4, width=128, context=128),
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=1400),
+        data=DataConfig(sources=(str(task.corpus.text),), validation_fraction=0.02),
+        training=TrainingConfig(
+            learning_rate=5e-3,
+            max_steps=_PRETRAINING_STEPS,
+            per_device_train_batch_size=8,
+            warmup_steps=100,
+            lr_scheduler_type="cosine",
+            weight_decay=0.1,
+            logging_steps=_PRETRAINING_STEPS // 7,
+            save_steps=_PRETRAINING_STEPS,
+        ),
+    )
+    with walk.part("pretrain", task.pretraining):
+        return pretrain(config, out, callbacks=[ProgressCallback(walk.console)])
+
+
+def _tune(walk: Walk, task: DemoTask, base: Path, out: Path) -> RunDir:
+    config = ExperimentConfig(
+        model=ModelConfig(name_or_path=str(base), dtype="float32"),
+        data=DataConfig(sources=(str(task.corpus.rows),), eval_source=str(task.corpus.held_out), overlong="truncate"),
+        adapter=LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.0),
+        training=TrainingConfig(
+            learning_rate=4e-3,
+            max_steps=_TUNING_STEPS,
+            per_device_train_batch_size=32,
+            logging_steps=_TUNING_STEPS // 6,
+            save_steps=_TUNING_STEPS,
+        ),
+        evaluation=EvaluationConfig(batch_size=32),
+    )
+    with walk.part("tune", task.tuning):
+        return finetune(config, out, callbacks=[ProgressCallback(walk.console)])
+
+
+def _merge(walk: Walk, run: RunDir) -> None:
+    with walk.part("merge", "the adapter is added to the base's weights, and the sum checked to answer the same"):
+        merge(run.path)
+        walk.say(f"   {run.merged} is a plain Hugging Face folder")
+
+
+def _ask(walk: Walk, task: DemoTask, base: Path, run: RunDir) -> None:
+    tuned = load_bundle(run.merged)
+    with walk.part("ask", "the base and the tuned model get the same prompts, none of them seen in training"):
+        rows = _read_fitting_rows(task, tuned)
+        prompts = [row["prompt"] for row in rows]
+        # Both read a prompt in the form the adapter was trained on, so the weights are the only difference.
+        before = _answer(replace(load_bundle(base), prompt_format=tuned.prompt_format), prompts, task)
+        after = _answer(tuned, prompts, task)
+        for row, *answers in list(zip(rows, before, after, strict=True))[:_NUM_SHOWN]:
+            _show_answers(walk, row, *answers)
+    right = [sum(map(_is_right, answers, rows)) for answers in (before, after)]
+    _show_result(walk, run, [f"{count} of {len(rows)}" for count in right] if task.has_one_answer else None)
+
+
+def _answer(bundle: ModelBundle, prompts: Sequence[str], task: DemoTask) -> list[str]:
+    return TextGenerator(bundle).generate(prompts, settings=task.sampling, batch_size=50)
+
+
+def _is_right(answer: str, row: dict[str, str]) -> bool:
+    return answer.strip() == row["completion"]
+
+
+def _show_answers(walk: Walk, row: dict[str, str], before: str, after: str) -> None:
+    walk.say(f"\n{row['prompt']}")
+    walk.say(f"   before: {_one_line(before)}")
+    walk.say(f"   after:  {_one_line(after)}")
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(line.strip() for line in text.strip().splitlines() if line.strip())
+
+
+def _show_result(walk: Walk, run: RunDir, right: list[str] | None) -> None:
+    losses = [record["eval_loss"] for record in MetricsLog(run.metrics).read() if "eval_loss" in record]
+    numbers = [loss for loss in losses if isinstance(loss, float)]
+    table = Table("on held-out rows", "before", "after")
+    table.add_row("loss, nats a token", f"{numbers[0]:.2f}", f"{min(numbers):.2f}")
+    if right:
+        table.add_row("answers right to the letter", *right)
+    walk.say()
+    walk.console.print(table)
+    parts = ", ".join(f"{title} {seconds:.0f} s" for title, seconds in walk.seconds.items())
+    walk.say(f"{parts}; {sum(walk.seconds.values()):.0f} s in all")
+
+
+def _suggest(walk: Walk, out: Path, task: DemoTask) -> None:
+    example = out / "text" / "prompt.txt"
+    example.write_text(_read_rows(task.corpus.held_out)[0]["prompt"], encoding="utf-8")
+    base, tuned, prompt = (shlex.quote(str(path)) for path in (out / "base", out / "tuned", example))
+    commands = {
+        f'smolora generate {tuned} "$(cat {prompt})" --greedy': "ask the tuned model; change the file and ask again",
+        f"smolora chat {base}": "let the base go on with your words",
+        f"smolora train --model {base} --data YOUR.jsonl -o my-run": "another task: rows of prompt and completion",
+        "smolora demo --text YOUR_FOLDER -o my-demo": "the same walk on your own text",
+    }
+    walk.say("\nWhat to try next:")
+    for command, purpose in commands.items():
+        walk.say(f"  {command}\n      {purpose}")
+
+
+def _read_fitting_rows(task: DemoTask, bundle: ModelBundle) -> list[dict[str, str]]:
+    """Return held-out rows whose prompts leave room for an answer."""
+    generator = TextGenerator(bundle)
+    room = (bundle.context or 0) - task.sampling.max_new_tokens
+    rows = _read_rows(task.corpus.held_out)
+    return [row for row in rows if generator.count_tokens(row["prompt"]) <= room][:_NUM_ASKED]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
