@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smolora.config import DataConfig, GPTConfig, PretrainConfig, TrainingConfig
+from smolora.data.encoding import encode_texts
 from smolora.models.gpt import GPTModel
 from smolora.recipes.pretrain import pretrain
 from smolora.tokenizers.pretrained import load_tokenizer
@@ -140,7 +141,7 @@ def train_smolora(text_file: Path, steps: int, seed: int) -> Outcome:
         saved = pretrain(config, Path(folder) / "run", callbacks=[timer])
         seconds = time.perf_counter() - started
         model, tokenizer = GPTModel.from_pretrained(saved), load_tokenizer(str(saved))
-    ids = tokenizer(text_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+    ids = torch.tensor(encode_texts([text_file.read_text(encoding="utf-8")], tokenizer)[0], dtype=torch.long)
     return Outcome(evaluate_windows(model, split(ids)[1]), timer.seconds, seconds)
 
 

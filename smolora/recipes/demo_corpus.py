@@ -21,25 +21,22 @@ from typing import NamedTuple
 
 from smolora.errors import DataError
 
-HEROINES = tuple("Ada Clara Daisy Fern Hazel Ida Juno Lola Mila Nora Ruby Tilly".split())
-HEROES = tuple("Alfie Bruno Emil Felix Gus Hugo Leo Max Otto Pip Rufus Sam".split())
+HEROINES = ("Clara", "Daisy", "Fern", "Hazel", "Mila", "Ruby", "Tilly")
+HEROES = ("Bruno", "Emil", "Felix", "Gus", "Leo", "Otto", "Pip")
 NAMES = (*HEROINES, *HEROES)
-HELD_OUT_NAMES = ("Clara", "Hazel", "Mila", "Emil", "Otto", "Pip")
+HELD_OUT_NAMES = ("Clara", "Mila", "Otto", "Pip")
 """Heroes of the held-out questions: the stories tell of them, but no row that the adapter learns from does."""
 
-COLOURS = tuple("brown grey black white red golden silver spotted striped".split())
-KINDS = tuple(
-    "badger bear beaver cat crow dog fox frog goat goose hare hedgehog mole mouse rabbit squirrel toad wolf".split()
-)
+COLOURS = ("brown", "grey", "black", "white", "red", "golden", "silver", "spotted", "striped")
+KINDS = tuple("badger bear beaver cat crow fox frog goose hare hedgehog mole mouse squirrel toad".split())
 HOMES = tuple(
-    "above the waterfall, among the ferns, at the bottom of the garden, at the edge of the wood, behind the chapel, "
-    "beside the mill, beside the railway, by the river, in a cave by the sea, in a hollow oak, in the apple orchard, "
-    "in the clock tower, near the lighthouse, on a small island, on the windy hill, under the stone bridge".split(", ")
+    "above the waterfall, among the ferns, at the edge of the wood, behind the chapel, beside the mill, by the river, "
+    "in a hollow oak, in the apple orchard, in the clock tower, near the lighthouse, on a small island, "
+    "on the windy hill, under the stone bridge".split(", ")
 )
 FOODS = tuple(
     "barley bread, blackberry jam, buttered toast, cold porridge, ginger biscuits, honey cakes, hot chestnuts, "
-    "mushroom stew, pear tart, pumpkin soup, ripe plums, roasted corn, salted walnuts, sour cherries, sunflower seeds, "
-    "wild strawberries".split(", ")
+    "mushroom stew, pear tart, pumpkin soup, ripe plums, salted walnuts, sour cherries".split(", ")
 )
 WORK = {
     "baker": "baked the bread for the whole valley",
@@ -52,17 +49,13 @@ WORK = {
     "doctor": "cured sore throats and broken wings",
     "fiddler": "played at every wedding",
     "gardener": "grew roses taller than a house",
-    "lamplighter": "lit the lamps one by one",
     "painter": "painted pictures of the sea",
-    "potter": "made bowls as thin as eggshells",
-    "sailor": "knew the name of every wind",
     "tailor": "sewed coats with too many pockets",
     "weaver": "wove blankets in seven colours",
 }
 FINDS = tuple(
     "a blue kite, a brass key, a copper bell, a feather pen, a glass marble, a little drum, a music box, "
-    "a paper lantern, a pocket watch, a round mirror, a silk ribbon, a straw hat, a tin whistle, a torn map, "
-    "a wooden boat".split(", ")
+    "a paper lantern, a pocket watch, a straw hat, a tin whistle, a torn map, a wooden boat".split(", ")
 )
 SPOTS = tuple(
     "in the long grass, under a pile of leaves, on the path, in an empty nest, behind a milestone, in a snowdrift, "
@@ -271,7 +264,7 @@ def tell_story(rng: random.Random, names: Sequence[str] = NAMES) -> Story:
     specialities = [rng.choice(LIKINGS), rng.choice(TRADES), rng.choice(DISCOVERIES)]
     sentences = [rng.choice(OPENINGS), *rng.sample(specialities, rng.choice((2, 2, 3)))]
     facts = frozenset[str]().union(*map(_facts_in, sentences))
-    sentences += rng.sample(_fitting(TURNS, facts), rng.choice((1, 2)))
+    sentences += rng.sample(_fitting(TURNS, facts), 2)
     sentences.append(rng.choice(_fitting(ENDINGS, facts)))
     filled = (
         sentence.format(a=hero, friend=friend, day=rng.choice(DAYS), spot=rng.choice(SPOTS)) for sentence in sentences
