@@ -3,7 +3,14 @@
 from smolora.config.adapter import ATTENTION_ONLY, BOTH, MLP_ONLY, LoRAConfig
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
-from smolora.config.experiment import ExperimentConfig, PrepareConfig, PretrainConfig, dump_config, resolve_config
+from smolora.config.experiment import (
+    ExperimentConfig,
+    PrepareConfig,
+    PretrainConfig,
+    RunConfig,
+    dump_config,
+    resolve_config,
+)
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
 from smolora.config.training import TrainingConfig
 
@@ -19,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "RunConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "dump_config",

@@ -13,7 +13,7 @@ from smolora.config.adapter import LoRAConfig
 from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
-from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
 from smolora.config.training import TrainingConfig
 from smolora.errors import ConfigError
 
@@ -72,7 +72,7 @@ class PretrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig(batch_size=32)
     """Evaluation during the run."""
 
-    device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)$")
+    device: DeviceName = "auto"
     """Where the run computes."""
 
 

@@ -21,9 +21,9 @@ from smolora.models.bundle import ModelBundle, describe_trainable_parameters
 from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
-from smolora.recipes.run_folder import choose_callbacks, recorded_run, restore_best, settle_config
+from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import staged_folder
+from smolora.records.staging import replaced_folder
 from smolora.runtime.device import resolve_device, resolve_dtype
 from smolora.runtime.memory import keep_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
@@ -86,7 +86,7 @@ def finetune(
             eval_dataset=data.held_out,
             evaluation=config.evaluation,
             run_dir=run,
-            identity=RunIdentity(bundle.fingerprint, fingerprint_tokenizer(bundle.tokenizer), data.train.fingerprint),
+            identity=_identify(bundle, data, config),
             callbacks=choose_callbacks(run, config, callbacks),
         ).train(resume=resume)
         restore_best(run, bundle, state)
@@ -154,8 +154,16 @@ def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> Mod
     return bundle
 
 
+def _identify(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> RunIdentity:
+    return RunIdentity(
+        base=bundle.fingerprint,
+        tokenizer=fingerprint_tokenizer(bundle.tokenizer),
+        data=data.train.fingerprint,
+        held_out=data.held_out.fingerprint if data.held_out else "",
+        settings=fingerprint_settings(config),
+    )
+
+
 def _save(run: RunDir, bundle: ModelBundle) -> None:
-    if run.adapter.exists():
-        run.retire(run.adapter)
-    with staged_folder(run.adapter) as staging:
+    with replaced_folder(run.adapter) as staging:
         save_adapter(bundle, staging)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from smolora.adapters.merge import MergeReport, merge_adapter
@@ -20,13 +21,11 @@ def merge(source: Path, out: Path | None = None) -> MergeReport:
     Raises:
         ConfigError: `out` exists, or is left out for an adapter that is in no run.
         ModelError: There is no adapter, or it can't be merged.
+        FolderInUseError: The run is being trained.
     """
     adapter = find_adapter(source)
-    return merge_adapter(adapter, out or _default_out(adapter))
-
-
-def _default_out(adapter: Path) -> Path:
     run = RunDir(adapter.parent)
-    if not RunDir.is_run(run.path):
+    if out is None and not RunDir.is_run(run.path):
         raise ConfigError(f"{adapter} is in no run, so the merged model has no default place. Name one with -o.")
-    return run.merged
+    with run.locked() if RunDir.is_run(run.path) else nullcontext():  # No run may rewrite the adapter meanwhile.
+        return merge_adapter(adapter, out or run.merged)

@@ -19,9 +19,9 @@ from smolora.data.token_dataset import TextDataset, TokenArray
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
-from smolora.recipes.run_folder import choose_callbacks, recorded_run, restore_best, settle_config
+from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import staged_folder
+from smolora.records.staging import replaced_folder
 from smolora.runtime.device import resolve_device
 from smolora.runtime.memory import keep_large_blocks
 from smolora.runtime.seeding import permutation
@@ -64,7 +64,13 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
     logger.info("device: %s (%s)", device, reason)
     logger.info("text: %s", _describe_text(documents, train, held_out))
     logger.info("model: %s parameters, vocabulary %s", f"{bundle.num_parameters:,}", f"{len(tokenizer):,}")
-    trainer_identity = RunIdentity(bundle.fingerprint, fingerprint_tokenizer(tokenizer), train.fingerprint)
+    identity = RunIdentity(
+        base=bundle.fingerprint,
+        tokenizer=fingerprint_tokenizer(tokenizer),
+        data=train.fingerprint,
+        held_out=held_out.fingerprint if held_out else "",
+        settings=fingerprint_settings(config),
+    )
     with recorded_run(run, config, resume=resume, machine={"device": f"{device} ({reason})", "allocator": allocator}):
         documents.report.write(run.path)
         state = Trainer(
@@ -75,7 +81,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
             eval_dataset=held_out,
             evaluation=config.evaluation,
             run_dir=run,
-            identity=trainer_identity,
+            identity=identity,
             callbacks=choose_callbacks(run, config, callbacks),
             betas=_BETAS,
         ).train(resume=resume)
@@ -157,8 +163,6 @@ def _describe_text(documents: Documents, train: TextDataset, held_out: TextDatas
 
 def _save_model(run: RunDir, bundle: ModelBundle) -> None:
     assert isinstance(bundle.model, GPTModel), "a pretraining run trains a GPTModel"
-    if run.model.exists():
-        run.retire(run.model)
-    with staged_folder(run.model) as staging:
+    with replaced_folder(run.model) as staging:
         bundle.model.save_pretrained(staging, eos_token_id=bundle.tokenizer.eos_token_id)
         bundle.tokenizer.save_pretrained(staging)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import logging
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 import yaml
 
-from smolora.config import ExperimentConfig, PretrainConfig, dump_config
+from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import write_json, write_text
+from smolora.records.staging import find_damage, write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import load_checkpoint
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
-
-RunConfig = TypeVar("RunConfig", ExperimentConfig, PretrainConfig)
 
 _FIXED = (
     "adapter.",
@@ -49,10 +49,18 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
         ConfigError: A run is here and `resume` isn't set, or a setting changed that a checkpoint depends on.
         ModelError: The stored configuration can't be read.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a run takes one process as yet, and WORLD_SIZE asks for more. Start it without torchrun.")
+    if run.is_run(run.path):
+        with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
+            pass
     if not resume or not run.is_run(run.path):
         run.refuse_existing()
         return config
-    for path, (before, now) in _changes(_stored_config(run), config.model_dump(mode="json")).items():
+    stored = _stored_config(run)
+    if stored.keys() != config.model_dump().keys():
+        raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")
+    for path, (before, now) in _changes(stored, config.model_dump(mode="json")).items():
         if path.startswith(_FIXED):
             raise ConfigError(
                 f"{path} can't change within a run: it was {before!r}, now {now!r}. "
@@ -60,6 +68,12 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
             )
         logger.info("resuming with %s = %r (was %r)", path, now, before)
     return config
+
+
+def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
+    """Return the SHA-256 of the settings that can't change within a run."""
+    fixed = {path: value for path, value in _flatten(config.model_dump(mode="json")).items() if path.startswith(_FIXED)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -94,10 +108,16 @@ def choose_callbacks(
 def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
     """Put the weights with the lowest held-out loss into `bundle`, and say what the run reached."""
     if state.best_eval_loss is None or state.best_step is None:
-        logger.info("done after %d steps; nothing was held out to measure it on", state.step)
+        measured = "its held-out loss is lost" if state.base_eval_loss else "nothing was held out to measure it on"
+        logger.info("done after %d steps; %s", state.step, measured)
         return
     if state.best_step != state.step:
-        load_checkpoint(run.checkpoint_path(state.best_step), bundle)
+        best = run.checkpoint_path(state.best_step)
+        if damage := find_damage(best):
+            raise ModelError(
+                f"{best}, with the lowest held-out loss, is damaged: {damage}. Resume to go on without it."
+            )
+        load_checkpoint(best, bundle)
     logger.info(
         "held-out loss %.4f before, %.4f after %d of %d steps (the lowest, kept)",
         state.base_eval_loss,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import re
 import shutil
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolora.errors import ConfigError, FolderInUseError
-from smolora.records.staging import describe_os_error, find_damage
+from smolora.records.staging import describe_os_error, find_damage, retire_folder
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class RunDir:
             file = self.lock_file.open("a+", encoding="utf-8")
         except OSError as error:
             raise describe_os_error(error, self.path) from error
-        with file:
+        with file, _held_once(self.path):
             _lock(file.fileno(), self.path)
             yield
 
@@ -110,22 +109,33 @@ class RunDir:
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         return next(path for path in map(self.path.joinpath, names) if not path.exists())
 
-    def retire(self, path: Path) -> None:
-        """Remove a folder of this run in one step: a kill in between leaves a whole folder or none."""
-        doomed = path.with_name(f".tmp-retired-{path.name}-{os.getpid()}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
     def prune_checkpoints(self, *, keep: int, protected: int | None) -> None:
         """Delete all but the `keep` highest steps and the `protected` one; a kill in between loses none of those."""
         for checkpoint in self.checkpoints()[:-keep]:
             if checkpoint.step != protected:
-                self.retire(checkpoint.path)
+                retire_folder(checkpoint.path)
 
     def sweep_leftovers(self) -> None:
         """Delete what a killed writer left behind; call it with the lock held."""
         for leftover in self.path.glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+_held: set[Path] = set()
+"""Folders that this process holds. A record lock doesn't keep a process out of its own folder, and goes as soon as
+any file of it is closed, so a second run in one notebook must be stopped here."""
+
+
+@contextmanager
+def _held_once(folder: Path) -> Iterator[None]:
+    resolved = folder.resolve()
+    if resolved in _held:
+        raise FolderInUseError(f"this process is writing in {folder} already. Choose another output folder.")
+    _held.add(resolved)
+    try:
+        yield
+    finally:
+        _held.discard(resolved)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -142,3 +152,5 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise FolderInUseError(
             f"another process is writing in {folder}. Wait for it, stop it, or choose another output folder."
         ) from None
+    except OSError as error:  # Some network file systems have no locks.
+        raise describe_os_error(error, folder) from error

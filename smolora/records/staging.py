@@ -12,10 +12,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
+
+from safetensors import SafetensorError
 
 from smolora.errors import ConfigError, StorageError
 
 MANIFEST = "MANIFEST.json"
+_DIGEST = "sha256"
 _CHUNK = 1 << 20
 
 
@@ -45,9 +49,33 @@ def staged_folder(final: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise error if isinstance(error, StorageError) else describe_os_error(error, final) from error
+    except SafetensorError as error:  # Its writer wraps what the system says in an error of its own.
+        shutil.rmtree(staging, ignore_errors=True)
+        if "os error" not in str(error):
+            raise
+        raise StorageError(f"can't write {final}: {error}. Free space or choose another output folder.") from error
     except BaseException:  # Also KeyboardInterrupt: a half-written folder must not stay.
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replaced_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that takes the place of `final` when the block ends; until then `final` stays."""
+    successor = final.with_name(f".tmp-new-{final.name}-{os.getpid()}")
+    with staged_folder(successor) as staging:
+        yield staging
+    if final.exists():
+        retire_folder(final)
+    successor.rename(final)
+    _flush_folder(final.parent)
+
+
+def retire_folder(folder: Path) -> None:
+    """Remove a folder in one step: a kill in between leaves a whole folder or none."""
+    doomed = folder.with_name(f".tmp-retired-{folder.name}-{os.getpid()}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def describe_os_error(error: OSError, path: Path) -> StorageError:
@@ -75,13 +103,14 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
-    """Write MANIFEST.json: `facts`, then the size and SHA-256 of every other file of the folder."""
+    """Write MANIFEST.json: `facts`, the size and SHA-256 of every other file of the folder, and its own SHA-256."""
     files = {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": hash_file(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
-    write_json(folder / MANIFEST, {**facts, "files": files})
+    manifest = {**facts, "files": files}
+    write_json(folder / MANIFEST, {**manifest, _DIGEST: _hash_content(manifest)})
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
@@ -95,9 +124,12 @@ def read_manifest(folder: Path) -> dict[str, object]:
 
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a folder according to its manifest, or None when every byte is as written."""
-    files = read_manifest(folder).get("files")
-    if not isinstance(files, dict):
+    manifest = read_manifest(folder)
+    if not manifest:
         return f"{MANIFEST} is missing or unreadable"
+    if manifest.pop(_DIGEST, None) != _hash_content(manifest):
+        return f"{MANIFEST} has changed (its own SHA-256 differs)"
+    files = cast("dict[str, dict[str, object]]", manifest["files"])
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():
@@ -116,6 +148,10 @@ def hash_file(file: Path) -> str:
         while block := stream.read(_CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _hash_content(manifest: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(file: Path) -> None:

@@ -39,17 +39,14 @@ def resolve_device(name: str = "auto") -> DeviceChoice:
     return DeviceChoice(torch.device(name), "as asked")
 
 
-def resolve_dtype(name: str, device: torch.device, *, trains_base: bool = False) -> DTypeChoice:
-    """Return the type of the base's weights.
+def resolve_dtype(name: str, device: torch.device) -> DTypeChoice:
+    """Return the type of a frozen base's weights.
 
     auto is bfloat16 for a frozen base where the device multiplies it natively, else float32: elsewhere bfloat16 is
-    emulated and slower. A base that is trained itself stays in float32, since an update of AdamW is often smaller than
-    bfloat16's rounding.
+    emulated and slower.
     """
     if name != "auto":
         return DTypeChoice(_DTYPES[name], "as asked")
-    if trains_base:
-        return DTypeChoice(torch.float32, "the base's weights are trained")
     if has_native_bfloat16(device):
         return DTypeChoice(torch.bfloat16, f"{device.type} computes bfloat16 natively and the base is frozen")
     return DTypeChoice(torch.float32, f"{device.type} has no native bfloat16")

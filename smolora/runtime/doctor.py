@@ -29,7 +29,6 @@ _REQUIRED = (
 )
 
 
-
 class Fact(NamedTuple):
     """One line of the report."""
 

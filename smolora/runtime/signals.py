@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_STOPPING = [signal.SIGINT, signal.SIGTERM]
+if sys.platform != "win32":
+    _STOPPING.append(signal.SIGHUP)  # The terminal was closed, or its connection lost.
 
 
 class StopRequest:
@@ -24,12 +29,16 @@ class StopRequest:
 
 @contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
-    """Collect SIGINT and SIGTERM instead of dying by them; outside the main thread nothing can be collected."""
+    """Collect the signals that ask to stop instead of dying by them; outside the main thread nothing can be collected.
+
+    A signal that the process ignores, as under nohup, stays ignored.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, request.receive) for number in heeded}
     try:
         yield request
     finally:

@@ -31,12 +31,18 @@ class EarlyStoppingCallback(Callback):
         self.best = math.inf
         self.evaluations_without_improvement = 0
 
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._decide(trainer)  # A run that was stopped is not trained further by resuming it.
+
     def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
         if eval_loss < self.best - self.threshold:
             self.best = eval_loss
             self.evaluations_without_improvement = 0
             return
         self.evaluations_without_improvement += 1
+        self._decide(trainer)
+
+    def _decide(self, trainer: Trainer) -> None:
         if self.evaluations_without_improvement >= self.patience:
             trainer.state.should_stop = True
             trainer.state.stop_reason = (
@@ -62,7 +68,7 @@ class ProfileCallback(Callback):
         self._profile: profile | None = None
 
     def on_step_begin(self, trainer: Trainer) -> None:
-        if trainer.state.step + 1 == self.first:
+        if self._profile is None and self.first <= trainer.state.step + 1 <= self.last:
             self._profile = profile(profile_memory=True, record_shapes=True)
             self._profile.start()
 
@@ -123,9 +129,8 @@ class ProgressCallback(Callback):
         held_out = f"  held-out {self._eval_loss:.3f}" if self._eval_loss is not None else ""
         seconds_a_step = (time.perf_counter() - self._started) / max(1, record.step - self._first_step)
         minutes, seconds = divmod(round(seconds_a_step * (trainer.state.total_steps - record.step)), 60)
-        rate = record.input_tokens / record.seconds
         return (
-            f"loss {record.loss:.3f}{held_out}  {rate:,.0f} tokens/s  lr {record.learning_rate:.1e}  "
+            f"loss {record.loss:.3f}{held_out}  {record.tokens_per_second:,.0f} tokens/s  lr {record.learning_rate:.1e}  "
             f"ETA {minutes}:{seconds:02}"
         )
 

@@ -31,21 +31,25 @@ class RunIdentity:
     base: str
     tokenizer: str
     data: str
+    held_out: str = ""
+    settings: str = ""
+    """Of what can't change within a run, such as the adapter's rank."""
 
     def require(self, checkpoint: Path) -> None:
-        """Raise unless `checkpoint` was written by a run on the same base, tokenizer and data.
+        """Raise unless `checkpoint` was written by a run on the same base, tokenizer, rows and settings.
 
         Raises:
-            ModelError: Another base or tokenizer.
-            DataError: Other training rows.
+            ModelError: Another base or tokenizer, or other settings.
+            DataError: Other training or held-out rows.
         """
         recorded = read_manifest(checkpoint).get("identity")
         for item in fields(self):
             if not isinstance(recorded, dict) or recorded.get(item.name) != getattr(self, item.name):
-                error = DataError if item.name == "data" else ModelError
+                error = DataError if item.name in ("data", "held_out") else ModelError
+                name = item.name.replace("_", "-")
                 raise error(
-                    f"{checkpoint} was written with another {item.name}: it can't be resumed. "
-                    f"Bring the {item.name} back as it was, or start a new run in another folder."
+                    f"{checkpoint} was written with other {name}: it can't be resumed. "
+                    f"Bring them back as they were, or start a new run in another folder."
                 )
 
 

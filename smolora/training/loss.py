@@ -5,7 +5,7 @@ Shapes: `B` batch, `T` time, `V` vocabulary, `N` target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +53,14 @@ def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def find_first_nonfinite(model: nn.Module, batch: Batch) -> str:
+def find_first_nonfinite(model: nn.Module, batches: Sequence[Batch]) -> str:
     """Say where numbers first stop being finite: a parameter, a module's output, a gradient, or only the loss."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"parameter {name}"
-    if module := _first_nonfinite_output(model, batch):
-        return f"the output of {module}"
+    for batch in batches:
+        if module := _first_nonfinite_output(model, batch):
+            return f"the output of {module}"
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name}"

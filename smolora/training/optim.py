@@ -62,8 +62,7 @@ def restore_optimizer(
     for key, value in tensors.items():
         name, _, moment = key.rpartition(".")
         parameter = parameters[name]
-        placed = value if moment == "step" else value.to(parameter.device)
-        optimizer.state[parameter][moment] = placed.clone()
+        optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)  # Fused: the step count too.
 
 
 def tensor_checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:

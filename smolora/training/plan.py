@@ -51,7 +51,3 @@ class StepPlan:
         mine = self.rows_of(step)[process :: self.num_processes]
         size = self.config.per_device_train_batch_size
         return [mine[start : start + size] for start in range(0, len(mine), size)]
-
-    def epoch_at(self, step: int) -> float:
-        """Return how many passes over the rows `step` updates are."""
-        return step / self.steps_per_epoch

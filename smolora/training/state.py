@@ -6,22 +6,19 @@ from dataclasses import asdict, dataclass, field
 
 from smolora.records.metrics_log import Scalar
 
+_OF_THE_MOMENT = {"total_steps", "should_stop", "stop_reason"}
+"""A resumed run takes these from its own configuration and callbacks."""
+
 
 @dataclass
 class TrainerState:
-    """The run's position. Everything but `total_steps` is written to state.json."""
+    """The run's position. What a checkpoint needs of it is written to state.json."""
 
     total_steps: int = 0
     """Updates of the whole run."""
 
     step: int = 0
     """Updates done."""
-
-    epoch: float = 0.0
-    """Passes over the data done."""
-
-    tokens_seen: int = 0
-    """Target tokens learned from so far."""
 
     base_eval_loss: float | None = None
     """Evaluation loss before the first update, in nats a token."""
@@ -33,7 +30,7 @@ class TrainerState:
     """The step that reached it."""
 
     should_stop: bool = False
-    """Set by a callback to end the run at the end of this step."""
+    """Set by a callback to end the run: at the end of this step, or before the first one of a resumed run."""
 
     stop_reason: str | None = None
     """Why a callback ended it."""
@@ -43,9 +40,7 @@ class TrainerState:
 
     def to_dict(self) -> dict[str, object]:
         """Return what state.json holds."""
-        values = asdict(self)
-        del values["total_steps"]
-        return values
+        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_MOMENT}
 
     def restore(self, values: dict[str, object]) -> None:
         """Take the values of a state.json."""
@@ -67,6 +62,11 @@ class StepRecord:
     input_tokens: int
     seconds: float
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Input tokens over the step's own time."""
+        return self.input_tokens / self.seconds
+
     def to_dict(self) -> dict[str, Scalar]:
         """Return the columns of metrics.jsonl."""
         return {
@@ -76,6 +76,6 @@ class StepRecord:
             "learning_rate": self.learning_rate,
             "tokens": self.tokens,
             "input_tokens": self.input_tokens,
-            "tokens_per_second": self.input_tokens / self.seconds if self.seconds else None,
+            "tokens_per_second": self.tokens_per_second,
             "phase": 0,
         }

@@ -6,16 +6,19 @@ batch), shows the unclipped gradients to the callbacks, refuses numbers that are
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Protocol, cast
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from smolora.config import EvaluationConfig, TrainingConfig
 from smolora.data.collate import Batch
@@ -23,9 +26,11 @@ from smolora.data.token_dataset import Example
 from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
 from smolora.models.bundle import ModelBundle
 from smolora.records.metrics_log import MetricsLog
-from smolora.records.run_dir import RunDir
+from smolora.records.run_dir import Checkpoint, RunDir
+from smolora.records.staging import find_damage
 from smolora.runtime.seeding import seed_noise
 from smolora.runtime.signals import StopRequest, deferred_signals
+from smolora.training.activations import recomputed_activations
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_checkpoint, save_checkpoint
 from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
@@ -41,6 +46,8 @@ from smolora.training.optim import (
 from smolora.training.plan import StepPlan
 from smolora.training.schedules import resolve_warmup_steps, schedule_factor
 from smolora.training.state import StepRecord, TrainerState
+
+logger = logging.getLogger(__name__)
 
 Collator = Callable[[Sequence[Example]], Batch]
 
@@ -105,6 +112,8 @@ class Trainer:
         self._identity = identity
         self._accelerator = _build_accelerator(bundle.device)
         self._plan = StepPlan(len(train_dataset), config, self._accelerator.num_processes)
+        if 0 < len(train_dataset) % self._plan.rows_per_step < self._accelerator.num_processes:
+            raise ConfigError("the last step of an epoch has fewer rows than processes: change the rows per step.")
         self.state.total_steps = self._plan.total_steps
         self._warmup_steps = resolve_warmup_steps(config.warmup_steps, self.state.total_steps)
         self._eval_steps = config.eval_steps or math.ceil(self.state.total_steps / 5)
@@ -130,8 +139,10 @@ class Trainer:
             StoppedBySignal: SIGINT or SIGTERM; the step was finished and a checkpoint written.
             ModelError, DataError: The checkpoint belongs to another base, tokenizer or data.
         """
+        was_training = self.bundle.model.training
         self._start(resume=resume)
         with deferred_signals() as stop, ExitStack() as ending:
+            ending.callback(self._model.train, was_training)
             ending.callback(self._tell, lambda callback: callback.on_train_end(self))
             self._tell(lambda callback: callback.on_train_begin(self))
             ending.enter_context(self._gradient_checkpointing())
@@ -147,6 +158,7 @@ class Trainer:
 
         Raises:
             ConfigError: There are no held-out rows.
+            BrokenRunError: The loss isn't finite, so it could never be compared.
         """
         if self.eval_dataset is None:
             raise ConfigError("there are no held-out rows to evaluate on: pass eval_dataset.")
@@ -162,6 +174,11 @@ class Trainer:
                 total += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
         self._model.train(was_training)
         summed, tokens = self._sum_over_processes(total).tolist()
+        if not math.isfinite(summed):
+            raise BrokenRunError(
+                f"step {self.state.step}: the held-out loss is {summed / tokens}. The weights or the base's number type "
+                "overflow: use float32, lower the learning rate, or look at the held-out rows."
+            )
         return float(summed / tokens)
 
     def _start(self, *, resume: bool) -> None:
@@ -170,19 +187,33 @@ class Trainer:
         if resume and self._run_dir:
             checkpoint = self._run_dir.newest_checkpoint()
             self._run_dir.set_aside_damaged(checkpoint)
-        if checkpoint is None:
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif self.state.step == 0:
             self.state.checksums = tensor_checksums(self.parameters)
-        else:
-            self._require_identity().require(checkpoint.path)
-            snapshot = load_checkpoint(checkpoint.path, self.bundle)
-            restore_optimizer(self._optimizer.optimizer, self.parameters, snapshot.optimizer)
-            self.state.restore(snapshot.state)
-            for callback in self.callbacks:
-                if saved := snapshot.callbacks.get(type(callback).__name__):
-                    callback.load_state_dict(saved)
         self._first_step = self.state.step
         if self._run_dir and self.is_main_process:
-            MetricsLog(self._run_dir.metrics).cut(self.state.step)
+            # Without a checkpoint the run starts afresh, and so does its curve, the line of step 0 included.
+            MetricsLog(self._run_dir.metrics).cut(self.state.step if checkpoint else -1)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        assert self._run_dir is not None, "a checkpoint comes from a run"
+        if checkpoint.step > self.state.total_steps:
+            raise ConfigError(
+                f"the run has done {checkpoint.step} steps, more than the {self.state.total_steps} asked for. "
+                "Ask for as many or more, or start a new run in another folder."
+            )
+        self._require_identity().require(checkpoint.path)
+        snapshot = load_checkpoint(checkpoint.path, self.bundle)
+        restore_optimizer(self._optimizer.optimizer, self.parameters, snapshot.optimizer)
+        self.state.restore(snapshot.state)
+        for name, callback in self._named_callbacks():
+            if saved := snapshot.callbacks.get(name):
+                callback.load_state_dict(saved)
+        best = self.state.best_step
+        if best is not None and (damage := find_damage(self._run_dir.checkpoint_path(best))):
+            logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
+            self.state.best_step = self.state.best_eval_loss = None
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
@@ -190,23 +221,21 @@ class Trainer:
         step = self.state.step
         learning_rate = self._set_learning_rate(step)
         seed_noise(self.config.seed, "noise", step, self._accelerator.process_index)
-        batches = [
-            self._batch(self.train_dataset, rows)
-            for rows in self._plan.micro_batches(step, self._accelerator.process_index)
-        ]
-        counts = torch.tensor([[len(b.targets), b.num_input_tokens] for b in batches], dtype=torch.float64).sum(0)
-        tokens, input_tokens = (int(count) for count in self._sum_over_processes(counts))
+        rows_of_passes = self._plan.micro_batches(step, self._accelerator.process_index)
+        batches = [self._batch(self.train_dataset, rows) for rows in rows_of_passes]
+        counts = [sum(len(b.targets) for b in batches), sum(b.num_input_tokens for b in batches)]
+        tokens, input_tokens = (int(count) for count in self._sum_over_processes(torch.tensor(counts)))
         loss = self._backward(batches, tokens)
         if step == self._first_step:
             require_gradients(self.parameters)
         self._tell(lambda callback: callback.on_gradients(self))
-        grad_norm = self._clip()
+        grad_norm = self._measure_gradient()
         self._require_finite(loss, grad_norm, batches)
+        if self.config.max_grad_norm:
+            clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, torch.tensor(grad_norm))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        self.state.epoch = self._plan.epoch_at(self.state.step)
-        self.state.tokens_seen += tokens
         seconds = time.perf_counter() - started
         return StepRecord(self.state.step, loss, grad_norm, learning_rate, tokens, input_tokens, seconds)
 
@@ -223,15 +252,14 @@ class Trainer:
             summed += loss.detach().to("cpu", torch.float64)
         return float(self._sum_over_processes(summed)) / tokens
 
-    def _clip(self) -> float:
-        limit = self.config.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+    def _measure_gradient(self) -> float:
+        """Return the L2 norm over all trainable tensors, before clipping: that would spread a NaN to all of them."""
+        return float(get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
 
     def _require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        places = (find_first_nonfinite(self.bundle.model, batch) for batch in batches)
-        place = next((place for place in places if place != "the loss alone"), "the loss alone")
+        place = find_first_nonfinite(self.bundle.model, batches)
         raise BrokenRunError(
             f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}; not finite first in {place}. "
             "The update was not applied. Lower the learning rate, use float32, or look at the rows of this step."
@@ -239,25 +267,22 @@ class Trainer:
 
     def _finish_step(self, record: StepRecord, stop: StopRequest) -> None:
         self._tell(lambda callback: callback.on_step_end(self, record))
+        signal_name = stop.signal_name  # Read once: what arrives later is for the next step.
         last = record.step == self.state.total_steps or self.state.should_stop
         eval_loss, improved = None, False
         if self.eval_dataset is not None and (last or record.step % self._eval_steps == 0):
             eval_loss, improved = self._evaluate_and_compare()
             last = last or self.state.should_stop
-        if (
-            last
-            or record.step in (1, self.state.total_steps)
-            or record.step % self.config.logging_steps == 0
-            or eval_loss
-        ):
+        is_logged = last or record.step == 1 or record.step % self.config.logging_steps == 0
+        if is_logged or eval_loss is not None:
             self._log(record, eval_loss)
-        if last or improved or stop.signal_name or record.step % self.config.save_steps == 0:
+        if last or improved or signal_name or record.step % self.config.save_steps == 0:
             self._save()
-        if stop.signal_name and not last:
-            kept = f" A checkpoint of step {record.step} is safe in {self._run_dir.path}." if self._run_dir else ""
-            raise StoppedBySignal(
-                f"stopped by {stop.signal_name} after step {record.step}.{kept} Continue with --resume."
-            )
+        if signal_name and not last:
+            kept = "Nothing was saved: there is no run folder."
+            if self._run_dir:
+                kept = f"A checkpoint of this step is safe in {self._run_dir.path}. Continue with --resume."
+            raise StoppedBySignal(f"stopped by {signal_name} after step {record.step}. {kept}")
 
     def _evaluate_base(self) -> None:
         """Measure where the run starts, so that what it reaches can be compared."""
@@ -287,7 +312,7 @@ class Trainer:
         snapshot = TrainingSnapshot(
             optimizer_tensors(self._optimizer.optimizer, self.parameters),
             self.state.to_dict(),
-            {type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+            {name: callback.state_dict() for name, callback in self._named_callbacks()},
         )
         save_checkpoint(folder, self.bundle, snapshot, self._require_identity())
         self._run_dir.prune_checkpoints(keep=self.config.save_total_limit, protected=self.state.best_step)
@@ -314,6 +339,14 @@ class Trainer:
         assert self._identity is not None, "a trainer with a run_dir needs an identity"
         return self._identity
 
+    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        """Yield each callback with a name of its own: its class, numbered among its kind."""
+        seen: Counter[str] = Counter()
+        for callback in self.callbacks:
+            kind = type(callback).__name__
+            yield f"{kind}-{seen[kind]}", callback
+            seen[kind] += 1
+
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             event(callback)
@@ -321,25 +354,7 @@ class Trainer:
     def _gradient_checkpointing(self) -> AbstractContextManager[object]:
         if not self.config.gradient_checkpointing:
             return nullcontext()
-        return _recomputed_activations(cast("_Recomputing", self.bundle.model))
-
-
-class _Recomputing(Protocol):
-    """What GPTModel, transformers and peft models have in common."""
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, bool]) -> None: ...
-
-    def gradient_checkpointing_disable(self) -> None: ...
-
-
-@contextmanager
-def _recomputed_activations(model: _Recomputing) -> Iterator[None]:
-    # The reentrant kind fails without forced input gradients, and with them hides a phase that trains nothing.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
+        return recomputed_activations(self.bundle.model)
 
 
 def _build_accelerator(device: torch.device) -> Accelerator:

@@ -18,6 +18,7 @@ from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import ConfigError, DataError, ModelError, StoppedBySignal
 from smolora.recipes.finetune import finetune, show_examples
 from smolora.records.run_dir import RunDir
+from smolora.records.staging import retire_folder
 from smolora.training.callback import Callback
 from tests.tiny import save_tiny_model
 
@@ -88,7 +89,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, base, rows):
 def test_a_finished_run_resumes_by_writing_what_is_missing(tmp_path, base, rows):
     run = finetune(config(base, rows), tmp_path / "run")
     expected = adapter_bytes(run)
-    run.retire(run.adapter)
+    retire_folder(run.adapter)
     assert adapter_bytes(finetune(config(base, rows), run.path, resume=True)) == expected
 
 
@@ -112,14 +113,14 @@ def test_what_a_checkpoint_depends_on_cannot_change(tmp_path, base, rows, change
 def test_a_resume_on_changed_rows_is_refused(tmp_path, base, rows):
     finetune(config(base, rows), tmp_path / "run")
     rows.write_text(rows.read_text().replace("five", "ten"))
-    with pytest.raises(DataError, match="another data"):
+    with pytest.raises(DataError, match="other data"):
         finetune(config(base, rows), tmp_path / "run", resume=True)
 
 
 def test_a_resume_on_another_base_of_the_same_shape_is_refused(tmp_path, base, rows):
     finetune(config(base, rows), tmp_path / "run")
     other = save_tiny_model("llama", tmp_path / "other", seed=1)
-    with pytest.raises(ModelError, match="another base"):
+    with pytest.raises(ModelError, match="other base"):
         finetune(config(other, rows), tmp_path / "run", resume=True)
 
 

@@ -80,7 +80,7 @@ def test_a_resumed_run_may_get_more_steps_but_not_another_shape(tmp_path, text):
 def test_a_resume_on_another_text_is_refused(tmp_path, text):
     pretrain(config(text), tmp_path / "run")
     text.write_text(text.read_text().replace("one", "noe"))
-    with pytest.raises(DataError, match="another data"):
+    with pytest.raises(DataError, match="other data"):
         pretrain(config(text), tmp_path / "run", resume=True)
 
 

@@ -28,10 +28,6 @@ def test_a_frozen_base_is_bfloat16_exactly_where_the_cpu_computes_it():
     assert "bfloat16" in reason
 
 
-def test_a_trained_base_stays_in_float32():
-    assert resolve_dtype("auto", CPU, trains_base=True).dtype is torch.float32
-
-
 def test_an_asked_type_is_taken():
     assert resolve_dtype("float32", CPU).dtype is torch.float32
 

@@ -157,12 +157,21 @@ def test_resume_without_a_checkpoint_starts_afresh(make_trainer, run):
     assert len(recorder.records) == 6
 
 
-@pytest.mark.parametrize(("field", "error"), [("base", ModelError), ("tokenizer", ModelError), ("data", DataError)])
+@pytest.mark.parametrize(
+    ("field", "error"),
+    [
+        ("base", ModelError),
+        ("tokenizer", ModelError),
+        ("data", DataError),
+        ("held_out", DataError),
+        ("settings", ModelError),
+    ],
+)
 def test_a_checkpoint_of_another_identity_is_refused(make_trainer, run, field, error):
     train(make_trainer, run_dir=run)
     trainer = make_trainer(run_dir=run)
     trainer._identity = RunIdentity(**{**vars(trainer._identity), field: "other"})
-    with pytest.raises(error, match=f"another {field}"):
+    with pytest.raises(error, match=f"other {field.replace('_', '-')}"):
         trainer.train(resume=True)
 
 
