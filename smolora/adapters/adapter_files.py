@@ -20,14 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smolora.errors import ConfigError, ModelError
+from smolora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 IDENTITY_FILE = "base_identity.json"
 
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -76,21 +75,6 @@ class StoredAdapter:
 def is_adapter_folder(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
     return (folder / CONFIG_FILE).is_file()
-
-
-def resolve_adapter_path(root: Path, name: str) -> Path:
-    """Return the folder of the adapter called `name` under `root`.
-
-    Raises:
-        ConfigError: The name could lead out of `root` (peft would follow it there).
-    """
-    path = root / name
-    if not _NAME.fullmatch(name) or path.resolve().parent != root.resolve():
-        raise ConfigError(
-            f"'{name}' can't be an adapter's name. Use 1 to 64 letters, digits, '.', '_' and '-', "
-            "and begin with a letter or digit."
-        )
-    return path
 
 
 def read_adapter(folder: Path) -> StoredAdapter:

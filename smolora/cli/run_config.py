@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from smolora.cli.flags import LoopFlags, collect_settings
 from smolora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smolora.config import ExperimentConfig, PretrainConfig
-
-    RunConfig = TypeVar("RunConfig", ExperimentConfig, PretrainConfig)
+    from smolora.config import RunConfig
 
 _ROWS_PER_PASS = "training.per_device_train_batch_size"
 

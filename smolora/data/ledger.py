@@ -12,10 +12,8 @@ from pathlib import Path
 
 from smolora.data.rows import Reject
 from smolora.errors import BrokenRunError, DataError
+from smolora.records.run_dir import RunDir
 from smolora.records.staging import describe_os_error, write_json, write_text
-
-DATA_REPORT_FILE = "data_report.json"
-REJECTS_FILE = "rejects.jsonl"
 
 
 @dataclass
@@ -109,7 +107,7 @@ class DataReport:
             self.write(folder)
         shown = "\n".join(f"  {reject.file}:{reject.line}: {reject.reason}" for reject in self.rejects[:5])
         more = f"\n  and {len(self.rejects) - 5} more" if len(self.rejects) > 5 else ""
-        place = f" All are listed in {folder / REJECTS_FILE}." if folder is not None else ""
+        place = f" All are listed in {RunDir(folder).rejects}." if folder is not None else ""
         raise DataError(
             f"{len(self.rejects)} of {self.read} rows can't be used (data.max_rejects allows {allowed}):\n"
             f"{shown}{more}\n"
@@ -138,8 +136,8 @@ class DataReport:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise describe_os_error(error, folder) from error
-        write_text(folder / REJECTS_FILE, "".join(json.dumps(asdict(reject)) + "\n" for reject in self.rejects))
-        write_json(folder / DATA_REPORT_FILE, self.to_dict())
+        write_text(RunDir(folder).rejects, "".join(json.dumps(asdict(reject)) + "\n" for reject in self.rejects))
+        write_json(RunDir(folder).data_report, self.to_dict())
 
     def describe(self) -> str:
         """Return the ledger as text for people: only headings that something fell under."""

@@ -51,7 +51,7 @@ class PromptFormat(Section):
     """messages only: the Jinja template."""
 
     end_token: str | None = None
-    """The token that ends a text or an answer. Left out, the tokenizer's end-of-text token; chat templates bring theirs."""
+    """The token that ends a text or an answer. Left out, the tokenizer's own; chat templates bring theirs."""
 
     def describe(self) -> str:
         """Return the mapping as a line for people.
@@ -188,15 +188,6 @@ def encode_prompt(
     if fmt is not None and fmt.kind == "instruction":
         prompt = _render_instruction(prompt, "")
     return [*get_bos_ids(tokenizer), *encode_texts([prompt], tokenizer)[0]]
-
-
-def encode_row_prompt(row: Mapping[str, object], fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Encode the prompt of a row: for messages, all turns before the last answer."""
-    if fmt.kind == "messages":
-        messages = check_messages(row.get(fmt.columns["messages"]))
-        last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-        return encode_prompt(messages[:last], fmt, tokenizer)
-    return [*get_bos_ids(tokenizer), *encode_texts([render_pair(row, fmt)[0]], tokenizer)[0]]
 
 
 def _render_instruction(instruction: str, given: str) -> str:

@@ -50,14 +50,6 @@ class Anatomy:
         """Every linear layer but the head."""
         return [part.name for part in self.parts if part.is_linear and part.group != "head"]
 
-    def attention_modules(self) -> list[str]:
-        """The linear layers of attention."""
-        return [part.name for part in self.parts if part.is_linear and part.group == "attention"]
-
-    def mlp_modules(self) -> list[str]:
-        """The linear layers of the MLP."""
-        return [part.name for part in self.parts if part.is_linear and part.group == "mlp"]
-
     def modules_with_role(self, *roles: Role) -> list[str]:
         """The modules that compute one of `roles`."""
         return [part.name for part in self.parts if part.role in roles]

@@ -23,7 +23,7 @@ from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
 from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import replaced_folder
+from smolora.records.staging import hash_folder, replaced_folder, retire_folder
 from smolora.runtime.device import resolve_device, resolve_dtype
 from smolora.runtime.memory import keep_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
@@ -165,5 +165,9 @@ def _identify(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -
 
 
 def _save(run: RunDir, bundle: ModelBundle) -> None:
+    before = hash_folder(run.adapter)
     with replaced_folder(run.adapter) as staging:
         save_adapter(bundle, staging)
+    if run.merged.exists() and hash_folder(run.adapter) != before:
+        retire_folder(run.merged)
+        logger.info("%s was removed: it was merged from an older adapter. Merge again.", run.merged)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolora.config.data import DataConfig
-from smolora.data.ledger import DATA_REPORT_FILE, REJECTS_FILE, DataReport
+from smolora.data.ledger import DataReport
 from smolora.data.rows import Row
 from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, read_sources
 from smolora.errors import ConfigError
+from smolora.records.run_dir import RunDir
 from smolora.records.staging import staged_folder
 
 
@@ -40,16 +41,20 @@ def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -
 def _refuse_existing(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; the output must be a folder.")
-    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {DATA_REPORT_FILE, REJECTS_FILE})):
-        raise ConfigError(f"{out} holds {others[0]} already. Choose another output folder, or remove it first.")
+    if out.is_dir() and (others := sorted(set(out.iterdir()) - set(_account_files(out)))):
+        raise ConfigError(f"{out} holds {others[0].name} already. Choose another output folder, or remove it first.")
 
 
 def _remove_account(out: Path) -> None:
     """Remove what an earlier attempt, stopped by rejected rows, left in `out`."""
     if out.is_dir():
-        for name in (DATA_REPORT_FILE, REJECTS_FILE):
-            (out / name).unlink(missing_ok=True)
+        for file in _account_files(out):
+            file.unlink(missing_ok=True)
         out.rmdir()
+
+
+def _account_files(out: Path) -> list[Path]:
+    return [RunDir(out).data_report, RunDir(out).rejects]
 
 
 def _write_rows(rows: Sequence[Row], path: Path) -> None:

@@ -150,6 +150,11 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_folder(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a folder by its name; empty where there is no folder."""
+    return {file.name: hash_file(file) for file in sorted(folder.glob("*")) if file.is_file()}
+
+
 def _hash_content(manifest: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 

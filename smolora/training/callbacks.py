@@ -129,10 +129,8 @@ class ProgressCallback(Callback):
         held_out = f"  held-out {self._eval_loss:.3f}" if self._eval_loss is not None else ""
         seconds_a_step = (time.perf_counter() - self._started) / max(1, record.step - self._first_step)
         minutes, seconds = divmod(round(seconds_a_step * (trainer.state.total_steps - record.step)), 60)
-        return (
-            f"loss {record.loss:.3f}{held_out}  {record.tokens_per_second:,.0f} tokens/s  lr {record.learning_rate:.1e}  "
-            f"ETA {minutes}:{seconds:02}"
-        )
+        speed = f"{record.tokens_per_second:,.0f} tokens/s"
+        return f"loss {record.loss:.3f}{held_out}  {speed}  lr {record.learning_rate:.1e}  ETA {minutes}:{seconds:02}"
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

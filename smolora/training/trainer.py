@@ -176,8 +176,8 @@ class Trainer:
         summed, tokens = self._sum_over_processes(total).tolist()
         if not math.isfinite(summed):
             raise BrokenRunError(
-                f"step {self.state.step}: the held-out loss is {summed / tokens}. The weights or the base's number type "
-                "overflow: use float32, lower the learning rate, or look at the held-out rows."
+                f"step {self.state.step}: the held-out loss is {summed / tokens}. Weights or activations overflow: "
+                "use float32, lower the learning rate, or look at the held-out rows."
             )
         return float(summed / tokens)
 

@@ -3,7 +3,7 @@ import pytest
 from smolora.config.data import DataConfig
 from smolora.data.chat import PLAIN_CHAT_TEMPLATE, check_messages, encode_chat_prompt, encode_conversation
 from smolora.data.encoding import decode_ids
-from smolora.data.prompts import encode_prompt, encode_row, encode_row_prompt, resolve_prompt_format
+from smolora.data.prompts import encode_prompt, encode_row, resolve_prompt_format
 from smolora.errors import DataError
 
 TALK = [
@@ -45,11 +45,6 @@ def test_the_prompt_of_a_turn_is_the_prefix_trained_on(tokenizer, turns):
     assert example.input_ids[: len(prefix)].tolist() == prefix
     assert not example.is_target[len(prefix) - 1]
     assert example.is_target[len(prefix)]
-
-
-def test_the_prompt_of_a_row_stops_before_its_last_answer(chatml):
-    fmt = resolve_prompt_format(["messages"], DataConfig(), chatml)
-    assert encode_row_prompt({"messages": TALK}, fmt, chatml) == encode_prompt(TALK[:3], fmt, chatml)
 
 
 def test_a_text_is_one_user_turn(chatml):
