@@ -86,17 +86,18 @@ class PrepareConfig(Section):
     """Seed of the split."""
 
 
-RunConfig = TypeVar("RunConfig", ExperimentConfig, PretrainConfig, PrepareConfig)
+RunConfig = TypeVar("RunConfig", ExperimentConfig, PretrainConfig)
+_Config = TypeVar("_Config", ExperimentConfig, PretrainConfig, PrepareConfig)
 
 
 def resolve_config(
-    kind: type[RunConfig],
+    kind: type[_Config],
     *,
     base: Path | None = None,
     file: Path | None = None,
     flags: Mapping[str, object] | None = None,
     assignments: Iterable[str] = (),
-) -> RunConfig:
+) -> _Config:
     """Build a configuration from its layers; a later one wins: defaults, `base`, `file`, `flags`, `assignments`.
 
     Args:

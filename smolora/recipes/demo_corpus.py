@@ -21,14 +21,48 @@ from typing import NamedTuple
 
 from smolora.errors import DataError
 
-HEROINES = ("Clara", "Daisy", "Fern", "Hazel", "Mila", "Ruby", "Tilly")
-HEROES = ("Bruno", "Emil", "Felix", "Gus", "Leo", "Otto", "Pip")
-NAMES = (*HEROINES, *HEROES)
+# A name has its surname, an animal its voice and a trade its deed. A value with a consequence gets an embedding of its
+# own; names that nothing follows from stay alike, and a model of this size then never learns to copy them.
+HEROINES = {
+    "Clara": "Clover",
+    "Daisy": "Dewdrop",
+    "Fern": "Featherby",
+    "Hazel": "Honeywell",
+    "Mila": "Merryweather",
+    "Ruby": "Rosehip",
+    "Tilly": "Thistle",
+}
+HEROES = {
+    "Bruno": "Bramble",
+    "Emil": "Evergreen",
+    "Felix": "Fairweather",
+    "Gus": "Gooseberry",
+    "Leo": "Larkspur",
+    "Otto": "Oakleaf",
+    "Pip": "Pepperpot",
+}
+SURNAMES = {**HEROINES, **HEROES}
+NAMES = tuple(SURNAMES)
 HELD_OUT_NAMES = ("Clara", "Mila", "Otto", "Pip")
 """Heroes of the held-out questions: the stories tell of them, but no row that the adapter learns from does."""
 
 COLOURS = ("brown", "grey", "black", "white", "red", "golden", "silver", "spotted", "striped")
-KINDS = tuple("badger bear beaver cat crow fox frog goose hare hedgehog mole mouse squirrel toad".split())
+VOICES = {
+    "badger": "grunted",
+    "bear": "growled",
+    "cat": "purred",
+    "crow": "cawed",
+    "fox": "barked",
+    "frog": "croaked",
+    "goose": "honked",
+    "goat": "bleated",
+    "hedgehog": "snuffled",
+    "horse": "neighed",
+    "mouse": "squeaked",
+    "pigeon": "cooed",
+    "rooster": "crowed",
+    "squirrel": "chattered",
+}
 HOMES = tuple(
     "above the waterfall, among the ferns, at the edge of the wood, behind the chapel, beside the mill, by the river, "
     "in a hollow oak, in the apple orchard, in the clock tower, near the lighthouse, on a small island, "
@@ -68,12 +102,12 @@ DAYS = tuple(
 
 # The sentences. `a` is the hero and `friend` a name; the fields of `a` tell which facts a sentence gives away.
 OPENINGS = (
-    "Once there was a {a.colour} {a.kind} called {a.name}, who lived {a.home}.",
-    "{a.name} was a {a.colour} {a.kind} who lived {a.home}.",
-    "Everyone in the valley knew {a.name}, the {a.colour} {a.kind} who lived {a.home}.",
-    "A {a.colour} {a.kind} named {a.name} had a small house {a.home}.",
-    "Long ago a {a.colour} {a.kind} named {a.name} came to live {a.home}.",
-    "This is the story of {a.name}, a {a.colour} {a.kind} who lived {a.home}.",
+    "Once there was a {a.colour} {a.kind} called {a.full_name}, who lived {a.home}.",
+    "{a.full_name} was a {a.colour} {a.kind} who lived {a.home}.",
+    "Everyone in the valley knew {a.full_name}, the {a.colour} {a.kind} who lived {a.home}.",
+    "A {a.colour} {a.kind} named {a.full_name} had a small house {a.home}.",
+    "Long ago a {a.colour} {a.kind} named {a.full_name} came to live {a.home}.",
+    "This is the story of {a.full_name}, a {a.colour} {a.kind} who lived {a.home}.",
 )
 LIKINGS = (
     "{a.name} loved {a.food} more than anything.",
@@ -98,22 +132,22 @@ DISCOVERIES = (
 # From here on facts come again, in other words. A sentence is used only where the story has told what it builds on.
 TURNS = (
     "{a.name} put {a.thing} in {a.her} pocket and smiled.",
-    '"Who has lost {a.thing}?" asked the {a.kind}, but nobody knew.',
+    'The {a.kind} {a.voice}: "Who has lost {a.thing}?" But nobody knew.',
     "The clouds grew dark, and the {a.kind} ran to the little house {a.home}.",
-    '"Time for {a.food}!" said the {a.kind}.',
+    'The {a.kind} {a.voice}: "Time for {a.food}!"',
     '"What would the valley do without a {a.job}?" said {a.name}.',
-    "The {a.kind} sang a little song about {a.food}.",
+    "The {a.kind} {a.voice} a little song about {a.food}.",
     "The wind sang {a.home}, and {a.name} sang too.",
     "All the children wanted to be a {a.job}, just like {a.name}.",
     "At noon the {a.kind} sat down and ate some {a.food}.",
-    "There was no other {a.kind} like {a.name} in the whole valley.",
+    "No {a.kind} in the valley {a.voice} as loud as {a.name}.",
     "If you look for {a.name}, look {a.home}.",
     '"Where do you live?" asked {friend}. "I live {a.home}," said {a.name}.',
-    '"What do you like best?" asked {friend}. "{a.Food}!" said the {a.kind}.',
+    '"What do you like best?" asked {friend}. The {a.kind} {a.voice}: "{a.Food}!"',
     '"What work do you do?" asked {friend}. "I am a {a.job}," said {a.name}.',
-    '"Is it hard to be a {a.job}?" asked {friend}. "Only on Mondays," said the {a.kind}.',
+    '"Is it hard to be a {a.job}?" asked {friend}. The {a.kind} {a.voice}: "Only on Mondays."',
     '"What have you got there?" asked {friend}. "I found {a.find}," said {a.name}.',
-    "{friend} had never seen a {a.kind} laugh so much.",
+    "{friend} laughed so much that the {a.kind} {a.voice} too.",
     "It began to rain, so {friend} ran to the house of {a.name} {a.home}.",
     "{friend} knew what {a.name} liked, and brought some {a.food}.",
     '"Every {a.kind} can dance," said {a.name}, and danced with {friend}.',
@@ -175,6 +209,16 @@ class Hero:
     def Food(self) -> str:  # noqa: N802 - the capital is what the name says
         """Return the food as a sentence begins."""
         return self.food[0].upper() + self.food[1:]
+
+    @property
+    def full_name(self) -> str:
+        """Return name and surname."""
+        return f"{self.name} {SURNAMES[self.name]}"
+
+    @property
+    def voice(self) -> str:
+        """Return the sound that an animal of this kind makes."""
+        return VOICES[self.kind]
 
     @property
     def deed(self) -> str:
@@ -259,7 +303,7 @@ def _ask_for_rest(passage: str) -> dict[str, str]:
 
 def tell_story(rng: random.Random, names: Sequence[str] = NAMES) -> Story:
     """Tell who there was, what was special about them, what happened, and how it ended."""
-    hero = Hero(*(rng.choice(values) for values in (names, COLOURS, KINDS, HOMES, FOODS, tuple(WORK), FINDS)))
+    hero = Hero(*(rng.choice(values) for values in (names, COLOURS, tuple(VOICES), HOMES, FOODS, tuple(WORK), FINDS)))
     friend = rng.choice([name for name in NAMES if name != hero.name])
     specialities = [rng.choice(LIKINGS), rng.choice(TRADES), rng.choice(DISCOVERIES)]
     sentences = [rng.choice(OPENINGS), *rng.sample(specialities, rng.choice((2, 2, 3)))]
@@ -279,7 +323,7 @@ def ask(rng: random.Random, story: Story) -> dict[str, str]:
     return {"prompt": prompt, "completion": answer.format(a=story.hero)}
 
 
-_FACT_OF_FORM = {**{fact: fact for fact in QUESTIONS}, "Food": "food", "deed": "job", "thing": "find"}
+_FACT_OF_FORM = {**{fact: fact for fact in QUESTIONS}, "voice": "kind", "Food": "food", "deed": "job", "thing": "find"}
 
 
 @cache
