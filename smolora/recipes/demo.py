@@ -39,11 +39,12 @@ from smolora.recipes.merge import merge
 from smolora.recipes.pretrain import pretrain
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
-from smolora.runtime.console import print_plainly, show_log, stderr_console
+from smolora.runtime.console import print_plainly, stderr_console
 from smolora.training.callbacks import ProgressCallback
 
-_PRETRAINING_STEPS, _TUNING_STEPS = 3500, 300
-_NUM_ASKED, _NUM_SHOWN = 100, 5
+_PRETRAINING_STEPS, _TUNING_STEPS = 2500, 300
+_NUM_STORIES, _NUM_ROWS, _NUM_HELD_OUT = 16_000, 8_000, 200
+_NUM_SHOWN = 5
 _ANSWER_TOKENS = 32
 
 
@@ -62,10 +63,15 @@ class DemoTask:
 
 @dataclass
 class Walk:
-    """The console, and how long each part took."""
+    """The console, how much of the usual work to do, and how long each part took."""
 
     console: Console
+    effort: float
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def scale(self, count: int) -> int:
+        """Return a usual count at this walk's effort."""
+        return max(10, round(count * self.effort))
 
     def say(self, text: str = "") -> None:
         """Print a line."""
@@ -81,20 +87,21 @@ class Walk:
         self.say(f"   {self.seconds[title]:.0f} s")
 
 
-def run_demo(out: Path, text: Path | None = None) -> None:
+def run_demo(out: Path, text: Path | None = None, *, console: Console | None = None, effort: float = 1.0) -> None:
     """Walk the whole way in `out`, and print on stderr what each part does and what it reached.
 
     Args:
         out: A folder that doesn't exist yet, or is empty.
         text: A file or folder of text, in place of the demo's own stories.
+        console: Where to print. Left out, a new one on stderr.
+        effort: Share of the usual steps and stories. The answers need all of it; less shows the walk alone.
 
     Raises:
         ConfigError: There is something in `out`.
         DataError: `text` is missing or too short.
     """
     _refuse_filled(out)
-    walk = Walk(stderr_console())
-    show_log(walk.console)
+    walk = Walk(console or stderr_console(), effort)
     task = _write_stories(walk, out) if text is None else _write_own_text(walk, out, text)
     base = _pretrain(walk, task, out / "base")
     run = _tune(walk, task, base, out / "tuned")
@@ -110,7 +117,12 @@ def _refuse_filled(out: Path) -> None:
 
 def _write_stories(walk: Walk, out: Path) -> DemoTask:
     with walk.part("write", "a small grammar tells stories about the animals of a valley, and asks about other ones"):
-        corpus = write_corpus(out / "text")
+        corpus = write_corpus(
+            out / "text",
+            num_stories=max(400, walk.scale(_NUM_STORIES)),
+            num_rows=walk.scale(_NUM_ROWS),
+            num_held_out=walk.scale(_NUM_HELD_OUT),
+        )
         walk.say(f"   for example: {_read_rows(corpus.text)[0]['text']}")
     return DemoTask(
         corpus,
@@ -135,19 +147,20 @@ def _write_own_text(walk: Walk, out: Path, text: Path) -> DemoTask:
 
 
 def _pretrain(walk: Walk, task: DemoTask, out: Path) -> Path:
+    steps = walk.scale(_PRETRAINING_STEPS)
     config = PretrainConfig(
-        gpt=GPTConfig(num_layers=2, num_heads=4, width=128, context=128),
-        tokenizer=TokenizerConfig(kind="bpe", vocab_size=1400),
+        gpt=GPTConfig(num_layers=2, num_heads=4, width=128, context=160),
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=1280),
         data=DataConfig(sources=(str(task.corpus.text),), validation_fraction=0.02),
         training=TrainingConfig(
             learning_rate=5e-3,
-            max_steps=_PRETRAINING_STEPS,
+            max_steps=steps,
             per_device_train_batch_size=8,
-            warmup_steps=100,
+            warmup_steps=0.04,
             lr_scheduler_type="cosine",
             weight_decay=0.1,
-            logging_steps=_PRETRAINING_STEPS // 7,
-            save_steps=_PRETRAINING_STEPS,
+            logging_steps=steps // 5,
+            save_steps=steps,
         ),
     )
     with walk.part("pretrain", task.pretraining):
@@ -155,18 +168,20 @@ def _pretrain(walk: Walk, task: DemoTask, out: Path) -> Path:
 
 
 def _tune(walk: Walk, task: DemoTask, base: Path, out: Path) -> RunDir:
+    steps = walk.scale(_TUNING_STEPS)
     config = ExperimentConfig(
         model=ModelConfig(name_or_path=str(base), dtype="float32"),
         data=DataConfig(sources=(str(task.corpus.rows),), eval_source=str(task.corpus.held_out), overlong="truncate"),
         adapter=LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.0),
         training=TrainingConfig(
             learning_rate=4e-3,
-            max_steps=_TUNING_STEPS,
-            per_device_train_batch_size=32,
-            logging_steps=_TUNING_STEPS // 6,
-            save_steps=_TUNING_STEPS,
+            max_steps=steps,
+            per_device_train_batch_size=8,  # Packed attention is quadratic in the rows that lie end to end.
+            gradient_accumulation_steps=4,
+            logging_steps=steps // 5,
+            save_steps=steps,
         ),
-        evaluation=EvaluationConfig(batch_size=32),
+        evaluation=EvaluationConfig(batch_size=8),
     )
     with walk.part("tune", task.tuning):
         return finetune(config, out, callbacks=[ProgressCallback(walk.console)])
@@ -214,7 +229,7 @@ def _show_result(walk: Walk, run: RunDir, right: list[str] | None) -> None:
     losses = [record["eval_loss"] for record in MetricsLog(run.metrics).read() if "eval_loss" in record]
     numbers = [loss for loss in losses if isinstance(loss, float)]
     table = Table("on held-out rows", "before", "after")
-    table.add_row("loss, nats a token", f"{numbers[0]:.2f}", f"{min(numbers):.2f}")
+    table.add_row("loss, nats a token", f"{numbers[0]:.3f}", f"{min(numbers):.3f}")
     if right:
         table.add_row("answers right to the letter", *right)
     walk.say()
@@ -243,7 +258,7 @@ def _read_fitting_rows(task: DemoTask, bundle: ModelBundle) -> list[dict[str, st
     generator = TextGenerator(bundle)
     room = (bundle.context or 0) - task.sampling.max_new_tokens
     rows = _read_rows(task.corpus.held_out)
-    return [row for row in rows if generator.count_tokens(row["prompt"]) <= room][:_NUM_ASKED]
+    return [row for row in rows if generator.count_tokens(row["prompt"]) <= room]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
@@ -60,7 +60,7 @@ VOICES = {
     "horse": "neighed",
     "mouse": "squeaked",
     "pigeon": "cooed",
-    "rooster": "crowed",
+    "duck": "quacked",
     "squirrel": "chattered",
 }
 HOMES = tuple(
@@ -168,7 +168,7 @@ ENDINGS = (
 QUESTIONS = {
     "kind": ("What kind of animal was {a.name}?", "{a.name} was a {a.kind}."),
     "home": ("Where did {a.name} live?", "{a.name} lived {a.home}."),
-    "food": ("What food did {a.name} love?", "{a.name} loved {a.food}."),
+    "food": ("Which food did {a.name} love?", "{a.name} loved {a.food}."),
     "job": ("What was the work of {a.name}?", "{a.name} was a {a.job}."),
     "find": ("What did {a.name} find?", "{a.name} found {a.find}."),
 }
@@ -261,7 +261,8 @@ def write_corpus(
     learned = [name for name in NAMES if name not in HELD_OUT_NAMES]
     stories = [tell_story(rng) for _ in range(num_stories)]
     rows = [ask(rng, tell_story(rng, learned)) for _ in range(num_rows)]
-    held_out = [ask(rng, tell_story(rng, HELD_OUT_NAMES)) for _ in range(num_held_out)]
+    wanted = islice(cycle(QUESTIONS), num_held_out)
+    held_out = [ask(rng, tell_story(rng, HELD_OUT_NAMES), fact) for fact in wanted]
     return _write(folder, [story.text for story in stories], rows, held_out)
 
 
@@ -316,9 +317,10 @@ def tell_story(rng: random.Random, names: Sequence[str] = NAMES) -> Story:
     return Story(" ".join(filled), hero, facts)
 
 
-def ask(rng: random.Random, story: Story) -> dict[str, str]:
-    """Return a row that asks for one fact the story has told."""
-    question, answer = QUESTIONS[rng.choice(sorted(story.facts))]
+def ask(rng: random.Random, story: Story, wanted: str | None = None) -> dict[str, str]:
+    """Return a row that asks for a fact the story has told: `wanted`, if it has told that, else any."""
+    fact = wanted if wanted in story.facts else rng.choice(sorted(story.facts))
+    question, answer = QUESTIONS[fact]
     prompt = f"{story.text}\nQuestion: {question.format(a=story.hero)}\nAnswer:"
     return {"prompt": prompt, "completion": answer.format(a=story.hero)}
 

@@ -91,6 +91,13 @@ def test_every_fact_is_asked_for_when_it_is_told(stories):
         assert any(asked.startswith(start) for asked in questions)
 
 
+def test_a_wanted_fact_is_asked_for_if_it_was_told(stories):
+    rng = random.Random(0)
+    for story in stories:
+        asks_find = "What did" in ask(rng, story, "find")["prompt"]
+        assert asks_find == ("find" in story.facts)
+
+
 def test_what_happens_builds_only_on_what_was_told(stories):
     for story in stories:
         found = story.hero.find.removeprefix("a ")
@@ -113,7 +120,14 @@ def test_every_sentence_uses_only_fields_that_exist():
 def test_every_sentence_and_every_value_is_told_by_somebody():
     rng = random.Random(1)
     text = "\n".join(tell_story(rng).text for _ in range(3000))
-    for values in (NAMES, demo_corpus.KINDS, demo_corpus.HOMES, demo_corpus.FOODS, demo_corpus.WORK, demo_corpus.FINDS):
+    for values in (
+        NAMES,
+        demo_corpus.VOICES,
+        demo_corpus.HOMES,
+        demo_corpus.FOODS,
+        demo_corpus.WORK,
+        demo_corpus.FINDS,
+    ):
         assert all(value in text for value in values)
     for sentence in SENTENCES:
         longest = max((literal for literal, *_ in Formatter().parse(sentence)), key=len)

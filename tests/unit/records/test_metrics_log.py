@@ -29,3 +29,36 @@ def test_cutting_drops_later_steps_and_a_torn_line(log):
 def test_cutting_a_log_that_does_not_exist_creates_nothing(log):
     log.cut(5)
     assert not log.path.exists()
+
+
+def test_cutting_to_before_the_first_step_empties_the_file(log):
+    for step in (0, 1):
+        log.append({"step": step})
+    log.cut(-1)
+    assert log.path.read_text() == ""
+
+
+def test_a_step_of_zero_stays_at_a_cut_to_zero(log):
+    for step in (0, 1):
+        log.append({"step": step})
+    log.cut(0)
+    assert log.read() == [{"step": 0}]
+
+
+def test_a_line_after_a_cut_starts_a_line(log):
+    log.append({"step": 1})
+    with log.path.open("a") as file:
+        file.write('{"step": 2')
+    log.cut(1)
+    log.append({"step": 2})
+    assert log.read() == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"\x00\x00\n", b"7\n", b"null\n", b"[1]\n"])
+def test_a_damaged_line_costs_that_line_alone(log, damage):
+    log.append({"step": 1})
+    with log.path.open("ab") as file:
+        file.write(damage)
+    log.append({"step": 2})
+    log.cut(2)
+    assert log.read() == [{"step": 1}, {"step": 2}]

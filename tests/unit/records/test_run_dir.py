@@ -44,6 +44,59 @@ def test_a_folder_locked_by_another_process_is_refused_until_it_is_killed(run):
         pass
 
 
+TRIER = """
+import sys
+from smolora.errors import FolderInUseError
+from smolora.records.run_dir import RunDir
+try:
+    with RunDir(sys.argv[1]).locked():
+        print("free")
+except FolderInUseError:
+    print("in use")
+"""
+
+
+def seen_by_another_process(run):
+    command = [sys.executable, "-c", TRIER, str(run.path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def test_a_second_run_of_one_process_is_refused(run):
+    with run.locked(), pytest.raises(FolderInUseError, match="this process is writing"), RunDir(run.path).locked():
+        pass
+
+
+def test_another_spelling_of_the_folder_is_the_same_folder(run, tmp_path):
+    (tmp_path / "link").symlink_to(run.path, target_is_directory=True)
+    with run.locked(), pytest.raises(FolderInUseError), RunDir(tmp_path / "link").locked():
+        pass
+
+
+def test_a_refused_second_run_leaves_the_lock_of_the_first(run):
+    with run.locked():
+        with pytest.raises(FolderInUseError), RunDir(run.path).locked():
+            pass
+        assert seen_by_another_process(run) == "in use"
+
+
+def test_the_folder_is_free_for_all_when_the_run_ends(run):
+    with pytest.raises(ZeroDivisionError), run.locked():
+        raise ZeroDivisionError
+    assert seen_by_another_process(run) == "free"
+    with run.locked():
+        pass
+
+
+def test_a_folder_of_another_process_can_be_had_by_this_one_once_it_is_done(run):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(FolderInUseError, match="another process"), run.locked():
+            pass
+        with pytest.raises(FolderInUseError, match="another process"), run.locked():
+            pass
+        holder.kill()
+
+
 def test_a_forked_child_does_not_inherit_the_lock(run):
     reading, writing = os.pipe()
     with run.locked():

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from smolora.errors import ConfigError, StorageError
-from smolora.records.staging import find_damage, staged_folder, write_json, write_manifest
+from smolora.records.staging import (
+    MANIFEST,
+    find_damage,
+    replaced_folder,
+    retire_folder,
+    staged_folder,
+    write_json,
+    write_manifest,
+    write_text,
+)
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
@@ -79,3 +90,115 @@ def test_json_with_a_number_that_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert not (tmp_path / "a.json").exists()
+
+
+def test_no_flipped_bit_of_the_manifest_goes_unnoticed(manifested):
+    content = (manifested / MANIFEST).read_bytes()
+    for bit in range(0, 8 * len(content), 5):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (manifested / MANIFEST).write_bytes(flipped)
+        assert find_damage(manifested) is not None, f"bit {bit}"
+
+
+def test_no_torn_manifest_goes_unnoticed(manifested):
+    content = (manifested / MANIFEST).read_bytes().rstrip()
+    for length in range(len(content)):
+        (manifested / MANIFEST).write_bytes(content[:length])
+        assert find_damage(manifested) is not None, f"{length} bytes"
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', "{}", '{"sha256": null}', "NaN"])
+def test_json_that_is_no_manifest_is_damage(manifested, content):
+    (manifested / MANIFEST).write_text(content)
+    assert find_damage(manifested) is not None
+
+
+def test_a_disk_that_fills_up_in_the_block_is_a_storage_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(StorageError, match="can't write .*out: No space left on device"):
+        fill_up(staged_folder(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill_up(folder):
+    with folder as staging:
+        (staging / "a.txt").write_text("new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_storage_error_of_the_block_keeps_its_words(tmp_path):
+    with pytest.raises(StorageError, match="^my words$"), staged_folder(tmp_path / "out"):
+        raise StorageError("my words")
+
+
+def test_an_os_error_in_the_words_of_safetensors_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError, match="can't write .*out"), staged_folder(tmp_path / "out"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_of_safetensors_stays_one_and_leaves_nothing(tmp_path):
+    with pytest.raises(SafetensorError, match="invalid dtype"), staged_folder(tmp_path / "out"):
+        raise SafetensorError("invalid dtype")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder with one file in it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+def test_a_folder_is_replaced_as_a_whole(old, tmp_path):
+    with replaced_folder(old) as staging:
+        (staging / "new.txt").write_text("new")
+        assert [file.name for file in old.iterdir()] == ["old.txt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert [file.name for file in old.iterdir()] == ["new.txt"]
+
+
+def test_a_folder_that_is_not_there_yet_is_made(tmp_path):
+    with replaced_folder(tmp_path / "out") as staging:
+        (staging / "new.txt").write_text("new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_fills_up_keeps_the_old_folder(old, tmp_path):
+    with pytest.raises(StorageError, match="No space left on device"):
+        fill_up(replaced_folder(old))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert (old / "old.txt").read_text() == "old"
+
+
+def test_a_failed_replacement_names_the_folder_that_the_person_knows(old):
+    with pytest.raises(StorageError) as caught:
+        fill_up(replaced_folder(old))
+    assert ".tmp-" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_the_block_keeps_the_old_folder(old, tmp_path, error):
+    with pytest.raises(error), replaced_folder(old):
+        raise error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert (old / "old.txt").read_text() == "old"
+
+
+def test_a_retired_folder_is_gone(old, tmp_path):
+    retire_folder(old)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_replaces_the_old_one_and_leaves_nothing_beside_it(old):
+    write_text(old / "old.txt", "é")
+    assert {file.name: file.read_bytes() for file in old.iterdir()} == {"old.txt": "é".encode()}
+
+
+def test_a_text_that_cannot_take_its_place_is_a_storage_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(StorageError, match="can't write .*taken"):
+        write_text(tmp_path / "taken", "text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]

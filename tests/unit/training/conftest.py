@@ -9,6 +9,7 @@ from smolora.config import GPTConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.models.building import build_gpt
+from smolora.records.run_dir import RunDir
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import to_pretrained
 from smolora.training.checkpoint import RunIdentity
@@ -51,3 +52,10 @@ def make_trainer(tokenizer, dataset):
         )
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    return run

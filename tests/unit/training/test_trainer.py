@@ -1,4 +1,4 @@
-"""The loop: exact losses under accumulation, guards before the update, and a resume that changes no bit."""
+"""The loop: exact losses under accumulation, guards before the update, and what is written and kept."""
 
 from __future__ import annotations
 
@@ -10,51 +10,62 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from smolora.config import EvaluationConfig
+from smolora.config import EvaluationConfig, TrainingConfig
 from smolora.data.collate import collate_padded
 from smolora.data.token_dataset import TokenDataset, build_example
-from smolora.errors import BrokenRunError, ConfigError, DataError, ModelError, StoppedBySignal
-from smolora.records.run_dir import RunDir
+from smolora.errors import BrokenRunError, ConfigError, DataError, StoppedBySignal
+from smolora.records.staging import find_damage
 from smolora.training.callback import Callback
-from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
-from smolora.training.checkpoint import RunIdentity
+from smolora.training.plan import StepPlan
+from tests.unit.training.recorder import train, weights
+
+NAN = float("nan")
 
 
-class Recorder(Callback):
-    """Keeps the records of all steps, and the gradients of the last one."""
+class PoisonEvaluation(Callback):
+    """From `step` on, the head gives NaN in eval mode alone, so that training itself stays finite."""
 
-    def __init__(self):
-        self.records, self.gradients, self.events = [], {}, []
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_begin(self, trainer):
+        def poison(head, inputs, output):
+            return output if head.training or trainer.state.step < self.step else output * NAN
+
+        trainer.bundle.model.lm_head.register_forward_hook(poison)
+
+
+class PoisonGradient(Callback):
+    """Plants one number in the gradient of ln_final.bias."""
+
+    def __init__(self, value):
+        self.value = value
 
     def on_gradients(self, trainer):
-        self.gradients = {name: p.grad.clone() for name, p in trainer.parameters.items()}
-        self.events.append("gradients")
-
-    def on_step_end(self, trainer, record):
-        self.records.append(record)
-        self.events.append("step_end")
-
-    @property
-    def losses(self):
-        return [record.loss for record in self.records]
+        trainer.parameters["ln_final.bias"].grad[0] = self.value
 
 
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.bundle.model.named_parameters()}
+class Kill(Callback):
+    """Sends SIGTERM at one event of one step."""
 
+    def __init__(self, event, step):
+        self.event, self.step = event, step
 
-def train(make_trainer, *, resume=False, **settings):
-    recorder = Recorder()
-    trainer = make_trainer(callbacks=[recorder], **settings)
-    trainer.train(resume=resume)
-    return trainer, recorder
+    def on_step_begin(self, trainer):
+        self._send("on_step_begin", trainer.state.step + 1)
 
+    def on_log(self, trainer, record):
+        self._send("on_log", trainer.state.step)
 
-@pytest.fixture
-def run(tmp_path):
-    run = RunDir(tmp_path / "run")
-    run.path.mkdir()
-    return run
+    def on_evaluate(self, trainer, eval_loss):
+        self._send("on_evaluate", trainer.state.step)
+
+    def on_save(self, trainer):
+        self._send("on_save", trainer.state.step)
+
+    def _send(self, event, step):
+        if (event, step) == (self.event, self.step):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("size", "passes"), [(1, 4), (2, 2)])
@@ -112,79 +123,31 @@ def test_a_drawing_callback_does_not_change_the_noise(make_trainer):
     assert_close(weights(drawn), weights(plain), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("step", range(1, 6))
-def test_a_resume_at_any_step_is_bit_equal_to_never_stopping(make_trainer, run, tmp_path, step):
-    class Stop(Exception):
-        pass
-
-    class Crash(Callback):
-        def on_step_begin(self, trainer):
-            if trainer.state.step == step:
-                raise Stop
-
-    settings = {"dropout": 0.2, "max_steps": 6, "per_device_train_batch_size": 5}  # Three steps are one epoch.
-    whole = RunDir(tmp_path / "whole")
-    whole.path.mkdir()
-    expected, _ = train(make_trainer, run_dir=whole, **settings)
-    with pytest.raises(Stop):
-        make_trainer(run_dir=run, callbacks=[Crash()], **settings).train()
-    resumed, _ = train(make_trainer, run_dir=run, resume=True, **settings)
-    assert_close(weights(resumed), weights(expected), rtol=0, atol=0)
-    assert losses_on_disk(run) == losses_on_disk(whole)
-
-
-def losses_on_disk(run):
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [(line["step"], line.get("loss"), line.get("grad_norm")) for line in lines]
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"])
-@pytest.mark.parametrize("damage", ["missing", "flipped"])
-def test_a_damaged_checkpoint_is_named_and_the_older_one_gives_the_same_end(make_trainer, run, caplog, file, damage):
-    expected, _ = train(make_trainer, run_dir=run)
-    broken = run.checkpoint_path(6) / file
-    content = bytearray(broken.read_bytes())
-    content[len(content) // 2] ^= 1
-    broken.unlink() if damage == "missing" else broken.write_bytes(content)
-    resumed, recorder = train(make_trainer, run_dir=run, resume=True)
-    assert len(recorder.records) == 1
-    assert "step-000006 is skipped" in caplog.text
-    assert_close(weights(resumed), weights(expected), rtol=0, atol=0)
-
-
-def test_resume_without_a_checkpoint_starts_afresh(make_trainer, run):
-    _, recorder = train(make_trainer, run_dir=run, resume=True)
-    assert len(recorder.records) == 6
-
-
-@pytest.mark.parametrize(
-    ("field", "error"),
-    [
-        ("base", ModelError),
-        ("tokenizer", ModelError),
-        ("data", DataError),
-        ("held_out", DataError),
-        ("settings", ModelError),
-    ],
-)
-def test_a_checkpoint_of_another_identity_is_refused(make_trainer, run, field, error):
-    train(make_trainer, run_dir=run)
-    trainer = make_trainer(run_dir=run)
-    trainer._identity = RunIdentity(**{**vars(trainer._identity), field: "other"})
-    with pytest.raises(error, match=f"other {field.replace('_', '-')}"):
-        trainer.train(resume=True)
-
-
 def test_a_signal_finishes_the_step_saves_and_stops(make_trainer, run):
-    class Interrupt(Callback):
-        def on_step_begin(self, trainer):
-            if trainer.state.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(StoppedBySignal, match="SIGTERM after step 3"):
-        make_trainer(run_dir=run, callbacks=[Interrupt()], save_steps=100).train()
+        make_trainer(run_dir=run, callbacks=[Kill("on_step_begin", 3)], save_steps=100).train()
     assert run.newest_checkpoint().step == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("event", ["on_evaluate", "on_log", "on_save"])
+def test_a_signal_after_the_update_stops_a_step_whose_checkpoint_is_on_disk(make_trainer, run, dataset, event):
+    settings = {"logging_steps": 1, "eval_steps": 2, "save_steps": 2 if event == "on_save" else 100}
+    # Such a rate that step 2 is no improvement on step 0 is not needed: only `on_log` of step 3 is free of a save.
+    kill = Kill(event, 3 if event == "on_log" else 2)
+    with pytest.raises(StoppedBySignal, match=rf"SIGTERM after step {kill.step + 1}.*is safe in"):
+        make_trainer(run_dir=run, eval_dataset=dataset, callbacks=[kill], **settings).train()
+    assert find_damage(run.checkpoint_path(kill.step + 1)) is None
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(make_trainer, run):
+    assert make_trainer(run_dir=run, callbacks=[Kill("on_step_begin", 6)]).train().step == 6
+    assert run.newest_checkpoint().step == 6
+
+
+def test_a_signal_without_a_run_folder_says_that_nothing_was_saved(make_trainer):
+    with pytest.raises(StoppedBySignal, match="Nothing was saved"):
+        make_trainer(callbacks=[Kill("on_step_begin", 2)]).train()
 
 
 def test_a_number_that_is_not_finite_stops_before_the_update_and_names_the_module(make_trainer):
@@ -201,13 +164,85 @@ def test_a_number_that_is_not_finite_stops_before_the_update_and_names_the_modul
     assert_close(weights(trainer), poison.before, rtol=0, atol=0)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(make_trainer):
-    class Poison(Callback):
-        def on_gradients(self, trainer):
-            trainer.parameters["ln_final.bias"].grad[0] = float("inf")
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_a_gradient_that_is_not_finite_is_named_before_the_update(make_trainer, value, max_grad_norm):
+    trainer = make_trainer(callbacks=[PoisonGradient(value)], max_grad_norm=max_grad_norm)
+    before = weights(trainer)
+    with pytest.raises(BrokenRunError, match=r"not finite first in the gradient of ln_final\.bias\. The update"):
+        trainer.train()
+    assert_close(weights(trainer), before, rtol=0, atol=0)
 
-    with pytest.raises(BrokenRunError, match=r"the gradient of ln_final\.bias"):
-        make_trainer(callbacks=[Poison()]).train()
+
+def test_one_bad_gradient_leaves_the_others_finite(make_trainer):
+    trainer = make_trainer(callbacks=[PoisonGradient(NAN)], max_grad_norm=1e-3)
+    with pytest.raises(BrokenRunError):
+        trainer.train()
+    broken = [name for name, p in trainer.parameters.items() if not torch.isfinite(p.grad).all()]
+    assert broken == ["ln_final.bias"]
+
+
+def test_a_module_that_fails_in_the_second_micro_batch_alone_is_named(make_trainer, dataset):
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    first, second = (len(dataset[int(rows[0])]) for rows in StepPlan(12, TrainingConfig(**settings)).micro_batches(0))
+    assert first != second, "the lengths tell the micro-batches apart"
+    trainer = make_trainer(**settings)
+    trainer.bundle.model.blocks[1].ln2.register_forward_hook(
+        lambda _module, _inputs, output: output * NAN if output.shape[1] == second else output
+    )
+    with pytest.raises(BrokenRunError, match=r"step 1: .*not finite first in the output of blocks\.1\.ln2\."):
+        trainer.train()
+
+
+def test_a_parameter_that_is_not_finite_is_named(make_trainer):
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.parameters["blocks.0.ln1.weight"][3] = float("inf")
+    with pytest.raises(BrokenRunError, match=r"not finite first in parameter blocks\.0\.ln1\.weight\."):
+        trainer.train()
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_held_out_loss_that_is_not_finite_is_a_broken_run(make_trainer, run, dataset, step):
+    trainer = make_trainer(eval_dataset=dataset, run_dir=run, eval_steps=2, callbacks=[PoisonEvaluation(step)])
+    with pytest.raises(BrokenRunError, match=f"step {step}: the held-out loss is nan"):
+        trainer.train()
+    assert trainer.state.step == step
+    assert step not in [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] if step else True
+
+
+def test_a_held_out_loss_of_zero_is_a_loss_like_any_other(make_trainer, run):
+    rows = TokenDataset([build_example([41] * 6, [(2, 6)])] * 4)
+
+    def be_certain(head, _inputs, output):
+        if head.training:
+            return output
+        certain = torch.zeros_like(output)
+        certain[..., 41] = 1e4
+        return certain
+
+    trainer = make_trainer(rows=rows, eval_dataset=rows, run_dir=run, eval_steps=2)
+    trainer.bundle.model.lm_head.register_forward_hook(be_certain)
+    state = trainer.train()
+    assert (state.base_eval_loss, state.best_eval_loss, state.best_step) == (0.0, 0.0, 2)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["eval_loss"] for line in lines if "eval_loss" in line] == [0.0] * 4
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_mode_of_the_model_is_put_back(make_trainer, is_training):
+    trainer = make_trainer()
+    trainer.bundle.model.train(is_training)
+    trainer.train()
+    assert trainer.bundle.model.training == is_training
+
+
+def test_the_mode_of_the_model_is_put_back_after_a_broken_run(make_trainer):
+    trainer = make_trainer(callbacks=[PoisonGradient(NAN)])
+    trainer.bundle.model.eval()
+    with pytest.raises(BrokenRunError):
+        trainer.train()
+    assert not trainer.bundle.model.training
 
 
 def test_a_learning_rate_of_zero_is_a_broken_run(make_trainer):
@@ -271,19 +306,6 @@ def test_the_checkpoint_with_the_lowest_evaluation_loss_is_kept(make_trainer, ru
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 6]
 
 
-def test_early_stopping_counts_evaluations_and_survives_a_resume(make_trainer, run, dataset):
-    settings = {"eval_dataset": dataset, "run_dir": run, "eval_steps": 2, "learning_rate": 1e-5}
-    # With such a rate no evaluation improves by the threshold on the first one, before any update.
-    first = make_trainer(callbacks=[EarlyStoppingCallback(patience=2, threshold=0.1)], **settings)
-    first.config = first.config.replace(max_steps=3)
-    first.state.total_steps = 3
-    first.train()
-    stopping = EarlyStoppingCallback(patience=2, threshold=0.1)
-    state = make_trainer(callbacks=[stopping], **settings).train(resume=True)
-    assert state.step < 6
-    assert "has not improved for 2 evaluations" in state.stop_reason
-
-
 def test_metrics_are_one_object_per_logged_step(make_trainer, run, dataset):
     train(make_trainer, run_dir=run, eval_dataset=dataset, logging_steps=3, eval_steps=6)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -300,9 +322,3 @@ def test_metrics_are_one_object_per_logged_step(make_trainer, run, dataset):
         "phase",
     } <= set(lines[1])
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
-
-
-def test_a_profile_of_the_asked_steps_is_written(make_trainer, run):
-    train_with = ProfileCallback((2, 3), run.profile)
-    make_trainer(callbacks=[train_with]).train()
-    assert "traceEvents" in json.loads(run.profile.read_text())

@@ -1,0 +1,93 @@
+"""Tunes through the recipe in forked children, and kills them at random moments until the run is done.
+
+A child that is killed inside its own work lasts a random share of what the whole run took, so that reading, training,
+evaluating, saving and the last write of the adapter are all hit in time. Prints what each run ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from smolora.config import ExperimentConfig, resolve_config
+from smolora.recipes.finetune import finetune
+from smolora.records.run_dir import RunDir
+from smolora.records.staging import hash_folder
+
+STEPS = 16
+
+
+def settings(base: Path, rows: Path) -> ExperimentConfig:
+    """Dropout on, a held-out loss every third step so that the best one moves, and checkpoints that are pruned."""
+    values = {
+        "model.name_or_path": base,
+        "model.dtype": "float32",
+        "data.sources": rows,
+        "data.validation_fraction": 0.2,
+        "adapter.r": 2,
+        "adapter.lora_dropout": 0.1,
+        "training.learning_rate": 2e-2,
+        "training.max_steps": STEPS,
+        "training.eval_steps": 3,
+        "training.save_steps": 2,
+        "training.save_total_limit": 1,
+        "training.logging_steps": 1,
+    }
+    return resolve_config(ExperimentConfig, assignments=[f"{name}={value}" for name, value in values.items()])
+
+
+def tune_in_child(config: ExperimentConfig, run: RunDir) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            finetune(config, run.path, resume=True)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def describe_end(run: RunDir) -> dict[str, object]:
+    """Return what a run leaves: the adapter, the last state and the curve."""
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    curve = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in lines]
+    state = json.loads((run.checkpoint_path(STEPS) / "state.json").read_text())["trainer"]
+    files = sorted(path.name for path in run.path.iterdir())
+    return {"adapter": hash_folder(run.adapter), "best": state["best_step"], "curve": curve, "files": files}
+
+
+def main(base: Path, rows: Path, folder: Path, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    config, delays = settings(base, rows), random.Random(seed)
+    reference = RunDir(folder / "reference")
+    started = time.perf_counter()
+    assert os.waitpid(tune_in_child(config, reference), 0)[1] == 0
+    whole = time.perf_counter() - started
+    done, killed, reached = [], 0, set()
+    while killed < kills or not done:
+        run = RunDir(folder / f"run-{len(done)}")
+        while True:
+            child = tune_in_child(config, run)
+            if killed < kills:
+                time.sleep(delays.uniform(whole / 4, whole))
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            killed += os.WIFSIGNALED(status)
+            if not os.WIFSIGNALED(status):
+                assert status == 0, f"a resumed run failed with status {status}"
+                break
+            reached.add(max((checkpoint.step for checkpoint in run.checkpoints()), default=0))
+        done.append(describe_end(run))
+    print(json.dumps({"kills": killed, "at": sorted(reached), "reference": describe_end(reference), "ends": done}))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), int(sys.argv[4]), int(sys.argv[5]))

@@ -1,0 +1,258 @@
+"""What a run's folder lets in, and what it says to the rest; what a stop at a bad moment leaves in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from smolora.config import ExperimentConfig, PretrainConfig, resolve_config
+from smolora.errors import ConfigError, DataError, FolderInUseError, ModelError
+from smolora.recipes.finetune import finetune
+from smolora.recipes.merge import merge
+from smolora.recipes.pretrain import pretrain
+from smolora.records.run_dir import RunDir
+from smolora.training.callback import Callback
+from tests.tiny import save_tiny_model
+
+NUMBERS = ["one", "two", "three", "four", "five", "six"]
+
+HOLDER = """
+import sys
+from smolora.records.run_dir import RunDir
+with RunDir(sys.argv[1]).locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+class Crash(Callback):
+    """Fails in one step, before its update, as a kill would end it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_gradients(self, trainer):
+        if trainer.state.step + 1 == self.step:
+            raise ZeroDivisionError
+
+
+class Damage(Callback):
+    """Flips a bit of an older checkpoint, the best so far, in the last step."""
+
+    def __init__(self, run, step):
+        self.run, self.step = run, step
+
+    def on_evaluate(self, trainer, eval_loss):
+        if trainer.state.step == trainer.state.total_steps:
+            trainer.state.best_step = self.step
+            flip_a_bit(self.run.checkpoint_path(self.step) / "adapter_model.safetensors")
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model("llama", tmp_path_factory.mktemp("run_folder") / "base")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", NUMBERS)
+
+
+def write_rows(file, words):
+    pairs = [(f"{a} and {b} of {c}", f"{b} {a}") for a in words for b in words for c in words[:2]]
+    file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return file
+
+
+@pytest.fixture
+def tuning(base, rows):
+    """Return a function that gives the configuration of a short tuning run."""
+
+    def tuning(*assignments):
+        settings = [f"model.name_or_path={base}", f"data.sources={rows}", "model.dtype=float32", "adapter.r=2"]
+        steps = [
+            "training.learning_rate=1e-2",
+            "training.max_steps=6",
+            "training.logging_steps=1",
+        ]
+        return resolve_config(ExperimentConfig, assignments=[*settings, *steps, *assignments])
+
+    return tuning
+
+
+@pytest.fixture
+def pretraining(tmp_path):
+    """The configuration of a short pretraining run."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(NUMBERS * 40))
+    shape = ["gpt.num_layers=1", "gpt.num_heads=2", "gpt.width=16", "gpt.context=16"]
+    steps = ["training.max_steps=3", "training.learning_rate=1e-2"]
+    return resolve_config(PretrainConfig, assignments=[f"data.sources={text}", *shape, *steps])
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "run")
+
+
+@pytest.fixture
+def hold():
+    """Return a function that lets another process write in a folder until the test ends."""
+    holders = []
+
+    def hold(folder):
+        command = [sys.executable, "-c", HOLDER, str(folder)]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        holders.append(holder)
+        assert holder.stdout.readline() == b"locked\n"
+
+    yield hold
+    for holder in holders:
+        holder.communicate(timeout=60)
+
+
+def read_metrics(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def snapshot(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_train_does_not_resume_a_pretraining_run(run, tuning, pretraining):
+    pretrain(pretraining, run.path)
+    before = snapshot(run.path)
+    with pytest.raises(ConfigError, match="a run of the other kind: pretrain and train can't resume each other's"):
+        finetune(tuning(), run.path, resume=True)
+    assert snapshot(run.path) == before
+
+
+def test_pretrain_does_not_resume_a_tuning_run(run, tuning, pretraining):
+    finetune(tuning(), run.path)
+    before = snapshot(run.path)
+    with pytest.raises(ConfigError, match="a run of the other kind: pretrain and train can't resume each other's"):
+        pretrain(pretraining, run.path, resume=True)
+    assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_use_is_said_before_anything_else_of_it(run, tuning, hold, resume):
+    run.path.mkdir()
+    run.resolved_config.write_text("nonsense: [")
+    hold(run.path)
+    with pytest.raises(FolderInUseError, match="another process is writing in"):
+        finetune(tuning(), run.path, resume=resume)
+
+
+def test_a_folder_in_use_that_holds_no_run_yet_is_refused(run, tuning, hold):
+    hold(run.path)
+    with pytest.raises(FolderInUseError, match="another process is writing in"):
+        finetune(tuning(), run.path)
+    assert [entry.name for entry in run.path.iterdir()] == ["run.lock"]
+
+
+def test_a_run_that_is_being_trained_is_not_merged(run, tuning, hold):
+    finetune(tuning(), run.path)
+    hold(run.path)
+    with pytest.raises(FolderInUseError, match="another process is writing in"):
+        merge(run.path)
+    assert not run.merged.exists()
+
+
+def test_more_than_one_process_is_refused_without_a_folder(run, tuning, pretraining, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="a run takes one process as yet"):
+        finetune(tuning(), run.path)
+    with pytest.raises(ConfigError, match="a run takes one process as yet"):
+        pretrain(pretraining, run.path)
+    assert not run.path.exists()
+
+
+def test_a_world_of_one_process_is_a_run_like_any_other(run, tuning, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert finetune(tuning("training.max_steps=2"), run.path).adapter.is_dir()
+
+
+def test_a_stop_before_the_first_checkpoint_leaves_one_curve(run, tuning):
+    with pytest.raises(ZeroDivisionError):
+        finetune(tuning(), run.path, callbacks=[Crash(step=1)])
+    assert [line["step"] for line in read_metrics(run)] == [0]
+    finetune(tuning(), run.path, resume=True)
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_stop_after_a_checkpoint_leaves_one_curve(run, tuning):
+    settings = tuning("training.save_steps=2", "training.eval_steps=6")
+    with pytest.raises(ZeroDivisionError):
+        finetune(settings, run.path, callbacks=[Crash(step=4)])
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3]
+    finetune(settings, run.path, resume=True)
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_best_checkpoint_that_is_damaged_at_the_end_is_a_model_error(run, tuning):
+    settings = tuning("training.eval_steps=2", "training.save_total_limit=9")
+    with pytest.raises(ModelError, match="step-000004, with the lowest held-out loss, is damaged: adapter_model"):
+        finetune(settings, run.path, callbacks=[Damage(run, step=4)])
+    assert not run.adapter.exists()
+
+
+def test_a_run_whose_best_checkpoint_was_damaged_ends_with_its_last_step(run, tuning, caplog):
+    settings = tuning("training.eval_steps=2", "training.save_total_limit=9")
+    with pytest.raises(ModelError):
+        finetune(settings, run.path, callbacks=[Damage(run, step=4)])
+    finetune(settings, run.path, resume=True)
+    assert "of step 4, is lost" in caplog.text
+    last = run.checkpoint_path(6) / "adapter_model.safetensors"
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == last.read_bytes()
+
+
+def test_a_resume_on_other_held_out_rows_is_refused(run, tuning, tmp_path):
+    held_out = write_rows(tmp_path / "held_out.jsonl", ["seven", "eight"])
+    settings = tuning(f"data.eval_source={held_out}")
+    finetune(settings, run.path)
+    before = (run.adapter / "adapter_model.safetensors").read_bytes()
+    write_rows(held_out, ["seven", "nine"])
+    with pytest.raises(DataError, match="written with other held-out"):
+        finetune(settings, run.path, resume=True)
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_lost_configuration_lets_no_other_rank_through(run, tuning):
+    finetune(tuning("adapter.r=2"), run.path)
+    run.resolved_config.unlink()
+    with pytest.raises(ModelError, match="written with other settings"):
+        finetune(tuning("adapter.r=4"), run.path, resume=True)
+
+
+def test_a_lost_configuration_does_not_keep_the_run_from_going_on(run, tuning):
+    finetune(tuning(), run.path)
+    run.resolved_config.unlink()
+    finetune(tuning("training.max_steps=8"), run.path, resume=True)
+    assert run.newest_checkpoint().step == 8
+
+
+def test_a_new_run_among_the_checkpoints_of_an_old_one_is_refused_before_it_is_trained(run, tuning):
+    finetune(tuning(), run.path)
+    run.resolved_config.unlink()
+    before = snapshot(run.path)
+    with pytest.raises(ConfigError, match="already holds"):
+        finetune(tuning(), run.path)
+    assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize("content", ["nonsense: [", "", "- a list"])
+def test_a_configuration_that_cannot_be_read_is_named(run, tuning, content):
+    finetune(tuning(), run.path)
+    run.resolved_config.write_text(content)
+    with pytest.raises(ModelError, match=r"resolved_config\.yaml can't be read"):
+        finetune(tuning(), run.path, resume=True)

@@ -1,0 +1,185 @@
+"""A checkpoint brings everything back, fits nothing else, and is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from smolora.adapters.attach import attach_adapter
+from smolora.config import GPTConfig, LoRAConfig
+from smolora.errors import DataError, ModelError
+from smolora.models.building import build_gpt
+from smolora.records.staging import find_damage
+from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_checkpoint, save_checkpoint
+from tests.tiny import tiny_bundle
+
+IDENTITY = RunIdentity(base="b", tokenizer="t", data="d", held_out="h", settings="s")
+SNAPSHOT = TrainingSnapshot(
+    optimizer={"w.step": torch.tensor(3.0), "w.exp_avg": torch.arange(6.0).reshape(2, 3)},
+    state={"step": 3, "best_eval_loss": 0.1 + 0.2, "best_step": None, "checksums": {"w": 7}},
+    callbacks={"EarlyStoppingCallback-0": {"best": None}},
+)
+
+
+@pytest.fixture
+def build(tokenizer):
+    """Return a function that builds a GPT of another seed or shape."""
+
+    def build(seed=0, **shape):
+        return build_gpt(
+            GPTConfig(**{"num_layers": 1, "num_heads": 2, "width": 8, "context": 16, **shape}), tokenizer, seed=seed
+        )
+
+    return build
+
+
+def parameters(bundle):
+    return {name: parameter.detach().clone() for name, parameter in bundle.model.named_parameters()}
+
+
+def test_weights_come_back_bit_by_bit(build, tmp_path):
+    saved, other = build(seed=0), build(seed=1)
+    save_checkpoint(tmp_path / "step", saved, SNAPSHOT, IDENTITY)
+    load_checkpoint(tmp_path / "step", other)
+    assert_close(parameters(other), parameters(saved), rtol=0, atol=0)
+
+
+def test_optimizer_state_and_callbacks_come_back_equal(build, tmp_path):
+    save_checkpoint(tmp_path / "step", build(), SNAPSHOT, IDENTITY)
+    found = load_checkpoint(tmp_path / "step", build())
+    assert_close(found.optimizer, SNAPSHOT.optimizer, rtol=0, atol=0)
+    assert (found.state, found.callbacks) == (SNAPSHOT.state, SNAPSHOT.callbacks)
+
+
+def test_an_adapter_comes_back_bit_by_bit_and_leaves_the_base(tmp_path):
+    first, second = (
+        attach_adapter(tiny_bundle("llama", tmp_path / f"base-{seed}"), LoRAConfig(r=2), seed=seed) for seed in (1, 2)
+    )
+    base = {name: value for name, value in parameters(second).items() if ".lora_" not in name}
+    save_checkpoint(tmp_path / "step", first, SNAPSHOT, IDENTITY)
+    load_checkpoint(tmp_path / "step", second)
+    assert_close(parameters(second), parameters(first), rtol=0, atol=0)
+    assert_close({name: parameters(second)[name] for name in base}, base, rtol=0, atol=0)
+
+
+def test_a_checkpoint_is_whole_and_has_exactly_four_files(build, tmp_path):
+    save_checkpoint(tmp_path / "step", build(), SNAPSHOT, IDENTITY)
+    names = {file.name for file in (tmp_path / "step").iterdir()}
+    assert names == {"model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"}
+    assert find_damage(tmp_path / "step") is None
+
+
+def test_tied_weights_are_written_once(build, tmp_path):
+    save_checkpoint(tmp_path / "step", build(), SNAPSHOT, IDENTITY)
+    assert "lm_head.weight" not in load_file(tmp_path / "step" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"num_layers": 2}, r"holds other tensors than this model: \['blocks\.1\."),
+        ({"width": 16}, r"token_embedding\.weight is \[257, 8\], the model's \[257, 16\]"),
+    ],
+)
+def test_the_tensors_of_another_model_are_refused_before_any_is_copied(build, tmp_path, shape, message):
+    save_checkpoint(tmp_path / "step", build(), SNAPSHOT, IDENTITY)
+    other = build(**shape)
+    before = parameters(other)
+    with pytest.raises(ModelError, match=message):
+        load_checkpoint(tmp_path / "step", other)
+    assert_close(parameters(other), before, rtol=0, atol=0)
+
+
+def test_a_tensor_of_another_shape_at_the_end_leaves_the_first_ones(build, tmp_path):
+    save_checkpoint(tmp_path / "step", build(seed=0), SNAPSHOT, IDENTITY)
+    file = tmp_path / "step" / "model.safetensors"
+    save_file({**load_file(file), "ln_final.bias": torch.zeros(9)}, file)
+    other = build(seed=1)
+    before = parameters(other)
+    with pytest.raises(ModelError, match=r"ln_final\.bias is \[9\]"):
+        load_checkpoint(tmp_path / "step", other)
+    assert_close(parameters(other), before, rtol=0, atol=0)
+
+
+def test_an_adapter_of_another_rank_is_refused(tmp_path):
+    first, second = (
+        attach_adapter(tiny_bundle("llama", tmp_path / f"base-{r}"), LoRAConfig(r=r), seed=0) for r in (2, 4)
+    )
+    save_checkpoint(tmp_path / "step", first, SNAPSHOT, IDENTITY)
+    with pytest.raises(ModelError, match="holds another adapter"):
+        load_checkpoint(tmp_path / "step", second)
+
+
+def test_its_own_identity_is_taken(build, tmp_path):
+    save_checkpoint(tmp_path / "step", build(), SNAPSHOT, IDENTITY)
+    IDENTITY.require(tmp_path / "step")
+
+
+@pytest.mark.parametrize(
+    ("field", "error"),
+    [
+        ("base", ModelError),
+        ("tokenizer", ModelError),
+        ("data", DataError),
+        ("held_out", DataError),
+        ("settings", ModelError),
+    ],
+)
+def test_another_identity_is_refused_by_name(build, tmp_path, field, error):
+    save_checkpoint(tmp_path / "step", build(), SNAPSHOT, IDENTITY)
+    with pytest.raises(error, match=f"written with other {field.replace('_', '-')}"):
+        RunIdentity(**{**vars(IDENTITY), field: "other"}).require(tmp_path / "step")
+
+
+FULL_DISK = """
+import dataclasses, json, resource, sys
+from pathlib import Path
+import torch
+from smolora.config import GPTConfig
+from smolora.errors import StorageError
+from smolora.models.building import build_gpt
+from smolora.tokenizers.char import CharTokenizer
+from smolora.tokenizers.pretrained import to_pretrained
+from smolora.training.checkpoint import save_checkpoint
+from tests.unit.training.test_checkpoint import IDENTITY, SNAPSHOT
+
+_, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+for name, (width, moments, limit) in json.loads(sys.argv[2]).items():
+    folder = Path(sys.argv[1]) / name
+    folder.mkdir()
+    shape = GPTConfig(num_layers=1, num_heads=2, width=width, context=16)
+    bundle = build_gpt(shape, to_pretrained(CharTokenizer.train("abc"), 16), seed=0)
+    snapshot = dataclasses.replace(SNAPSHOT, optimizer={"w.exp_avg": torch.zeros(moments)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited))
+    try:
+        save_checkpoint(folder / "step-000001", bundle, snapshot, IDENTITY)
+    except StorageError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        (folder / "error").write_text(str(error))
+"""
+PLACES = {"weights": (32, 1, 4_000), "optimiser": (2, 100_000, 100_000), "first byte": (2, 1, 20)}
+"""Width of the model, numbers of the optimiser, and bytes that a file may have."""
+
+
+@pytest.fixture(scope="module")
+def full_disk(tmp_path_factory):
+    """A folder with what each place of `PLACES` left, written by a process whose files may not grow."""
+    folder = tmp_path_factory.mktemp("full")
+    command = [sys.executable, "-c", FULL_DISK, str(folder), json.dumps(PLACES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_disk_that_is_full_is_a_storage_error_and_leaves_nothing(full_disk, place):
+    assert [entry.name for entry in (full_disk / place).iterdir()] == ["error"]
+    message = (full_disk / place / "error").read_text()
+    assert message.startswith(f"can't write {full_disk / place / 'step-000001'}")
+    assert "File too large" in message

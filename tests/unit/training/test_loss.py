@@ -1,0 +1,123 @@
+"""The loss is the textbook's sum, whatever the model computes in and however its rows are laid out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from smolora.data.collate import collate_packed, collate_padded, collate_windows
+from smolora.data.token_dataset import build_example
+from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
+from tests.tiny import tiny_model
+
+NAN = float("nan")
+
+
+def naive_cross_entropy(logits, targets):
+    """-log softmax, one target at a time, in Python's own float64."""
+    total = 0.0
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        top = max(row)
+        total += top + math.log(math.fsum(math.exp(value - top) for value in row)) - row[target]
+    return total
+
+
+def random_logits(num_targets, vocab, *, scale=3.0):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_targets, vocab, generator=generator) * scale
+    return logits, torch.randint(0, vocab, (num_targets,), generator=generator)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3.0, 1e3])
+def test_the_sum_equals_a_naive_one(scale):
+    logits, targets = random_logits(23, 11, scale=scale)
+    # float32 rounding of a sum of 23 numbers.
+    assert sum_cross_entropy(logits, targets).item() == pytest.approx(naive_cross_entropy(logits, targets), rel=1e-5)
+
+
+def test_it_is_a_sum_over_targets_and_no_mean():
+    logits, targets = random_logits(6, 11)
+    halves = sum_cross_entropy(logits[:2], targets[:2]) + sum_cross_entropy(logits[2:], targets[2:])
+    assert_close(sum_cross_entropy(logits, targets), halves)
+
+
+def test_logits_in_bfloat16_are_summed_in_float32():
+    logits, targets = random_logits(400, 50)
+    rounded = logits.bfloat16()
+    found = sum_cross_entropy(rounded, targets)
+    assert found.dtype == torch.float32
+    # A sum in bfloat16, of 8 bits, would be off by some tenths of a percent.
+    assert found.item() == pytest.approx(naive_cross_entropy(rounded, targets), rel=1e-5)
+
+
+def test_the_gradient_is_the_softmax_less_one_at_the_target():
+    logits, targets = random_logits(5, 7)
+    logits.requires_grad_()
+    sum_cross_entropy(logits, targets).backward()
+    expected = logits.detach().softmax(-1)
+    expected[torch.arange(5), targets] -= 1
+    assert_close(logits.grad, expected)
+
+
+@pytest.fixture
+def examples():
+    """Three rows of uneven lengths, the second half of each a target."""
+    lengths = (5, 12, 8)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 200, (length,), generator=generator).tolist() for length in lengths]
+    return [build_example(row, [(len(row) // 2, len(row))]) for row in rows]
+
+
+@pytest.fixture(params=["gpt", "llama"])
+def model(request, make_trainer):
+    """Ours, and one of transformers."""
+    return make_trainer().bundle.model.eval() if request.param == "gpt" else tiny_model("llama")
+
+
+def one_by_one(model, examples):
+    """Return the logits before each target, each row alone and no position left out."""
+    rows = []
+    for example in examples:
+        output = model(torch.from_numpy(example.input_ids).long()[None])
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        rows.append(logits[0, [at - 1 for at in range(len(example)) if example.is_target[at]]])
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("collate", [collate_packed, collate_padded])
+def test_the_logits_of_targets_are_those_of_each_row_alone(model, examples, collate):
+    found = target_logits_of(model)(model, collate(examples))
+    # The same sums over other shapes: float32 rounding through two layers.
+    assert_close(found, one_by_one(model, examples), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_windows_have_a_logit_for_every_target(make_trainer):
+    model = make_trainer().bundle.model.eval()
+    windows = [build_example(list(range(start, start + 9)), [(0, 9)]) for start in (10, 30)]
+    batch = collate_windows(windows)
+    logits = target_logits_of(model)(model, batch)
+    assert logits.shape == (len(batch.targets), 257)
+    assert_close(logits, one_by_one(model, windows), rtol=1e-4, atol=1e-5)
+
+
+def test_where_all_is_finite_only_the_loss_is_blamed(model, examples):
+    assert find_first_nonfinite(model, [collate_padded(examples)]) == "the loss alone"
+
+
+def test_the_first_module_in_the_order_of_the_forward_pass_is_named(make_trainer, examples):
+    model = make_trainer().bundle.model
+    for module in (model.ln_final, model.blocks[1].attention):
+        module.register_forward_hook(lambda _module, _inputs, output: output * NAN)
+    assert find_first_nonfinite(model, [collate_packed(examples)]) == "the output of blocks.1.attention"
+
+
+def test_looking_for_the_place_leaves_no_hook_and_no_gradient(make_trainer, examples):
+    model = make_trainer().bundle.model
+    find_first_nonfinite(model, [collate_packed(examples)])
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
