@@ -60,7 +60,7 @@ class DataConfig(Section):
     """Share of rows to hold out where no `eval_source` is given."""
 
     max_validation_rows: int = Field(default=500, ge=0)
-    """Bound on the held-out rows."""
+    """Bound on the held-out rows; in pretraining, on the windows of held-out text that are evaluated."""
 
     @field_validator("sources", "clean", mode="before")
     @classmethod

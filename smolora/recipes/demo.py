@@ -142,7 +142,7 @@ def _write_own_text(walk: Walk, out: Path, text: Path) -> DemoTask:
         "a GPT learns from nothing to continue your text",
         "an adapter learns to finish a passage from its first words, and to stop there",
         has_one_answer=False,
-        sampling=SamplingSettings(max_new_tokens=2 * _ANSWER_TOKENS, temperature=0.7, top_k=50, seed=0),
+        sampling=SamplingSettings(max_new_tokens=3 * _ANSWER_TOKENS, temperature=0.7, top_k=50, seed=0),
     )
 
 

@@ -175,7 +175,8 @@ QUESTIONS = {
 
 # Passages of a person's own text.
 _FEWEST_PASSAGES, _MOST_HELD_OUT = 40, 200
-_PROMPT_WORDS, _FEWEST_WORDS, _MOST_WORDS = 6, 12, 50
+_PROMPT_WORDS, _FEWEST_WORDS, _MOST_WORDS = 6, 12, 40
+_SENTENCE = re.compile(r"\S.*?(?:[.!?]+[\"')\u201d\u2019]*(?=\s)|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,15 @@ def _cut_passages(text: str) -> list[str]:
 
 
 def _cut_words(paragraph: str) -> list[str]:
-    starts = [match.start() for match in re.finditer(r"\S+", paragraph)][::_MOST_WORDS]
+    """Return pieces of at most _MOST_WORDS words, cut between sentences; only a longer sentence is cut inside."""
+    starts, num_words = [0], 0
+    for sentence in _SENTENCE.finditer(paragraph):
+        words = [sentence.start() + word.start() for word in re.finditer(r"\S+", sentence.group())]
+        if num_words and num_words + len(words) > _MOST_WORDS:
+            starts.append(words[0])
+            num_words = 0
+        starts += words[_MOST_WORDS::_MOST_WORDS]
+        num_words += len(words) if len(words) <= _MOST_WORDS else _MOST_WORDS
     return [paragraph[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
 

@@ -123,11 +123,13 @@ def _build_datasets(
     stride = 1 if config.training.max_steps else context
     train = TextDataset(_encode_documents(documents.train, tokenizer), context, stride)
     held_out = _encode_documents(documents.held_out, tokenizer)
-    if len(held_out) <= context:
+    if len(held_out) <= context or not config.data.max_validation_rows:
         if documents.held_out:
-            logger.info("the held-out text has %d tokens, fewer than one window: nothing is evaluated", len(held_out))
+            logger.info("nothing is evaluated: %d held-out tokens, windows of %d", len(held_out), context)
         return train, None
-    return train, TextDataset(held_out, context)
+    # Bounded as rows are: windows spread over the whole held-out text, each as long as a training one.
+    apart = len(held_out) // max(1, config.data.max_validation_rows)
+    return train, TextDataset(held_out, context, max(context, apart))
 
 
 def _encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenArray:

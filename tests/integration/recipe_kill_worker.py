@@ -21,11 +21,11 @@ from smolora.recipes.finetune import finetune
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder
 
-STEPS = 16
+STEPS = 10
 
 
 def settings(base: Path, rows: Path) -> ExperimentConfig:
-    """Dropout on, a held-out loss every third step so that the best one moves, and checkpoints that are pruned."""
+    """Dropout on, a held-out loss every second step so that the best one moves, and checkpoints that are pruned."""
     values = {
         "model.name_or_path": base,
         "model.dtype": "float32",
@@ -33,10 +33,10 @@ def settings(base: Path, rows: Path) -> ExperimentConfig:
         "data.validation_fraction": 0.2,
         "adapter.r": 2,
         "adapter.lora_dropout": 0.1,
-        "training.learning_rate": 2e-2,
+        "training.learning_rate": 0.2,
         "training.max_steps": STEPS,
-        "training.eval_steps": 3,
-        "training.save_steps": 2,
+        "training.eval_steps": 2,
+        "training.save_steps": 3,
         "training.save_total_limit": 1,
         "training.logging_steps": 1,
     }
@@ -77,7 +77,7 @@ def main(base: Path, rows: Path, folder: Path, kills: int, seed: int) -> None:
         while True:
             child = tune_in_child(config, run)
             if killed < kills:
-                time.sleep(delays.uniform(whole / 4, whole))
+                time.sleep(delays.uniform(0.2, 0.9) * whole)
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             killed += os.WIFSIGNALED(status)

@@ -65,7 +65,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_pretraining_keeps_its_own_defaults_beside_what_is_set():
     training = resolve_config(PretrainConfig, assignments=["training.seed=3"]).training
-    assert (training.seed, training.learning_rate, training.max_steps) == (3, 1e-3, 2000)
+    assert (training.seed, training.learning_rate, training.max_steps) == (3, 3e-3, 2000)
 
 
 def test_a_dumped_configuration_reads_back_equal():

@@ -170,6 +170,12 @@ def test_cutting_passages_loses_no_word_to_learn_from(tmp_path):
     assert learned + held_out == words
 
 
+def test_a_long_paragraph_is_cut_between_sentences(tmp_path):
+    sentence = "One two three four five six seven eight nine ten. "
+    corpus = write_passages(tmp_path, [sentence * 400])
+    assert {row["completion"][-4:] for row in read_rows(corpus.rows)} == {"ten."}
+
+
 def test_too_little_text_says_how_much_is_needed(tmp_path):
     with pytest.raises(DataError, match=r"found 1 passages of 12 words or more, and the demo needs 40"):
         write_passages(tmp_path, ["word " * 20])
