@@ -89,7 +89,7 @@ def run_word(word: str, rest: list[str]) -> int:
     if word == "docs":
         return run([python, "tests/architecture/documents.py"])
     if word == "demo":
-        return run([python, "-m", "smolora", "demo", *rest])
+        return run([python, "-m", "smolora.cli", "demo", *rest])
     return 0
 
 

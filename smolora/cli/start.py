@@ -25,7 +25,7 @@ def demo(*, out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("demo-r
         out: Folder to write; it must not exist yet.
         text: A file or folder of your own text to pretrain on.
     """
-    open_terminal()
+    console = open_terminal()
     from smolora.recipes.demo import run_demo
 
-    run_demo(out, text)
+    run_demo(out, text, console=console)

@@ -49,6 +49,9 @@ class GPTConfig(Section):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability of dropping a feature, on embeddings, attention weights and both residual branches."""
 
+    bias: bool = False
+    """Whether linear layers and norms have biases. GPT-2 has; without, a step is some 5 % faster and the loss the same."""
+
     activation: Literal["gelu", "gelu_new"] = "gelu"
     """gelu is the exact one, and the faster on a CPU; gelu_new is the tanh approximation that GPT-2 was trained with."""
 

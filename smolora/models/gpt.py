@@ -28,10 +28,10 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.W_q = nn.Linear(config.width, config.width)
-        self.W_k = nn.Linear(config.width, config.width)
-        self.W_v = nn.Linear(config.width, config.width)
-        self.W_o = nn.Linear(config.width, config.width)
+        self.W_q = nn.Linear(config.width, config.width, bias=config.bias)
+        self.W_k = nn.Linear(config.width, config.width, bias=config.bias)
+        self.W_v = nn.Linear(config.width, config.width, bias=config.bias)
+        self.W_o = nn.Linear(config.width, config.width, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -56,9 +56,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(config.width, 4 * config.width)
+        self.linear1 = nn.Linear(config.width, 4 * config.width, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_new" else "none")
-        self.linear2 = nn.Linear(4 * config.width, config.width)
+        self.linear2 = nn.Linear(4 * config.width, config.width, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.width)
+        self.ln1 = nn.LayerNorm(config.width, bias=config.bias)
         self.attention = MultiHeadAttention(config)
-        self.ln2 = nn.LayerNorm(config.width)
+        self.ln2 = nn.LayerNorm(config.width, bias=config.bias)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -104,7 +104,7 @@ class GPTModel(nn.Module):
         self.position_embedding = nn.Embedding(config.context, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        self.ln_final = nn.LayerNorm(config.width)
+        self.ln_final = nn.LayerNorm(config.width, bias=config.bias)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
         self.init_weights()
@@ -129,7 +129,8 @@ class GPTModel(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, target_positions: Tensor | None = None

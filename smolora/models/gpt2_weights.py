@@ -108,8 +108,13 @@ def _build_gpt2_config(model: GPTModel, eos_token_id: int | None) -> GPT2Config:
 
 
 def _iter_gpt2_tensors(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield GPT-2's name and a copy of the values, for every tensor of `model`."""
+    """Yield GPT-2's name and a copy of the values, for every tensor of `model`; biases it doesn't have are zeros."""
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if not model.config.bias:
+        biases = {
+            name.replace(".weight", ".bias"): tensor for name, tensor in tensors.items() if _has_bias_in_gpt2(name)
+        }
+        tensors |= {name: tensor.new_zeros(tensor.shape[0]) for name, tensor in biases.items()}
     yield "transformer.wte.weight", tensors["token_embedding.weight"]
     yield "transformer.wpe.weight", tensors["position_embedding.weight"]
     for kind in ("weight", "bias"):
@@ -124,6 +129,10 @@ def _iter_gpt2_tensors(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
             yield f"{theirs}.attn.c_attn.{kind}", _transposed(fused)
     if "lm_head.weight" in tensors:  # Untied; a tied head isn't named twice.
         yield "lm_head.weight", tensors["lm_head.weight"]
+
+
+def _has_bias_in_gpt2(name: str) -> bool:
+    return name.endswith(".weight") and not name.startswith(("token_embedding", "position_embedding", "lm_head"))
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -155,6 +164,7 @@ def _read_gpt_config(found: GPT2Config, *, dropout: float | None) -> GPTConfig:
         context=found.n_positions,
         dropout=dropout,
         activation=_ACTIVATION_READ[found.activation_function],
+        bias=True,
         vocab_size=found.vocab_size,
     )
 

@@ -54,6 +54,8 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     if run.is_run(run.path):
         with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
             pass
+    if not resume and run.checkpoints():
+        raise ConfigError(f"{run.path} already holds a run. Continue with --resume, or choose another output folder.")
     if not resume or not run.is_run(run.path):
         run.refuse_existing()
         return config
@@ -108,7 +110,9 @@ def choose_callbacks(
 def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
     """Put the weights with the lowest held-out loss into `bundle`, and say what the run reached."""
     if state.best_eval_loss is None or state.best_step is None:
-        measured = "its held-out loss is lost" if state.base_eval_loss else "nothing was held out to measure it on"
+        measured = (
+            "its held-out loss is lost" if state.base_eval_loss is not None else "nothing was held out to measure it on"
+        )
         logger.info("done after %d steps; %s", state.step, measured)
         return
     if state.best_step != state.step:
@@ -134,7 +138,9 @@ def _stored_config(run: RunDir) -> dict[str, object]:
         stored = yaml.safe_load(run.resolved_config.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ModelError(f"{run.resolved_config} can't be read: {error}. The run can't be resumed.") from None
-    return stored if isinstance(stored, dict) else {}
+    if not isinstance(stored, dict):
+        raise ModelError(f"{run.resolved_config} can't be read: it holds no settings. The run can't be resumed.")
+    return stored
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:

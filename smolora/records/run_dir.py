@@ -70,14 +70,15 @@ class RunDir:
             FolderInUseError: Another process holds it.
             StorageError: The folder can't be created.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = self.lock_file.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise describe_os_error(error, self.path) from error
-        with file, _held_once(self.path):
-            _lock(file.fileno(), self.path)
-            yield
+        with _held_once(self.path):  # Before the file is opened: closing it again would let go of the first lock.
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = self.lock_file.open("a+", encoding="utf-8")
+            except OSError as error:
+                raise describe_os_error(error, self.path) from error
+            with file:
+                _lock(file.fileno(), self.path)
+                yield
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of `step` is or will be."""

@@ -24,7 +24,7 @@ _CHUNK = 1 << 20
 
 
 @contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
+def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
     """Yield a temporary sibling of `final`; rename it into place when the block ends without an error.
 
     Raises:
@@ -48,12 +48,14 @@ def staged_folder(final: Path) -> Iterator[Path]:
         _flush_folder(final.parent)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise error if isinstance(error, StorageError) else describe_os_error(error, final) from error
+        raise error if isinstance(error, StorageError) else describe_os_error(error, named or final) from error
     except SafetensorError as error:  # Its writer wraps what the system says in an error of its own.
         shutil.rmtree(staging, ignore_errors=True)
         if "os error" not in str(error):
             raise
-        raise StorageError(f"can't write {final}: {error}. Free space or choose another output folder.") from error
+        raise StorageError(
+            f"can't write {named or final}: {error}. Free space or choose another output folder."
+        ) from error
     except BaseException:  # Also KeyboardInterrupt: a half-written folder must not stay.
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -63,7 +65,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 def replaced_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling that takes the place of `final` when the block ends; until then `final` stays."""
     successor = final.with_name(f".tmp-new-{final.name}-{os.getpid()}")
-    with staged_folder(successor) as staging:
+    with staged_folder(successor, named=final) as staging:
         yield staging
     if final.exists():
         retire_folder(final)

@@ -86,14 +86,19 @@ class ProfileCallback(Callback):
             self._profile = None
 
 
+_WIDTH_FOR_A_BAR = 110
+"""Columns of a terminal; a narrower one has room for the numbers only."""
+
+
 class ProgressCallback(Callback):
     """One live line on a terminal; elsewhere a plain line per logged step."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        bar = [BarColumn(bar_width=20)] if console.width >= _WIDTH_FOR_A_BAR else []
         self._progress = Progress(
-            TextColumn("step {task.completed:>6.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            *bar,
             TextColumn("{task.fields[facts]}"),
             console=console,
             transient=True,
@@ -113,7 +118,8 @@ class ProgressCallback(Callback):
 
     def on_log(self, trainer: Trainer, record: StepRecord) -> None:
         if not self.console.is_terminal:
-            self._print(f"step {record.step:>6}/{trainer.state.total_steps}  {self._describe(trainer, record)}")
+            facts = f"{self._describe(trainer, record)}  lr {record.learning_rate:.1e}"
+            self._print(f"step {record.step:>6}/{trainer.state.total_steps}  {facts}")
 
     def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
         self._eval_loss = eval_loss
@@ -130,7 +136,7 @@ class ProgressCallback(Callback):
         seconds_a_step = (time.perf_counter() - self._started) / max(1, record.step - self._first_step)
         minutes, seconds = divmod(round(seconds_a_step * (trainer.state.total_steps - record.step)), 60)
         speed = f"{record.tokens_per_second:,.0f} tokens/s"
-        return f"loss {record.loss:.3f}{held_out}  {speed}  lr {record.learning_rate:.1e}  ETA {minutes}:{seconds:02}"
+        return f"loss {record.loss:.3f}{held_out}  {speed}  ETA {minutes}:{seconds:02}"
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -103,6 +103,7 @@ def _restore_parameters(bundle: ModelBundle, tensors: Mapping[str, Tensor], fold
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise ModelError(f"{folder}: {name} is {list(tensors[name].shape)}, the model's {list(parameter.shape)}.")
+    for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
 

@@ -143,6 +143,7 @@ class Trainer:
         self._start(resume=resume)
         with deferred_signals() as stop, ExitStack() as ending:
             ending.callback(self._model.train, was_training)
+            self._model.train()
             ending.callback(self._tell, lambda callback: callback.on_train_end(self))
             self._tell(lambda callback: callback.on_train_begin(self))
             ending.enter_context(self._gradient_checkpointing())
@@ -182,7 +183,6 @@ class Trainer:
         return float(summed / tokens)
 
     def _start(self, *, resume: bool) -> None:
-        self._model.train()
         checkpoint = None
         if resume and self._run_dir:
             checkpoint = self._run_dir.newest_checkpoint()

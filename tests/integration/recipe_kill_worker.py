@@ -1,7 +1,7 @@
 """Tunes through the recipe in forked children, and kills them at random moments until the run is done.
 
-A child that is killed inside its own work lasts a random share of what the whole run took, so that reading, training,
-evaluating, saving and the last write of the adapter are all hit in time. Prints what each run ended with.
+A child lasts a random share of what a whole run takes, so that its kill falls into reading, training, evaluating,
+saving or the last write of the adapter. Prints what each run ended with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def settings(base: Path, rows: Path) -> ExperimentConfig:
         "data.validation_fraction": 0.2,
         "adapter.r": 2,
         "adapter.lora_dropout": 0.1,
-        "training.learning_rate": 0.2,
+        "training.learning_rate": 1.0,
+        "training.lr_scheduler_type": "constant",
         "training.max_steps": STEPS,
         "training.eval_steps": 2,
         "training.save_steps": 3,

@@ -8,7 +8,7 @@ from smolora.errors import ConfigError
 from smolora.models.building import build_gpt
 from tests.tiny import tiny_tokenizer
 
-SHAPE = GPTConfig(num_layers=1, num_heads=2, width=8, context=16)
+SHAPE = GPTConfig(num_layers=1, num_heads=2, width=8, context=16, bias=True)
 
 
 def test_the_vocabulary_is_the_tokenizer_s_unless_a_larger_one_is_asked_for():

@@ -40,7 +40,7 @@ def test_every_end_of_text_counts_once():
 
 
 def test_parameters_are_counted_as_scalars_and_tied_ones_once(capsys):
-    model = GPTModel(GPTConfig(num_layers=1, num_heads=1, width=4, context=8, vocab_size=10))
+    model = GPTModel(GPTConfig(num_layers=1, num_heads=1, width=4, context=8, vocab_size=10, bias=True))
     blocks = 4 * (4 * 4 + 4) + (4 * 16 + 16) + (16 * 4 + 4) + 2 * 8
     assert count_parameters(model) == (40 + 32 + blocks + 8, 40 + 32 + blocks + 8)
     model.token_embedding.requires_grad_(False)

@@ -8,7 +8,7 @@ from smolora.config.model import GPTConfig
 from smolora.errors import ConfigError, DataError
 from smolora.models.gpt import GPTModel
 
-SHAPE = GPTConfig(num_layers=3, num_heads=4, width=32, context=24, vocab_size=50)
+SHAPE = GPTConfig(num_layers=3, num_heads=4, width=32, context=24, vocab_size=50, bias=True)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_promised_names_are_there(model):
 
 def test_initial_weights_follow_gpt2():
     torch.manual_seed(1)
-    model = GPTModel(GPTConfig(num_layers=8, num_heads=4, width=128, context=64, vocab_size=500))
+    model = GPTModel(GPTConfig(num_layers=8, num_heads=4, width=128, context=64, vocab_size=500, bias=True))
     block = model.blocks[3]
     for weight in (model.token_embedding.weight, block.attention.W_q.weight, block.feed_forward.linear1.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.03)

@@ -29,9 +29,10 @@ def build_gpt(**changes):
     return model
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-def test_a_saved_gpt_loads_in_plain_transformers_with_equal_logits(tmp_path, activation):
-    model = build_gpt(activation=activation)
+def test_a_saved_gpt_loads_in_plain_transformers_with_equal_logits(tmp_path, activation, bias):
+    model = build_gpt(activation=activation, bias=bias)
     model.save_pretrained(tmp_path / "gpt", eos_token_id=0)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt")
     ids = random_input_ids(12)
@@ -53,7 +54,7 @@ def test_a_tied_head_is_stored_once(tmp_path):
 
 
 def test_a_gpt_goes_to_disk_and_back_bit_by_bit(tmp_path):
-    model = build_gpt(activation="gelu", dropout=0.25)
+    model = build_gpt(activation="gelu", dropout=0.25, bias=True)
     model.save_pretrained(tmp_path / "gpt")
     again = GPTModel.from_pretrained(tmp_path / "gpt")
     assert again.config == model.config

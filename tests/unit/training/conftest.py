@@ -38,7 +38,7 @@ def make_trainer(tokenizer, dataset):
     def make(
         *, collate=collate_packed, dropout=0.0, rows=dataset, eval_dataset=None, run_dir=None, callbacks=(), **settings
     ):
-        shape = GPTConfig(num_layers=2, num_heads=2, width=16, context=32, dropout=dropout)
+        shape = GPTConfig(num_layers=2, num_heads=2, width=16, context=32, dropout=dropout, bias=True)
         defaults = {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 1}
         return Trainer(
             build_gpt(shape, tokenizer, seed=0),

@@ -111,7 +111,7 @@ def progress(make_trainer, *, is_terminal, **settings):
     return text.getvalue()
 
 
-FACTS = r"loss \d\.\d{3}(  held-out \d\.\d{3})?  [\d,]+ tokens/s  lr \d\.\de-\d\d  ETA \d+:\d\d"
+FACTS = r"loss \d\.\d{3}(  held-out \d\.\d{3})?  [\d,]+ tokens/s  ETA \d+:\d\d  lr \d\.\de-\d\d"
 
 
 def test_elsewhere_than_on_a_terminal_each_logged_step_is_a_plain_line(make_trainer):
@@ -122,7 +122,7 @@ def test_elsewhere_than_on_a_terminal_each_logged_step_is_a_plain_line(make_trai
 
 
 def test_the_last_line_has_no_time_left(make_trainer):
-    assert progress(make_trainer, is_terminal=False).splitlines()[-1].endswith("ETA 0:00")
+    assert progress(make_trainer, is_terminal=False).splitlines()[-1].split("  lr ")[0].endswith("ETA 0:00")
 
 
 def test_each_evaluation_is_a_line_that_says_which_is_the_lowest(make_trainer, dataset):
@@ -146,8 +146,8 @@ def test_a_run_that_a_callback_ends_says_why(make_trainer):
 def test_on_a_terminal_one_line_moves_and_is_gone_at_the_end(make_trainer, dataset):
     text = progress(make_trainer, is_terminal=True, eval_dataset=dataset, eval_steps=6, logging_steps=1)
     assert "6/6" in text
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    assert re.findall(r"held-out loss .*", plain) and not re.search(r"^step +\d/6  loss", plain, re.MULTILINE)
+    assert "held-out loss" in text
+    assert not re.search(r"/6  loss", text), "a plain line has no bar"
     assert text.endswith("\x1b[2K")  # The line is erased.
 
 

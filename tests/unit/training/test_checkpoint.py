@@ -99,10 +99,10 @@ def test_the_tensors_of_another_model_are_refused_before_any_is_copied(build, tm
 def test_a_tensor_of_another_shape_at_the_end_leaves_the_first_ones(build, tmp_path):
     save_checkpoint(tmp_path / "step", build(seed=0), SNAPSHOT, IDENTITY)
     file = tmp_path / "step" / "model.safetensors"
-    save_file({**load_file(file), "ln_final.bias": torch.zeros(9)}, file)
+    save_file({**load_file(file), "ln_final.weight": torch.zeros(9)}, file)
     other = build(seed=1)
     before = parameters(other)
-    with pytest.raises(ModelError, match=r"ln_final\.bias is \[9\]"):
+    with pytest.raises(ModelError, match=r"ln_final\.weight is \[9\]"):
         load_checkpoint(tmp_path / "step", other)
     assert_close(parameters(other), before, rtol=0, atol=0)
 

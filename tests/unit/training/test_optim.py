@@ -130,11 +130,11 @@ def test_a_change_of_one_bit_is_movement():
     require_movement(parameters, before, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checksum_reads_the_values_of_any_layout(dtype):
-    tensor = torch.arange(6.0, dtype=dtype).reshape(2, 3)
-    transposed = tensor.T.contiguous().T
-    assert tensor_checksums({"w": tensor}) == tensor_checksums({"w": transposed})
+def test_tensors_of_a_type_that_numpy_does_not_know_move_too():
+    parameters = {"w": torch.ones(2, 3, dtype=torch.bfloat16)}
+    before = tensor_checksums(parameters)
+    parameters["w"][1, 2] = 2.0
+    require_movement(parameters, before, 1)
 
 
 def lora(*, moved_a, moved_b):
