@@ -67,8 +67,8 @@ class PretrainConfig(Section):
     """The text."""
 
     training: TrainingConfig = Field(default_factory=_pretraining_defaults)
-    """The training loop. Its own defaults: 2,000 steps of 12 rows, cosine, weight decay 0.1, and a learning rate of 3e-3,
-    which suits a width of up to about 256; beyond, take 1e-3 or less."""
+    """The training loop. Its own defaults: 2,000 steps of 12 rows, cosine, weight decay 0.1, a learning rate of 3e-3
+    (for a width of up to about 256; beyond, take 1e-3 or less)."""
 
     evaluation: EvaluationConfig = EvaluationConfig(batch_size=32)
     """Evaluation during the run."""

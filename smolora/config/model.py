@@ -50,10 +50,10 @@ class GPTConfig(Section):
     """Probability of dropping a feature, on embeddings, attention weights and both residual branches."""
 
     bias: bool = False
-    """Whether linear layers and norms have biases. GPT-2 has; without, a step is some 5 % faster and the loss the same."""
+    """Whether linear layers and norms have biases, as GPT-2 has. Without, a step is faster; saved, they are zeros."""
 
     activation: Literal["gelu", "gelu_new"] = "gelu"
-    """gelu is the exact one, and the faster on a CPU; gelu_new is the tanh approximation that GPT-2 was trained with."""
+    """gelu is the exact one, and faster on a CPU; gelu_new is the tanh approximation that GPT-2 was trained with."""
 
     vocab_size: int | None = Field(default=None, ge=2)
     """Rows of the embedding. Left out, it is the tokenizer's size."""
