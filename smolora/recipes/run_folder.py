@@ -54,11 +54,11 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     if run.is_run(run.path):
         with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
             pass
-    if not resume and run.checkpoints():
-        raise ConfigError(f"{run.path} already holds a run. Continue with --resume, or choose another output folder.")
-    if not resume or not run.is_run(run.path):
+    if not resume:
         run.refuse_existing()
         return config
+    if not run.is_run(run.path):
+        return config  # Nothing to resume, or a lost configuration: then the checkpoints' identity decides.
     stored = _stored_config(run)
     if stored.keys() != config.model_dump().keys():
         raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")

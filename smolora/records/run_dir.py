@@ -57,7 +57,7 @@ class RunDir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; the output must be a folder.")
-        if self.is_run(self.path):
+        if self.is_run(self.path) or self.checkpoints():
             raise ConfigError(
                 f"{self.path} already holds a run. Continue it with --resume, or choose another output folder."
             )

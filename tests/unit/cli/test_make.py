@@ -77,7 +77,7 @@ def test_train_on_an_existing_run_is_refused_with_what_to_do(train, tmp_path):
     train(tmp_path / "run")
     code, _, err = train(tmp_path / "run")
     assert code == 2
-    assert "already holds a run. Continue with --resume, or choose another output folder" in err
+    assert "already holds a run. Continue it with --resume, or choose another output folder" in err
 
 
 def test_resume_alone_goes_on_with_what_the_run_started_with(smolora, train, tmp_path):
