@@ -69,6 +69,11 @@ def test_compressed_files_are_read_as_plain_ones(write, suffix, pack):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("a.csv.gz", b"text\nnot packed"), ("b.csv.gz", gzip.compress(b"text\n" * 999)[:-20]), ("c.csv.bz2", b"text\nno")],
+    ids=[
+        "not packed",
+        "cut off",
+        "not packed by bzip2",
+    ],  # An archive holds the time: every process would name it anew.
 )
 def test_a_damaged_archive_is_named(write, name, content):
     with pytest.raises(DataError, match=f"can't read .*{name}"):
