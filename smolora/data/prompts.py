@@ -53,6 +53,15 @@ class PromptFormat(Section):
     end_token: str | None = None
     """The token that ends a text or an answer. Left out, the tokenizer's own; chat templates bring theirs."""
 
+    def with_end_token(self, end_token: str | None) -> PromptFormat:
+        """Return the form with texts ended by `end_token`; in our plain chat template too, which has no mark of its own."""
+        if end_token is None:
+            return self
+        template = self.chat_template
+        if template == PLAIN_CHAT_TEMPLATE:
+            template = template.replace("{{ eos_token }}", end_token)
+        return PromptFormat(kind=self.kind, columns=self.columns, chat_template=template, end_token=end_token)
+
     def describe(self) -> str:
         """Return the mapping as a line for people.
 

@@ -76,7 +76,9 @@ def finetune(
     data = _prepare_data(config, base, out, dataset)
     layout = _choose_layout(base)
     bundle = _adapt(base, config, data)
-    with recorded_run(run, config, resume=resume, machine={**machine, "allocator": allocator, "batches": layout}):
+    identity = _identify(bundle, data, config)
+    machine |= {"allocator": allocator, "batches": layout}
+    with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
         data.rows.report.write(run.path)
         state = Trainer(
             bundle,
@@ -86,7 +88,7 @@ def finetune(
             eval_dataset=data.held_out,
             evaluation=config.evaluation,
             run_dir=run,
-            identity=_identify(bundle, data, config),
+            identity=identity,
             callbacks=choose_callbacks(run, config, callbacks),
         ).train(resume=resume)
         restore_best(run, bundle, state)
@@ -120,7 +122,7 @@ def _prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None,
         rows = read_dataset(dataset, config.data, seed=seed, tokenizer=base.tokenizer, out=out)
     else:
         rows = read_sources(config.data, seed=seed, tokenizer=base.tokenizer, out=out)
-    rows = replace(rows, fmt=rows.fmt.replace(end_token=choose_end_token(base)))
+    rows = replace(rows, fmt=rows.fmt.with_end_token(choose_end_token(base)))
     sides: list[tuple[list[Row], Side]] = [(rows.train, "train"), (rows.held_out, "validation")]
     encoded = [
         encode_rows(

@@ -71,7 +71,8 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         held_out=held_out.fingerprint if held_out else "",
         settings=fingerprint_settings(config),
     )
-    with recorded_run(run, config, resume=resume, machine={"device": f"{device} ({reason})", "allocator": allocator}):
+    machine = {"device": f"{device} ({reason})", "allocator": allocator}
+    with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
         documents.report.write(run.path)
         state = Trainer(
             bundle,

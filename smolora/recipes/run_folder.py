@@ -22,7 +22,7 @@ from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
-from smolora.training.checkpoint import load_checkpoint
+from smolora.training.checkpoint import RunIdentity, load_checkpoint
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,9 @@ def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
 
 
 @contextmanager
-def recorded_run(run: RunDir, config: RunConfig, *, resume: bool, machine: Mapping[str, str]) -> Iterator[None]:
+def recorded_run(
+    run: RunDir, config: RunConfig, *, resume: bool, identity: RunIdentity, machine: Mapping[str, str]
+) -> Iterator[None]:
     """Hold the run's lock and write what it is: resolved_config.yaml and env.json.
 
     Raises:
@@ -88,6 +90,8 @@ def recorded_run(run: RunDir, config: RunConfig, *, resume: bool, machine: Mappi
     with run.locked():
         if not resume:
             run.refuse_existing()
+        if resume and (checkpoint := run.newest_checkpoint()):
+            identity.require(checkpoint.path)  # Before anything is written: a refused resume must change nothing.
         run.sweep_leftovers()
         write_json(run.env, {**_describe_environment(), **machine})
         write_text(run.resolved_config, dump_config(config))

@@ -120,8 +120,10 @@ def test_a_resume_on_changed_rows_is_refused(tmp_path, base, rows):
 def test_a_resume_on_another_base_of_the_same_shape_is_refused(tmp_path, base, rows):
     finetune(config(base, rows), tmp_path / "run")
     other = save_tiny_model("llama", tmp_path / "other", seed=1)
+    before = RunDir(tmp_path / "run").resolved_config.read_text()
     with pytest.raises(ModelError, match="other base"):
         finetune(config(other, rows), tmp_path / "run", resume=True)
+    assert RunDir(tmp_path / "run").resolved_config.read_text() == before
 
 
 def test_a_rejected_row_stops_the_run_before_it_is_one(tmp_path, base, rows):
