@@ -54,7 +54,7 @@ class PromptFormat(Section):
     """The token that ends a text or an answer. Left out, the tokenizer's own; chat templates bring theirs."""
 
     def with_end_token(self, end_token: str | None) -> PromptFormat:
-        """Return the form with texts ended by `end_token`; in our plain chat template too, which has no mark of its own."""
+        """Return the form with texts ended by `end_token`; our plain chat template too, which has none of its own."""
         if end_token is None:
             return self
         template = self.chat_template
