@@ -14,6 +14,7 @@ from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
 from smolora.errors import ConfigError
 
@@ -35,6 +36,9 @@ class ExperimentConfig(Section):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation during the run."""
+
+    speed: SpeedConfig = SpeedConfig()
+    """The parts of the fast path."""
 
     @property
     def lora(self) -> LoRAConfig:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolora.adapters.attach import attach_adapter
+from smolora.adapters.fast_path import fast_path
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
@@ -77,8 +79,11 @@ def finetune(
     layout = _choose_layout(base)
     bundle = _adapt(base, config, data)
     identity = _identify(bundle, data, config)
-    machine |= {"allocator": allocator, "batches": layout}
-    with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
+    with ExitStack() as stack:
+        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=layout == "packed"))
+        logger.info("fast path: %s", fast.describe())
+        machine |= {"allocator": allocator, "batches": layout, "fast_path": fast.describe()}
+        stack.enter_context(recorded_run(run, config, resume=resume, identity=identity, machine=machine))
         data.rows.report.write(run.path)
         state = Trainer(
             bundle,

@@ -31,6 +31,7 @@ _FIXED = (
     "adapter.",
     "gpt.",
     "tokenizer.",
+    "speed.",
     "model.dtype",
     "model.task_type",
     "training.seed",
