@@ -26,6 +26,9 @@ class LoopFlags:
     eval_data: Annotated[str | None, At("data.eval_source")] = None
     """Held-out rows. Left out, some of the data is held out."""
 
+    text_field: Annotated[str | None, At("data.text_field")] = None
+    """Column of plain text, where it has another name than text."""
+
     max_steps: Annotated[int | None, At("training.max_steps")] = None
     """Updates; where given it decides alone, and the data repeats."""
 
@@ -73,9 +76,6 @@ class TrainFlags(LoopFlags):
 
     completion_field: Annotated[str | None, At("data.completion_field")] = None
     """Column that the model learns to answer."""
-
-    text_field: Annotated[str | None, At("data.text_field")] = None
-    """Column of plain text, where there is no prompt."""
 
     adapter: Annotated[str | None, At("adapter.path")] = None
     """Adapter, or the run that holds it, to continue from."""

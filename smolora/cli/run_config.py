@@ -34,7 +34,7 @@ def build_config(
     from smolora.records.run_dir import RunDir
 
     file, assignments = split_words(words)
-    base = RunDir(resumed).resolved_config if resumed is not None and RunDir.is_run(resumed) else None
+    base = RunDir(resumed).resolved_config if resumed is not None else None
     config = resolve_config(kind, base=base, file=file, flags=collect_settings(flags), assignments=assignments)
     if batch_size is None:
         return config

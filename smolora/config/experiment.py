@@ -107,7 +107,7 @@ def resolve_config(
 
     Args:
         kind: The configuration class.
-        base: The configuration that a run was started with, where it is resumed.
+        base: The configuration that a run was started with, where it is resumed; without that file, one is started.
         file: A YAML file with the sections of `kind`.
         flags: Values by dotted path; None means not given.
         assignments: Strings such as `training.learning_rate=1e-4`; the value is read as YAML.
@@ -116,7 +116,8 @@ def resolve_config(
         ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed.
     """
     values: dict[str, Any] = {}
-    for layer in (base, file):
+    is_afresh = base is not None and not base.is_file()
+    for layer in (None if is_afresh else base, file):
         values = _merge(values, _read_yaml(layer)) if layer else values
     for path, value in (flags or {}).items():
         if value is not None:
@@ -126,6 +127,8 @@ def resolve_config(
         if not separator:
             raise ConfigError(f"'{assignment}' isn't key.path=value.")
         _assign(values, path.strip(), _parse_value(assignment, text))
+    if base is not None and is_afresh:
+        _require_start(kind, values, base.parent)
     if kind is PretrainConfig:
         defaults = _pretraining_defaults().model_dump(exclude_unset=True)
         values["training"] = {**defaults, **_section(values, "training")}
@@ -134,6 +137,15 @@ def resolve_config(
             "model.name_or_path is missing. Name the base model with --model: a folder, a run or a hub id."
         )
     return kind(**values)
+
+
+def _require_start(kind: type[Section], values: dict[str, Any], folder: Path) -> None:
+    """Raise where a run was to be resumed, is not there, and can't be started with what was given."""
+    given = {"--data": _section(values, "data").get("sources")}
+    if kind is ExperimentConfig:
+        given = {"--model": _section(values, "model").get("name_or_path"), **given}
+    if missing := [flag for flag, value in given.items() if not value]:
+        raise ConfigError(f"{folder} holds no run to resume. To start one there, give {' and '.join(missing)} too.")
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

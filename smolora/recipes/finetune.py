@@ -16,7 +16,7 @@ from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.preprocessing import Side, encode_rows, render_marked
 from smolora.data.rows import Row
-from smolora.data.sources import SourceRows, read_dataset, read_sources
+from smolora.data.sources import SourceRows, check_sources, read_dataset, read_sources
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle, describe_trainable_parameters
@@ -68,11 +68,14 @@ def finetune(
     Raises:
         ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
         DataError: Rows are missing, rejected or too long.
+        StorageError: A source may not be read, or `out` not be written.
         ModelError: The model or adapter can't be loaded, or a checkpoint belongs to another base.
         BrokenRunError: The run can't have learned.
     """
     run = RunDir(out)
     config = settle_config(run, config, resume=resume)
+    if dataset is None:
+        check_sources(config.data)
     allocator = keep_large_blocks()
     base, machine = _load_base(config)
     data = _prepare_data(config, base, out, dataset)
@@ -103,6 +106,7 @@ def finetune(
 
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
     """Return the first examples as (text, is trained on) runs; nothing is written."""
+    check_sources(config.data)
     base, _ = _load_base(config)
     data = _prepare_data(config, base, None, None)
     return [render_marked(data.train[index], base.tokenizer) for index in range(min(count, len(data.train)))]

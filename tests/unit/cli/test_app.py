@@ -89,11 +89,12 @@ def test_a_mistake_in_the_command_line_is_one_message_and_exit_2(smolora, argume
 )
 def test_what_isnt_there_is_named_with_its_exit_code(smolora, tmp_path, monkeypatch, arguments, exit_code, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.csv").write_text("text\nhello\n")
     code, out, err = smolora(*arguments)
     assert (code, out) == (exit_code, "")
     assert message in err
     assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["d.csv"]
 
 
 class _Stdout(io.StringIO):

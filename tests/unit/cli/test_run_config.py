@@ -54,6 +54,7 @@ def test_every_pretrain_flag_reaches_its_path():
     flags = PretrainFlags(
         data=("a.txt",),
         eval_data="b.txt",
+        text_field="t",
         tokenizer="bpe",
         layers=3,
         heads=2,
@@ -69,7 +70,7 @@ def test_every_pretrain_flag_reaches_its_path():
     assert (config.data.sources, config.data.eval_source, config.tokenizer.kind) == (("a.txt",), "b.txt", "bpe")
     assert (config.gpt.num_layers, config.gpt.num_heads, config.gpt.width, config.gpt.context) == (3, 2, 8, 16)
     assert (config.training.max_steps, config.training.learning_rate, config.training.seed) == (5, 0.5, 6)
-    assert config.device == "cpu"
+    assert (config.data.text_field, config.device) == ("t", "cpu")
 
 
 def test_a_flag_beats_the_file_and_a_word_beats_the_flag(tmp_path):
@@ -131,7 +132,22 @@ def test_a_file_lies_above_a_resumed_runs_settings_key_by_key(stored, tmp_path):
 
 
 def test_resuming_where_no_run_is_starts_from_the_defaults(tmp_path):
-    assert _build(resumed=tmp_path) == _build()
+    flags = TrainFlags(model="m", data=("a.csv",))
+    assert _build(flags=flags, resumed=tmp_path) == _build(flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "missing"),
+    [
+        (ExperimentConfig, TrainFlags(), "--model and --data"),
+        (ExperimentConfig, TrainFlags(data=("a.csv",)), "--model"),
+        (ExperimentConfig, TrainFlags(model="m"), "--data"),
+        (PretrainConfig, PretrainFlags(), "--data"),
+    ],
+)
+def test_resuming_where_no_run_is_says_so_and_what_a_start_lacks(tmp_path, kind, flags, missing):
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no run to resume. .* give {missing} too"):
+        _build(flags=flags, kind=kind, resumed=tmp_path)
 
 
 def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):
