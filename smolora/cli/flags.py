@@ -105,9 +105,10 @@ class TrainFlags(LoopFlags):
 def collect_settings(flags: LoopFlags) -> dict[str, object]:
     """Return what was given, by path of the configuration."""
     given = {name: value for name, value in dataclasses.asdict(flags).items() if value not in (None, ())}
-    return {_path_of(type(flags), name): value for name, value in given.items()}
+    return {path_of(type(flags), name): value for name, value in given.items()}
 
 
-def _path_of(kind: type[LoopFlags], name: str) -> str:
+def path_of(kind: type[LoopFlags], name: str) -> str:
+    """Return the configuration's path that a flag sets."""
     [place] = [note for note in get_type_hints(kind, include_extras=True)[name].__metadata__ if isinstance(note, At)]
     return place.path
