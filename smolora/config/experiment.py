@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
 from smolora.config.training import TrainingConfig
 from smolora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class ExperimentConfig(Section):
@@ -101,6 +104,9 @@ def resolve_config(
 ) -> _Config:
     """Build a configuration from its layers; a later one wins: defaults, `base`, `file`, `flags`, `assignments`.
 
+    Epochs in a later layer replace `max_steps` of an earlier one, which would decide alone; flags and assignments
+    are one layer in this.
+
     Args:
         kind: The configuration class.
         base: The configuration that a run was started with, where it is resumed.
@@ -112,9 +118,21 @@ def resolve_config(
         ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed.
     """
     values: dict[str, Any] = {}
+    if kind is PretrainConfig:
+        values["training"] = _pretraining_defaults().model_dump(exclude_unset=True)
     for layer in (base, file):
-        values = _merge(values, _read_yaml(layer)) if layer else values
-    for path, value in (flags or {}).items():
+        values = _lay_over(values, _read_yaml(layer)) if layer else values
+    values = _lay_over(values, _read_command(flags or {}, assignments))
+    if kind is ExperimentConfig and not values.get("model"):
+        raise ConfigError(
+            "model.name_or_path is missing. Name the base model with --model: a folder, a run or a hub id."
+        )
+    return kind(**values)
+
+
+def _read_command(flags: Mapping[str, object], assignments: Iterable[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for path, value in flags.items():
         if value is not None:
             _assign(values, path, value)
     for assignment in assignments:
@@ -122,14 +140,32 @@ def resolve_config(
         if not separator:
             raise ConfigError(f"'{assignment}' isn't key.path=value.")
         _assign(values, path.strip(), _parse_value(assignment, text))
-    if kind is PretrainConfig:
-        defaults = _pretraining_defaults().model_dump(exclude_unset=True)
-        values["training"] = {**defaults, **_section(values, "training")}
-    if kind is ExperimentConfig and not values.get("model"):
-        raise ConfigError(
-            "model.name_or_path is missing. Name the base model with --model: a folder, a run or a hub id."
+    training = _training(values)
+    if training.get("max_steps") is not None and "num_train_epochs" in training:
+        logger.warning(
+            "training.max_steps = %s decides alone; training.num_train_epochs = %s has no effect.",
+            training["max_steps"],
+            training["num_train_epochs"],
         )
-    return kind(**values)
+    return values
+
+
+def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    for name, section in above.items():
+        if isinstance(section, dict) and not isinstance(below.get(name, {}), dict):
+            raise ConfigError(f"{name}: expected settings, found {below[name]!r}.")
+    values = _merge(below, above)
+    steps = _training(below).get("max_steps")
+    if steps is not None and "num_train_epochs" in _training(above) and "max_steps" not in _training(above):
+        values["training"]["max_steps"] = None
+        epochs = values["training"]["num_train_epochs"]
+        logger.info("training.num_train_epochs = %s replaces training.max_steps = %s", epochs, steps)
+    return values
+
+
+def _training(values: dict[str, Any]) -> dict[str, Any]:
+    section = values.get("training")
+    return section if isinstance(section, dict) else {}
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -140,13 +176,6 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def dump_config(config: Section) -> str:
     """Return the configuration as YAML, with every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name) or {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name}: expected settings, found {section!r}.")
-    return section
 
 
 def _parse_value(assignment: str, text: str) -> Any:
@@ -165,7 +194,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} isn't YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold sections such as 'model:' and 'training:', found {type(values).__name__}.")
-    return values
+    return {name: value for name, value in values.items() if value is not None}  # A section may be empty.
 
 
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:
