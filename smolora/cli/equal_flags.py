@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from smolora.cli.flags import LoopFlags, PretrainFlags, TrainFlags, path_of
+from smolora.cli.flags import LoopFlags, PretrainFlags, TrainFlags, paths_of
 from smolora.config import ExperimentConfig, PretrainConfig
 from smolora.config.base import Section
 
@@ -23,7 +21,7 @@ def find_equal(verb: str, unknown: str) -> str | None:
     if verb not in _KINDS:
         return None
     flags, config = _KINDS[verb]
-    flag_of = {path_of(flags, field.name): f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(flags)}
+    flag_of = {path: f"--{name.replace('_', '-')}" for path, name in paths_of(flags).items()}
     equal = {"output_dir": "--out"}
     for section, field in config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
