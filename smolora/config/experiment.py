@@ -142,6 +142,19 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flatten_settings(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested settings by dotted path.
+
+    >>> flatten_settings({"training": {"seed": 0}, "device": "cpu"})
+    {'training.seed': 0, 'device': 'cpu'}
+    """
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        nested = flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat.update(nested)
+    return flat
+
+
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     section = values.get(name) or {}
     if not isinstance(section, dict):

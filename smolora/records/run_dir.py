@@ -38,10 +38,14 @@ class RunDir:
         self.data_report = self.path / "data_report.json"
         self.rejects = self.path / "rejects.jsonl"
         self.metrics = self.path / "metrics.jsonl"
+        self.group_norms = self.path / "gradient_analysis.group_norms.csv"
+        self.layer_norms = self.path / "gradient_analysis.layer_norms.csv"
         self.profile = self.path / "profile.json"
         self.adapter = self.path / "adapter_checkpoint"
         self.merged = self.path / "final_merged"
         self.model = self.path / "model"
+        self.plots = self.path / "plots"
+        self.report = self.path / "report.html"
         self.lock_file = self.path / "run.lock"
 
     @staticmethod
