@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolora.analysis.phases import steps_within
-from smolora.analysis.run_record import Array, PhaseSpan
+from smolora.analysis.run_record import Array, PhaseSpan, has_number
 
 FEWEST_STEPS = 5
 """Below so many logged steps nothing is said about where a run learned, stalled or spiked."""
@@ -45,6 +45,14 @@ class Stall:
 
     first: int
     last: int
+
+
+def find_lowest(steps: Array, values: Array) -> tuple[float, float] | None:
+    """Return the step of the lowest value, and the value."""
+    if not has_number(values):
+        return None
+    index = int(np.nanargmin(values))
+    return float(steps[index]), float(values[index])
 
 
 def find_spikes(steps: Array, values: Array, phases: list[PhaseSpan]) -> list[Spike]:

@@ -6,7 +6,6 @@ A run is a folder. Frozen groups and layers are gaps. Norms are L2, before clipp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -37,13 +36,10 @@ from smolora.analysis.canvas import (
     shade_phases,
     write_inside,
 )
-from smolora.analysis.findings import layer_totals, measure_shares
+from smolora.analysis.findings import find_lowest, layer_totals, measure_shares
 from smolora.analysis.phases import describe_phases
-from smolora.analysis.run_record import Array, NormTable, RunRecord, has_number
+from smolora.analysis.run_record import Array, NormTable, RunRecord, RunSource, open_runs
 from smolora.errors import DataError
-
-RunSource = str | Path | RunRecord
-"""A run's folder, or one that was opened."""
 
 Style = tuple[str, Dashes]
 Color = str | tuple[float, float, float, float]
@@ -204,25 +200,6 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
     bar.minorticks_off()
     bar.ax.set_title("layer", loc="left", fontsize=FONT_SIZE, color=INK, pad=3)
     return _figure_of(panels[0])
-
-
-def open_runs(runs: Sequence[RunSource]) -> list[RunRecord]:
-    """Open every folder that isn't open yet.
-
-    Raises:
-        DataError: None was named, or one is missing.
-    """
-    if not runs:
-        raise DataError("no run was named. Name the folder of one, or of several.")
-    return [run if isinstance(run, RunRecord) else RunRecord(run) for run in runs]
-
-
-def find_lowest(steps: Array, values: Array) -> tuple[float, float] | None:
-    """Return the step of the lowest value, and the value."""
-    if not has_number(values):
-        return None
-    index = int(np.nanargmin(values))
-    return float(steps[index]), float(values[index])
 
 
 def _overlay(records: Sequence[RunRecord], curves: Mapping[str, str], *, fits_scale: bool = False) -> Figure:

@@ -147,6 +147,21 @@ class RunRecord:
         return find_phases(_to_array([line["step"] for line in lines]), [str(line["phase"]) for line in lines])
 
 
+RunSource = str | Path | RunRecord
+"""A run's folder, or one that was opened."""
+
+
+def open_runs(runs: Sequence[RunSource]) -> list[RunRecord]:
+    """Open every folder that isn't open yet.
+
+    Raises:
+        DataError: None was named, or one is missing.
+    """
+    if not runs:
+        raise DataError("no run was named. Name the folder of one, or of several.")
+    return [run if isinstance(run, RunRecord) else RunRecord(run) for run in runs]
+
+
 def find_phases(steps: Sequence[float] | Array, phases: Sequence[str]) -> list[PhaseSpan]:
     """Return the runs of equal phase names; empty where there is only one.
 
@@ -175,7 +190,7 @@ def _read_norms(path: Path) -> NormTable:
     except FileNotFoundError:
         raise DataError(
             f"there is no {path}: this run kept no gradient log. "
-            "smolora train writes one; train again to see where it learns."
+            "Tuning runs (smolora train) write one; train again to see where it learns."
         ) from None
     whole = text[: text.rfind("\n") + 1]  # The line that a writer is at, or was killed in, has no end yet.
     head, *rows = list(csv.reader(whole.splitlines())) or [[]]
