@@ -222,14 +222,14 @@ def displayable(text: str, *, longest: int = 60) -> str:
     'a run …g name'
     """
     font = get_font(findfont("DejaVu Sans"))
-    drawn = "".join(c if c == "\n" or (c.isprintable() and font.get_char_index(ord(c))) else "?" for c in text)
+    drawn = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in text)
     return drawn if len(drawn) <= longest else f"{drawn[: longest // 2]}…{drawn[-(longest // 2) :]}"
 
 
 def render_png(figure: Figure, *, dpi: int = 220) -> bytes:
-    """Return a figure as the bytes of a PNG, the same for the same figure."""
+    """Return a figure as the bytes of a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
@@ -244,4 +244,5 @@ def _write(
 ) -> None:
     """Put text at `offset` points from a place."""
     settings = {"fontsize": FONT_SIZE, "color": INK, "parse_math": False, "annotation_clip": False, **style}
-    panel.annotate(displayable(text), at, xytext=offset, xycoords=coordinates, textcoords="offset points", **settings)  # type: ignore[arg-type]
+    lines = "\n".join(map(displayable, text.split("\n")))
+    panel.annotate(lines, at, xytext=offset, xycoords=coordinates, textcoords="offset points", **settings)  # type: ignore[arg-type]

@@ -90,8 +90,8 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
-        return self.run.path.resolve().name
+        """The folder's own name, on one line."""
+        return " ".join(self.run.path.resolve().name.split())
 
     @cached_property
     def settings(self) -> dict[str, object]:
