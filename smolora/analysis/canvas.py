@@ -204,8 +204,9 @@ def scale_values(panels: Sequence[Axes], values: Sequence[Array]) -> None:
 
 
 def locate_decades(low: float, high: float) -> LogLocator:
-    """Return the places of a logarithmic axis' numbers: each power of ten, and three times it where there are few."""
-    return LogLocator(subs=(1, 3) if high < 300 * low else (1,), numticks=6)
+    """Return the places of a logarithmic axis' numbers: powers of ten, and numbers between them where those are few."""
+    between = (1, 2, 5) if high < 30 * low else (1, 3) if high < 300 * low else (1,)
+    return LogLocator(subs=between, numticks=6)
 
 
 def positive_range(values: Sequence[Array]) -> tuple[float, float]:

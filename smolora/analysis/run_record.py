@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +146,17 @@ class RunRecord:
         """The phases of the run in order; empty where all of it was one."""
         lines = [line for line in self.metrics if "phase" in line]
         return find_phases(_to_array([line["step"] for line in lines]), [str(line["phase"]) for line in lines])
+
+    @cached_property
+    def phase_certificates(self) -> dict[str, dict[str, object]]:
+        """What the run itself proved of each phase, by the phase's name; empty where there is no whole report."""
+        try:
+            report = json.loads(self.run.phase_report.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        phases = report.get("phases") if isinstance(report, dict) else None
+        found = [phase for phase in phases if isinstance(phase, dict)] if isinstance(phases, list) else []
+        return {str(phase.get("phase")): phase for phase in found}
 
 
 RunSource = str | Path | RunRecord

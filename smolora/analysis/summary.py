@@ -6,7 +6,7 @@ the text says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,6 +170,7 @@ def _say_phases(record: RunRecord) -> Iterator[str]:
     for phase in record.phases:
         trained = texts[phase.name] or "what it trained isn't known"
         about = f"{trained}{_say_active(record, phase)}; {_say_change(record, phase)}"
+        about += _say_movement(record.phase_certificates.get(phase.name, {}))
         yield f"Phase {phase.name} (logged steps {phase.first:,}-{phase.last:,}): {about}."
 
 
@@ -186,6 +187,20 @@ def _say_change(record: RunRecord, phase: PhaseSpan) -> str:
     steps, losses = record.curve("loss")
     inside = losses[steps_within(steps, phase)]
     return f"training loss {inside[0]:.3f} to {inside[-1]:.3f}" if len(inside) else "no loss logged"
+
+
+def _say_movement(certificate: Mapping[str, object]) -> str:
+    """Say how far the groups moved in a phase, as its certificate measured it, and what it found wrong."""
+    groups = certificate.get("groups")
+    distances = {
+        name: group.get("relative_distance")
+        for name, group in (groups.items() if isinstance(groups, dict) else ())
+        if isinstance(group, dict)
+    }
+    moved = [f"{name} by {way:.1%}" for name, way in distances.items() if isinstance(way, float | int) and way > 0]
+    text = f"; moved, of its length: {', '.join(moved)}" if moved else ""
+    problems = certificate.get("problems")
+    return f"{text}; the certificate failed: {_list(problems)}" if problems else text
 
 
 def _say_irregularities(record: RunRecord) -> Iterator[str]:

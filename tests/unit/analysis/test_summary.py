@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from smolora.analysis.summary import generate_summary_report
@@ -56,6 +58,27 @@ def test_the_layers_that_carried_the_gradient_are_named_by_phase(tmp_path):
     assert "Phase 1 (steps 1-10): 80% in layer 1 (an even share is 50%)." in text
     assert "Phase 2 (steps 11-20): spread evenly, from 36% in layer 2 to 64% in layer 3." in text
     assert "Phase 1 (logged steps 1-10): layers 0-1, 400 trainable parameters; training loss 3.637 to 2.271." in text
+
+
+def test_how_far_a_phase_moved_is_said_where_it_was_measured(tmp_path):
+    run = write_run(tmp_path / "run", phases=(("both", 10), ("mlp", 20)))
+    first = {"attention": {"relative_distance": 0.125}, "mlp": {"relative_distance": 0.5}}
+    second = {"attention": {"relative_distance": None}, "mlp": {"relative_distance": 0.25}}
+    phases = [
+        {"phase": 1, "groups": first, "problems": []},
+        {"phase": 2, "groups": second, "problems": ["2 tensors moved though frozen, first a"]},
+    ]
+    (run / "phase_report.json").write_text(json.dumps({"starts": [0, 10], "phases": phases}))
+    text = generate_summary_report(run)
+    assert "training loss 3.637 to 2.271; moved, of its length: attention by 12.5%, mlp by 50.0%.\n" in text
+    assert "mlp by 25.0%; the certificate failed: 2 tensors moved though frozen, first a.\n" in text
+
+
+@pytest.mark.parametrize("report", ["", "[]", "{}", '{"phases": 3}', '{"phases": [1, {"phase": 1, "groups": [2]}]}'])
+def test_a_phase_report_that_cannot_be_read_is_passed_over(tmp_path, report):
+    run = write_run(tmp_path / "run", phases=(("both", 10), ("mlp", 20)))
+    (run / "phase_report.json").write_text(report)
+    assert "moved" not in generate_summary_report(run).split("Phases")[1]
 
 
 def test_a_run_without_phases_is_told_by_thirds(tmp_path):
