@@ -69,7 +69,7 @@ def new_figure(
         labels: What will stand to the right of them: it decides their width.
         key: Lines under them, which say what a label stands for.
     """
-    right = 0.1 + _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0)
+    right = 0.12 + _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0)
     total = _TOP + sum(heights) + _GAP * (len(heights) - 1) + _BOTTOM + _LINE * len(key)
     figure = Figure(figsize=(_WIDTH, total), facecolor="white")
     panels: list[Axes] = []
@@ -89,7 +89,7 @@ def _style(panel: Axes, across: str | None) -> None:
     panel.tick_params(axis="x", which="both", labelbottom=across is not None)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set(linewidth=0.5, color=FAINT)
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=_TICKS))
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=_TICKS))
     panel.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=_TICKS))
     panel.margins(x=0.02)
     if across:
@@ -101,7 +101,7 @@ def name_panel(
 ) -> None:
     """Write above the axes what its values are, and each phase's name, with what it trains where there is room.
 
-    Beside the axes the words would cost a tenth of the width.
+    Call it when all is drawn. Beside the axes the words would cost a tenth of the width.
     """
     _write(panel, title, (2 - _LEFT * 72, 12 if phases else 5), at=(0, 1), va="bottom", weight="bold")
     if phases:
@@ -122,15 +122,17 @@ def part_phases(panel: Axes, phases: Sequence[PhaseSpan]) -> None:
 
 
 def _name_phases(panel: Axes, phases: Sequence[PhaseSpan], texts: Mapping[str, str]) -> None:
-    start, length = phases[0].start, phases[-1].end - phases[0].start
-    panel.set_xlim(start, phases[-1].end)
+    left = min(phases[0].start, panel.dataLim.x0)  # What was measured before the first step is left of all phases.
+    right = max(phases[-1].end, panel.dataLim.x1)
+    panel.set_xlim(left, right)
+    length = right - left
     letters = panel.get_position().width * _WIDTH / _CHARACTER
     for phase in phases:
         about = texts.get(phase.name)
         choices = [f"phase {phase.name}: {about}", f"{phase.name}: {about}"] if about else [f"phase {phase.name}"]
         room = (phase.end - phase.start) / length * letters
         text = next((choice for choice in choices if len(choice) <= room), phase.name)
-        middle = ((phase.start + phase.end) / 2 - start) / length
+        middle = ((phase.start + phase.end) / 2 - left) / length
         _write(panel, text, (0, 2), at=(middle, 1), ha="center", va="bottom", color=FAINT)
 
 
@@ -156,7 +158,7 @@ def label_ends(panel: Axes, ends: Sequence[LineEnd]) -> None:
     beside.sort(key=lambda pair: pair[0])
     sizes = [(end.text.count("\n") + 1) * FONT_SIZE * 1.25 / height for _, end in beside]
     for at, (_, end) in zip(_spread([at for at, _ in beside], sizes), beside, strict=True):
-        _write(panel, end.text, (3, 0), at=(1, at), va="center", color=end.color)
+        _write(panel, end.text, (5, 0), at=(1, at), va="center", color=end.color)
 
 
 def _spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:

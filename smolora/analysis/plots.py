@@ -38,7 +38,7 @@ from smolora.analysis.canvas import (
 )
 from smolora.analysis.findings import find_lowest, layer_totals, measure_shares
 from smolora.analysis.phases import describe_phases
-from smolora.analysis.run_record import Array, NormTable, RunRecord, RunSource, open_runs
+from smolora.analysis.run_record import Array, NormTable, PhaseSpan, RunRecord, RunSource, open_runs
 from smolora.errors import DataError
 
 Style = tuple[str, Dashes]
@@ -74,11 +74,12 @@ def plot_training_loss(*runs: RunSource) -> Figure:
         ends.append(_end(*held_out, lowest, RUN_STYLES[1]))
     [panel] = new_figure([1.5], labels=[end.text for end in ends])
     shade_phases(panel, record.phases)
-    name_panel(panel, "loss, nats per token", record.phases, describe_phases(record))
     _draw(panel, steps, losses, RUN_STYLES[0], label="training", linewidth=0.8)
     if held_out and best:
         _draw(panel, *held_out, RUN_STYLES[1], label="held-out", marker="o")
-        panel.plot(*best, marker="o", markersize=7, markerfacecolor="none", color=RUN_STYLES[1][0], label="lowest")
+        [ring] = panel.plot(*best, marker="o", markersize=7, color=RUN_STYLES[1][0], label="lowest")
+        ring.set(markerfacecolor="none", clip_on=False)
+    name_panel(panel, "loss, nats per token", record.phases, describe_phases(record))
     label_ends(panel, ends)
     return _figure_of(panel)
 
@@ -97,9 +98,9 @@ def plot_gradient_norms(*runs: RunSource) -> Figure:
     curves = {name: table.columns[name] for name in ("total", *table.groups) if name in table.columns}
     [panel] = new_figure([1.6], labels=list(curves))
     shade_phases(panel, record.phases)
-    name_panel(panel, "gradient norm (L2, before clipping)", record.phases, describe_phases(record))
     for name, values in curves.items():
         _draw(panel, table.steps, values, GROUP_STYLES[name], label=name, linewidth=0.8 if name == "total" else 1.1)
+    name_panel(panel, "gradient norm (L2, before clipping)", record.phases, describe_phases(record))
     scale_values([panel], list(curves.values()))
     label_ends(panel, [_end(table.steps, values, name, GROUP_STYLES[name]) for name, values in curves.items()])
     return _figure_of(panel)
@@ -135,7 +136,7 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
 
 
 def plot_layer_comparison(*runs: RunSource) -> Figure:
-    """Plot each layer's median gradient norm by group, the middle 80 % shaded; of several runs, a panel per group.
+    """Plot each layer's median gradient norm by group, the middle 80% shaded; of several runs, a panel per group.
 
     Steps at which a layer was frozen don't count.
 
@@ -185,7 +186,7 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
     by_layer = measure_shares(layer_totals(_layers_of(record, layers)))
     by_group = measure_shares(np.stack(list(table.groups.values())))
     panels = new_figure([0.95, 1.25], labels=[BAR_ROOM])
-    _stack_groups(panels[0], *_thin(table.steps, by_group), list(table.groups))
+    _stack_groups(panels[0], *_thin(table.steps, by_group), list(table.groups), record.phases)
     count = len(by_layer)
     shades = colormaps[_LAYER_COLORS].resampled(count)
     for band in _stack(panels[1], *_thin(layers.steps, by_layer), [shades(layer) for layer in range(count)]):
@@ -250,13 +251,15 @@ def _stack(panel: Axes, steps: Array, shares: Array, colors: Sequence[Color]) ->
     return panel.stackplot(edges, np.append(shares, shares[:, -1:], axis=1), colors=colors, step="post", linewidth=0)
 
 
-def _stack_groups(panel: Axes, steps: Array, shares: Array, names: Sequence[str]) -> None:
+def _stack_groups(panel: Axes, steps: Array, shares: Array, names: Sequence[str], phases: Sequence[PhaseSpan]) -> None:
     """Stack the groups, each named inside its band, or beside it where the band is thin."""
     bands = _stack(panel, steps, shares, [GROUP_STYLES[name][0] for name in names])
     beside = []
     for band, name, base, share in zip(bands, names, np.cumsum(shares, axis=0) - shares, shares, strict=True):
         band.set(alpha=0.45, label=name)
-        middle = _middle_of_longest(steps, share > _NAMED_SHARE)
+        is_high = share > max(_NAMED_SHARE, 0.8 * share.max())
+        is_high[np.searchsorted(steps, [phase.start for phase in phases[1:]])] = False  # A border crosses no name.
+        middle = _middle_of_longest(steps, is_high)
         if middle is not None:
             write_inside(panel, name, (float(steps[middle]), float(base[middle] + share[middle] / 2)))
         elif share[-1] > 0:

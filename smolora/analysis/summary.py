@@ -184,9 +184,15 @@ def _say_active(record: RunRecord, phase: PhaseSpan) -> str:
 
 
 def _say_change(record: RunRecord, phase: PhaseSpan) -> str:
+    """Say the loss at both ends of a phase, each the mean of a few steps, as one step says little."""
     steps, losses = record.curve("loss")
     inside = losses[steps_within(steps, phase)]
-    return f"training loss {inside[0]:.3f} to {inside[-1]:.3f}" if len(inside) else "no loss logged"
+    inside = inside[np.isfinite(inside)]
+    if not len(inside):
+        return "no loss logged"
+    few = min(5, (len(inside) + 1) // 2)
+    of_steps = f" (means of {few} logged steps)" if few > 1 else ""
+    return f"training loss {inside[:few].mean():.3f} to {inside[-few:].mean():.3f}{of_steps}"
 
 
 def _say_movement(certificate: Mapping[str, object]) -> str:

@@ -83,11 +83,18 @@ def test_norms_over_decades_take_a_logarithmic_axis_and_others_start_at_zero(tmp
 
 
 @pytest.mark.parametrize("plot", [plot_training_loss, plot_gradient_norms])
-def test_phases_are_shaded_where_they_are_and_named(run, plot):
-    figure = plot(run)
-    spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in figure.axes[0].patches]
+def test_phases_are_shaded_where_they_are(run, plot):
+    [panel] = plot(run).axes
+    spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in panel.patches]
     assert spans == [(1.0, 4.5), (4.5, 8.5), (8.5, 12.0)]
-    assert {"1: both", "phase 2: mlp", "3: attention"} <= {text.replace("phase 1", "1") for text in texts(figure)}
+    shades = [patch.get_facecolor() for patch in panel.patches]
+    assert shades[0] == shades[2] != shades[1]
+
+
+def test_phases_are_named_with_what_they_trained_as_far_as_there_is_room(tmp_path, run):
+    assert {"phase 1: both", "phase 2: mlp", "3: attention"} <= set(texts(plot_gradient_norms(run)))
+    short = write_run(tmp_path / "short", phases=(("both", 2), ("mlp", 40)))
+    assert {"1", "phase 2: mlp"} <= set(texts(plot_gradient_norms(short)))
 
 
 def test_a_run_of_one_phase_has_no_shade(tmp_path):
@@ -107,6 +114,18 @@ def test_the_loss_is_the_logged_one_and_the_lowest_held_out_loss_is_marked(run):
     assert line(panel, "held-out").get_xydata().tolist() == [[0, 4.1], [6, 2.5], [12, 2.7]]
     assert line(panel, "lowest").get_xydata().tolist() == [[6, 2.5]]
     assert "held-out\nlowest 2.500\nat step 6" in texts(panel.figure)
+
+
+def test_a_held_out_loss_before_the_first_step_is_inside_the_axes(run):
+    left, right = plot_training_loss(run).axes[0].get_xlim()
+    assert (left, right) == (0, 12)
+
+
+def test_a_band_is_named_where_it_is_high(run):
+    panel = plot_gradient_evolution(run).axes[0]
+    places = {text.get_text(): text.xy for text in panel.texts}
+    assert 5 <= places["mlp"][0] <= 8
+    assert 9 <= places["attention"][0] <= 12
 
 
 def test_a_loss_that_was_not_finite_is_a_gap(tmp_path):

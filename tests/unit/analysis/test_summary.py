@@ -57,7 +57,8 @@ def test_the_layers_that_carried_the_gradient_are_named_by_phase(tmp_path):
     assert "80% in mlp, 20% in attention" in text
     assert "Phase 1 (steps 1-10): 80% in layer 1 (an even share is 50%)." in text
     assert "Phase 2 (steps 11-20): spread evenly, from 36% in layer 2 to 64% in layer 3." in text
-    assert "Phase 1 (logged steps 1-10): layers 0-1, 400 trainable parameters; training loss 3.637 to 2.271." in text
+    assert "Phase 1 (logged steps 1-10): layers 0-1, 400 trainable parameters; training loss 3.142 to 2.420" in text
+    assert "(means of 5 logged steps)" in text
 
 
 def test_how_far_a_phase_moved_is_said_where_it_was_measured(tmp_path):
@@ -70,7 +71,7 @@ def test_how_far_a_phase_moved_is_said_where_it_was_measured(tmp_path):
     ]
     (run / "phase_report.json").write_text(json.dumps({"starts": [0, 10], "phases": phases}))
     text = generate_summary_report(run)
-    assert "training loss 3.637 to 2.271; moved, of its length: attention by 12.5%, mlp by 50.0%.\n" in text
+    assert "; moved, of its length: attention by 12.5%, mlp by 50.0%.\n" in text
     assert "mlp by 25.0%; the certificate failed: 2 tensors moved though frozen, first a.\n" in text
 
 
