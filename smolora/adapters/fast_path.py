@@ -21,7 +21,7 @@ from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
 from smolora.models.anatomy import Anatomy, Part
 from smolora.models.bundle import ModelBundle, read_config
-from smolora.models.fused_ops import Activation, gate, rms_norm
+from smolora.models.fused_ops import Activation, rms_norm
 from smolora.models.registry import FAMILIES, Fused
 from smolora.models.row_attention import AttentionSettings, Rotary, attend_rows, row_attention
 from smolora.models.rows import Rows
@@ -156,10 +156,10 @@ class _Installer:
         activation = _ACTIVATIONS.get(str(self._settings.get("hidden_act")))
         if activation is None or len(names) != 3:
             return set()
-        gate_up, down = (self._product(group) for group in (names[:2], names[2:]))
+        gate_up, down = self._product(names[:2]), self._product(names[2:], gated=activation)
         if gate_up is None or down is None:
             return set()
-        self._replace(self._model.get_submodule(names[0].rpartition(".")[0]), _mlp_forward(gate_up, down, activation))
+        self._replace(self._model.get_submodule(names[0].rpartition(".")[0]), lambda x: down(gate_up(x)))
         return set(names)
 
     def _install_norm(self, norm: nn.Module, fused: Fused) -> None:
@@ -174,7 +174,7 @@ class _Installer:
                 self._replace(self._model.get_submodule(part.name), product)
         self._parts.used.append("fused LoRA")
 
-    def _product(self, names: list[str]) -> LoRAProduct | None:
+    def _product(self, names: list[str], *, gated: Activation | None = None) -> LoRAProduct | None:
         layers = [self._model.get_submodule(name) for name in names]
         reason = next((reason for layer in layers if (reason := why_not_fast(layer))), None)
         if reason:
@@ -182,7 +182,7 @@ class _Installer:
             return None
         if not self._config.fused_lora:
             return None
-        return LoRAProduct(layers, packed=self._config.packed_weights)
+        return LoRAProduct(layers, packed=self._config.packed_weights, gated=gated)
 
     def _names(self, layer: int, *roles: str) -> list[str]:
         return [
@@ -222,10 +222,6 @@ def _attention_forward(
         return output(attended.flatten(1)[None]), None
 
     return forward
-
-
-def _mlp_forward(gate_up: LoRAProduct, down: LoRAProduct, activation: Activation) -> Callable[[Tensor], Tensor]:
-    return lambda x: down(gate(gate_up(x), activation))
 
 
 def _plain_model(bundle: ModelBundle) -> PreTrainedModel | None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smolora.runtime.memory import page_out
+
 _TYPICAL_TOKENS = 512
 """oneDNN's layout depends a little on the number of tokens; any number works."""
 
@@ -37,6 +39,9 @@ class FrozenLinear:
             self._backward_weight = _pack(weight.t())
         else:
             self._forward_weight, self._backward_weight = weight, weight.t()
+        if self._is_packed or len(weights) > 1:
+            for original in weights:
+                page_out(original)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[N, sum O_i]` of `[N, D]`."""
