@@ -116,6 +116,10 @@ HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy"
         ("from smolora import SmoLoRA; SmoLoRA('m', 'd.jsonl')", HEAVY),
         ("import smolora.config, smolora.errors, smolora.records.run_dir", HEAVY),
         ("import smolora.cli", (*HEAVY, "pydantic")),
+        (
+            "from smolora.cli.app import run; sys.stdout = sys.stderr; run(['--help']); sys.stdout = sys.__stdout__",
+            (*HEAVY, "pydantic", "markdown_it", "pygments"),
+        ),
         ("import smolora.runtime.console", HEAVY),
     ],
 )
