@@ -1,7 +1,8 @@
 """Where rows come from: files, folders, a folder that `prepare` wrote, a hub id, a dataset in memory.
 
 One path for all: find the files, read them, recognise the form, select, split. The type of a source is inferred from
-its name; what can't be told is an error that says what would do.
+its name; what can't be told is an error that says what would do. `datasets` and transformers cost seconds to
+import, so they are imported where a Dataset is made or a tokenizer loaded, which `prepare` of a file doesn't do.
 """
 
 from __future__ import annotations
@@ -11,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
-
 from smolora.config.data import DataConfig, FileType
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, resolve_prompt_format
@@ -21,9 +19,9 @@ from smolora.data.readers import infer_type, list_files, read_documents, read_ro
 from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
 from smolora.data.selection import RowSelection, split_validation
 from smolora.errors import DataError, did_you_mean
-from smolora.tokenizers.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 TRAIN_FILE = "train.jsonl"
@@ -135,6 +133,8 @@ class DatasetHandler:
         Raises:
             DataError: The source or the column is missing, or a row can't be used.
         """
+        from datasets import Dataset
+
         batches = _read_source(self.source, self.config, is_whole=self.config.chunk_size > 0)
         columns = list_columns(record for records in batches for record in records)
         # The default column is only a default: rows of another known form stay what they are.
@@ -174,6 +174,8 @@ def load_text_data(folder: str | Path) -> Dataset:
 
 def as_dataset(rows: Dataset | Iterable[Mapping[str, object]]) -> Dataset:
     """Return rows in memory as a dataset; one that is a dataset already is returned as it is."""
+    from datasets import Dataset
+
     return rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
 
 
@@ -183,6 +185,9 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
     Raises:
         DataError: It doesn't exist, can't be reached, or has no such split.
     """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     try:
         return load_dataset(name, split=split)
     except (OSError, ValueError, DatasetsError) as error:
@@ -265,7 +270,11 @@ def _rename(record: Row | Reject, renamed: dict[str, str]) -> Row | Reject:
 
 
 def _chunk_tokenizer(data: DataConfig) -> PreTrainedTokenizerBase | None:
-    return load_tokenizer(data.chunk_tokenizer) if data.chunk_size and data.chunk_tokenizer else None
+    if not (data.chunk_size and data.chunk_tokenizer):
+        return None
+    from smolora.tokenizers.pretrained import load_tokenizer
+
+    return load_tokenizer(data.chunk_tokenizer)
 
 
 def _require_sources(data: DataConfig) -> tuple[str, ...]:

@@ -121,6 +121,8 @@ HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy"
             (*HEAVY, "pydantic", "markdown_it", "pygments"),
         ),
         ("import smolora.runtime.console", HEAVY),
+        ("import smolora.recipes.prepare", ("torch", "transformers", "datasets", "peft", "accelerate")),
+        ("import smolora.recipes.finetune, smolora.recipes.pretrain", ("datasets", "pandas")),
     ],
 )
 def test_importing_loads_nothing_heavy(statement, unwanted):
