@@ -148,9 +148,12 @@ def _normalize_unicode(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
 def _normalize_whitespace(text: str) -> str:
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+    return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip("\n")
 
 
 def _flatten_whitespace(text: str) -> str:
