@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from smolora import __version__
 from smolora.cli.ask import chat, generate
@@ -72,6 +72,12 @@ def run(arguments: Sequence[str]) -> int:
 def _describe_usage(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument '{error.unused_tokens[0]}'. See smolora --help."
+    if isinstance(error, UnknownOptionError) and error.command_chain:
+        from smolora.cli.equal_flags import find_equal
+
+        flag = error.token.keyword or error.token.value
+        if equal := find_equal(error.command_chain[0], flag):
+            return f"Unknown option: {flag}. Did you mean {equal}?"
     return " ".join(str(error).split())
 
 

@@ -12,6 +12,7 @@ from smolora.config.experiment import (
     resolve_config,
 )
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PrepareConfig",
     "PretrainConfig",
     "RunConfig",
+    "SpeedConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "dump_config",

@@ -16,16 +16,13 @@ from typing import TYPE_CHECKING
 from smolora.config.data import DataConfig, FileType
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, resolve_prompt_format
-from smolora.data.readers import Read, iter_rows, read_documents
-from smolora.data.rows import Reject, Row, list_columns
+from smolora.data.readers import Read, iter_rows, read_columns, read_documents
+from smolora.data.rows import Reject, Row
 from smolora.data.selection import RowSelection
 from smolora.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_MIXED_TYPES: tuple[FileType, ...] = ("jsonl", "json")
-"""Types of files whose rows may differ in their columns."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,16 @@ class Source:
 
     name: str
     read: Callable[[], Read]
-    is_mixed: bool = False
-    """Whether its rows may differ in their columns."""
+    list_columns: Callable[[], list[str]] | None = None
+    """Reads the columns of all rows; None where the first row has them all."""
 
     @cached_property
     def columns(self) -> list[str]:
         """The columns of all rows, in the order they first appear; none where there is no row."""
-        rows = (record for record in self.read() if isinstance(record, Row) and record.values)
-        if self.is_mixed:
-            return list_columns(rows)
-        return list(next(rows, Row({}, "", 0)).values)
+        if self.list_columns is not None:
+            return self.list_columns()
+        rows = (record.values for record in self.read() if isinstance(record, Row) and record.values)
+        return list(next(rows, ()))
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,10 @@ def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Sou
     """Return a file as a source; `is_whole` reads a text file as documents and not as lines."""
     if is_whole and file_type == "txt":
         return Source(str(path), lambda: iter(read_documents(path)))
-    return Source(str(path), lambda: iter_rows(path, file_type), is_mixed=file_type in _MIXED_TYPES)
+    is_mixed = file_type in ("jsonl", "json")  # Their rows may differ in their columns.
+    return Source(
+        str(path), lambda: iter_rows(path, file_type), (lambda: read_columns(path, file_type)) if is_mixed else None
+    )
 
 
 def stream_rows(
@@ -92,6 +92,35 @@ def stream_rows(
     return RowStream(rows, None if held_out is None else select_held_out(held_out), fmt, report)
 
 
+def refuse_rowless(sources: Sequence[Source], data: DataConfig, report: DataReport, out: Path | None) -> DataError:
+    """Return what to say of sources without a single row; raise instead where they hold nothing but rejects."""
+    for record in chain.from_iterable(source.read() for source in sources):
+        report.files[record.file] += 1
+        report.rejects += [record] if isinstance(record, Reject) else []
+    report.check_rejects(data.max_rejects, out)
+    return _describe_emptiness(data)
+
+
+def close_report(report: DataReport, data: DataConfig, *, train: int, held_out: int, out: Path | None) -> None:
+    """Enter what was kept into the report, and raise unless it adds up to something to learn from.
+
+    Raises:
+        DataError: Too many rows were rejected, or none is left.
+        BrokenRunError: A row was lost or counted twice.
+    """
+    report.train, report.held_out = train, held_out
+    report.check_rejects(data.max_rejects, out)
+    report.check()
+    if not train:
+        raise _describe_emptiness(data)
+
+
+def _describe_emptiness(data: DataConfig) -> DataError:
+    """Say the same of an empty file, of blank lines, and of rows without text."""
+    named = ", ".join(data.sources) or "the dataset"
+    return DataError(f"no rows to learn from in {named}: it is empty, or every row lacks text. Name one with text.")
+
+
 def _resolve_first(
     sources: Sequence[Source],
     data: DataConfig,
@@ -103,11 +132,7 @@ def _resolve_first(
     for source in sources:
         if source.columns:
             return resolve_prompt_format(source.columns, data, tokenizer)
-    for record in chain.from_iterable(source.read() for source in sources):
-        report.files[record.file] += 1
-        report.rejects += [record] if isinstance(record, Reject) else []
-    report.check_rejects(0, out)
-    raise DataError("the data holds no rows, only blank lines." if report.read else "the data holds no rows.")
+    raise refuse_rowless(sources, data, report, out)
 
 
 def _iter_alike(sources: Sequence[Source], fmt: PromptFormat, data: DataConfig) -> Iterator[Row | Reject]:

@@ -7,7 +7,8 @@ import, so they are imported where a Dataset is made or a tokenizer loaded, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING
 from smolora.config.data import DataConfig, FileType
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat
-from smolora.data.readers import infer_type, list_files
-from smolora.data.row_stream import RowStream, Source, open_file, stream_rows
+from smolora.data.readers import check_readable, infer_type, list_files
+from smolora.data.row_stream import RowStream, Source, close_report, open_file, refuse_rowless, stream_rows
 from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
 from smolora.errors import DataError, did_you_mean
+from smolora.runtime.hub import find_hub_problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +50,22 @@ class Documents:
     train: list[str]
     held_out: list[str]
     report: DataReport
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise unless every source is there and may be read: seconds, or a download, sooner than a model is loaded.
+
+    Raises:
+        DataError: No source is named, or one isn't there.
+        StorageError: A file may not be read.
+    """
+    held_out = [] if data.eval_source is None else [(data.eval_source, None)]
+    for source, file_type in [*((source, data.file_type) for source in _require_sources(data)), *held_out]:
+        found = _locate(source, file_type)
+        if found is None:
+            load_dataset_from_hub(source)  # Once it is in the cache, reading it again costs next to nothing.
+        for file, _ in found or ():
+            check_readable(file)
 
 
 def read_sources(
@@ -99,7 +117,9 @@ def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Docum
     train = [part for source in _require_sources(data) for part in _open_source(source, data, is_whole=True)]
     held_out = _open_held_out(data, is_whole=True) or []
     columns = _columns_of(train)
-    field = find_column(data.text_field or "text", columns)
+    if not columns:
+        raise refuse_rowless(train, data, report, out)
+    field = _find_text_column(columns, data)
     chooser = RowSelection(PromptFormat(kind="text", columns={"text": field}), data, report, _chunk_tokenizer(data))
     texts = [
         [str(row.values[field]) for row in chooser.select((record for one in part for record in one.read()), set())]
@@ -183,14 +203,31 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    problem = find_hub_problem(name, "dataset")
     try:
-        return load_dataset(name, split=split)
+        with _cache_only() if problem else nullcontext():
+            return load_dataset(name, split=split)
+    except ConnectionError as error:
+        raise DataError(
+            f"no file or folder '{name}' here, and the hub didn't give it: {problem or error}. "
+            "Check the name, or the network."
+        ) from error
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"can't load {name!r}, split {split!r}, from the hub: {reason} "
-            "If you meant a file or a folder, there is none of that name here."
-        ) from error
+        raise DataError(f"can't load {name!r}, split {split!r}, from the hub: {reason}") from error
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Let datasets look into its cache alone inside the block; otherwise it asks the hub for half a minute."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def stream_sources(
@@ -206,20 +243,6 @@ def stream_sources(
     return _stream(train, _open_held_out(data, is_whole=is_whole), data, tokenizer=tokenizer, out=out)
 
 
-def close_report(report: DataReport, data: DataConfig, *, train: int, held_out: int, out: Path | None) -> None:
-    """Enter what was kept into the report, and raise unless it adds up to something to learn from.
-
-    Raises:
-        DataError: Too many rows were rejected, or none is left.
-        BrokenRunError: A row was lost or counted twice.
-    """
-    report.train, report.held_out = train, held_out
-    report.check_rejects(data.max_rejects, out)
-    report.check()
-    if not train:
-        raise DataError(f"no rows are left to learn from.\n{report.describe()}")
-
-
 def _stream(
     train: Sequence[Source],
     held_out: Sequence[Source] | None,
@@ -229,6 +252,13 @@ def _stream(
     out: Path | None,
 ) -> RowStream:
     return stream_rows(train, held_out, data, tokenizer=tokenizer, chunk_tokenizer=_chunk_tokenizer(data), out=out)
+
+
+def _find_text_column(columns: Sequence[str], data: DataConfig) -> str:
+    try:
+        return find_column(data.text_field or "text", columns)
+    except DataError as error:
+        raise DataError(f"{error} Name the one to read with --text-field X (data.text_field=X).") from None
 
 
 def _gather(stream: RowStream, data: DataConfig, *, seed: int, out: Path | None) -> SourceRows:
@@ -266,13 +296,20 @@ def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
 
 def _open_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Source]:
     """Open what is learned from one source, file by file; `is_whole` reads text files as documents."""
-    path = Path(source).expanduser()
-    if data.file_type == "hub" or (data.file_type is None and not path.exists() and _may_be_hub_id(source)):
+    found = _locate(source, data.file_type)
+    if found is None:
         return [_open_dataset(load_dataset_from_hub(source), source)]
+    return [open_file(file, kind, is_whole=is_whole) for file, kind in found]
+
+
+def _locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType]] | None:
+    """Return the files of a source and how to read them; None where it is of the hub."""
+    path = Path(source).expanduser()
+    if file_type == "hub" or (file_type is None and not path.exists() and _may_be_hub_id(source)):
+        return None
     if not path.exists():
         raise DataError(f"no such file or folder: {source}.{_suggest_sibling(path)}")
-    found = _find_files(path, data.file_type)
-    return [open_file(file, kind, is_whole=is_whole) for file, kind in found]
+    return _find_files(path, file_type)
 
 
 def _find_validation_file(folder: Path) -> Path | None:
@@ -301,9 +338,9 @@ def _find_files(path: Path, file_type: FileType | None) -> list[tuple[Path, File
                 f"can't tell the type of {path} from its name. Name it with --file-type: {', '.join(sorted(known))}."
             )
         return [(path, kind)]
+    files = list_files(path, {file_type} if file_type else known)  # First, as it says so where the folder is locked.
     if (path / TRAIN_FILE).is_file():
         return [(path / TRAIN_FILE, "jsonl")]
-    files = list_files(path, {file_type} if file_type else known)
     kinds = {kind for file in files if (kind := infer_type(file)) is not None}
     if not files:
         wanted = file_type or ", ".join(sorted(known))

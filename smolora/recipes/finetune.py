@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolora.adapters.attach import attach_adapter
+from smolora.adapters.fast_path import fast_path
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.preprocessing import Side, encode_rows, render_marked
 from smolora.data.rows import Row
-from smolora.data.sources import SourceRows, read_dataset, read_sources
+from smolora.data.sources import SourceRows, check_sources, read_dataset, read_sources
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle, describe_trainable_parameters
@@ -66,19 +68,25 @@ def finetune(
     Raises:
         ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
         DataError: Rows are missing, rejected or too long.
+        StorageError: A source may not be read, or `out` not be written.
         ModelError: The model or adapter can't be loaded, or a checkpoint belongs to another base.
         BrokenRunError: The run can't have learned.
     """
     run = RunDir(out)
     config = settle_config(run, config, resume=resume)
+    if dataset is None:
+        check_sources(config.data)
     allocator = keep_large_blocks()
     base, machine = _load_base(config)
     data = _prepare_data(config, base, out, dataset)
     layout = _choose_layout(base)
     bundle = _adapt(base, config, data)
     identity = _identify(bundle, data, config)
-    machine |= {"allocator": allocator, "batches": layout}
-    with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
+    with ExitStack() as stack:
+        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=layout == "packed"))
+        logger.info("fast path: %s", fast.describe())
+        machine |= {"allocator": allocator, "batches": layout, "fast_path": fast.describe()}
+        stack.enter_context(recorded_run(run, config, resume=resume, identity=identity, machine=machine))
         data.rows.report.write(run.path)
         state = Trainer(
             bundle,
@@ -98,6 +106,7 @@ def finetune(
 
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
     """Return the first examples as (text, is trained on) runs; nothing is written."""
+    check_sources(config.data)
     base, _ = _load_base(config)
     data = _prepare_data(config, base, None, None)
     return [render_marked(data.train[index], base.tokenizer) for index in range(min(count, len(data.train)))]

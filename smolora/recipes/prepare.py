@@ -8,16 +8,21 @@ from pathlib import Path
 
 from smolora.config.data import DataConfig
 from smolora.data.ledger import DataReport
+from smolora.data.prompts import PromptFormat, rename_to_roles
+from smolora.data.row_stream import close_report
 from smolora.data.rows import Row
 from smolora.data.selection import choose_held_out
-from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, close_report, stream_sources
+from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, stream_sources
 from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import replaced_folder
+from smolora.records.staging import replaced_folder, require_writable
 
 
 def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -> DataReport:
     """Read, clean, chunk, deduplicate and split a source into a folder that `train` and `pretrain` read.
+
+    The rows' columns are called by what they are for (`text`, or `prompt` and `completion`, ...), whatever the source
+    calls them.
 
     Args:
         source: A file, a folder or a hub id.
@@ -28,15 +33,15 @@ def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -
     Raises:
         ConfigError: `out` holds something already.
         DataError: The source can't be used, or too many rows were rejected.
+        StorageError: `out` can't be written.
     """
+    require_writable(out)
     _refuse_existing(out)
     stream = stream_sources(data.replace(sources=(str(source),)), out=out)
-    with replaced_folder(
-        out
-    ) as folder:  # What an earlier attempt, stopped by rejected rows, left goes when all is well.
+    with replaced_folder(out) as folder:  # It may hold the account of an attempt that was stopped by rejected rows.
         train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
-        num_train = _write_rows(stream.train, train)
-        num_held_out = _write_rows(stream.held_out or (), held_out)
+        num_train = _write_rows(stream.train, stream.fmt, train)
+        num_held_out = _write_rows(stream.held_out or (), stream.fmt, held_out)
         if stream.held_out is None:
             num_held_out = _hold_out(train, held_out, choose_held_out(num_train, data, seed=seed))
             num_train -= num_held_out
@@ -57,13 +62,13 @@ def _account_files(out: Path) -> list[Path]:
     return [RunDir(out).data_report, RunDir(out).rejects]
 
 
-def _write_rows(rows: Iterable[Row], path: Path) -> int:
+def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:
     # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
     encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            file.write(encode(row.values) + "\n")
+            file.write(encode(rename_to_roles(row.values, fmt)) + "\n")
             count += 1
     return count
 

@@ -19,7 +19,7 @@ from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_con
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import find_damage, write_json, write_text
+from smolora.records.staging import find_damage, require_writable, write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
@@ -31,6 +31,7 @@ _FIXED = (
     "adapter.",
     "gpt.",
     "tokenizer.",
+    "speed.",
     "model.dtype",
     "model.task_type",
     "training.seed",
@@ -48,9 +49,11 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     Raises:
         ConfigError: A run is here and `resume` isn't set, or a setting changed that a checkpoint depends on.
         ModelError: The stored configuration can't be read.
+        StorageError: The folder can't be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a run takes one process as yet, and WORLD_SIZE asks for more. Start it without torchrun.")
+    require_writable(run.path)
     if run.is_run(run.path):
         with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
             pass

@@ -10,9 +10,13 @@ from torch import nn
 
 
 class _Recomputing(Protocol):
-    """What GPTModel, transformers and peft models have in common."""
+    """What GPTModel and the models of transformers and peft offer, by the newer or the older name."""
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, bool]) -> None: ...
+    def activation_checkpointing_enable(self, kwargs: Mapping[str, bool], /) -> None: ...
+
+    def activation_checkpointing_disable(self) -> None: ...
+
+    def gradient_checkpointing_enable(self, kwargs: Mapping[str, bool], /) -> None: ...
 
     def gradient_checkpointing_disable(self) -> None: ...
 
@@ -25,8 +29,12 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     of tensors that trains nothing.
     """
     recomputing = cast("_Recomputing", model)
-    recomputing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        enable, disable = recomputing.activation_checkpointing_enable, recomputing.activation_checkpointing_disable
+    except AttributeError:  # GPTModel, and transformers before 5.23, which deprecates the older name.
+        enable, disable = recomputing.gradient_checkpointing_enable, recomputing.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
     try:
         yield
     finally:
-        recomputing.gradient_checkpointing_disable()
+        disable()
