@@ -102,6 +102,8 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     _refuse_tied_head(adapter, bundle)
     updates = _build_updates(adapter, bundle)
     probe = probe_adapter(bundle, updates)
+    source, fingerprint = bundle.source, bundle.fingerprint
+    del bundle  # Its mapped files, before the merged ones are.
     matched = match_updates(updates, stored)
     dtypes = sorted({tensor.dtype for _, tensor in matched.values()})
     updates_by_tensor = {name: update for name, (update, _) in matched.items()}
@@ -111,8 +113,8 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         _copy_settings(base_folder, adapter_folder, staging)
         difference, tolerance = verify_merged(load_model(staging, dtype=dtype), probe, dtypes)
         report = MergeReport(
-            base=bundle.source,
-            base_fingerprint=bundle.fingerprint,
+            base=source,
+            base_fingerprint=fingerprint,
             adapter=str(adapter_folder),
             out=str(out),
             dtype=", ".join(dtypes),
