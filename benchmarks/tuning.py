@@ -146,6 +146,7 @@ def run_trl(arm: str, folder: Path, rows: TokenDataset, config: TrainingConfig) 
         gradient_checkpointing=False,
         use_cpu=True,
         max_length=None,
+        completion_only_loss=True,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

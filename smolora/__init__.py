@@ -12,6 +12,14 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.adapters.attach import setup_model_with_lora
     from smolora.adapters.store import load_bundle
     from smolora.adapters.wrapper import PEFTModelWrapper
+    from smolora.analysis.plots import (
+        plot_gradient_evolution,
+        plot_gradient_norms,
+        plot_layer_comparison,
+        plot_layer_heatmap,
+        plot_training_loss,
+    )
+    from smolora.analysis.summary import generate_summary_report
     from smolora.api import SmoLoRA
     from smolora.config import (
         ATTENTION_ONLY,
@@ -106,12 +114,18 @@ __all__ = [
     "TrainingConfig",
     "TransformerBlock",
     "chunk_texts",
+    "generate_summary_report",
     "get_data_collator",
     "get_preprocessor",
     "get_scheduler",
     "load_bundle",
     "load_dataset_from_hub",
     "load_text_data",
+    "plot_gradient_evolution",
+    "plot_gradient_norms",
+    "plot_layer_comparison",
+    "plot_layer_heatmap",
+    "plot_training_loss",
     "prepare_dataset",
     "print_trainable_parameters",
     "read_csv",
@@ -165,12 +179,18 @@ _HOMES = {
     "TrainingConfig": "smolora.config",
     "TransformerBlock": "smolora.models.gpt",
     "chunk_texts": "smolora.data.pipeline",
+    "generate_summary_report": "smolora.analysis.summary",
     "get_data_collator": "smolora.data.collate",
     "get_preprocessor": "smolora.data.preprocessing",
     "get_scheduler": "smolora.training.schedules",
     "load_bundle": "smolora.adapters.store",
     "load_dataset_from_hub": "smolora.data.sources",
     "load_text_data": "smolora.data.sources",
+    "plot_gradient_evolution": "smolora.analysis.plots",
+    "plot_gradient_norms": "smolora.analysis.plots",
+    "plot_layer_comparison": "smolora.analysis.plots",
+    "plot_layer_heatmap": "smolora.analysis.plots",
+    "plot_training_loss": "smolora.analysis.plots",
     "prepare_dataset": "smolora.data.sources",
     "print_trainable_parameters": "smolora.models.bundle",
     "read_csv": "smolora.data.readers",

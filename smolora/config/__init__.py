@@ -9,6 +9,7 @@ from smolora.config.experiment import (
     PretrainConfig,
     RunConfig,
     dump_config,
+    flatten_settings,
     resolve_config,
 )
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
@@ -32,5 +33,6 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "dump_config",
+    "flatten_settings",
     "resolve_config",
 ]

@@ -198,6 +198,19 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flatten_settings(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested settings by dotted path.
+
+    >>> flatten_settings({"training": {"seed": 0}, "device": "cpu"})
+    {'training.seed': 0, 'device': 'cpu'}
+    """
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        nested = flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat.update(nested)
+    return flat
+
+
 def _parse_value(assignment: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)  # YAML 1.1 reads 1e-4 as a string; pydantic reads that as the float it is.

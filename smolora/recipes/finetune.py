@@ -23,6 +23,7 @@ from smolora.models.bundle import ModelBundle, describe_trainable_parameters
 from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
+from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder, replaced_folder, retire_folder
@@ -101,6 +102,7 @@ def finetune(
         ).train(resume=resume)
         restore_best(run, bundle, state)
         _save(run, bundle)
+        leave_report(run)
     return run
 
 

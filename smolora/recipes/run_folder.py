@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 import yaml
 
-from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config
+from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.run_dir import RunDir
@@ -77,7 +77,11 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
 
 def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
     """Return the SHA-256 of the settings that can't change within a run."""
-    fixed = {path: value for path, value in _flatten(config.model_dump(mode="json")).items() if path.startswith(_FIXED)}
+    fixed = {
+        path: value
+        for path, value in flatten_settings(config.model_dump(mode="json")).items()
+        if path.startswith(_FIXED)
+    }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -151,15 +155,8 @@ def _stored_config(run: RunDir) -> dict[str, object]:
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten_settings(before), flatten_settings(now)
     return {path: (old.get(path), new[path]) for path in new if old.get(path) != new[path]}
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _describe_environment() -> dict[str, object]:

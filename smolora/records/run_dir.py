@@ -39,9 +39,14 @@ class RunDir:
         self.rejects = self.path / "rejects.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.profile = self.path / "profile.json"
+        self.group_norms = self.path / "gradient_analysis.group_norms.csv"
+        self.layer_norms = self.path / "gradient_analysis.layer_norms.csv"
+        self.phase_report = self.path / "phase_report.json"
         self.adapter = self.path / "adapter_checkpoint"
         self.merged = self.path / "final_merged"
         self.model = self.path / "model"
+        self.plots = self.path / "plots"
+        self.report = self.path / "report.html"
         self.lock_file = self.path / "run.lock"
 
     @staticmethod
