@@ -123,7 +123,13 @@ HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy", "mat
         ("from smolora import SmoLoRA; SmoLoRA('m', 'd.jsonl')", HEAVY),
         ("import smolora.config, smolora.errors, smolora.records.run_dir", HEAVY),
         ("import smolora.cli", (*HEAVY, "pydantic")),
+        (
+            "from smolora.cli.app import run; sys.stdout = sys.stderr; run(['--help']); sys.stdout = sys.__stdout__",
+            (*HEAVY, "pydantic", "markdown_it", "pygments"),
+        ),
         ("import smolora.runtime.console", HEAVY),
+        ("import smolora.recipes.prepare", ("torch", "transformers", "datasets", "peft", "accelerate")),
+        ("import smolora.recipes.finetune, smolora.recipes.pretrain", ("datasets", "pandas")),
         ("from smolora import generate_summary_report", ("torch", "matplotlib")),
         ("from smolora import plot_training_loss", ("torch", "transformers", "matplotlib.pyplot")),
         ("import smolora.recipes.report", ("torch", "matplotlib")),
