@@ -18,11 +18,13 @@ import yaml
 from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
+from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
+from smolora.training.gradients import GradientNormCallback
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def choose_callbacks(
     run: RunDir, config: ExperimentConfig | PretrainConfig, callbacks: Sequence[Callback]
 ) -> list[Callback]:
     """Return the caller's callbacks, and those that the configuration asks for."""
-    chosen = list(callbacks)
+    chosen = [*callbacks, GradientNormCallback(GradientNormLog(run.path))]
     if config.evaluation.early_stopping_patience is not None:
         patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
         chosen.append(EarlyStoppingCallback(patience, threshold))
