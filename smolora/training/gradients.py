@@ -148,48 +148,61 @@ class GradientNormCallback(Callback):
         self._before: dict[str, Tensor] = {}
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        places = locate_tensors(trainer.parameters, trainer.bundle.anatomy)
-        self._meter = GradientMeter(trainer.parameters, places)
-        self._pairs = find_lora_pairs(trainer.bundle.model)
-        self._weight_norms = to_floats(
-            measure_norms(
-                {pair.module: pair.weight.detach() for pair in self._pairs if pair.weight.is_floating_point()}
-            )
-        )
+        self.begin(trainer.bundle.model, trainer.parameters, trainer.bundle.anatomy)
         if self.log and trainer.is_main_process:
             self.log.cut(trainer.state.step)
 
     def on_gradients(self, trainer: Trainer) -> None:
-        self._measured = self._meter.measure()
+        self.take(self._meter.measure())
         if trainer.will_log(trainer.state.step + 1):
-            self._before = {name: self._meter.parameters[name].detach().clone() for name in self._measured}
+            self.keep_weights()
 
     def on_log(self, trainer: Trainer, record: StepRecord) -> None:
-        if not trainer.is_main_process:
-            return
+        if trainer.is_main_process:
+            self.record(record.step, record.phase)
+
+    def begin(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], anatomy: Anatomy) -> None:
+        """Look up what `parameters` are; any loop can drive what follows, in this order, as `on_...` do."""
+        self._meter = GradientMeter(parameters, locate_tensors(parameters, anatomy))
+        self._pairs = find_lora_pairs(model)
+        weights = {pair.module: pair.weight.detach() for pair in self._pairs if pair.weight.is_floating_point()}
+        self._weight_norms = to_floats(measure_norms(weights))
+
+    def take(self, measured: Mapping[str, Tensor]) -> None:
+        """Take the norms of this step's gradients, by parameter, before clipping."""
+        self._measured = dict(measured)
+
+    def keep_weights(self) -> None:
+        """Remember the weights before the update, to tell how far it moved them."""
+        self._before = {name: self._meter.parameters[name].detach().clone() for name in self._measured}
+
+    def record(self, step: int, phase: int) -> None:
+        """Write what was taken, after the update."""
         norms = self.latest = self._meter.read(self._measured)
         active = sum(self._meter.parameters[name].numel() for name in self._measured)
         if self.log:
-            self.log.append(record.step, record.phase, active, norms.groups, norms.layers)
-        self.summary.add(record.step, record.phase, active, {**_name_norms(norms), **self._measure_weights()})
+            self.log.append(step, phase, active, norms.groups, norms.layers)
+        self.summary.add(step, phase, active, {**_name_norms(norms), **self._measure_weights()})
         self._before = {}
 
+    def write_summary(self) -> None:
+        """Write summary.json, where there is a log."""
+        if self.log:
+            places = {place.module: (place.group, place.layer) for place in self._meter.places.values()}
+            self.log.write_summary(self.summary.to_dict(places))
+
     def on_save(self, trainer: Trainer) -> None:
-        self._write_summary(trainer)
+        self.write_summary()
 
     def on_train_end(self, trainer: Trainer) -> None:
-        self._write_summary(trainer)
+        if trainer.is_main_process:
+            self.write_summary()
 
     def state_dict(self) -> Mapping[str, object]:
         return self.summary.to_state()
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         self.summary = GradientSummary.from_state(state)
-
-    def _write_summary(self, trainer: Trainer) -> None:
-        if self.log and trainer.is_main_process:
-            places = {place.module: (place.group, place.layer) for place in self._meter.places.values()}
-            self.log.write_summary(self.summary.to_dict(places))
 
     @torch.no_grad()
     def _measure_weights(self) -> dict[str, float | None]:
