@@ -12,6 +12,7 @@ from smolora.config.experiment import (
     resolve_config,
 )
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.phases import DynamicLoRAConfig, PhaseConfig, PhaseStart, PlateauConfig
 from smolora.config.training import TrainingConfig
 
 __all__ = [
@@ -19,11 +20,15 @@ __all__ = [
     "BOTH",
     "MLP_ONLY",
     "DataConfig",
+    "DynamicLoRAConfig",
     "EvaluationConfig",
     "ExperimentConfig",
     "GPTConfig",
     "LoRAConfig",
     "ModelConfig",
+    "PhaseConfig",
+    "PhaseStart",
+    "PlateauConfig",
     "PrepareConfig",
     "PretrainConfig",
     "RunConfig",

@@ -14,6 +14,7 @@ from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.phases import DynamicLoRAConfig
 from smolora.config.training import TrainingConfig
 from smolora.errors import ConfigError
 
@@ -33,6 +34,9 @@ class ExperimentConfig(Section):
     training: TrainingConfig = TrainingConfig()
     """The training loop."""
 
+    phases: DynamicLoRAConfig = DynamicLoRAConfig()
+    """What trains when; left out, everything from the first step to the last."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation during the run."""
 
@@ -40,6 +44,11 @@ class ExperimentConfig(Section):
     def lora(self) -> LoRAConfig:
         """The section `adapter` under its older name."""
         return self.adapter
+
+    @property
+    def dynamic_lora(self) -> DynamicLoRAConfig:
+        """The section `phases` under its older name."""
+        return self.phases
 
 
 def _pretraining_defaults() -> TrainingConfig:

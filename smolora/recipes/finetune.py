@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
+from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.preprocessing import Side, encode_rows, render_marked
@@ -29,6 +30,9 @@ from smolora.runtime.memory import keep_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
+from smolora.training.optim import trainable_parameters
+from smolora.training.phase_plan import build_phase_plan
+from smolora.training.plan import StepPlan
 from smolora.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -76,6 +80,7 @@ def finetune(
     data = _prepare_data(config, base, out, dataset)
     layout = _choose_layout(base)
     bundle = _adapt(base, config, data)
+    _check_phases(bundle, data, config)
     identity = _identify(bundle, data, config)
     machine |= {"allocator": allocator, "batches": layout}
     with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
@@ -154,6 +159,18 @@ def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> Mod
         )
     logger.info("adapter: %s", describe_trainable_parameters(bundle.model))
     return bundle
+
+
+def _check_phases(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> None:
+    """Refuse phases that this adapter and this number of steps can't have, before there is a folder."""
+    if config.phases.is_on:
+        build_phase_plan(
+            config.phases,
+            locate_tensors(trainable_parameters(bundle.model), bundle.anatomy),
+            num_layers=bundle.anatomy.num_layers,
+            steps=StepPlan(len(data.train), config.training),
+            is_evaluated=data.held_out is not None,
+        )
 
 
 def _identify(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> RunIdentity:

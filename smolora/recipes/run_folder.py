@@ -25,6 +25,7 @@ from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
 from smolora.training.gradients import GradientNormCallback
+from smolora.training.phases import DynamicLoRACallback
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _FIXED = (
     "tokenizer.",
     "model.dtype",
     "model.task_type",
+    "phases.",
     "training.seed",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
@@ -104,7 +106,10 @@ def choose_callbacks(
     run: RunDir, config: ExperimentConfig | PretrainConfig, callbacks: Sequence[Callback]
 ) -> list[Callback]:
     """Return the caller's callbacks, and those that the configuration asks for."""
-    chosen = [*callbacks, GradientNormCallback(GradientNormLog(run.path))]
+    chosen = list(callbacks)
+    if isinstance(config, ExperimentConfig) and config.phases.is_on:
+        chosen.append(DynamicLoRACallback(config.phases, report_path=run.phase_report))
+    chosen.append(GradientNormCallback(GradientNormLog(run.path)))
     if config.evaluation.early_stopping_patience is not None:
         patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
         chosen.append(EarlyStoppingCallback(patience, threshold))

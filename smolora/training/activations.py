@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, cast
@@ -25,8 +26,18 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     of tensors that trains nothing.
     """
     recomputing = cast("_Recomputing", model)
-    recomputing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with _renamed_method():
+        recomputing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield
     finally:
-        recomputing.gradient_checkpointing_disable()
+        with _renamed_method():
+            recomputing.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _renamed_method() -> Iterator[None]:
+    """Silence transformers from 5.23 on: it has a new name for these methods, which the oldest that we take lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_", FutureWarning)
+        yield

@@ -167,3 +167,22 @@ def test_an_output_path_that_cant_be_a_folder_is_5(train, tmp_path):
     code, _, err = train(tmp_path / "file" / "run")
     assert code == 5
     assert "can't write" in err
+
+
+def test_phase_flags_give_the_steps_of_each_phase(train, tmp_path):
+    run = RunDir(tmp_path / "run")
+    flags = ("--dynamic-lora", "--phase-strategy", "both,mlp,attn", "--phase1-end", 1, "--phase2-end", 3)
+    code, _, err = train(run.path, *flags)
+    assert code == 0
+    assert "phase 2 of 3 from step 2: mlp" in err
+    report = json.loads(run.phase_report.read_text())
+    assert report["starts"] == [0, 1, 3]
+    assert run.checkpoint_path(1).is_dir()
+    assert [line["phase"] for line in MetricsLog(run.metrics).read() if "loss" in line] == [1, 2, 2, 3]
+
+
+def test_a_strategy_of_another_name_is_2(train, tmp_path):
+    code, _, err = train(tmp_path / "run", "--phase-strategy", "both,attn")
+    assert code == 2
+    assert "phases.strategy" in err
+    assert not (tmp_path / "run").exists()
