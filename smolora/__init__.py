@@ -17,12 +17,15 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         ATTENTION_ONLY,
         BOTH,
         MLP_ONLY,
+        PRESETS,
         DataConfig,
+        DynamicLoRAConfig,
         EvaluationConfig,
         ExperimentConfig,
         GPTConfig,
         LoRAConfig,
         ModelConfig,
+        PhaseConfig,
         PretrainConfig,
         TokenizerConfig,
         TrainingConfig,
@@ -46,16 +49,20 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     )
     from smolora.generation.sampling import SamplingSettings
     from smolora.generation.text_generator import TextGenerator
+    from smolora.integrations.hf_trainer import GradientMeasuringTrainer, to_trainer_callback
     from smolora.models.bundle import ModelBundle, print_trainable_parameters
     from smolora.models.gpt import FeedForward, GPTModel, MultiHeadAttention, TransformerBlock
     from smolora.models.registry import ModelRegistry
     from smolora.models.wrapper import BaseModelWrapper
+    from smolora.records.gradient_log import GradientNormLog
     from smolora.runtime.device import DeviceManager
     from smolora.runtime.memory import MemoryManager
     from smolora.tokenizers.bpe import BPETokenizer
     from smolora.tokenizers.char import CharTokenizer
     from smolora.training.callback import Callback
     from smolora.training.callbacks import EarlyStoppingCallback
+    from smolora.training.gradients import GradientNormCallback, measure_gradient_norms
+    from smolora.training.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
     from smolora.training.schedules import get_scheduler
     from smolora.training.trainer import Trainer
 
@@ -76,6 +83,8 @@ __all__ = [
     "DatasetHandler",
     "DatasetPipeline",
     "DeviceManager",
+    "DynamicLoRACallback",
+    "DynamicLoRAConfig",
     "EarlyStoppingCallback",
     "EvaluationConfig",
     "ExperimentConfig",
@@ -83,6 +92,9 @@ __all__ = [
     "FolderInUseError",
     "GPTConfig",
     "GPTModel",
+    "GradientMeasuringTrainer",
+    "GradientNormCallback",
+    "GradientNormLog",
     "LoRAConfig",
     "MLP_ONLY",
     "MemoryManager",
@@ -92,6 +104,8 @@ __all__ = [
     "ModelRegistry",
     "MultiHeadAttention",
     "PEFTModelWrapper",
+    "PRESETS",
+    "PhaseConfig",
     "PretrainConfig",
     "SamplingSettings",
     "SmoLoRA",
@@ -106,18 +120,22 @@ __all__ = [
     "TrainingConfig",
     "TransformerBlock",
     "chunk_texts",
+    "create_layerwise_lora_config",
+    "create_phased_lora_config",
     "get_data_collator",
     "get_preprocessor",
     "get_scheduler",
     "load_bundle",
     "load_dataset_from_hub",
     "load_text_data",
+    "measure_gradient_norms",
     "prepare_dataset",
     "print_trainable_parameters",
     "read_csv",
     "read_jsonl",
     "read_txt_folder",
     "setup_model_with_lora",
+    "to_trainer_callback",
 ]
 
 _HOMES = {
@@ -135,6 +153,8 @@ _HOMES = {
     "DatasetHandler": "smolora.data.sources",
     "DatasetPipeline": "smolora.data.pipeline",
     "DeviceManager": "smolora.runtime.device",
+    "DynamicLoRACallback": "smolora.training.phases",
+    "DynamicLoRAConfig": "smolora.config",
     "EarlyStoppingCallback": "smolora.training.callbacks",
     "EvaluationConfig": "smolora.config",
     "ExperimentConfig": "smolora.config",
@@ -142,6 +162,9 @@ _HOMES = {
     "FolderInUseError": "smolora.errors",
     "GPTConfig": "smolora.config",
     "GPTModel": "smolora.models.gpt",
+    "GradientMeasuringTrainer": "smolora.integrations.hf_trainer",
+    "GradientNormCallback": "smolora.training.gradients",
+    "GradientNormLog": "smolora.records.gradient_log",
     "LoRAConfig": "smolora.config",
     "MLP_ONLY": "smolora.config",
     "MemoryManager": "smolora.runtime.memory",
@@ -151,6 +174,8 @@ _HOMES = {
     "ModelRegistry": "smolora.models.registry",
     "MultiHeadAttention": "smolora.models.gpt",
     "PEFTModelWrapper": "smolora.adapters.wrapper",
+    "PRESETS": "smolora.config",
+    "PhaseConfig": "smolora.config",
     "PretrainConfig": "smolora.config",
     "SamplingSettings": "smolora.generation.sampling",
     "SmoLoRA": "smolora.api",
@@ -165,18 +190,22 @@ _HOMES = {
     "TrainingConfig": "smolora.config",
     "TransformerBlock": "smolora.models.gpt",
     "chunk_texts": "smolora.data.pipeline",
+    "create_layerwise_lora_config": "smolora.training.phases",
+    "create_phased_lora_config": "smolora.training.phases",
     "get_data_collator": "smolora.data.collate",
     "get_preprocessor": "smolora.data.preprocessing",
     "get_scheduler": "smolora.training.schedules",
     "load_bundle": "smolora.adapters.store",
     "load_dataset_from_hub": "smolora.data.sources",
     "load_text_data": "smolora.data.sources",
+    "measure_gradient_norms": "smolora.training.gradients",
     "prepare_dataset": "smolora.data.sources",
     "print_trainable_parameters": "smolora.models.bundle",
     "read_csv": "smolora.data.readers",
     "read_jsonl": "smolora.data.readers",
     "read_txt_folder": "smolora.data.readers",
     "setup_model_with_lora": "smolora.adapters.attach",
+    "to_trainer_callback": "smolora.integrations.hf_trainer",
 }
 """Public name to the module it comes from."""
 

@@ -83,6 +83,8 @@ def pretrain(
 def train(
     *words: str,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    preset: str | None = None,
+    data_dir: Path | None = None,
     flags: TrainFlags | None = None,
     batch_size: int | None = None,
     resume: bool = False,
@@ -94,6 +96,8 @@ def train(
     Args:
         words: A YAML file, and any setting as key.path=value.
         out: Folder of the run.
+        preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
+        data_dir: Folder with the files of the preset's benchmark, in place of --data.
         flags: What has a flag of its own.
         batch_size: Rows per update.
         resume: Go on from the newest whole checkpoint in OUT, with the settings it was started with.
@@ -104,7 +108,13 @@ def train(
     from smolora.config import ExperimentConfig
 
     config = build_config(
-        ExperimentConfig, words, flags or TrainFlags(), batch_size=batch_size, resumed=out if resume else None
+        ExperimentConfig,
+        words,
+        flags or TrainFlags(),
+        batch_size=batch_size,
+        resumed=out if resume else None,
+        preset=preset,
+        data_dir=data_dir,
     )
     if show:
         from smolora.recipes.finetune import show_examples

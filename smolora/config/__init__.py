@@ -13,12 +13,14 @@ from smolora.config.experiment import (
 )
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
 from smolora.config.phases import DynamicLoRAConfig, PhaseConfig, PhaseStart, PlateauConfig
+from smolora.config.presets import PRESETS
 from smolora.config.training import TrainingConfig
 
 __all__ = [
     "ATTENTION_ONLY",
     "BOTH",
     "MLP_ONLY",
+    "PRESETS",
     "DataConfig",
     "DynamicLoRAConfig",
     "EvaluationConfig",

@@ -103,15 +103,17 @@ _Config = TypeVar("_Config", ExperimentConfig, PretrainConfig, PrepareConfig)
 def resolve_config(
     kind: type[_Config],
     *,
+    preset: Mapping[str, object] | None = None,
     base: Path | None = None,
     file: Path | None = None,
     flags: Mapping[str, object] | None = None,
     assignments: Iterable[str] = (),
 ) -> _Config:
-    """Build a configuration from its layers; a later one wins: defaults, `base`, `file`, `flags`, `assignments`.
+    """Build a configuration from its layers; a later one wins: defaults, and the arguments in their order.
 
     Args:
         kind: The configuration class.
+        preset: Nested settings to start from.
         base: The configuration that a run was started with, where it is resumed.
         file: A YAML file with the sections of `kind`.
         flags: Values by dotted path; None means not given.
@@ -120,7 +122,7 @@ def resolve_config(
     Raises:
         ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(preset or {})
     for layer in (base, file):
         values = _merge(values, _read_yaml(layer)) if layer else values
     for path, value in (flags or {}).items():

@@ -186,3 +186,53 @@ def test_a_strategy_of_another_name_is_2(train, tmp_path):
     assert code == 2
     assert "phases.strategy" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def e2e(tmp_path, rows):
+    """A folder with the files of E2E."""
+    folder = tmp_path / "e2e"
+    folder.mkdir()
+    (folder / "trainset.csv").write_text(rows.read_text())
+    (folder / "devset.csv").write_text("mr,ref\nname 99,the cat sat 99\n")
+    return folder
+
+
+def test_a_preset_runs_on_the_files_of_its_benchmark(smolora, base, e2e, tmp_path):
+    flags = ("--preset", "e2e_dynamic", "--model", base, "--data-dir", e2e, "-o", tmp_path / "run")
+    code, _, err = smolora("train", *flags, "--max-steps", 3, "--batch-size", 4, "--r", 2)
+    assert code == 0
+    assert "1 held out" in err
+    config = yaml.safe_load((tmp_path / "run" / "resolved_config.yaml").read_text())
+    assert (config["adapter"]["r"], config["adapter"]["lora_alpha"], config["training"]["max_steps"]) == (2, 32, 3)
+    assert len(json.loads(RunDir(tmp_path / "run").phase_report.read_text())["phases"]) == 3
+
+
+def test_a_preset_runs_on_a_file_too(smolora, base, rows, tmp_path):
+    flags = ("--preset", "e2e_attention", "--model", base, "--data", rows, "-o", tmp_path / "run")
+    assert smolora("train", *flags, "--max-steps", 2)[0] == 0
+
+
+def test_a_run_from_a_preset_resumes_with_its_own_settings(smolora, base, rows, tmp_path):
+    flags = ("--preset", "e2e_attention", "--model", base, "--data", rows, "-o", tmp_path / "run", "--max-steps")
+    assert smolora("train", *flags, 2, "--r", 2)[0] == 0
+    assert smolora("train", *flags, 3, "--resume")[0] == 0
+
+
+def test_a_preset_of_another_name_is_2(smolora, base, rows, tmp_path):
+    code, _, err = smolora("train", "--preset", "e2e_attn", "--model", base, "--data", rows, "-o", tmp_path / "run")
+    assert code == 2
+    assert "Did you mean 'e2e_attention'" in err
+
+
+def test_a_data_dir_without_a_preset_is_2(smolora, base, e2e, tmp_path):
+    code, _, err = smolora("train", "--model", base, "--data-dir", e2e, "-o", tmp_path / "run")
+    assert code == 2
+    assert "give --preset NAME" in err
+
+
+def test_a_data_dir_without_the_files_is_3(smolora, base, tmp_path):
+    flags = ("--preset", "samsum_mlp", "--model", base, "--data-dir", tmp_path, "-o", tmp_path / "run")
+    code, _, err = smolora("train", *flags)
+    assert code == 3
+    assert "has none of train.jsonl" in err
