@@ -175,7 +175,8 @@ def measure(args: argparse.Namespace) -> Cost:
     kept = seconds[args.warmup :]
     shape = SHAPES[args.shape]
     head = shape["vocab_size"] * shape["hidden_size"]
-    block_weights = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**shape)).model.layers.parameters())
+    with torch.device("meta"):  # Counting must not cost memory, whose peak is measured here.
+        block_weights = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**shape)).model.layers.parameters())
     operations = 4 * (block_weights * tokens + head * rows.num_target_tokens / args.steps)
     return Cost(
         median(kept),

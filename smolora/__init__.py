@@ -25,12 +25,15 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         ATTENTION_ONLY,
         BOTH,
         MLP_ONLY,
+        PRESETS,
         DataConfig,
+        DynamicLoRAConfig,
         EvaluationConfig,
         ExperimentConfig,
         GPTConfig,
         LoRAConfig,
         ModelConfig,
+        PhaseConfig,
         PretrainConfig,
         TokenizerConfig,
         TrainingConfig,
@@ -54,16 +57,20 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     )
     from smolora.generation.sampling import SamplingSettings
     from smolora.generation.text_generator import TextGenerator
+    from smolora.integrations.hf_trainer import GradientMeasuringTrainer, to_trainer_callback
     from smolora.models.bundle import ModelBundle, print_trainable_parameters
     from smolora.models.gpt import FeedForward, GPTModel, MultiHeadAttention, TransformerBlock
     from smolora.models.registry import ModelRegistry
     from smolora.models.wrapper import BaseModelWrapper
+    from smolora.records.gradient_log import GradientNormLog
     from smolora.runtime.device import DeviceManager
     from smolora.runtime.memory import MemoryManager
     from smolora.tokenizers.bpe import BPETokenizer
     from smolora.tokenizers.char import CharTokenizer
     from smolora.training.callback import Callback
     from smolora.training.callbacks import EarlyStoppingCallback
+    from smolora.training.gradients import GradientNormCallback, measure_gradient_norms
+    from smolora.training.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
     from smolora.training.schedules import get_scheduler
     from smolora.training.trainer import Trainer
 
@@ -84,6 +91,8 @@ __all__ = [
     "DatasetHandler",
     "DatasetPipeline",
     "DeviceManager",
+    "DynamicLoRACallback",
+    "DynamicLoRAConfig",
     "EarlyStoppingCallback",
     "EvaluationConfig",
     "ExperimentConfig",
@@ -91,6 +100,9 @@ __all__ = [
     "FolderInUseError",
     "GPTConfig",
     "GPTModel",
+    "GradientMeasuringTrainer",
+    "GradientNormCallback",
+    "GradientNormLog",
     "LoRAConfig",
     "MLP_ONLY",
     "MemoryManager",
@@ -100,6 +112,8 @@ __all__ = [
     "ModelRegistry",
     "MultiHeadAttention",
     "PEFTModelWrapper",
+    "PRESETS",
+    "PhaseConfig",
     "PretrainConfig",
     "SamplingSettings",
     "SmoLoRA",
@@ -115,6 +129,8 @@ __all__ = [
     "TransformerBlock",
     "chunk_texts",
     "generate_summary_report",
+    "create_layerwise_lora_config",
+    "create_phased_lora_config",
     "get_data_collator",
     "get_preprocessor",
     "get_scheduler",
@@ -126,12 +142,14 @@ __all__ = [
     "plot_layer_comparison",
     "plot_layer_heatmap",
     "plot_training_loss",
+    "measure_gradient_norms",
     "prepare_dataset",
     "print_trainable_parameters",
     "read_csv",
     "read_jsonl",
     "read_txt_folder",
     "setup_model_with_lora",
+    "to_trainer_callback",
 ]
 
 _HOMES = {
@@ -149,6 +167,8 @@ _HOMES = {
     "DatasetHandler": "smolora.data.sources",
     "DatasetPipeline": "smolora.data.pipeline",
     "DeviceManager": "smolora.runtime.device",
+    "DynamicLoRACallback": "smolora.training.phases",
+    "DynamicLoRAConfig": "smolora.config",
     "EarlyStoppingCallback": "smolora.training.callbacks",
     "EvaluationConfig": "smolora.config",
     "ExperimentConfig": "smolora.config",
@@ -156,6 +176,9 @@ _HOMES = {
     "FolderInUseError": "smolora.errors",
     "GPTConfig": "smolora.config",
     "GPTModel": "smolora.models.gpt",
+    "GradientMeasuringTrainer": "smolora.integrations.hf_trainer",
+    "GradientNormCallback": "smolora.training.gradients",
+    "GradientNormLog": "smolora.records.gradient_log",
     "LoRAConfig": "smolora.config",
     "MLP_ONLY": "smolora.config",
     "MemoryManager": "smolora.runtime.memory",
@@ -165,6 +188,8 @@ _HOMES = {
     "ModelRegistry": "smolora.models.registry",
     "MultiHeadAttention": "smolora.models.gpt",
     "PEFTModelWrapper": "smolora.adapters.wrapper",
+    "PRESETS": "smolora.config",
+    "PhaseConfig": "smolora.config",
     "PretrainConfig": "smolora.config",
     "SamplingSettings": "smolora.generation.sampling",
     "SmoLoRA": "smolora.api",
@@ -180,6 +205,8 @@ _HOMES = {
     "TransformerBlock": "smolora.models.gpt",
     "chunk_texts": "smolora.data.pipeline",
     "generate_summary_report": "smolora.analysis.summary",
+    "create_layerwise_lora_config": "smolora.training.phases",
+    "create_phased_lora_config": "smolora.training.phases",
     "get_data_collator": "smolora.data.collate",
     "get_preprocessor": "smolora.data.preprocessing",
     "get_scheduler": "smolora.training.schedules",
@@ -191,12 +218,14 @@ _HOMES = {
     "plot_layer_comparison": "smolora.analysis.plots",
     "plot_layer_heatmap": "smolora.analysis.plots",
     "plot_training_loss": "smolora.analysis.plots",
+    "measure_gradient_norms": "smolora.training.gradients",
     "prepare_dataset": "smolora.data.sources",
     "print_trainable_parameters": "smolora.models.bundle",
     "read_csv": "smolora.data.readers",
     "read_jsonl": "smolora.data.readers",
     "read_txt_folder": "smolora.data.readers",
     "setup_model_with_lora": "smolora.adapters.attach",
+    "to_trainer_callback": "smolora.integrations.hf_trainer",
 }
 """Public name to the module it comes from."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
+from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.preprocessing import Side, encode_rows, render_marked
@@ -32,6 +33,9 @@ from smolora.runtime.memory import keep_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
+from smolora.training.optim import trainable_parameters
+from smolora.training.phase_plan import build_phase_plan
+from smolora.training.plan import StepPlan
 from smolora.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -82,6 +86,7 @@ def finetune(
     data = _prepare_data(config, base, out, dataset)
     layout = _choose_layout(base)
     bundle = _adapt(base, config, data)
+    _check_phases(bundle, data, config)
     identity = _identify(bundle, data, config)
     with ExitStack() as stack:
         fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=layout == "packed"))
@@ -165,6 +170,18 @@ def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> Mod
         )
     logger.info("adapter: %s", describe_trainable_parameters(bundle.model))
     return bundle
+
+
+def _check_phases(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> None:
+    """Refuse phases that this adapter and this number of steps can't have, before there is a folder."""
+    if config.phases.is_on:
+        build_phase_plan(
+            config.phases,
+            locate_tensors(trainable_parameters(bundle.model), bundle.anatomy),
+            num_layers=bundle.anatomy.num_layers,
+            steps=StepPlan(len(data.train), config.training),
+            is_evaluated=data.held_out is not None,
+        )
 
 
 def _identify(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> RunIdentity:

@@ -18,11 +18,14 @@ import yaml
 from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
+from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, require_writable, write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
+from smolora.training.gradients import GradientNormCallback
+from smolora.training.phases import DynamicLoRACallback
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ _FIXED = (
     "speed.",
     "model.dtype",
     "model.task_type",
+    "phases.",
     "training.seed",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
@@ -110,6 +114,9 @@ def choose_callbacks(
 ) -> list[Callback]:
     """Return the caller's callbacks, and those that the configuration asks for."""
     chosen = list(callbacks)
+    if isinstance(config, ExperimentConfig) and config.phases.is_on:
+        chosen.append(DynamicLoRACallback(config.phases, report_path=run.phase_report))
+    chosen.append(GradientNormCallback(GradientNormLog(run.path)))
     if config.evaluation.early_stopping_patience is not None:
         patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
         chosen.append(EarlyStoppingCallback(patience, threshold))

@@ -45,6 +45,9 @@ PROMISED = {
     "GPTConfig",
     "TokenizerConfig",
     "PretrainConfig",
+    "DynamicLoRAConfig",
+    "PhaseConfig",
+    "PRESETS",
     # Models
     "ModelRegistry",
     "ModelBundle",
@@ -59,11 +62,21 @@ PROMISED = {
     "PEFTModelWrapper",
     "setup_model_with_lora",
     "print_trainable_parameters",
-    # Training and asking
+    # Training
     "Trainer",
     "Callback",
     "EarlyStoppingCallback",
     "get_scheduler",
+    # Seeing inside, and steering
+    "measure_gradient_norms",
+    "GradientNormCallback",
+    "GradientNormLog",
+    "GradientMeasuringTrainer",
+    "to_trainer_callback",
+    "DynamicLoRACallback",
+    "create_phased_lora_config",
+    "create_layerwise_lora_config",
+    # Asking
     "TextGenerator",
     "SamplingSettings",
     # Looking at runs
