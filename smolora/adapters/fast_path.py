@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-import peft
 import torch
 from torch import Tensor, nn
 
+from smolora.adapters.attach import plain_model
 from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
 from smolora.models.anatomy import Anatomy, Part
@@ -64,7 +64,7 @@ def fast_path(bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool) -> I
     A model whose probe logits differ from the plain ones by more than rounding stays plain, with a warning.
     """
     parts = FastParts()
-    model = _plain_model(bundle)
+    model = plain_model(bundle)
     if model is None:
         yield FastParts(left=[f"{type(bundle.model).__name__} is no transformers model"])
         return
@@ -222,11 +222,6 @@ def _attention_forward(
         return output(attended.flatten(1)[None]), None
 
     return forward
-
-
-def _plain_model(bundle: ModelBundle) -> PreTrainedModel | None:
-    model = bundle.model.get_base_model() if isinstance(bundle.model, peft.PeftModel) else bundle.model
-    return model if isinstance(model, PreTrainedModel) else None
 
 
 @torch.no_grad()

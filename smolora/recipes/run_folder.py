@@ -26,6 +26,7 @@ from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback
+from smolora.training.prefix_cache import PrefixCacheCallback
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,8 @@ def choose_callbacks(
     chosen = list(callbacks)
     if isinstance(config, ExperimentConfig) and config.phases.is_on:
         chosen.append(DynamicLoRACallback(config.phases, report_path=run.phase_report))
+    if isinstance(config, ExperimentConfig) and config.speed.prefix_cache_gib:
+        chosen.append(PrefixCacheCallback(run.prefix_cache, int(config.speed.prefix_cache_gib * 2**30)))
     chosen.append(GradientNormCallback(GradientNormLog(run.path)))
     if config.evaluation.early_stopping_patience is not None:
         patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold

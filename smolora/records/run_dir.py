@@ -42,6 +42,7 @@ class RunDir:
         self.group_norms = self.path / "gradient_analysis.group_norms.csv"
         self.layer_norms = self.path / "gradient_analysis.layer_norms.csv"
         self.gradient_summary = self.path / "gradient_analysis.summary.json"
+        self.prefix_cache = self.path / "prefix_cache"
         self.phase_report = self.path / "phase_report.json"
         self.adapter = self.path / "adapter_checkpoint"
         self.merged = self.path / "final_merged"
