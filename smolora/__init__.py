@@ -12,6 +12,14 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.adapters.attach import setup_model_with_lora
     from smolora.adapters.store import load_bundle
     from smolora.adapters.wrapper import PEFTModelWrapper
+    from smolora.analysis.plots import (
+        plot_gradient_evolution,
+        plot_gradient_norms,
+        plot_layer_comparison,
+        plot_layer_heatmap,
+        plot_training_loss,
+    )
+    from smolora.analysis.summary import generate_summary_report
     from smolora.api import SmoLoRA
     from smolora.config import (
         ATTENTION_ONLY,
@@ -120,6 +128,7 @@ __all__ = [
     "TrainingConfig",
     "TransformerBlock",
     "chunk_texts",
+    "generate_summary_report",
     "create_layerwise_lora_config",
     "create_phased_lora_config",
     "get_data_collator",
@@ -128,6 +137,11 @@ __all__ = [
     "load_bundle",
     "load_dataset_from_hub",
     "load_text_data",
+    "plot_gradient_evolution",
+    "plot_gradient_norms",
+    "plot_layer_comparison",
+    "plot_layer_heatmap",
+    "plot_training_loss",
     "measure_gradient_norms",
     "prepare_dataset",
     "print_trainable_parameters",
@@ -190,6 +204,7 @@ _HOMES = {
     "TrainingConfig": "smolora.config",
     "TransformerBlock": "smolora.models.gpt",
     "chunk_texts": "smolora.data.pipeline",
+    "generate_summary_report": "smolora.analysis.summary",
     "create_layerwise_lora_config": "smolora.training.phases",
     "create_phased_lora_config": "smolora.training.phases",
     "get_data_collator": "smolora.data.collate",
@@ -198,6 +213,11 @@ _HOMES = {
     "load_bundle": "smolora.adapters.store",
     "load_dataset_from_hub": "smolora.data.sources",
     "load_text_data": "smolora.data.sources",
+    "plot_gradient_evolution": "smolora.analysis.plots",
+    "plot_gradient_norms": "smolora.analysis.plots",
+    "plot_layer_comparison": "smolora.analysis.plots",
+    "plot_layer_heatmap": "smolora.analysis.plots",
+    "plot_training_loss": "smolora.analysis.plots",
     "measure_gradient_norms": "smolora.training.gradients",
     "prepare_dataset": "smolora.data.sources",
     "print_trainable_parameters": "smolora.models.bundle",

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _TRIM_BYTES = 2**31 - 1
+_MADV_PAGEOUT = 21
+"""mman.h of Linux 5.4 and newer; older kernels refuse it and nothing happens."""
 
 
 def keep_large_blocks() -> str:
@@ -29,6 +31,20 @@ def keep_large_blocks() -> str:
     libc = ctypes.CDLL(None)
     done = libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
     return "large blocks are kept between steps" if done else "glibc refused mallopt; left as it is"
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Ask the kernel to take the tensor's pages out of memory until they are read again; its values stay.
+
+    For weights mapped from a file that have been copied into another layout: they would count twice. Linux only.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 class MemoryUsage(NamedTuple):

@@ -1,10 +1,13 @@
 import json
+import threading
+import time
 
 import pytest
 
 from smolora.config.data import DataConfig
+from smolora.data.readers import read_rows
 from smolora.data.sources import read_source_documents, read_sources
-from smolora.errors import ConfigError, DataError
+from smolora.errors import ConfigError, DataError, StorageError
 from smolora.recipes.prepare import prepare
 
 
@@ -37,6 +40,27 @@ def test_train_and_pretrain_read_what_it_wrote(source, tmp_path):
     data = DataConfig(sources=(str(tmp_path / "out"),))
     rows, documents = read_sources(data, seed=9), read_source_documents(data)
     assert (len(rows.train), len(rows.held_out)) == (len(documents.train), len(documents.held_out)) == (95, 5)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "written"),
+    [
+        ({"id": 1, "Review": "a", "text": "b"}, {"text_field": "review"}, {"id": 1, "text": "a"}),
+        ({"Prompt": "p", "completion": "c", "body": "a"}, {"text_field": "body"}, {"text": "a"}),
+        (
+            {"mr": "p", "ref": "c"},
+            {"prompt_field": "mr", "completion_field": "ref"},
+            {"prompt": "p", "completion": "c"},
+        ),
+        ({"Instruction": "i", "input": "", "output": "o"}, {}, {"instruction": "i", "input": "", "output": "o"}),
+    ],
+)
+def test_what_it_writes_is_read_without_naming_a_column(tmp_path, row, settings, written):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    prepare(tmp_path / "a.jsonl", tmp_path / "out", DataConfig(**settings))
+    assert read_lines(tmp_path / "out" / "train.jsonl") == [written]
+    read_back = read_sources(DataConfig(sources=(str(tmp_path / "out"),)), seed=0)
+    assert set(read_back.fmt.columns) == set(read_back.fmt.columns.values()) <= set(written)
 
 
 def test_columns_outside_the_form_are_kept(source, tmp_path):
@@ -89,6 +113,41 @@ def test_an_output_that_holds_something_is_refused_and_untouched(source, tmp_pat
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
 
 
+def test_an_output_below_a_file_is_refused_before_the_source_is_read(source, tmp_path):
+    with pytest.raises(StorageError, match=f"can't write {source / 'out'}: .*Part of the path is a file"):
+        prepare(tmp_path / "missing.txt", source / "out", DataConfig())
+
+
 def test_an_output_that_is_a_file_is_refused(source, tmp_path):
     with pytest.raises(ConfigError, match="is a file"):
         prepare(source, source, DataConfig())
+
+
+def test_the_split_keeps_order_and_every_line(tmp_path):
+    rows = [{"text": f"row {number}\u2028"} for number in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path / "a.jsonl", tmp_path / "out", DataConfig(), seed=3)
+    train, held_out = (read_rows(tmp_path / "out" / f"{name}.jsonl", "jsonl") for name in ("train", "validation"))
+    assert len(held_out) == 10
+    for part in (train, held_out):
+        assert [row.values for row in part] == [row for row in rows if row in [found.values for found in part]]
+    assert len(train) + len(held_out) == len(rows)
+
+
+def test_what_appears_in_the_output_meanwhile_is_kept(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(20_000)))
+    out, deadline = tmp_path / "out", time.monotonic() + 60
+
+    def put_something():
+        while not list(tmp_path.glob(".tmp-*")) and time.monotonic() < deadline:
+            pass
+        out.mkdir()
+        (out / "mine").write_text("precious")
+
+    other = threading.Thread(target=put_something)
+    other.start()
+    with pytest.raises(ConfigError, match="holds mine already"):
+        prepare(tmp_path / "a.txt", out, DataConfig())
+    other.join()
+    assert (out / "mine").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out"}
