@@ -55,7 +55,7 @@ def test_the_version_is_the_installed_one(smolora):
         (["train", "--batch", "3"], "Unknown option: --batch. Did you mean --batch-size?"),
         (["generate", "m", "p", "--max-tokens", "3"], "Unknown option: --max-tokens. Did you mean --max-new-tokens?"),
         (["train", "--lr", "fast", "-o", "y"], 'Invalid value for --lr: unable to convert "fast" into float.'),
-        (["train", "--preset", "e2e"], "Unknown option: --preset."),
+        (["train", "--preset", "e2e"], "no preset 'e2e'. Did you mean 'e2e_mlp'?"),
         (["generate", "model"], 'Command "generate" parameter PROMPT requires an argument.'),
         (["generate", "model", "prompt", "more"], "unexpected argument 'more'."),
         (
