@@ -141,6 +141,20 @@ class PhaseCertificate:
         return certificate
 
 
+def require_held(report: Mapping[str, object]) -> None:
+    """Raise where the report of a phase has problems.
+
+    Raises:
+        BrokenRunError: The phase didn't train what it declared.
+    """
+    if problems := cast("list[str]", report["problems"]):
+        raise BrokenRunError(
+            f"phase {report['phase']}, of steps {cast('int', report['start']) + 1} to {report['end']}, did not "
+            f"train what it declared: {'; '.join(problems)}. Check the learning rate, the selector, and that "
+            "nothing else writes to the adapter."
+        )
+
+
 def _waiting_for_b(
     names: Iterable[str], parameters: Mapping[str, nn.Parameter], places: Mapping[str, TensorPlace]
 ) -> set[str]:

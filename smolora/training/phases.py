@@ -15,10 +15,10 @@ from torch import Tensor
 
 from smolora.adapters.tensor_places import TensorPlace, locate_tensors
 from smolora.config.phases import DynamicLoRAConfig, PhaseConfig, PhaseGroup, PhaseStart
-from smolora.errors import BrokenRunError, ConfigError, ModelError
+from smolora.errors import ConfigError, ModelError
 from smolora.records.staging import write_json
 from smolora.training.callback import Callback
-from smolora.training.phase_certificate import PhaseCertificate
+from smolora.training.phase_certificate import PhaseCertificate, require_held
 from smolora.training.phase_plan import PhasePlan, build_phase_plan, describe_phase
 from smolora.training.plateau import PlateauDetector
 from smolora.training.schedules import ScheduleWindow
@@ -168,12 +168,7 @@ class DynamicLoRACallback(Callback):
         self._certificate = None
         self.reports.append({**report, "selects": describe_phase(self.plan.phases[cast("int", report["phase"]) - 1])})
         self._write()
-        if problems := cast("list[str]", report["problems"]):
-            raise BrokenRunError(
-                f"phase {report['phase']}, of steps {cast('int', report['start']) + 1} to {report['end']}, did not "
-                f"train what it declared: {'; '.join(problems)}. Check the learning rate, the selector, and that "
-                "nothing else writes to the adapter."
-            )
+        require_held(report)
 
     def _write(self) -> None:
         if self.report_path:

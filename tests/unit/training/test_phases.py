@@ -380,7 +380,8 @@ def test_a_plateau_starts_the_next_phase_and_is_recorded(make, run, rows, metric
     # The first measurement is always an improvement; with this threshold none of the later ones is.
     patience = 3 if metric == "loss" else 2
     watch = Watch()
-    trainer = make(plateau(metric, patience), watch, run=run, eval_dataset=rows, eval_steps=2, save_steps=100)
+    evaluated = {"eval_dataset": rows, "eval_steps": 2} if metric == "eval_loss" else {}
+    trainer = make(plateau(metric, patience), watch, run=run, save_steps=100, **evaluated)
     trainer.train()
     report = json.loads(run.phase_report.read_text())
     assert report["starts"] == [0, expected]
@@ -388,6 +389,16 @@ def test_a_plateau_starts_the_next_phase_and_is_recorded(make, run, rows, metric
     assert run.checkpoint_path(expected).is_dir()
     assert watch.moved_in(1, expected) == {name for name in trainer.parameters if not is_mlp(name)}
     assert watch.moved_in(expected + 1, 9) == {name for name in trainer.parameters if is_mlp(name)}
+
+
+def test_each_plateau_is_counted_from_the_start_of_the_phase_before(make):
+    def start(patience):
+        return {"plateau": {"metric": "loss", "patience": patience, "threshold": 100.0}}
+
+    table = [{"groups": "attention"}, {"groups": "mlp", "start": start(3)}, {"start": start(2)}]
+    trainer = make(DynamicLoRAConfig(table=table))
+    trainer.train()
+    assert trainer.callbacks[0].plan.starts == (0, 4, 7)
 
 
 @pytest.mark.parametrize("step", [2, 3, 4, 5])
