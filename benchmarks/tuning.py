@@ -85,7 +85,9 @@ def prepare(shape: str, folder: Path) -> None:
     save_adapter(bundle, folder / "adapter")
 
 
-class _StepTimes(Callback):
+class StepTimes(Callback):
+    """Keeps the record of every step."""
+
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
 
@@ -97,7 +99,7 @@ def run_smolora(folder: Path, rows: TokenDataset, config: TrainingConfig) -> tup
     """Return the seconds and the losses of every step of ours."""
     keep_large_blocks()
     bundle = load_adapter(load_model(folder / "base", dtype=torch.bfloat16), folder / "adapter", trainable=True)
-    times = _StepTimes()
+    times = StepTimes()
     with fast_path(bundle, SpeedConfig(), is_packed=True):
         Trainer(bundle, rows, config, collate=collate_packed, callbacks=[times]).train()
     return [record.seconds for record in times.records], [record.loss for record in times.records]
