@@ -23,7 +23,7 @@ from smolora.models.anatomy import Anatomy, Part
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.fused_ops import Activation, rms_norm
 from smolora.models.registry import FAMILIES, Fused
-from smolora.models.row_attention import AttentionSettings, Rotary, attend_rows, row_attention
+from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
 from smolora.models.structure import PreTrainedModel
 
@@ -216,9 +216,9 @@ def _attention_forward(
         if norms:
             query, key, value = torch.split(heads, [num_heads, num_shared, num_shared], dim=1)
             heads = torch.cat((norms[0](query), norms[1](key), value), dim=1)
-        cos, sin = position_embeddings
+        rotary = rows.rotary(*position_embeddings, num_rotated=num_heads + num_shared, num_heads=heads.shape[1])
         settings = AttentionSettings(scale, dropout if attention.training else 0.0, window)
-        attended = attend_rows(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=Rotary(cos[0], sin[0]))
+        attended = attend_rows(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=rotary)
         return output(attended.flatten(1)[None]), None
 
     return forward

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from smolora.models.bundle import read_config
-from smolora.models.fused_ops import draw_keep_mask, rotate_heads
+from smolora.models.fused_ops import Rotary, draw_keep_mask
 from smolora.models.rows import RowGroup, Rows
 
 ROW_ATTENTION = "smolora_rows"
@@ -52,14 +52,6 @@ class _Saved:
     keeps: list[Tensor]
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """Angles of every token, repeated over both halves of a head: `[N, K]` each."""
-
-    cos: Tensor
-    sin: Tensor
-
-
 def attend_rows(
     heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings, rotary: Rotary | None = None
 ) -> Tensor:
@@ -71,7 +63,7 @@ def attend_rows(
         num_heads: H.
         rows: How the N tokens divide into rows.
         settings: Scale, dropout of the weights, sliding window.
-        rotary: Turns queries and keys first (Su et al. 2021); pairs are (k, k + K / 2).
+        rotary: Turns queries and keys first.
     """
     output: Tensor = _RowAttention.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
     return output
@@ -127,7 +119,7 @@ class _RowAttention(torch.autograd.Function):
         shared = (heads.shape[1] - num_heads) // 2
         output = heads.new_empty(heads.shape[0], num_heads, heads.shape[2])
         if rotary is not None:
-            heads = rotate_heads(heads, rotary.cos, rotary.sin, num_rotated=num_heads + shared)
+            heads = rotary.turn(heads)
         ctx.groups = []
         for group in rows.groups:
             query, key, value = torch.split(group.pad(heads), [num_heads, shared, shared], dim=2)
@@ -145,8 +137,7 @@ class _RowAttention(torch.autograd.Function):
             group.unpad(torch.cat(blocks, dim=1).transpose(1, 2), output)
         rotary: Rotary | None = ctx.rotary
         if rotary is not None:
-            num_rotated = (ctx.shape[1] + grad.shape[1]) // 2
-            output = rotate_heads(output, rotary.cos, -rotary.sin, num_rotated=num_rotated)
+            output = rotary.turn(output, back=True)
         return output, None, None, None, None
 
 
