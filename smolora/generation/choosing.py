@@ -7,6 +7,7 @@ Chance is a pure function of a row's key and the position: what a row draws does
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor
 from smolora.errors import BrokenRunError
 from smolora.generation.sampling import SamplingSettings
 
+_PART = 256
 _NUCLEUS = 256
 """Sorting this many candidates is nearly free; whole vocabularies are sorted only where these don't reach top_p."""
 
@@ -63,26 +65,40 @@ class Row:
 
 
 def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """Return a token for each row of logits [B, V], by the row's own settings.
+    """Return a token for each row of contiguous logits [B, V], by the row's own settings.
 
     Raises:
         BrokenRunError: A row's logits hold no finite maximum, so nothing can be chosen.
     """
+    logits = logits.float()
     penalized = [number for number, row in enumerate(rows) if row.settings.repetition_penalty not in {None, 1.0}]
     if penalized:
         logits = logits.clone()
         for number in penalized:
             _penalize(logits[number], rows[number])
-    peaks, likeliest = logits.max(-1)  # NaN counts as the highest, so one bad number shows.
+    peaks, likeliest = _find_peaks(logits)
     if not peaks.isfinite().all():
         raise BrokenRunError("the model's logits are not finite, so no next token can be chosen. Check its weights.")
     tokens: list[int] = likeliest.tolist()
     for settings, numbers in _group_sampled(rows).items():
         chances = [_uniform(rows[number].key, len(rows[number].ids)) for number in numbers]
-        drawn = _draw(logits[numbers].float(), settings, torch.tensor(chances, device=logits.device))
+        drawn = _draw(logits[numbers], settings, torch.tensor(chances, device=logits.device))
         for number, token in zip(numbers, drawn.tolist(), strict=True):
             tokens[number] = token
     return tokens
+
+
+def _find_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest of each row [B], NaN where there is one, and where it is [B].
+
+    torch looks for places slowly and for numbers fast: of 64 rows of 32,000, 1.2 ms against .1. So the numbers say in
+    which part of the vocabulary to look.
+    """
+    width = math.gcd(logits.shape[1], _PART)
+    parts = logits.view(len(logits), -1, width)
+    part = parts.amax(-1).argmax(-1)
+    peaks, place = parts[torch.arange(len(logits), device=logits.device), part].max(-1)
+    return peaks, part * width + place
 
 
 def _penalize(logits: Tensor, row: Row) -> None:

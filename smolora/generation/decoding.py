@@ -55,7 +55,8 @@ class Decoder:
         self._device = next(model.parameters()).device
         self._waiting = sorted(rows, key=lambda row: row.room)  # The longest answer starts first, from the end.
         self._live: list[Row] = []
-        self._cache = SlotCache(min(num_slots, len(rows)))
+        longest = max(len(row.prompt_ids) + row.room for row in rows)
+        self._cache = SlotCache(min(num_slots, len(rows)), longest)
 
     @property
     def is_idle(self) -> bool:

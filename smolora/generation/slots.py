@@ -25,7 +25,7 @@ from smolora.models.bundle import read_config
 
 _IMPLEMENTATION = "smolora_slots"
 _BLOCK_ROWS = 16
-_GRAIN = 64
+_HEADROOM = 128
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     A key lies across, not along: the product of one query with many keys then reads them in the order they lie in.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, longest: int) -> None:
         super().__init__(layers=[])
-        self.num_slots = num_slots
+        self.num_slots, self._longest = num_slots, longest
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
@@ -116,14 +116,14 @@ class SlotCache(Cache):  # type: ignore[misc]
         return _STEP.get().num_keys, 0
 
     def _reserve(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's buffers, larger ones where the step reads further than they reach.
+        """Return a layer's buffers, larger ones (`longest` at most) where the step reads further than they reach.
 
         New ones hold zeros: a key out of sight has the weight 0, but 0 times whatever memory held may be NaN.
         """
         length, before = _STEP.get().num_keys, self._buffers.get(layer_idx)
         if before is not None and length <= before[1].shape[2]:
             return before
-        capacity = -(-(length + length // 4) // _GRAIN) * _GRAIN
+        capacity = min(self._longest, length + max(_HEADROOM, length // 2))
         heads = self.num_slots, key_states.shape[1]
         keys = key_states.new_zeros(*heads, key_states.shape[3], capacity)
         values = value_states.new_zeros(*heads, capacity, value_states.shape[3])

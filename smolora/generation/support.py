@@ -53,7 +53,7 @@ def _logits_alone(model: nn.Module, row: tuple[int, ...]) -> Tensor:
 def _logits_in_slots(model: nn.Module) -> Tensor:
     """Return the logits [answered tokens, rows, V] of prompts that fill slots and go on one token at a time."""
     device = next(model.parameters()).device
-    cache = SlotCache(len(_ROWS))
+    cache = SlotCache(len(_ROWS), max(map(len, _ROWS)))
     filled = [len(row) - _NUM_ANSWERED for row in _ROWS]
     padded = [row[:count] + (0,) * (max(filled) - count) for row, count in zip(_ROWS, filled, strict=True)]
     logits = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from smolora.generation import decoding, slots
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import Decoder, decode
 from smolora.generation.sampling import SamplingSettings
@@ -91,6 +92,16 @@ def test_a_row_that_is_done_makes_room_for_one_that_waits():
         decoder.step()
         num_steps += 1
     assert num_steps <= sum(ROOMS) // 2 + 1  # Pairs that wait for each other, even the most alike, take 56.
+
+
+def test_slots_that_grow_keep_what_they_hold(monkeypatch):
+    model = tiny_model("llama")
+    expected = _answers(model, _rows(), 4)
+    monkeypatch.setattr(slots, "_HEADROOM", 1)
+    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 40)
+    assert _answers(model, sorted(_rows(), key=lambda row: len(row.prompt_ids)), 4) == [
+        expected[number] for number in sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__)
+    ]
 
 
 def test_memory_left_by_others_reaches_no_row():
