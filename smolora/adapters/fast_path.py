@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from smolora.adapters.attach import plain_model
 from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
-from smolora.models.anatomy import Anatomy, Part
+from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.fused_ops import Activation, rms_norm
 from smolora.models.registry import FAMILIES, Fused
@@ -61,7 +61,9 @@ def fast_path(bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool) -> I
         config: The parts to use.
         is_packed: Whether its batches are packed rows; attention by rows needs that.
 
-    A model whose probe logits differ from the plain ones by more than rounding stays plain, with a warning.
+    A model whose probe logits differ from the plain ones by more than rounding, or that can't be probed, stays plain,
+    with a warning. The probe is one forward pass over three short rows; backward passes, long rows and dropout are
+    held to plain code by the tests of each family.
     """
     parts = FastParts()
     model = plain_model(bundle)
@@ -69,14 +71,17 @@ def fast_path(bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool) -> I
         yield FastParts(left=[f"{type(bundle.model).__name__} is no transformers model"])
         return
     with ExitStack() as stack:
-        expected = _probe_logits(model, None)
-        _Installer(model, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
-        if parts.used:
-            found = _probe_logits(model, Rows(_PROBE, model.device) if "row attention" in parts.used else None)
-            if reason := _why_different(found, expected, model.dtype):
-                stack.close()
-                parts = FastParts(left=[reason])
-                logger.warning("the fast path is off: %s", reason)
+        try:
+            expected = _probe_logits(model, None)
+            _Installer(model, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
+            rows = Rows(_PROBE, model.device) if "row attention" in parts.used else None
+            reason = _why_different(_probe_logits(model, rows), expected, model.dtype) if parts.used else None
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            reason = f"its forward pass refuses it ({type(error).__name__}: {error})"
+        if reason:
+            stack.close()
+            parts = FastParts(left=[reason])
+            logger.warning("the fast path is off: %s", reason)
         yield parts
 
 
@@ -102,7 +107,7 @@ class _Installer:
         family = FAMILIES.get(anatomy.family)
         self._fused = family.fused if family is not None else None
         self._settings = read_config(model).to_dict()
-        self._fallbacks: dict[str, int] = {}
+        self._fallbacks: dict[str, set[str]] = {}
 
     def install(self) -> None:
         """Install every part that is asked for and possible."""
@@ -112,14 +117,14 @@ class _Installer:
         if self._config.fused_blocks:
             done = self._install_blocks()
         if self._config.fused_lora:
-            self._install_products([part for part in self._anatomy.parts if part.is_linear and part.name not in done])
-        self._parts.left += [f"{reason} ({count} layers)" for reason, count in self._fallbacks.items()]
+            self._install_products(done)
+        self._parts.left += [f"{reason} ({len(names)} layers)" for reason, names in self._fallbacks.items()]
 
     def _install_row_attention(self) -> None:
         if not self._is_packed:
             self._parts.left.append("attention, since batches are padded")
-        elif self._anatomy.family in ("gemma2",):
-            self._parts.left.append("attention, whose scores gemma2 caps")
+        elif self._settings.get("attn_logit_softcapping"):
+            self._parts.left.append("attention, whose scores are capped")
         else:
             self._stack.enter_context(row_attention(self._model))
             self._parts.used.append("row attention")
@@ -136,7 +141,7 @@ class _Installer:
         for part in self._anatomy.parts:
             if part.group == "norm" or part.name.endswith(("q_norm", "k_norm")):
                 self._install_norm(self._model.get_submodule(part.name), fused)
-        self._parts.used.append("fused blocks")
+        self._parts.used.append("fused blocks" if done else "fused norms")
         return done
 
     def _install_attention(self, layer: int, fused: Fused) -> set[str]:
@@ -153,8 +158,10 @@ class _Installer:
 
     def _install_mlp(self, layer: int) -> set[str]:
         names = self._names(layer, "gate", "up", "down")
-        activation = _ACTIVATIONS.get(str(self._settings.get("hidden_act")))
+        named = str(self._settings.get("hidden_activation") or self._settings.get("hidden_act"))
+        activation = _ACTIVATIONS.get(named)
         if activation is None or len(names) != 3:
+            self._fallbacks.setdefault(f"an MLP with {named}", set()).update(names)
             return set()
         gate_up, down = self._product(names[:2]), self._product(names[2:], gated=activation)
         if gate_up is None or down is None:
@@ -168,17 +175,20 @@ class _Installer:
             eps, offset = float(self._settings["rms_norm_eps"]), fused.norm_offset
             self._replace(norm, lambda x: rms_norm(x, weight, eps=eps, offset=offset))
 
-    def _install_products(self, parts: list[Part]) -> None:
-        for part in parts:
-            if product := self._product([part.name]):
+    def _install_products(self, done: set[str]) -> None:
+        """Fuse every linear layer, the head too, that isn't in a fused block."""
+        for part in self._anatomy.parts:
+            if part.is_linear and part.name not in done and (product := self._product([part.name])):
                 self._replace(self._model.get_submodule(part.name), product)
-        self._parts.used.append("fused LoRA")
+                done = done | {part.name}
+        if done & set(self._anatomy.linear_modules()):
+            self._parts.used.append("fused LoRA")
 
     def _product(self, names: list[str], *, gated: Activation | None = None) -> LoRAProduct | None:
         layers = [self._model.get_submodule(name) for name in names]
         reason = next((reason for layer in layers if (reason := why_not_fast(layer))), None)
         if reason:
-            self._fallbacks[reason] = self._fallbacks.get(reason, 0) + len(layers)
+            self._fallbacks.setdefault(reason, set()).update(names)
             return None
         if not self._config.fused_lora:
             return None
@@ -204,8 +214,8 @@ class _Installer:
 def _attention_forward(
     attention: nn.Module, inputs: LoRAProduct, output: LoRAProduct, *, window: int | None
 ) -> Callable[..., tuple[Tensor, None]]:
-    width, scale, dropout = attention.head_dim, attention.scaling, attention.attention_dropout
-    assert isinstance(width, int) and isinstance(scale, float) and isinstance(dropout, float)
+    own = vars(attention)  # Numbers as config.json has them: an attention_dropout of 0 is an integer.
+    width, scale, dropout = int(own["head_dim"]), float(own["scaling"]), float(own["attention_dropout"])
     num_heads, num_shared = (size // width for size in inputs.frozen.sizes[:2])
     norms = [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
 
@@ -229,7 +239,8 @@ def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None]
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None] % vocab_size
         position_ids = torch.cat([torch.arange(length) for length in _PROBE]).to(model.device)[None]
         extra = {"rows": rows} if rows is not None else {}
         logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).logits

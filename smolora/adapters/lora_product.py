@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import Activation, draw_keep_mask, gate, gate_backward
-from smolora.models.structure import is_linear, is_stored_transposed
+from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class _Branch:
     outputs: slice
 
 
-@dataclass(frozen=True)
-class _Joint:
+class _Joint(NamedTuple):
     """The adapters of all layers as two matrices in the type of the computation."""
 
     a: Tensor
@@ -118,29 +117,29 @@ class _Product(torch.autograd.Function):
         output = product.frozen.forward(read)
         ctx.product = product
         if not matrices:
-            ctx.save_for_backward(x if product.gated else None, None, None)
+            ctx.save_for_backward(x if product.gated else None)
             return output
-        ctx.joint = product.join(x.dtype)
+        joint = product.join(x.dtype)
         kept = product.drop(read, keep)
-        low = kept @ ctx.joint.a.t()  # [N, R]
+        low = kept @ joint.a.t()  # [N, R]
         # What was dropped is kept as it is, unless it can be made again from the gate's input.
-        ctx.save_for_backward(x if product.gated else kept, low, keep)
-        return output.addmm_(low, ctx.joint.b.t())
+        ctx.save_for_backward(x if product.gated else kept, low, keep, *joint)
+        return output.addmm_(low, joint.b.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         product: LoRAProduct = ctx.product
         needs_x, _, _, *needs_matrices = ctx.needs_input_grad
-        saved, low, keep = ctx.saved_tensors
+        saved, *rest = ctx.saved_tensors  # Once: recomputed activations are gone after the first look.
         grad_x = product.frozen.backward(grad) if needs_x else None
         gradients: list[Tensor | None] = []
         if needs_matrices:
-            joint: _Joint = ctx.joint
-            grad_low = grad @ joint.b  # [N, R]
+            low, keep, a, b = rest
+            grad_low = grad @ b  # [N, R]
             if grad_x is not None and keep is None:
-                grad_x.addmm_(grad_low, joint.a)
+                grad_x.addmm_(grad_low, a)
             elif grad_x is not None:
-                grad_x.add_((grad_low @ joint.a).mul_(keep), alpha=product.keep_scale)
+                grad_x.add_((grad_low @ a).mul_(keep), alpha=product.keep_scale)
             kept = product.drop(product.read(saved), keep) if product.gated else saved
             grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
             grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
@@ -153,7 +152,9 @@ class _Product(torch.autograd.Function):
 def why_not_fast(layer: nn.Module) -> str | None:
     """Return why a layer can't be part of a LoRAProduct, or None where it can."""
     base = _base_of(layer)
-    if not is_linear(base) or not _weight_of(base).is_floating_point():
+    if is_quantised(base):
+        return f"{type(base).__name__} holds its weight quantised"
+    if not is_linear(base) or not has_plain_forward(base):
         return f"{type(base).__name__} isn't a plain linear layer"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "its base is trained too"

@@ -29,7 +29,6 @@ class FrozenLinear:
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, packed: bool) -> None:
         self.sizes = [len(weight) for weight in weights]
-        self.device, self.dtype = weights[0].device, weights[0].dtype
         self.num_inputs = weights[0].shape[1]
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         self._bias = _join_biases(self.sizes, biases, weight)

@@ -68,7 +68,7 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     if not run.is_run(run.path):
         return config  # Nothing to resume, or a lost configuration: then the checkpoints' identity decides.
     stored = _stored_config(run)
-    if stored.keys() != config.model_dump().keys():
+    if ("gpt" in stored) != isinstance(config, PretrainConfig):
         raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")
     for path, (before, now) in _changes(stored, config.model_dump(mode="json")).items():
         if path.startswith(_FIXED):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smolora.adapters.tensor_places import LoRAPair, TensorPlace, find_lora_pairs, locate_tensors, read_anatomy
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.gradient_summary import GradientSummary
+from smolora.runtime.memory import page_out
 from smolora.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ class GradientNormCallback(Callback):
         self._pairs = find_lora_pairs(model)
         weights = {pair.module: pair.weight.detach() for pair in self._pairs if pair.weight.is_floating_point()}
         self._weight_norms = to_floats(measure_norms(weights))
+        for weight in weights.values():
+            page_out(weight)  # The fast path has copies of its own; reading brought these back into memory.
 
     def take(self, measured: Mapping[str, Tensor]) -> None:
         """Take the norms of this step's gradients, by parameter, before clipping."""

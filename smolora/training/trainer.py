@@ -161,6 +161,8 @@ class Trainer:
             self._model.train()
             ending.callback(self._tell, lambda callback: callback.on_train_end(self))
             self._tell(lambda callback: callback.on_train_begin(self))
+            if resume and self._run_dir:
+                self._prune_checkpoints()  # A kill between saving and pruning left one too many.
             ending.enter_context(self._gradient_checkpointing())
             if self.eval_dataset is not None and self.state.step == 0:
                 self._evaluate_base()
@@ -232,7 +234,6 @@ class Trainer:
         if best is not None and (damage := find_damage(self._run_dir.checkpoint_path(best))):
             logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
             self.state.best_step = self.state.best_eval_loss = None
-        self._prune_checkpoints()  # A kill between saving and pruning left one too many.
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
