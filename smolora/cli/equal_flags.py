@@ -9,6 +9,7 @@ from smolora.config.base import Section
 _KINDS: dict[str, tuple[type[LoopFlags], type[Section]]] = {
     "pretrain": (PretrainFlags, PretrainConfig),
     "train": (TrainFlags, ExperimentConfig),
+    "plan": (TrainFlags, ExperimentConfig),
 }
 
 

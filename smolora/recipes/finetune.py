@@ -53,6 +53,19 @@ class TuningData:
     held_out: TokenDataset | None
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """A run that is ready but for its folder."""
+
+    bundle: ModelBundle
+    """The base with the adapter."""
+    data: TuningData
+    layout: Layout
+    identity: RunIdentity
+    machine: dict[str, str]
+    """What env.json says of how the run computes."""
+
+
 def finetune(
     config: ExperimentConfig,
     out: Path,
@@ -79,6 +92,42 @@ def finetune(
     """
     run = RunDir(out)
     config = settle_config(run, config, resume=resume)
+    tuning = open_tuning(config, out, dataset)
+    bundle, data = tuning.bundle, tuning.data
+    with ExitStack() as stack:
+        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=tuning.layout == "packed"))
+        logger.info("fast path: %s", fast.describe())
+        machine = {**tuning.machine, "fast_path": fast.describe()}
+        stack.enter_context(recorded_run(run, config, resume=resume, identity=tuning.identity, machine=machine))
+        data.rows.report.write(run.path)
+        state = Trainer(
+            bundle,
+            data.train,
+            config.training,
+            collate=get_data_collator(tuning.layout),
+            eval_dataset=data.held_out,
+            evaluation=config.evaluation,
+            run_dir=run,
+            identity=tuning.identity,
+            callbacks=choose_callbacks(run, config, callbacks),
+        ).train(resume=resume)
+        restore_best(run, bundle, state)
+        _save(run, bundle)
+        leave_report(run)
+    return run
+
+
+def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Dataset | None = None) -> Tuning:
+    """Load the base, encode the rows and attach the adapter: all that a run does before its folder is made.
+
+    Args:
+        config: The whole run.
+        out: Where rejected rows are written; left out, they aren't.
+        dataset: Rows in memory, in place of `config.data.sources`.
+
+    Raises:
+        ConfigError, DataError, StorageError, ModelError: As `finetune`.
+    """
     if dataset is None:
         check_sources(config.data)
     allocator = keep_large_blocks()
@@ -87,28 +136,8 @@ def finetune(
     layout = _choose_layout(base)
     bundle = _adapt(base, config, data)
     _check_phases(bundle, data, config)
-    identity = _identify(bundle, data, config)
-    with ExitStack() as stack:
-        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=layout == "packed"))
-        logger.info("fast path: %s", fast.describe())
-        machine |= {"allocator": allocator, "batches": layout, "fast_path": fast.describe()}
-        stack.enter_context(recorded_run(run, config, resume=resume, identity=identity, machine=machine))
-        data.rows.report.write(run.path)
-        state = Trainer(
-            bundle,
-            data.train,
-            config.training,
-            collate=get_data_collator(layout),
-            eval_dataset=data.held_out,
-            evaluation=config.evaluation,
-            run_dir=run,
-            identity=identity,
-            callbacks=choose_callbacks(run, config, callbacks),
-        ).train(resume=resume)
-        restore_best(run, bundle, state)
-        _save(run, bundle)
-        leave_report(run)
-    return run
+    machine |= {"allocator": allocator, "batches": layout}
+    return Tuning(bundle, data, layout, _identify(bundle, data, config), machine)
 
 
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:

@@ -77,6 +77,7 @@ class Trainer:
         identity: What checkpoints belong to; needed with `run_dir`.
         callbacks: Listeners, called in this order.
         betas: AdamW's decay rates of the two moments.
+        plan: Which rows every step sees; left out, all of them, in a seeded order.
 
     Example:
         ```python
@@ -98,6 +99,7 @@ class Trainer:
         identity: RunIdentity | None = None,
         callbacks: Sequence[Callback] = (),
         betas: tuple[float, float] = (0.9, 0.999),
+        plan: StepPlan | None = None,
     ) -> None:
         self.bundle = bundle
         self.config = config
@@ -111,12 +113,11 @@ class Trainer:
         self._run_dir = run_dir
         self._identity = identity
         self._accelerator = _build_accelerator(bundle.device)
-        self.plan = StepPlan(len(train_dataset), config, self._accelerator.num_processes)
+        self.plan = plan or StepPlan(len(train_dataset), config, self._accelerator.num_processes)
         if 0 < len(train_dataset) % self.plan.rows_per_step < self._accelerator.num_processes:
             raise ConfigError("the last step of an epoch has fewer rows than processes: change the rows per step.")
         self.state.total_steps = self.plan.total_steps
         self.schedule = ScheduleWindow.over(0, self.state.total_steps, warmup_steps=config.warmup_steps)
-        self._eval_steps = config.eval_steps or math.ceil(self.state.total_steps / 5)
         self.parameters = trainable_parameters(bundle.model)
         if not self.parameters:
             raise ConfigError("no tensor of the model requires gradients: attach an adapter, or unfreeze some.")
@@ -143,7 +144,7 @@ class Trainer:
 
     def will_log(self, step: int) -> bool:
         """Whether update `step` is certain to be logged; a callback that ends the run can have any other one logged."""
-        is_evaluated = self.eval_dataset is not None and step % self._eval_steps == 0
+        is_evaluated = self.eval_dataset is not None and step % self.plan.eval_steps == 0
         return is_evaluated or step in (1, self.state.total_steps) or step % self.config.logging_steps == 0
 
     def train(self, *, resume: bool = False) -> TrainerState:
@@ -291,7 +292,7 @@ class Trainer:
         signal_name = stop.signal_name  # Read once: what arrives later is for the next step.
         last = record.step == self.state.total_steps or self.state.should_stop
         eval_loss, improved = None, False
-        if self.eval_dataset is not None and (last or record.step % self._eval_steps == 0):
+        if self.eval_dataset is not None and (last or record.step % self.plan.eval_steps == 0):
             eval_loss, improved = self._evaluate_and_compare()
             last = last or self.state.should_stop
         if last or self.will_log(record.step):
