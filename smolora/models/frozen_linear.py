@@ -51,10 +51,24 @@ class FrozenLinear:
         return self._multiply(grad, self._backward_weight, None)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._is_packed:
-            output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-            return output
-        return F.linear(x, weight, bias)
+        return multiply_by_onednn(x, weight, bias) if self._is_packed else multiply(x, weight, bias)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b, `[N, O]` of `[N, D]` and `[O, D]`; float32 on a CPU by oneDNN, without gradient.
+
+    torch gives float32 products to a BLAS, which ran at 190 to 225 GFLOP/s on an AMD processor where oneDNN runs at 420
+    to 500 (both in full float32). It gives bfloat16 to oneDNN by itself.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch._C._has_mkldnn:
+        return multiply_by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, of a weight that may be packed."""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return output
 
 
 def can_pack(weight: Tensor) -> bool:

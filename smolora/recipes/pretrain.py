@@ -19,6 +19,7 @@ from smolora.data.token_dataset import TextDataset, TokenArray
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
+from smolora.models.trained_linear import fast_linears
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
@@ -73,7 +74,10 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         settings=fingerprint_settings(config),
     )
     machine = {"device": f"{device} ({reason})", "allocator": allocator}
-    with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
+    with (
+        recorded_run(run, config, resume=resume, identity=identity, machine=machine),
+        fast_linears(bundle.model),
+    ):
         documents.report.write(run.path)
         state = Trainer(
             bundle,
