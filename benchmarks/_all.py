@@ -29,6 +29,7 @@ RUNS = (
     "allocator.py --rounds 3",
     "forward.py",
     "nanogpt.py --rounds 1",
+    "nanogpt.py --large --steps 100 --rounds 1",
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl")
 

@@ -6,6 +6,7 @@ whole window of the last 10 % of the file. nanoGPT's README gives 1.88 for this 
 
 python benchmarks/nanogpt.py            # 2,000 steps, two turns each
 python benchmarks/nanogpt.py --steps 50 --rounds 1
+python benchmarks/nanogpt.py --large --steps 60 --rounds 1
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,8 +35,19 @@ from smolora.training.callback import Callback
 from smolora.training.state import StepRecord
 from smolora.training.trainer import Trainer
 
-BATCH, CONTEXT, LAYERS, HEADS, WIDTH = 12, 64, 4, 4, 128
-PEAK_RATE, LAST_RATE, WARMUP = 3e-3, 3e-4, 100
+
+class Shape(NamedTuple):
+    """nanoGPT's settings for characters."""
+
+    batch: int
+    context: int
+    layers: int
+    heads: int
+    width: int
+
+
+SHAPE = Shape(16, 256, 6, 6, 384) if "--large" in sys.argv else Shape(12, 64, 4, 4, 128)
+PEAK_RATE, LAST_RATE, WARMUP = (1e-3, 1e-4, 100) if SHAPE.width > 256 else (3e-3, 3e-4, 100)
 EVAL_EVERY, EVAL_BATCHES = 250, 20
 VALIDATION_SHARE = 0.1
 
@@ -56,16 +69,20 @@ class PlainBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
-        self.c_attn = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.c_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(SHAPE.width, bias=False), nn.LayerNorm(SHAPE.width, bias=False)
+        self.c_attn = nn.Linear(SHAPE.width, 3 * SHAPE.width, bias=False)
+        self.c_proj = nn.Linear(SHAPE.width, SHAPE.width, bias=False)
         self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+            nn.Linear(SHAPE.width, 4 * SHAPE.width, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * SHAPE.width, SHAPE.width, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        heads = (part.view(B, T, HEADS, -1).transpose(1, 2) for part in self.c_attn(self.norm1(x)).split(D, dim=2))
+        heads = (
+            part.view(B, T, SHAPE.heads, -1).transpose(1, 2) for part in self.c_attn(self.norm1(x)).split(D, dim=2)
+        )
         mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
         x = x + self.c_proj(mixed.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp(self.norm2(x))
@@ -76,14 +93,14 @@ class PlainGPT(nn.Module):
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, WIDTH)
-        self.positions = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH, bias=False)
+        self.tokens = nn.Embedding(vocab_size, SHAPE.width)
+        self.positions = nn.Embedding(SHAPE.context, SHAPE.width)
+        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(SHAPE.layers)))
+        self.norm = nn.LayerNorm(SHAPE.width, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 is_residual = name.endswith(("c_proj.weight", "mlp.2.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * LAYERS) if is_residual else 0.02)
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * SHAPE.layers) if is_residual else 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
@@ -121,12 +138,14 @@ def train_smolora(text_file: Path, steps: int, seed: int) -> Outcome:
     timer = _StepTimer()
     started = time.perf_counter()
     config = PretrainConfig(
-        gpt=GPTConfig(num_layers=LAYERS, num_heads=HEADS, width=WIDTH, context=CONTEXT, dropout=0.0),
+        gpt=GPTConfig(
+            num_layers=SHAPE.layers, num_heads=SHAPE.heads, width=SHAPE.width, context=SHAPE.context, dropout=0.0
+        ),
         data=DataConfig(sources=(str(text_file),), validation_fraction=VALIDATION_SHARE),
         training=TrainingConfig(
             learning_rate=PEAK_RATE,
             max_steps=steps,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=SHAPE.batch,
             warmup_steps=min(WARMUP, steps // 2),
             lr_scheduler_type="cosine",
             weight_decay=0.1,
@@ -164,7 +183,9 @@ def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def evaluate_windows(model: nn.Module, tokens: Tensor) -> float:
     """Return the mean loss over every whole window, end to end."""
     model.eval()
-    windows = tokens[: (len(tokens) - 1) // CONTEXT * CONTEXT + 1].unfold(0, CONTEXT + 1, CONTEXT)
+    windows = tokens[: (len(tokens) - 1) // SHAPE.context * SHAPE.context + 1].unfold(
+        0, SHAPE.context + 1, SHAPE.context
+    )
     losses = [_loss(model, batch[:, :-1], batch[:, 1:]).item() * len(batch) for batch in windows.split(256)]
     return sum(losses) / len(windows)
 
@@ -184,8 +205,8 @@ def _plain_rate(step: int, steps: int) -> float:
 
 
 def _draw_batch(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    starts = torch.randint(len(tokens) - CONTEXT, (BATCH,))
-    windows = torch.stack([tokens[start : start + CONTEXT + 1] for start in starts.tolist()])
+    starts = torch.randint(len(tokens) - SHAPE.context, (SHAPE.batch,))
+    windows = torch.stack([tokens[start : start + SHAPE.context + 1] for start in starts.tolist()])
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -215,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=2, help="turns of each; their median is printed")
+    parser.add_argument("--large", action="store_true", help="6 layers, 384 wide, context 256, 16 rows a step")
     parser.add_argument("--text", type=Path, help="another text file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -225,7 +247,9 @@ def main() -> None:
     plain, ours = medians["plain loop"], medians["smolora"]
     rows = [[name, *values] for name, values in medians.items()]
     rows.append(["smolora / plain", *(mine / theirs for mine, theirs in zip(ours, plain, strict=True))])
-    title = f"tiny shakespeare, characters, {args.steps} steps of {BATCH} x {CONTEXT}, median of {args.rounds}"
+    title = (
+        f"tiny shakespeare, characters, {args.steps} steps of {SHAPE.batch} x {SHAPE.context}, median of {args.rounds}"
+    )
     print_table(title, ["", "validation loss", "seconds in steps", "seconds in all"], rows)
 
 
