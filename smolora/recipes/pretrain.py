@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         settings=fingerprint_settings(config),
     )
     machine = {"device": f"{device} ({reason})", "allocator": allocator}
-    with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
+    with recorded_run(run, config, resume=resume, num_rows=len(train), identity=identity, machine=machine):
         documents.report.write(run.path)
         state = Trainer(
             bundle,

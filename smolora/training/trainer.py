@@ -217,11 +217,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         assert self._run_dir is not None, "a checkpoint comes from a run"
-        if checkpoint.step > self.state.total_steps:
-            raise ConfigError(
-                f"the run has done {checkpoint.step} steps, more than the {self.state.total_steps} asked for. "
-                "Ask for as many or more, or start a new run in another folder."
-            )
+        self.plan.require_reach(checkpoint.step)
         self._require_identity().require(checkpoint.path)
         snapshot = load_checkpoint(checkpoint.path, self.bundle)
         restore_optimizer(self._optimizer.optimizer, self.parameters, snapshot.optimizer)
