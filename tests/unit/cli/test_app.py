@@ -51,6 +51,7 @@ def test_the_version_is_the_installed_one(smolora):
         (["train", "--weight-decay", "0.1"], "Did you mean training.weight_decay=VALUE?"),
         (["pretrain", "--vocab-size", "99", "-o", "y"], "Did you mean tokenizer.vocab_size=VALUE?"),
         (["train", "--steps", "3"], "Unknown option: --steps. Did you mean --max-steps?"),
+        (["prepare", "d", "-o", "y", "--max-rejects", "3"], "Did you mean data.max_rejects=VALUE?"),
         (["train", "--output=y"], "Unknown option: --output=y. Did you mean --out?"),
         (["train", "--batch", "3"], "Unknown option: --batch. Did you mean --batch-size?"),
         (["generate", "m", "p", "--max-tokens", "3"], "Unknown option: --max-tokens. Did you mean --max-new-tokens?"),

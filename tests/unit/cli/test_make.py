@@ -25,13 +25,12 @@ def train(smolora, base, rows):
 
 
 def test_prepare_writes_both_sides_and_reports_on_stderr(smolora, rows, tmp_path):
-    code, out, err = smolora(
-        "prepare", rows, "-o", tmp_path / "data", "data.prompt_field=mr", "data.completion_field=ref"
-    )
+    code, out, err = smolora("prepare", rows, "-o", tmp_path / "data", *FIELDS)
     assert (code, out) == (0, "")
     assert "rows read" in err
     sides = [(tmp_path / "data" / f"{side}.jsonl").read_text().splitlines() for side in ("train", "validation")]
     assert (len(sides[0]), len(sides[1])) == (57, 3)
+    assert json.loads(sides[0][0]).keys() == {"prompt", "completion"}
 
 
 def test_prepare_of_a_missing_column_is_3_and_lists_the_columns(smolora, rows, tmp_path):
