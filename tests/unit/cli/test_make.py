@@ -120,6 +120,15 @@ def test_columns_that_fit_nothing_are_3_and_are_listed(smolora, base, rows, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_where_no_row_is_left_the_error_comes_after_the_table(train, tmp_path):
+    code, _, err = train(tmp_path / "run", "data.max_length=3", "--overlong", "drop")
+    assert code == 3
+    *_, table, error = err.splitlines()
+    assert table.endswith("57 dropped as too long")
+    assert error.startswith("smolora: error: none of the 57 train rows is left")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rejected_row_is_3_and_named(smolora, base, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"text": "the cat"}) + "\nnot json\n")
