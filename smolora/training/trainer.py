@@ -167,7 +167,9 @@ class Trainer:
             ending.enter_context(self._gradient_checkpointing())
             if self.eval_dataset is not None and self.state.step == 0:
                 self._evaluate_base()
-            while self.state.step < self.state.total_steps and not self.state.should_stop:
+            if resume and self._is_over:
+                logger.info("the run is finished already, at step %d of %d", self.state.step, self.state.total_steps)
+            while not self._is_over:
                 self._finish_step(self._train_step(), stop)
             require_movement(self.active_parameters, self.state.checksums, self.state.step)
             self._tell(lambda callback: callback.on_finish(self))
@@ -200,6 +202,10 @@ class Trainer:
                 "use float32, lower the learning rate, or look at the held-out rows."
             )
         return float(summed / tokens)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.state.step >= self.state.total_steps or self.state.should_stop
 
     def _start(self, *, resume: bool) -> None:
         checkpoint = None
