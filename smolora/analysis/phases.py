@@ -1,4 +1,7 @@
-"""What each phase trained, read off the gradient log: the groups and layers that had a gradient in it."""
+"""What each phase trained: the groups and layers that had a gradient in it, as the gradient log holds them.
+
+The log doesn't tell LoRA's two matrices apart; where a phase trains one alone, the configuration says which.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,18 @@ from smolora.errors import DataError
 
 
 def describe_phases(record: RunRecord) -> dict[str, str]:
-    """Return what each phase trained by its name, such as "both", "mlp" or "layers 0-5"; empty where it isn't known."""
+    """Return what each phase trained by its name, such as "both", "mlp" or "layers 0-5, B only".
+
+    It is empty where it isn't known.
+    """
     try:
         groups, layers = record.group_norms, record.layer_norms
     except DataError:
         return {span.name: "" for span in record.phases}
-    return {span.name: _describe(span, groups, layers) for span in record.phases}
+    return {
+        span.name: _describe(span, groups, layers) + _describe_matrices(span, record.settings.get("phases.table"))
+        for span in record.phases
+    }
 
 
 def steps_within(steps: Array, span: PhaseSpan) -> Mask:
@@ -43,3 +52,11 @@ def _describe_layers(inside: Mask, layers: NormTable) -> str:
         return f"layer {found[0]}"
     is_range = found == list(range(found[0], found[-1] + 1))
     return f"layers {found[0]}-{found[-1]}" if is_range else f"layers {', '.join(map(str, found))}"
+
+
+def _describe_matrices(span: PhaseSpan, table: object) -> str:
+    """Return which of LoRA's matrices a phase of the configuration's table trained, or nothing where it is both."""
+    numbered = enumerate(table if isinstance(table, list) else [], start=1)
+    chosen = {str(number): phase.get("matrices") for number, phase in numbered if isinstance(phase, dict)}
+    matrix = chosen.get(span.name)
+    return f", {matrix} only" if matrix else ""

@@ -30,6 +30,8 @@ from smolora.errors import DataError
 _STANDS_OUT = 1.5
 """A layer is named when its share is so many times an even one."""
 
+_EVEN = 1.5
+"""Shares are even where the largest is at most so many times the smallest."""
 
 _FEWEST_FOR_STALL = 20
 
@@ -151,7 +153,8 @@ def _say_layers(shares: Array) -> str:
     if ahead:
         return f"{', '.join(ahead[:4])} (an even share is {even:.0%})"
     low, high = order[-1], order[0]
-    return f"spread evenly, from {shares[low]:.0%} in layer {low} to {shares[high]:.0%} in layer {high}"
+    extremes = f"from {shares[low]:.0%} in layer {low} to {shares[high]:.0%} in layer {high}"
+    return f"spread evenly, {extremes}" if shares[high] <= _EVEN * shares[low] else extremes
 
 
 def _periods(record: RunRecord, steps: Array) -> Iterator[tuple[str, Mask]]:

@@ -16,6 +16,7 @@ from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
 from smolora.cli.look import report
 from smolora.cli.make import merge, prepare, pretrain, train
 from smolora.cli.start import demo, doctor
+from smolora.errors import StoppedBySignal
 
 _START = Group("Start here", sort_key=1)
 _MAKE = Group("Make", sort_key=2)
@@ -95,5 +96,6 @@ def _let_go_of_stdout() -> None:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"smolora: error: {message}", file=sys.stderr)
+    kind = "" if exit_code == StoppedBySignal.exit_code else "error: "  # A run that was stopped did as it was told.
+    print(f"smolora: {kind}{message}", file=sys.stderr)
     return exit_code

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from smolora.cli.flags import LoopFlags, PretrainFlags, TrainFlags, paths_of
-from smolora.config import ExperimentConfig, PretrainConfig
+from smolora.cli.flags import LoopFlags, PrepareFlags, PretrainFlags, TextFlags, TrainFlags, paths_of
+from smolora.config import ExperimentConfig, PrepareConfig, PretrainConfig
 from smolora.config.base import Section
 
-_KINDS: dict[str, tuple[type[LoopFlags], type[Section]]] = {
+_KINDS: dict[str, tuple[type[TextFlags | LoopFlags], type[Section]]] = {
+    "prepare": (PrepareFlags, PrepareConfig),
     "pretrain": (PretrainFlags, PretrainConfig),
     "train": (TrainFlags, ExperimentConfig),
     "plan": (TrainFlags, ExperimentConfig),

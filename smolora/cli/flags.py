@@ -17,6 +17,40 @@ class At:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextFlags:
+    """The column of rows that are plain text."""
+
+    text_field: Annotated[str | None, At("data.text_field")] = None
+    """Column of plain text, where it has another name than text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldFlags(TextFlags):
+    """The columns of rows that are text, or prompt and completion."""
+
+    prompt_field: Annotated[str | None, At("data.prompt_field")] = None
+    """Column that the model is given; it is not trained on."""
+
+    completion_field: Annotated[str | None, At("data.completion_field")] = None
+    """Column that the model learns to answer."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PrepareFlags(FieldFlags):
+    """Flags of `smolora prepare`."""
+
+    chunk_size: Annotated[int | None, At("data.chunk_size")] = None
+    """Split texts into pieces of so many words."""
+
+    file_type: Annotated[str | None, At("data.file_type")] = None
+    """txt, csv, jsonl, json, parquet or hub, where the name doesn't tell."""
+
+    seed: Annotated[int | None, At("seed")] = None
+    """Seed of the split."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopFlags:
     """What pretraining and tuning share."""
 
@@ -25,9 +59,6 @@ class LoopFlags:
 
     eval_data: Annotated[str | None, At("data.eval_source")] = None
     """Held-out rows. Left out, some of the data is held out."""
-
-    text_field: Annotated[str | None, At("data.text_field")] = None
-    """Column of plain text, where it has another name than text."""
 
     max_steps: Annotated[int | None, At("training.max_steps")] = None
     """Updates; where given it decides alone, and the data repeats."""
@@ -50,7 +81,7 @@ class LoopFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class PretrainFlags(LoopFlags):
+class PretrainFlags(TextFlags, LoopFlags):
     """Flags of `smolora pretrain`."""
 
     tokenizer: Annotated[str | None, At("tokenizer.kind")] = None
@@ -74,17 +105,11 @@ class PretrainFlags(LoopFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class TrainFlags(LoopFlags):
+class TrainFlags(FieldFlags, LoopFlags):
     """Flags of `smolora train`."""
 
     model: Annotated[str | None, At("model.name_or_path")] = None
     """Base model: a folder, a run or a hub id."""
-
-    prompt_field: Annotated[str | None, At("data.prompt_field")] = None
-    """Column that the model is given; it is not trained on."""
-
-    completion_field: Annotated[str | None, At("data.completion_field")] = None
-    """Column that the model learns to answer."""
 
     adapter: Annotated[str | None, At("adapter.path")] = None
     """Adapter, or the run that holds it, to continue from."""
@@ -123,13 +148,13 @@ class TrainFlags(LoopFlags):
     """auto, cpu, cuda or mps."""
 
 
-def collect_settings(flags: LoopFlags) -> dict[str, object]:
+def collect_settings(flags: TextFlags | LoopFlags) -> dict[str, object]:
     """Return what was given, by path of the configuration."""
     values = dataclasses.asdict(flags)
     return {path: values[name] for path, name in paths_of(type(flags)).items() if values[name] not in (None, ())}
 
 
-def paths_of(kind: type[LoopFlags]) -> dict[str, str]:
+def paths_of(kind: type[TextFlags | LoopFlags]) -> dict[str, str]:
     """Return the names of the fields that set the configuration, by the path that each sets."""
     hints = get_type_hints(kind, include_extras=True)
     notes = [(note, name) for name, hint in hints.items() for note in get_args(hint)]

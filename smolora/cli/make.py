@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smolora.cli.flags import PretrainFlags, TrainFlags
+from smolora.cli.flags import PrepareFlags, PretrainFlags, TrainFlags, collect_settings
 from smolora.cli.run_config import build_config
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
@@ -22,10 +22,7 @@ def prepare(
     source: str,
     *words: str,
     out: Out,
-    text_field: str | None = None,
-    chunk_size: int | None = None,
-    file_type: str | None = None,
-    seed: int | None = None,
+    flags: PrepareFlags | None = None,
 ) -> None:
     """Read text or rows, clean and chunk them if asked, drop duplicates, and write train and validation files.
 
@@ -33,17 +30,12 @@ def prepare(
         source: A file, a folder or a hub id.
         words: Further settings of the data as data.key=value, such as data.chunk_tokenizer=MODEL.
         out: Folder to write train.jsonl, validation.jsonl and data_report.json into.
-        text_field: Column of plain text.
-        chunk_size: Split texts into pieces of so many words.
-        file_type: txt, csv, jsonl, json, parquet or hub, where the name doesn't tell.
-        seed: Seed of the split.
+        flags: What has a flag of its own.
     """
     terminal = open_terminal()
     from smolora.config import PrepareConfig, resolve_config
 
-    given = {"text_field": text_field, "chunk_size": chunk_size, "file_type": file_type}
-    flags = {"seed": seed, **{f"data.{name}": value for name, value in given.items()}}
-    config = resolve_config(PrepareConfig, flags=flags, assignments=words)
+    config = resolve_config(PrepareConfig, flags=collect_settings(flags or PrepareFlags()), assignments=words)
     from smolora.recipes.prepare import prepare as run_prepare
 
     report = run_prepare(source, out, config.data, seed=config.seed)

@@ -6,6 +6,7 @@ the same for every task and live in `encode_rows`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["train", "validation"]
+
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 1000
 
@@ -118,8 +121,29 @@ def encode_rows(
             counts.target_tokens += fitted.num_target_tokens
     report.check()
     if rows and not kept:
-        raise DataError(f"none of the {len(rows)} {side} rows is left with a token to learn.\n{report.describe()}")
+        logger.info("%s", report.describe())
+        raise DataError(
+            f"none of the {len(rows):,} {side} rows is left with a token to learn: "
+            f"{_explain_nothing_left(counts, limit, data, context)}"
+        )
     return TokenDataset(kept)
+
+
+def _explain_nothing_left(counts: EncodingCounts, limit: int | None, data: DataConfig, context: int | None) -> str:
+    """Return why, with the limit, and what to change."""
+    place = f"{limit} tokens ({'the context of the model' if data.max_length is None else 'data.max_length'})"
+    reasons, changes = [], []
+    if data.max_length is not None and data.max_length != context:
+        changes.append(f"raise data.max_length{f' (up to {context})' if context is not None else ''}")
+    if counts.dropped_overlong:
+        reasons.append(f"{counts.dropped_overlong:,} are longer than {place} and were dropped")
+        changes.append("cut them with --overlong truncate (data.overlong=truncate)")
+    if counts.dropped_without_target:
+        within = "" if limit is None else f" within {place}"
+        reasons.append(f"{counts.dropped_without_target:,} have nothing to learn{within}")
+        changes.append("give rows whose answer begins earlier" if limit is not None else "give rows with an answer")
+    advice = ", or ".join(changes)
+    return f"{' and '.join(reasons)}. {advice[0].upper()}{advice[1:]}."
 
 
 def render_marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:

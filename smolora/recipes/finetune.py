@@ -98,7 +98,11 @@ def finetune(
         fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=tuning.layout == "packed"))
         logger.info("fast path: %s", fast.describe())
         machine = {**tuning.machine, "fast_path": fast.describe()}
-        stack.enter_context(recorded_run(run, config, resume=resume, identity=tuning.identity, machine=machine))
+        stack.enter_context(
+            recorded_run(
+                run, config, resume=resume, num_rows=len(data.train), identity=tuning.identity, machine=machine
+            )
+        )
         data.rows.report.write(run.path)
         state = Trainer(
             bundle,

@@ -75,7 +75,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
     )
     machine = {"device": f"{device} ({reason})", "allocator": allocator}
     with (
-        recorded_run(run, config, resume=resume, identity=identity, machine=machine),
+        recorded_run(run, config, resume=resume, num_rows=len(train), identity=identity, machine=machine),
         fast_linears(bundle.model),
     ):
         documents.report.write(run.path)

@@ -26,6 +26,7 @@ from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback
+from smolora.training.plan import StepPlan
 from smolora.training.prefix_cache import PrefixCacheCallback
 from smolora.training.state import TrainerState
 
@@ -92,18 +93,30 @@ def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
 
 @contextmanager
 def recorded_run(
-    run: RunDir, config: RunConfig, *, resume: bool, identity: RunIdentity, machine: Mapping[str, str]
+    run: RunDir, config: RunConfig, *, resume: bool, num_rows: int, identity: RunIdentity, machine: Mapping[str, str]
 ) -> Iterator[None]:
     """Hold the run's lock and write what it is: resolved_config.yaml and env.json.
 
+    Args:
+        run: The run's folder.
+        config: The whole run.
+        resume: Whether it goes on from the newest whole checkpoint.
+        num_rows: Examples to learn from, which with `config` give the number of steps.
+        identity: What a checkpoint must have been written with.
+        machine: What env.json says of how the run computes.
+
     Raises:
+        ConfigError: A run is here and `resume` isn't set, or it has done more steps than asked for.
+        ModelError, DataError: The checkpoint belongs to another base, tokenizer or data.
         FolderInUseError: Another process writes here.
     """
     with run.locked():
         if not resume:
             run.refuse_existing()
         if resume and (checkpoint := run.newest_checkpoint()):
-            identity.require(checkpoint.path)  # Before anything is written: a refused resume must change nothing.
+            # Before anything is written: a refused resume must change nothing.
+            identity.require(checkpoint.path)
+            StepPlan(num_rows, config.training).require_reach(checkpoint.step)
         run.sweep_leftovers()
         write_json(run.env, {**_describe_environment(), **machine})
         write_text(run.resolved_config, dump_config(config))

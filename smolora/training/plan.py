@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from smolora.config.training import TrainingConfig
+from smolora.errors import ConfigError
 from smolora.runtime.seeding import permutation
 
 
@@ -44,6 +45,18 @@ class StepPlan:
     def eval_steps(self) -> int:
         """Updates from one evaluation to the next: as set, else a fifth of the run."""
         return self.config.eval_steps or math.ceil(self.total_steps / 5)
+
+    def require_reach(self, done: int) -> None:
+        """Raise where a run that is resumed has done more than the steps asked for.
+
+        Raises:
+            ConfigError: It has.
+        """
+        if done > self.total_steps:
+            raise ConfigError(
+                f"the run has done {done} steps, more than the {self.total_steps} asked for. "
+                "Ask for as many or more, or start a new run in another folder."
+            )
 
     def rows_of(self, step: int) -> np.ndarray:
         """Return the rows of update `step` (from 0), over all processes."""

@@ -167,7 +167,9 @@ class Trainer:
             ending.enter_context(self._gradient_checkpointing())
             if self.eval_dataset is not None and self.state.step == 0:
                 self._evaluate_base()
-            while self.state.step < self.state.total_steps and not self.state.should_stop:
+            if resume and self._is_over:
+                logger.info("the run is finished already, at step %d of %d", self.state.step, self.state.total_steps)
+            while not self._is_over:
                 self._finish_step(self._train_step(), stop)
             require_movement(self.active_parameters, self.state.checksums, self.state.step)
             self._tell(lambda callback: callback.on_finish(self))
@@ -201,6 +203,10 @@ class Trainer:
             )
         return float(summed / tokens)
 
+    @property
+    def _is_over(self) -> bool:
+        return self.state.step >= self.state.total_steps or self.state.should_stop
+
     def _start(self, *, resume: bool) -> None:
         checkpoint = None
         if resume and self._run_dir:
@@ -217,11 +223,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         assert self._run_dir is not None, "a checkpoint comes from a run"
-        if checkpoint.step > self.state.total_steps:
-            raise ConfigError(
-                f"the run has done {checkpoint.step} steps, more than the {self.state.total_steps} asked for. "
-                "Ask for as many or more, or start a new run in another folder."
-            )
+        self.plan.require_reach(checkpoint.step)
         self._require_identity().require(checkpoint.path)
         snapshot = load_checkpoint(checkpoint.path, self.bundle)
         restore_optimizer(self._optimizer.optimizer, self.parameters, snapshot.optimizer)

@@ -56,9 +56,33 @@ def test_the_layers_that_carried_the_gradient_are_named_by_phase(tmp_path):
     text = generate_summary_report(run)
     assert "80% in mlp, 20% in attention" in text
     assert "Phase 1 (steps 1-10): 80% in layer 1 (an even share is 50%)." in text
-    assert "Phase 2 (steps 11-20): spread evenly, from 36% in layer 2 to 64% in layer 3." in text
+    assert "Phase 2 (steps 11-20): from 36% in layer 2 to 64% in layer 3." in text
     assert "Phase 1 (logged steps 1-10): layers 0-1, 400 trainable parameters; training loss 3.142 to 2.420" in text
     assert "(means of 5 logged steps)" in text
+
+
+@pytest.mark.parametrize(
+    ("squares", "said"),
+    [
+        ((30, 36, 45), "spread evenly, from 27% in layer 0 to 41% in layer 2"),
+        ((30, 36, 46), "from 27% in layer 0 to 41% in layer 2"),
+    ],
+)
+def test_layers_are_called_even_up_to_one_and_a_half_times_the_smallest_share(tmp_path, squares, said):
+    run = write_run(tmp_path / "run")
+    header = "step,phase," + ",".join(f"layer_{layer}_mlp" for layer in range(len(squares)))
+    norms = ",".join(str(square**0.5) for square in squares)
+    lines = [header, *(f"{step},0,{norms}" for step in range(1, 21))]
+    (run / "gradient_analysis.layer_norms.csv").write_text("\n".join(lines) + "\n")
+    assert f"- By layer: {said}.\n" in generate_summary_report(run)
+
+
+def test_a_phase_that_trained_one_matrix_alone_is_described_with_it(tmp_path):
+    table = [{"groups": ["attention", "mlp"], "matrices": None}, {"groups": ["mlp"], "matrices": "B"}]
+    settings = {**SETTINGS, "phases": {"table": table}}
+    text = generate_summary_report(write_run(tmp_path / "run", phases=(("both", 10), ("mlp", 20)), settings=settings))
+    assert "Phase 1 (logged steps 1-10): both, 600 trainable parameters" in text
+    assert "Phase 2 (logged steps 11-20): mlp, B only, 300 trainable parameters" in text
 
 
 def test_how_far_a_phase_moved_is_said_where_it_was_measured(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from smolora import __version__
 from smolora.cli.app import main
+from smolora.errors import StoppedBySignal
 
 VERBS = {"demo", "doctor", "prepare", "pretrain", "train", "merge", "generate", "chat", "report", "plan"}
 
@@ -50,6 +51,7 @@ def test_the_version_is_the_installed_one(smolora):
         (["train", "--output-dir", "y"], "Unknown option: --output-dir. Did you mean --out?"),
         (["train", "--weight-decay", "0.1"], "Did you mean training.weight_decay=VALUE?"),
         (["pretrain", "--vocab-size", "99", "-o", "y"], "Did you mean tokenizer.vocab_size=VALUE?"),
+        (["prepare", "d", "-o", "y", "--max-rejects", "3"], "Did you mean data.max_rejects=VALUE?"),
         (["train", "--steps", "3"], "Unknown option: --steps. Did you mean --max-steps?"),
         (["train", "--output=y"], "Unknown option: --output=y. Did you mean --out?"),
         (["train", "--batch", "3"], "Unknown option: --batch. Did you mean --batch-size?"),
@@ -126,6 +128,7 @@ class _Stdout(io.StringIO):
         (KeyboardInterrupt(), 130, "smolora: error: interrupted."),
         (MemoryError(), 5, "smolora: error: out of memory"),
         (BrokenPipeError(), 0, ""),
+        (StoppedBySignal("stopped by SIGINT after step 3."), 75, "smolora: stopped by SIGINT after step 3."),
     ],
 )
 def test_what_happens_to_the_process_has_its_exit_code(smolora, monkeypatch, error, exit_code, message):

@@ -25,13 +25,12 @@ def train(smolora, base, rows):
 
 
 def test_prepare_writes_both_sides_and_reports_on_stderr(smolora, rows, tmp_path):
-    code, out, err = smolora(
-        "prepare", rows, "-o", tmp_path / "data", "data.prompt_field=mr", "data.completion_field=ref"
-    )
+    code, out, err = smolora("prepare", rows, "-o", tmp_path / "data", *FIELDS)
     assert (code, out) == (0, "")
     assert "rows read" in err
     sides = [(tmp_path / "data" / f"{side}.jsonl").read_text().splitlines() for side in ("train", "validation")]
     assert (len(sides[0]), len(sides[1])) == (57, 3)
+    assert json.loads(sides[0][0]).keys() == {"prompt", "completion"}
 
 
 def test_prepare_of_a_missing_column_is_3_and_lists_the_columns(smolora, rows, tmp_path):
@@ -118,6 +117,15 @@ def test_columns_that_fit_nothing_are_3_and_are_listed(smolora, base, rows, tmp_
     code, _, err = smolora("train", "--model", base, "--data", rows, "-o", tmp_path / "run")
     assert code == 3
     assert "'mr', 'ref'" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_no_row_is_left_the_error_comes_after_the_table(train, tmp_path):
+    code, _, err = train(tmp_path / "run", "data.max_length=3", "--overlong", "drop")
+    assert code == 3
+    *_, table, error = err.splitlines()
+    assert table.endswith("57 dropped as too long")
+    assert error.startswith("smolora: error: none of the 57 train rows is left")
     assert not (tmp_path / "run").exists()
 
 

@@ -78,9 +78,26 @@ def test_dropping_counts_the_rows(char):
     assert (len(dataset), report.encoded["train"].dropped_overlong) == (1, 1)
 
 
-def test_rows_that_leave_nothing_to_learn_are_refused(char):
-    with pytest.raises(DataError, match="none of the 2 train rows is left"):
-        encode(ROWS, char, context=4, overlong="truncate")
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (
+            {"max_length": 6, "overlong": "drop"},
+            r"2 are longer than 6 tokens \(data.max_length\) and were dropped. Raise data.max_length \(up to 128\)",
+        ),
+        (
+            {"context": 6, "overlong": "drop"},
+            r"2 are longer than 6 tokens \(the context of the model\) and were dropped. Cut them with --overlong",
+        ),
+        (
+            {"max_length": 4, "overlong": "truncate"},
+            r"2 have nothing to learn within 4 tokens \(data.max_length\). Raise data.max_length \(up to 128\), or",
+        ),
+    ],
+)
+def test_rows_that_leave_nothing_to_learn_are_refused_with_the_limit_and_what_to_change(char, settings, why):
+    with pytest.raises(DataError, match=f"none of the 2 train rows is left with a token to learn: {why}"):
+        encode(ROWS, char, **settings)
 
 
 def test_a_conversation_without_an_answer_is_dropped_and_counted(chatml):

@@ -235,6 +235,26 @@ def test_a_resume_on_other_held_out_rows_is_refused(run, tuning, tmp_path):
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "fewer", [["training.max_steps=5"], ["training.max_steps=null", "training.num_train_epochs=0.5"]]
+)
+def test_a_resume_with_fewer_steps_than_were_done_is_refused_and_changes_nothing(run, tuning, fewer):
+    finetune(tuning(), run.path)
+    before = snapshot(run.path)
+    with pytest.raises(ConfigError, match="has done 6 steps, more than the 5 asked for"):
+        finetune(tuning(*fewer), run.path, resume=True)
+    assert snapshot(run.path) == before
+
+
+def test_pretraining_with_fewer_steps_than_were_done_is_refused_and_changes_nothing(run, pretraining):
+    pretrain(pretraining, run.path)
+    before = snapshot(run.path)
+    fewer = pretraining.replace(training=pretraining.training.replace(max_steps=2))
+    with pytest.raises(ConfigError, match="has done 3 steps, more than the 2 asked for"):
+        pretrain(fewer, run.path, resume=True)
+    assert snapshot(run.path) == before
+
+
 def test_a_lost_configuration_lets_no_other_rank_through(run, tuning):
     finetune(tuning("adapter.r=2"), run.path)
     run.resolved_config.unlink()

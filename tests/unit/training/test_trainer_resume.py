@@ -126,6 +126,14 @@ def test_fewer_steps_than_were_done_are_refused(make_trainer, run):
         make_trainer(run_dir=run, max_steps=5).train(resume=True)
 
 
+def test_a_run_that_is_finished_says_so_in_one_line_when_it_is_resumed(make_trainer, run, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    train(make_trainer, run_dir=run)
+    assert "finished already" not in caplog.text
+    train(make_trainer, run_dir=run, resume=True)
+    assert [text for text in caplog.messages if "finished" in text] == ["the run is finished already, at step 6 of 6"]
+
+
 def test_more_steps_than_before_are_trained(make_trainer, run):
     train(make_trainer, run_dir=run)
     _, recorder = train(make_trainer, run_dir=run, max_steps=8, resume=True)
