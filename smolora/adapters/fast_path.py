@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
-from smolora.models.anatomy import Anatomy, Part
+from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.fused_ops import Activation, gate, rms_norm
 from smolora.models.registry import FAMILIES, Fused
@@ -102,7 +102,7 @@ class _Installer:
         family = FAMILIES.get(anatomy.family)
         self._fused = family.fused if family is not None else None
         self._settings = read_config(model).to_dict()
-        self._fallbacks: dict[str, int] = {}
+        self._fallbacks: dict[str, set[str]] = {}
 
     def install(self) -> None:
         """Install every part that is asked for and possible."""
@@ -112,8 +112,8 @@ class _Installer:
         if self._config.fused_blocks:
             done = self._install_blocks()
         if self._config.fused_lora:
-            self._install_products([part for part in self._anatomy.parts if part.is_linear and part.name not in done])
-        self._parts.left += [f"{reason} ({count} layers)" for reason, count in self._fallbacks.items()]
+            self._install_products(done)
+        self._parts.left += [f"{reason} ({len(names)} layers)" for reason, names in self._fallbacks.items()]
 
     def _install_row_attention(self) -> None:
         if not self._is_packed:
@@ -136,7 +136,7 @@ class _Installer:
         for part in self._anatomy.parts:
             if part.group == "norm" or part.name.endswith(("q_norm", "k_norm")):
                 self._install_norm(self._model.get_submodule(part.name), fused)
-        self._parts.used.append("fused blocks")
+        self._parts.used.append("fused blocks" if done else "fused norms")
         return done
 
     def _install_attention(self, layer: int, fused: Fused) -> set[str]:
@@ -168,17 +168,20 @@ class _Installer:
             eps, offset = float(self._settings["rms_norm_eps"]), fused.norm_offset
             self._replace(norm, lambda x: rms_norm(x, weight, eps=eps, offset=offset))
 
-    def _install_products(self, parts: list[Part]) -> None:
-        for part in parts:
-            if product := self._product([part.name]):
+    def _install_products(self, done: set[str]) -> None:
+        """Fuse every linear layer, the head too, that isn't in a fused block."""
+        for part in self._anatomy.parts:
+            if part.is_linear and part.name not in done and (product := self._product([part.name])):
                 self._replace(self._model.get_submodule(part.name), product)
-        self._parts.used.append("fused LoRA")
+                done = done | {part.name}
+        if done & set(self._anatomy.linear_modules()):
+            self._parts.used.append("fused LoRA")
 
     def _product(self, names: list[str]) -> LoRAProduct | None:
         layers = [self._model.get_submodule(name) for name in names]
         reason = next((reason for layer in layers if (reason := why_not_fast(layer))), None)
         if reason:
-            self._fallbacks[reason] = self._fallbacks.get(reason, 0) + len(layers)
+            self._fallbacks.setdefault(reason, set()).update(names)
             return None
         if not self._config.fused_lora:
             return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import draw_keep_mask
-from smolora.models.structure import is_linear, is_stored_transposed
+from smolora.models.structure import is_linear, is_quantised, is_stored_transposed
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,9 @@ class _Product(torch.autograd.Function):
 def why_not_fast(layer: nn.Module) -> str | None:
     """Return why a layer can't be part of a LoRAProduct, or None where it can."""
     base = _base_of(layer)
-    if not is_linear(base) or not _weight_of(base).is_floating_point():
+    if is_quantised(base):
+        return f"{type(base).__name__} holds its weight quantised"
+    if not is_linear(base):
         return f"{type(base).__name__} isn't a plain linear layer"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "its base is trained too"

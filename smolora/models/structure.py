@@ -30,9 +30,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def is_stored_transposed(module: nn.Module | None) -> bool:
-    """Whether a linear layer's weight is stored [in, out], as GPT-2's Conv1D does."""
-    return isinstance(module, Conv1D)
+def is_quantised(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that holds its weight in 8 or 4 bits."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+def is_stored_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored [in, out], as GPT-2's Conv1D does; quantised, only in the file."""
+    return isinstance(module, Conv1D) or vars(module).get("source_cls") is Conv1D
 
 
 def read_shape(linear: nn.Module) -> tuple[int, int]:
