@@ -33,6 +33,7 @@ _FIXED = (
     "tokenizer.",
     "speed.",
     "model.dtype",
+    "model.quantization",
     "model.task_type",
     "training.seed",
     "training.per_device_train_batch_size",
