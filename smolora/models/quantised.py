@@ -39,7 +39,8 @@ def require_quantisation(quantization: Quantization) -> None:
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"model.quantization: {quantization} needs bitsandbytes, which isn't installed. "
-            "Install it with pip install 'smolora[quant]', or leave model.quantization at none."
+            "Install it with pip install 'smolora[quant]'. A run with model.quantization=none, or a merged model, "
+            "does without."
         )
 
 
