@@ -85,7 +85,9 @@ def run_word(word: str, rest: list[str]) -> int:
         report = ["--cov", "--cov-report=term:skip-covered", "--cov-fail-under=80"]
         return run([*pytest, "-q", "-m", "not gpu", *report, *rest], TEST_ENVIRONMENT)
     if word == "bench":
-        return run_all(*([python, str(script)] for script in sorted((ROOT / "benchmarks").glob("[!_]*.py"))))
+        return run([python, "-m", "pip", "install", "-q", "-e", ".[bench]", "-c", "constraints.txt"]) or run(
+            [python, "benchmarks/_all.py", *rest]
+        )
     if word == "docs":
         return run([python, "tests/architecture/documents.py"])
     if word == "demo":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +27,55 @@ def time_steps(step: Callable[[], object], *, num_warmup: int, num_steps: int) -
         step()
         seconds.append(time.perf_counter() - started)
     return seconds[num_warmup:]
+
+
+class Cost(NamedTuple):
+    """What one call took in a process of its own."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all threads: on a busy machine it says more than the time on the wall."""
+    peak_bytes: int
+    """Resident memory at the peak, above what it was before the call; files that are mapped count as they are read."""
+    peak_anonymous_bytes: int
+    """The same without mapped files, which the system may drop at any time; sampled every millisecond."""
+
+
+def measure_call(call: Callable[[], object]) -> Cost:
+    """Call once and return what it took. Memory is Linux's account; elsewhere it is 0."""
+    before = _read_status()
+    anonymous, is_done = [before["RssAnon"]], threading.Event()
+
+    def sample() -> None:
+        while not is_done.wait(1e-3):
+            anonymous.append(_read_status()["RssAnon"])
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    started, cpu = time.perf_counter(), time.process_time()
+    call()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+    is_done.set()
+    watcher.join()
+    return Cost(seconds, cpu_seconds, _read_status()["VmHWM"] - before["VmRSS"], max(anonymous) - before["RssAnon"])
+
+
+def measure_in_turns(script: str, names: Sequence[str], arguments: Sequence[str], rounds: int) -> dict[str, list[Cost]]:
+    """Run `script --child NAME` for every name, round after round; each prints its Cost as JSON in its last line."""
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            command = [sys.executable, str(Path(script).resolve()), "--child", name, *arguments]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            costs[name].append(Cost(*json.loads(output.splitlines()[-1])))
+    return costs
+
+
+def _read_status() -> dict[str, int]:
+    status = Path("/proc/self/status")
+    fields = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    sizes = dict(line.split(":") for line in fields if line.endswith("kB"))
+    return {name: int(sizes.get(name, "0 kB").split()[0]) * 1024 for name in ("VmHWM", "VmRSS", "RssAnon")}
 
 
 def find_shared(name: str) -> Path:

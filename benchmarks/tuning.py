@@ -85,7 +85,9 @@ def prepare(shape: str, folder: Path) -> None:
     save_adapter(bundle, folder / "adapter")
 
 
-class _StepTimes(Callback):
+class StepTimes(Callback):
+    """Keeps the record of every step."""
+
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
 
@@ -97,7 +99,7 @@ def run_smolora(folder: Path, rows: TokenDataset, config: TrainingConfig) -> tup
     """Return the seconds and the losses of every step of ours."""
     keep_large_blocks()
     bundle = load_adapter(load_model(folder / "base", dtype=torch.bfloat16), folder / "adapter", trainable=True)
-    times = _StepTimes()
+    times = StepTimes()
     with fast_path(bundle, SpeedConfig(), is_packed=True):
         Trainer(bundle, rows, config, collate=collate_packed, callbacks=[times]).train()
     return [record.seconds for record in times.records], [record.loss for record in times.records]
@@ -175,7 +177,8 @@ def measure(args: argparse.Namespace) -> Cost:
     kept = seconds[args.warmup :]
     shape = SHAPES[args.shape]
     head = shape["vocab_size"] * shape["hidden_size"]
-    block_weights = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**shape)).model.layers.parameters())
+    with torch.device("meta"):  # Counting must not cost memory, whose peak is measured here.
+        block_weights = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**shape)).model.layers.parameters())
     operations = 4 * (block_weights * tokens + head * rows.num_target_tokens / args.steps)
     return Cost(
         median(kept),

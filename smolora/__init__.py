@@ -25,12 +25,15 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         ATTENTION_ONLY,
         BOTH,
         MLP_ONLY,
+        PRESETS,
         DataConfig,
+        DynamicLoRAConfig,
         EvaluationConfig,
         ExperimentConfig,
         GPTConfig,
         LoRAConfig,
         ModelConfig,
+        PhaseConfig,
         PretrainConfig,
         TokenizerConfig,
         TrainingConfig,
@@ -54,16 +57,20 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     )
     from smolora.generation.sampling import SamplingSettings
     from smolora.generation.text_generator import TextGenerator
+    from smolora.integrations.hf_trainer import GradientMeasuringTrainer, to_trainer_callback
     from smolora.models.bundle import ModelBundle, print_trainable_parameters
     from smolora.models.gpt import FeedForward, GPTModel, MultiHeadAttention, TransformerBlock
     from smolora.models.registry import ModelRegistry
     from smolora.models.wrapper import BaseModelWrapper
+    from smolora.records.gradient_log import GradientNormLog
     from smolora.runtime.device import DeviceManager
     from smolora.runtime.memory import MemoryManager
     from smolora.tokenizers.bpe import BPETokenizer
     from smolora.tokenizers.char import CharTokenizer
     from smolora.training.callback import Callback
     from smolora.training.callbacks import EarlyStoppingCallback
+    from smolora.training.gradients import GradientNormCallback, measure_gradient_norms
+    from smolora.training.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
     from smolora.training.schedules import get_scheduler
     from smolora.training.trainer import Trainer
 
@@ -84,6 +91,8 @@ __all__ = [
     "DatasetHandler",
     "DatasetPipeline",
     "DeviceManager",
+    "DynamicLoRACallback",
+    "DynamicLoRAConfig",
     "EarlyStoppingCallback",
     "EvaluationConfig",
     "ExperimentConfig",
@@ -91,6 +100,9 @@ __all__ = [
     "FolderInUseError",
     "GPTConfig",
     "GPTModel",
+    "GradientMeasuringTrainer",
+    "GradientNormCallback",
+    "GradientNormLog",
     "LoRAConfig",
     "MLP_ONLY",
     "MemoryManager",
@@ -100,6 +112,8 @@ __all__ = [
     "ModelRegistry",
     "MultiHeadAttention",
     "PEFTModelWrapper",
+    "PRESETS",
+    "PhaseConfig",
     "PretrainConfig",
     "SamplingSettings",
     "SmoLoRA",
@@ -114,6 +128,8 @@ __all__ = [
     "TrainingConfig",
     "TransformerBlock",
     "chunk_texts",
+    "create_layerwise_lora_config",
+    "create_phased_lora_config",
     "generate_summary_report",
     "get_data_collator",
     "get_preprocessor",
@@ -121,6 +137,7 @@ __all__ = [
     "load_bundle",
     "load_dataset_from_hub",
     "load_text_data",
+    "measure_gradient_norms",
     "plot_gradient_evolution",
     "plot_gradient_norms",
     "plot_layer_comparison",
@@ -132,6 +149,7 @@ __all__ = [
     "read_jsonl",
     "read_txt_folder",
     "setup_model_with_lora",
+    "to_trainer_callback",
 ]
 
 _HOMES = {
@@ -149,6 +167,8 @@ _HOMES = {
     "DatasetHandler": "smolora.data.sources",
     "DatasetPipeline": "smolora.data.pipeline",
     "DeviceManager": "smolora.runtime.device",
+    "DynamicLoRACallback": "smolora.training.phases",
+    "DynamicLoRAConfig": "smolora.config",
     "EarlyStoppingCallback": "smolora.training.callbacks",
     "EvaluationConfig": "smolora.config",
     "ExperimentConfig": "smolora.config",
@@ -156,6 +176,9 @@ _HOMES = {
     "FolderInUseError": "smolora.errors",
     "GPTConfig": "smolora.config",
     "GPTModel": "smolora.models.gpt",
+    "GradientMeasuringTrainer": "smolora.integrations.hf_trainer",
+    "GradientNormCallback": "smolora.training.gradients",
+    "GradientNormLog": "smolora.records.gradient_log",
     "LoRAConfig": "smolora.config",
     "MLP_ONLY": "smolora.config",
     "MemoryManager": "smolora.runtime.memory",
@@ -165,6 +188,8 @@ _HOMES = {
     "ModelRegistry": "smolora.models.registry",
     "MultiHeadAttention": "smolora.models.gpt",
     "PEFTModelWrapper": "smolora.adapters.wrapper",
+    "PRESETS": "smolora.config",
+    "PhaseConfig": "smolora.config",
     "PretrainConfig": "smolora.config",
     "SamplingSettings": "smolora.generation.sampling",
     "SmoLoRA": "smolora.api",
@@ -179,6 +204,8 @@ _HOMES = {
     "TrainingConfig": "smolora.config",
     "TransformerBlock": "smolora.models.gpt",
     "chunk_texts": "smolora.data.pipeline",
+    "create_layerwise_lora_config": "smolora.training.phases",
+    "create_phased_lora_config": "smolora.training.phases",
     "generate_summary_report": "smolora.analysis.summary",
     "get_data_collator": "smolora.data.collate",
     "get_preprocessor": "smolora.data.preprocessing",
@@ -186,6 +213,7 @@ _HOMES = {
     "load_bundle": "smolora.adapters.store",
     "load_dataset_from_hub": "smolora.data.sources",
     "load_text_data": "smolora.data.sources",
+    "measure_gradient_norms": "smolora.training.gradients",
     "plot_gradient_evolution": "smolora.analysis.plots",
     "plot_gradient_norms": "smolora.analysis.plots",
     "plot_layer_comparison": "smolora.analysis.plots",
@@ -197,6 +225,7 @@ _HOMES = {
     "read_jsonl": "smolora.data.readers",
     "read_txt_folder": "smolora.data.readers",
     "setup_model_with_lora": "smolora.adapters.attach",
+    "to_trainer_callback": "smolora.integrations.hf_trainer",
 }
 """Public name to the module it comes from."""
 

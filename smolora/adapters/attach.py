@@ -97,6 +97,12 @@ def refuse_unadaptable(bundle: ModelBundle) -> PreTrainedModel:
     return bundle.model
 
 
+def plain_model(bundle: ModelBundle) -> PreTrainedModel | None:
+    """Return the transformers model under an adapter, or the bundle's own; None for a GPTModel."""
+    model = bundle.model.get_base_model() if isinstance(bundle.model, peft.PeftModel) else bundle.model
+    return model if isinstance(model, PreTrainedModel) else None
+
+
 def is_adapted(bundle: ModelBundle) -> bool:
     """Whether the bundle's model carries an adapter."""
     return isinstance(bundle.model, peft.PeftModel)

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-import peft
 import torch
 from torch import Tensor, nn
 
+from smolora.adapters.attach import plain_model
 from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
 from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
-from smolora.models.fused_ops import Activation, gate, rms_norm
+from smolora.models.fused_ops import Activation, rms_norm
 from smolora.models.registry import FAMILIES, Fused
-from smolora.models.row_attention import AttentionSettings, Rotary, attend_rows, row_attention
+from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
 from smolora.models.structure import PreTrainedModel
 
@@ -61,22 +61,27 @@ def fast_path(bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool) -> I
         config: The parts to use.
         is_packed: Whether its batches are packed rows; attention by rows needs that.
 
-    A model whose probe logits differ from the plain ones by more than rounding stays plain, with a warning.
+    A model whose probe logits differ from the plain ones by more than rounding, or that can't be probed, stays plain,
+    with a warning. The probe is one forward pass over three short rows; backward passes, long rows and dropout are
+    held to plain code by the tests of each family.
     """
     parts = FastParts()
-    model = _plain_model(bundle)
+    model = plain_model(bundle)
     if model is None:
         yield FastParts(left=[f"{type(bundle.model).__name__} is no transformers model"])
         return
     with ExitStack() as stack:
-        expected = _probe_logits(model, None)
-        _Installer(model, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
-        if parts.used:
-            found = _probe_logits(model, Rows(_PROBE, model.device) if "row attention" in parts.used else None)
-            if reason := _why_different(found, expected, model.dtype):
-                stack.close()
-                parts = FastParts(left=[reason])
-                logger.warning("the fast path is off: %s", reason)
+        try:
+            expected = _probe_logits(model, None)
+            _Installer(model, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
+            rows = Rows(_PROBE, model.device) if "row attention" in parts.used else None
+            reason = _why_different(_probe_logits(model, rows), expected, model.dtype) if parts.used else None
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            reason = f"its forward pass refuses it ({type(error).__name__}: {error})"
+        if reason:
+            stack.close()
+            parts = FastParts(left=[reason])
+            logger.warning("the fast path is off: %s", reason)
         yield parts
 
 
@@ -118,8 +123,8 @@ class _Installer:
     def _install_row_attention(self) -> None:
         if not self._is_packed:
             self._parts.left.append("attention, since batches are padded")
-        elif self._anatomy.family in ("gemma2",):
-            self._parts.left.append("attention, whose scores gemma2 caps")
+        elif self._settings.get("attn_logit_softcapping"):
+            self._parts.left.append("attention, whose scores are capped")
         else:
             self._stack.enter_context(row_attention(self._model))
             self._parts.used.append("row attention")
@@ -153,13 +158,15 @@ class _Installer:
 
     def _install_mlp(self, layer: int) -> set[str]:
         names = self._names(layer, "gate", "up", "down")
-        activation = _ACTIVATIONS.get(str(self._settings.get("hidden_act")))
+        named = str(self._settings.get("hidden_activation") or self._settings.get("hidden_act"))
+        activation = _ACTIVATIONS.get(named)
         if activation is None or len(names) != 3:
+            self._fallbacks.setdefault(f"an MLP with {named}", set()).update(names)
             return set()
-        gate_up, down = (self._product(group) for group in (names[:2], names[2:]))
+        gate_up, down = self._product(names[:2]), self._product(names[2:], gated=activation)
         if gate_up is None or down is None:
             return set()
-        self._replace(self._model.get_submodule(names[0].rpartition(".")[0]), _mlp_forward(gate_up, down, activation))
+        self._replace(self._model.get_submodule(names[0].rpartition(".")[0]), lambda x: down(gate_up(x)))
         return set(names)
 
     def _install_norm(self, norm: nn.Module, fused: Fused) -> None:
@@ -177,7 +184,7 @@ class _Installer:
         if done & set(self._anatomy.linear_modules()):
             self._parts.used.append("fused LoRA")
 
-    def _product(self, names: list[str]) -> LoRAProduct | None:
+    def _product(self, names: list[str], *, gated: Activation | None = None) -> LoRAProduct | None:
         layers = [self._model.get_submodule(name) for name in names]
         reason = next((reason for layer in layers if (reason := why_not_fast(layer))), None)
         if reason:
@@ -185,7 +192,7 @@ class _Installer:
             return None
         if not self._config.fused_lora:
             return None
-        return LoRAProduct(layers, packed=self._config.packed_weights)
+        return LoRAProduct(layers, packed=self._config.packed_weights, gated=gated)
 
     def _names(self, layer: int, *roles: str) -> list[str]:
         return [
@@ -207,8 +214,8 @@ class _Installer:
 def _attention_forward(
     attention: nn.Module, inputs: LoRAProduct, output: LoRAProduct, *, window: int | None
 ) -> Callable[..., tuple[Tensor, None]]:
-    width, scale, dropout = attention.head_dim, attention.scaling, attention.attention_dropout
-    assert isinstance(width, int) and isinstance(scale, float) and isinstance(dropout, float)
+    own = vars(attention)  # Numbers as config.json has them: an attention_dropout of 0 is an integer.
+    width, scale, dropout = int(own["head_dim"]), float(own["scaling"]), float(own["attention_dropout"])
     num_heads, num_shared = (size // width for size in inputs.frozen.sizes[:2])
     norms = [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
 
@@ -219,21 +226,12 @@ def _attention_forward(
         if norms:
             query, key, value = torch.split(heads, [num_heads, num_shared, num_shared], dim=1)
             heads = torch.cat((norms[0](query), norms[1](key), value), dim=1)
-        cos, sin = position_embeddings
+        rotary = rows.rotary(*position_embeddings, num_rotated=num_heads + num_shared, num_heads=heads.shape[1])
         settings = AttentionSettings(scale, dropout if attention.training else 0.0, window)
-        attended = attend_rows(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=Rotary(cos[0], sin[0]))
+        attended = attend_rows(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=rotary)
         return output(attended.flatten(1)[None]), None
 
     return forward
-
-
-def _mlp_forward(gate_up: LoRAProduct, down: LoRAProduct, activation: Activation) -> Callable[[Tensor], Tensor]:
-    return lambda x: down(gate(gate_up(x), activation))
-
-
-def _plain_model(bundle: ModelBundle) -> PreTrainedModel | None:
-    model = bundle.model.get_base_model() if isinstance(bundle.model, peft.PeftModel) else bundle.model
-    return model if isinstance(model, PreTrainedModel) else None
 
 
 @torch.no_grad()
@@ -241,7 +239,8 @@ def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None]
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None] % vocab_size
         position_ids = torch.cat([torch.arange(length) for length in _PROBE]).to(model.device)[None]
         extra = {"rows": rows} if rows is not None else {}
         logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).logits

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
-from smolora.models.fused_ops import draw_keep_mask
-from smolora.models.structure import is_linear, is_quantised, is_stored_transposed
+from smolora.models.fused_ops import Activation, draw_keep_mask, gate, gate_backward
+from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class _Branch:
     outputs: slice
 
 
-@dataclass(frozen=True)
-class _Joint:
+class _Joint(NamedTuple):
     """The adapters of all layers as two matrices in the type of the computation."""
 
     a: Tensor
@@ -50,12 +49,13 @@ class LoRAProduct:
     Args:
         layers: Linear layers, adapted or not, that read the same input.
         packed: Hold the frozen weights packed for the CPU's matrix units.
+        gated: Read `[g, u]`, `[N, 2 * D]`, and multiply act(g) * u; that product isn't kept but made again in backward.
 
     Raises:
         ValueError: A layer that `why_not_fast` refuses.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, packed: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Module], *, packed: bool, gated: Activation | None = None) -> None:
         for layer in layers:
             if reason := why_not_fast(layer):
                 raise ValueError(reason)
@@ -63,17 +63,26 @@ class LoRAProduct:
         self.frozen = FrozenLinear(
             [_weight_of(base) for base in bases], [_bias_of(base) for base in bases], packed=packed
         )
+        self.gated: Activation | None = gated
         self._branches = _build_branches(layers, self.frozen.sizes)
         self._matrices = [matrix for branch in self._branches for matrix in (branch.a, branch.b)]
         self._dropout = next((_dropout_of(layer) for layer in layers if isinstance(layer, LoraLayer)), None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `[..., O]` of `[..., D]`."""
-        keep = None
+        flat, keep = x.flatten(0, -2), None
         if self._dropout is not None and self._dropout.training and self._dropout.p:
-            keep = draw_keep_mask(x.flatten(0, -2), self._dropout.p)
-        output: Tensor = _Product.apply(x.flatten(0, -2), self, keep, *self._matrices)  # type: ignore[no-untyped-call]
+            keep = draw_keep_mask(flat[:, : self.frozen.num_inputs], self._dropout.p)
+        output: Tensor = _Product.apply(flat, self, keep, *self._matrices)  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return what the frozen weights multiply: `x`, or its gated half."""
+        return gate(x, self.gated) if self.gated else x
+
+    def drop(self, read: Tensor, keep: Tensor | None) -> Tensor:
+        """Return what the adapters multiply."""
+        return read if keep is None else (read * keep).mul_(self.keep_scale)
 
     @property
     def keep_scale(self) -> float:
@@ -104,34 +113,40 @@ class LoRAProduct:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: LoRAProduct, keep: Tensor | None, *matrices: Tensor) -> Tensor:
+        read = product.read(x)
+        output = product.frozen.forward(read)
         ctx.product = product
-        output = product.frozen.forward(x)
         if not matrices:
+            ctx.save_for_backward(x if product.gated else None)
             return output
         joint = product.join(x.dtype)
-        kept = x if keep is None else (x * keep).mul_(product.keep_scale)
+        kept = product.drop(read, keep)
         low = kept @ joint.a.t()  # [N, R]
-        ctx.joint = joint
-        ctx.save_for_backward(kept, low, keep)
+        # What was dropped is kept as it is, unless it can be made again from the gate's input.
+        ctx.save_for_backward(x if product.gated else kept, low, keep, *joint)
         return output.addmm_(low, joint.b.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         product: LoRAProduct = ctx.product
         needs_x, _, _, *needs_matrices = ctx.needs_input_grad
+        saved, *rest = ctx.saved_tensors  # Once: recomputed activations are gone after the first look.
         grad_x = product.frozen.backward(grad) if needs_x else None
-        if not needs_matrices:
-            return grad_x, None, None
-        kept, low, keep = ctx.saved_tensors
-        joint: _Joint = ctx.joint
-        grad_low = grad @ joint.b  # [N, R]
-        if grad_x is not None and keep is None:
-            grad_x.addmm_(grad_low, joint.a)
-        elif grad_x is not None:
-            grad_x.add_((grad_low @ joint.a).mul_(keep), alpha=product.keep_scale)
-        grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
-        grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
-        return grad_x, None, None, *product.split_gradients(grad_a, grad_b)
+        gradients: list[Tensor | None] = []
+        if needs_matrices:
+            low, keep, a, b = rest
+            grad_low = grad @ b  # [N, R]
+            if grad_x is not None and keep is None:
+                grad_x.addmm_(grad_low, a)
+            elif grad_x is not None:
+                grad_x.add_((grad_low @ a).mul_(keep), alpha=product.keep_scale)
+            kept = product.drop(product.read(saved), keep) if product.gated else saved
+            grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
+            grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
+            gradients = product.split_gradients(grad_a, grad_b)
+        if grad_x is not None and product.gated:
+            grad_x = gate_backward(grad_x, saved, product.gated)
+        return grad_x, None, None, *gradients
 
 
 def why_not_fast(layer: nn.Module) -> str | None:
@@ -139,7 +154,7 @@ def why_not_fast(layer: nn.Module) -> str | None:
     base = _base_of(layer)
     if is_quantised(base):
         return f"{type(base).__name__} holds its weight quantised"
-    if not is_linear(base):
+    if not is_linear(base) or not has_plain_forward(base):
         return f"{type(base).__name__} isn't a plain linear layer"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "its base is trained too"

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from smolora.adapters.adapter_files import StoredAdapter, read_adapter
+from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
+from smolora.adapters.merge_probe import HALF_DTYPES, probe_adapter, verify_merged
 from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
-from smolora.adapters.store import load_adapter, load_base, resolve_base_folder
-from smolora.adapters.toggling import disabled_adapter
+from smolora.adapters.store import load_base, refuse_misfit, resolve_base_folder
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
 from smolora.models.structure import PreTrainedModel, is_quantised, is_stored_transposed, read_shape
-from smolora.models.weight_files import INDEX_FILE, list_weight_files, read_stored_tensors
+from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
 from smolora.records.staging import staged_folder, write_json
 
 REPORT_FILE = "merge_report.json"
@@ -53,9 +55,6 @@ _SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, "inference_mode", "lora_dropout", "init_lora_weights"}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
 
-_PROBE_TOKENS = 32
-_HALF_TOLERANCE = 8  # Roundings of the file's type, relative to the largest logit.
-
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -81,15 +80,6 @@ class MergeReport:
     """What `max_difference` was held to."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """The adapter's logits on a few tokens, before anything is merged."""
-
-    input_ids: Tensor
-    logits: Tensor
-    effect: float
-
-
 def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = None) -> MergeReport:
     """Write base and adapter as one plain model folder, with merge_report.json.
 
@@ -108,14 +98,17 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     _refuse_unmergeable(adapter)
     base_folder = resolve_model_folder(base) if base else resolve_base_folder(adapter)
     _refuse_quantised(base_folder)
-    bundle = _open_base(adapter, base)
-    _refuse_tied_head(adapter, bundle)
-    updates = _build_updates(adapter, bundle)
-    probe = probe_adapter(load_adapter(bundle, adapter_folder))
-    base_name, fingerprint = bundle.source, bundle.fingerprint
-    del bundle  # Its float32 weights, before the merged model's are loaded.
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
+    dtype = _choose_dtype(stored)
+    bundle = _open_base(adapter, base, dtype)
+    refuse_misfit(adapter, bundle)
+    _refuse_partial(adapter, bundle)
+    _refuse_tied_head(adapter, bundle)
+    updates = _build_updates(adapter, bundle)
+    probe = probe_adapter(bundle, updates)
+    source, fingerprint = bundle.source, bundle.fingerprint
+    del bundle  # Its mapped files, before the merged ones are.
     matched = match_updates(updates, stored)
     dtypes = sorted({tensor.dtype for _, tensor in matched.values()})
     updates_by_tensor = {name: update for name, (update, _) in matched.items()}
@@ -123,9 +116,9 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         for file in files:
             write_merged_file(file, staging / file.name, updates_by_tensor)
         _copy_settings(base_folder, adapter_folder, staging)
-        difference, tolerance = verify_merged(staging, probe, dtypes)
+        difference, tolerance = verify_merged(load_model(staging, dtype=dtype), probe, dtypes)
         report = MergeReport(
-            base=base_name,
+            base=source,
             base_fingerprint=fingerprint,
             adapter=str(adapter_folder),
             out=str(out),
@@ -172,6 +165,24 @@ def _refuse_quantised(folder: Path) -> None:
         )
 
 
+def _choose_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
+    """Return a type in which every weight of the files can be mapped or widened, so that loading rounds none."""
+    halves = {HALF_DTYPES.get(tensor.dtype) for tensor in stored}
+    only = halves.pop() if len(halves) == 1 else None
+    return only or torch.float32
+
+
+def _refuse_partial(adapter: StoredAdapter, bundle: ModelBundle) -> None:
+    """Raise unless the tensors on disk are those of every module that the adapter's config targets."""
+    paths = [path for path, _ in bundle.model.named_modules()] if adapter.config.target_modules else []
+    expected = {path for path in paths if check_target_module_exists(adapter.config, path)}
+    if different := sorted(expected ^ adapter.pairs.keys()):
+        raise ModelError(
+            f"{adapter.folder} doesn't hold what its {CONFIG_FILE} promises: {len(different)} modules have matrices "
+            f"or are targeted, but not both, first {different[0]}. Copy the adapter again."
+        )
+
+
 def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
     heads = [path for path in adapter.pairs if bundle.anatomy.part_of(f"{path}.weight").group == "head"]
     if heads and isinstance(bundle.model, PreTrainedModel) and bundle.model.config.tie_word_embeddings:
@@ -180,10 +191,12 @@ def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
         )
 
 
-def _open_base(adapter: StoredAdapter, base: str | Path | None) -> ModelBundle:
+def _open_base(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype) -> ModelBundle:
+    if adapter.quantization != "none":
+        dtype = torch.float32  # A quantised layer rounds what it dequantises to its own type.
     if base:
-        return load_model(base, dtype=torch.float32, quantization=adapter.quantization)
-    return load_base(adapter, dtype=torch.float32)
+        return load_model(base, dtype=dtype, quantization=adapter.quantization)
+    return load_base(adapter, dtype=dtype)
 
 
 def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Update]:
@@ -195,7 +208,7 @@ def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Upd
             a,
             b,
             read_scaling(adapter.config, path),
-            is_transposed=path in modules and is_stored_transposed(modules[path]),
+            is_transposed=is_stored_transposed(modules[path]),
             quantization=adapter.quantization if path in quantised else "none",
         )
         for path, (a, b) in {**unchanged, **adapter.pairs}.items()
@@ -207,23 +220,6 @@ def _rank_zero(linear: nn.Module) -> tuple[Tensor, Tensor]:
     return torch.zeros(0, inputs), torch.zeros(outputs, 0)
 
 
-def probe_adapter(bundle: ModelBundle) -> Probe:
-    """Return the logits of base and adapter on a few fixed tokens."""
-    num_tokens = min(bundle.context or _PROBE_TOKENS, _PROBE_TOKENS)
-    vocab_size = next(p for p in bundle.model.parameters() if p.ndim == 2).shape[0]
-    input_ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
-    logits = _compute_logits(bundle, input_ids)
-    with disabled_adapter(bundle):
-        effect = (logits - _compute_logits(bundle, input_ids)).abs().max().item()
-    return Probe(input_ids, logits, effect)
-
-
-@torch.no_grad()
-def _compute_logits(bundle: ModelBundle, input_ids: Tensor) -> Tensor:
-    logits: Tensor = bundle.model(input_ids=input_ids, use_cache=False).logits
-    return logits
-
-
 def _copy_settings(base: Path, adapter: Path, target: Path) -> None:
     for pattern in _COPIED:
         for file in base.glob(pattern):
@@ -232,26 +228,3 @@ def _copy_settings(base: Path, adapter: Path, target: Path) -> None:
     for folder in (base, adapter):  # The adapter's own format wins.
         if (folder / PROMPT_FORMAT_FILE).is_file():
             shutil.copyfile(folder / PROMPT_FORMAT_FILE, target / PROMPT_FORMAT_FILE)
-
-
-def verify_merged(merged: Path, probe: Probe, dtypes: list[str]) -> tuple[float, float]:
-    """Return (largest difference of a logit, tolerance), both in float32.
-
-    A float32 file is held to 1e-5 of the largest logit (at least 1e-5), a 16-bit file to 8 roundings of its type.
-
-    Raises:
-        ModelError: The merged model isn't the adapter's.
-    """
-    logits = _compute_logits(load_model(merged, dtype=torch.float32), probe.input_ids)
-    difference = (logits - probe.logits).abs().max().item()
-    largest = max(1.0, probe.logits.abs().max().item())
-    halves = [
-        torch.finfo(dtype).eps for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)) if name in dtypes
-    ]
-    tolerance = largest * max([1e-5, *(_HALF_TOLERANCE * eps for eps in halves)])
-    if not difference <= tolerance:
-        raise ModelError(
-            f"the merged model isn't the adapter's: a logit differs by {difference:.2e}, more than {tolerance:.2e}. "
-            "Nothing was written; adapter and base are as they were."
-        )
-    return difference, tolerance

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import peft
 import torch
-from torch import nn
 
 from smolora.adapters.adapter_files import (
     CONFIG_FILE,
@@ -76,7 +75,7 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     model = refuse_unadaptable(base)
     is_training = model.training
     adapter = read_adapter(folder)
-    adapter.refuse_other_base(base.fingerprint, base.source)
+    refuse_misfit(adapter, base)
     if adapter.identity and adapter.quantization != base.quantization:
         logger.warning(
             "%s was trained on its base with quantization %s, and goes on it with %s: it answers somewhat differently",
@@ -84,7 +83,6 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
             adapter.quantization,
             base.quantization,
         )
-    _refuse_misfit(adapter, model)
     # peft warns of missing keys and goes on; they are checked below. It draws weights before it reads them; with its
     # low_cpu_mem_usage it would not, but then a float32 adapter is rounded to the type of a bfloat16 base.
     with quiet_peft(), torch.random.fork_rng():
@@ -178,9 +176,14 @@ def _find_result(run: RunDir) -> Path:
     raise ModelError(f"the run {run.path} has no model or adapter yet. Finish it with --resume.")
 
 
-def _refuse_misfit(adapter: StoredAdapter, model: nn.Module) -> None:
-    """Raise unless every pair of matrices belongs to a linear layer of `model` with the same features in and out."""
-    modules = dict(model.named_modules())
+def refuse_misfit(adapter: StoredAdapter, base: ModelBundle) -> None:
+    """Raise unless the adapter was trained on this base, and each pair of matrices fits a linear layer of it.
+
+    Raises:
+        ModelError: It was trained on other weights, or a layer isn't there or has other features in or out.
+    """
+    adapter.refuse_other_base(base.fingerprint, base.source)
+    modules = dict(base.model.named_modules())
     for path, (a, b) in adapter.pairs.items():
         if path not in modules or not is_linear(modules[path]):
             raise ModelError(

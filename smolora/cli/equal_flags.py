@@ -9,6 +9,7 @@ from smolora.config.base import Section
 _KINDS: dict[str, tuple[type[LoopFlags], type[Section]]] = {
     "pretrain": (PretrainFlags, PretrainConfig),
     "train": (TrainFlags, ExperimentConfig),
+    "plan": (TrainFlags, ExperimentConfig),
 }
 
 
@@ -27,5 +28,8 @@ def find_equal(verb: str, unknown: str) -> str | None:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             for name in field.annotation.model_fields:
                 path = f"{section}.{name}"
-                equal[name] = flag_of.get(path, f"{path}=VALUE")  # vocab_size is the tokenizer's: the GPT's follows it.
+                # A flag before any path (phases have a learning_rate too); of paths the last: vocab_size is the
+                # tokenizer's, which the GPT's follows.
+                if path in flag_of or not equal.get(name, "").startswith("--"):
+                    equal[name] = flag_of.get(path, f"{path}=VALUE")
     return equal.get(unknown.lstrip("-").partition("=")[0].replace("-", "_"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from smolora.errors import SmoloraError, StorageError
+from smolora.runtime.available_memory import is_out_of_memory
 
 MISTAKE = 2
 UNEXPECTED = 1
@@ -27,20 +28,13 @@ def explain(error: Exception) -> tuple[str, int] | None:
     """Return a message and an exit code for what a person can act on; None for a bug."""
     if isinstance(error, SmoloraError):
         return str(error), error.exit_code
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory. Lower --batch-size or --max-length, or choose a smaller model.", StorageError.exit_code
     if (code := _find_system_code(error)) is not None:
         from smolora.records.staging import advise
 
         return f"{error}. {advise(code)}", StorageError.exit_code
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python says it by a class; torch by a RuntimeError whose wording differs by device."""
-    said = str(error)
-    by_torch = isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
-    return isinstance(error, MemoryError) or by_torch
 
 
 def _find_system_code(error: Exception) -> int | None:

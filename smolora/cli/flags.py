@@ -98,6 +98,18 @@ class TrainFlags(LoopFlags):
     target: Annotated[str | None, At("adapter.target_modules")] = None
     """attention_only, mlp_only, both, all, or module names with commas."""
 
+    dynamic_lora: Annotated[bool | None, At("phases.enabled")] = None
+    """Train in phases. Alone: both,mlp,attn in equal shares of the run."""
+
+    phase_strategy: Annotated[str | None, At("phases.strategy")] = None
+    """both,mlp,attn, attn,mlp,both, both,mlp,both or early,late (with commas: an unquoted arrow redirects)."""
+
+    phase1_end: Annotated[int | None, Parameter(name="--phase1-end"), At("phases.phase1_end")] = None
+    """Last update of the first phase."""
+
+    phase2_end: Annotated[int | None, Parameter(name="--phase2-end"), At("phases.phase2_end")] = None
+    """Last update of the second phase."""
+
     max_length: Annotated[int | None, At("data.max_length")] = None
     """Longest example in tokens. Left out, the model's context."""
 

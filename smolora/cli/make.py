@@ -77,6 +77,8 @@ def pretrain(
 def train(
     *words: str,
     out: OutIfAny = None,
+    preset: str | None = None,
+    data_dir: Path | None = None,
     flags: TrainFlags | None = None,
     show: bool = False,
 ) -> None:
@@ -85,6 +87,8 @@ def train(
     Args:
         words: A YAML file, and any setting as key.path=value.
         out: Folder of the run.
+        preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
+        data_dir: Folder with the files of the preset's benchmark, in place of --data.
         flags: What has a flag of its own.
         show: Print the first examples with what is trained in [[ ]], and stop.
     """
@@ -92,7 +96,7 @@ def train(
     terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import ExperimentConfig
 
-    config = build_config(ExperimentConfig, words, flags, out)
+    config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir)
     if show:
         from smolora.recipes.finetune import show_examples
 

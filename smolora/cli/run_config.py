@@ -15,24 +15,38 @@ if TYPE_CHECKING:
 _ROWS_PER_PASS = "training.per_device_train_batch_size"
 
 
-def build_config(kind: type[RunConfig], words: Sequence[str], flags: LoopFlags, out: Path | None) -> RunConfig:
+def build_config(
+    kind: type[RunConfig],
+    words: Sequence[str],
+    flags: LoopFlags,
+    out: Path | None,
+    *,
+    preset: str | None = None,
+    data_dir: Path | None = None,
+) -> RunConfig:
     """Resolve the layers of a run's configuration.
 
     Args:
         kind: The configuration class.
         words: Positional words: at most one YAML file, and `key.path=value`.
         flags: What was given by flags; it beats the file, and a word beats it.
-        out: The run's folder. Where it is resumed, its own configuration lies below all of this.
+        out: The run's folder. Where it is resumed, its own configuration lies below all of this but the preset.
+        preset: The name of an experiment, below everything else.
+        data_dir: A folder with the files of the preset's benchmark.
 
     Raises:
         ConfigError: A word that is neither, an unknown key, or a value that isn't allowed.
+        DataError: `data_dir` lacks a file.
     """
     from smolora.config import resolve_config
+    from smolora.config.presets import read_preset
     from smolora.records.run_dir import RunDir
 
     file, assignments = split_words(words)
     base = RunDir(out).resolved_config if flags.resume and out is not None else None
-    config = resolve_config(kind, base=base, file=file, flags=collect_settings(flags), assignments=assignments)
+    settings = {**_find_data(preset, data_dir, flags), **collect_settings(flags)}
+    start = read_preset(preset) if preset else None
+    config = resolve_config(kind, preset=start, base=base, file=file, flags=settings, assignments=assignments)
     if flags.batch_size is None:
         return config
     if any(assignment.startswith(f"{_ROWS_PER_PASS}=") for assignment in assignments):
@@ -42,6 +56,19 @@ def build_config(kind: type[RunConfig], words: Sequence[str], flags: LoopFlags, 
         )
     resolved: RunConfig = config.replace(training=config.training.with_rows_per_step(flags.batch_size))
     return resolved
+
+
+def _find_data(preset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:
+    """Return the settings that stand for `--data-dir`."""
+    if data_dir is None:
+        return {}
+    if preset is None or flags.data:
+        raise ConfigError("--data-dir holds the files of a preset's benchmark: give --preset NAME, and no --data.")
+    from smolora.config.presets import name_benchmark
+    from smolora.data.benchmarks import find_benchmark_files
+
+    train, held_out = find_benchmark_files(name_benchmark(preset), data_dir)
+    return {"data.sources": (str(train),), "data.eval_source": str(held_out)}
 
 
 def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:

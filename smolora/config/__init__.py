@@ -13,6 +13,8 @@ from smolora.config.experiment import (
     resolve_config,
 )
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.phases import DynamicLoRAConfig, PhaseConfig, PhaseStart, PlateauConfig
+from smolora.config.presets import PRESETS
 from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
 
@@ -20,12 +22,17 @@ __all__ = [
     "ATTENTION_ONLY",
     "BOTH",
     "MLP_ONLY",
+    "PRESETS",
     "DataConfig",
+    "DynamicLoRAConfig",
     "EvaluationConfig",
     "ExperimentConfig",
     "GPTConfig",
     "LoRAConfig",
     "ModelConfig",
+    "PhaseConfig",
+    "PhaseStart",
+    "PlateauConfig",
     "PrepareConfig",
     "PretrainConfig",
     "RunConfig",

@@ -15,6 +15,7 @@ from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.phases import DynamicLoRAConfig
 from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
 from smolora.errors import ConfigError
@@ -37,6 +38,9 @@ class ExperimentConfig(Section):
     training: TrainingConfig = TrainingConfig()
     """The training loop."""
 
+    phases: DynamicLoRAConfig = DynamicLoRAConfig()
+    """What trains when; left out, everything from the first step to the last."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation during the run."""
 
@@ -47,6 +51,11 @@ class ExperimentConfig(Section):
     def lora(self) -> LoRAConfig:
         """The section `adapter` under its older name."""
         return self.adapter
+
+    @property
+    def dynamic_lora(self) -> DynamicLoRAConfig:
+        """The section `phases` under its older name."""
+        return self.phases
 
 
 def _pretraining_defaults() -> TrainingConfig:
@@ -101,18 +110,20 @@ _Config = TypeVar("_Config", ExperimentConfig, PretrainConfig, PrepareConfig)
 def resolve_config(
     kind: type[_Config],
     *,
+    preset: Mapping[str, object] | None = None,
     base: Path | None = None,
     file: Path | None = None,
     flags: Mapping[str, object] | None = None,
     assignments: Iterable[str] = (),
 ) -> _Config:
-    """Build a configuration from its layers; a later one wins: defaults, `base`, `file`, `flags`, `assignments`.
+    """Build a configuration from its layers; a later one wins: defaults, and the arguments in their order.
 
     Epochs in a later layer replace `max_steps` of an earlier one, which would decide alone; flags and assignments
     are one layer in this.
 
     Args:
         kind: The configuration class.
+        preset: Nested settings to start from.
         base: The configuration that a run was started with, where it is resumed; without that file, one is started.
         file: A YAML file with the sections of `kind`.
         flags: Values by dotted path; None means not given.
@@ -121,7 +132,7 @@ def resolve_config(
     Raises:
         ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(preset or {})
     if kind is PretrainConfig:
         values["training"] = _pretraining_defaults().model_dump(exclude_unset=True)
     is_afresh = base is not None and not base.is_file()

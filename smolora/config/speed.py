@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from smolora.config.base import Section
 
 
@@ -19,3 +21,7 @@ class SpeedConfig(Section):
 
     packed_weights: bool = True
     """Keep frozen bfloat16 weights in the layout the CPU's matrix units read, for two more copies of them in memory."""
+
+    prefix_cache_gib: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """Disk space in the run's folder for what enters the lowest trained layer, so that later epochs of a phase skip the
+    frozen layers below it. 0 turns it off; it needs every dropout off, adapter.lora_dropout too."""

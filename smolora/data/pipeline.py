@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from datasets import Dataset
-
 from smolora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Step = Callable[[Dataset], Dataset]
+    Step = Callable[[Dataset], Dataset]
 
 _WORD = re.compile(r"\S+")
 
@@ -22,6 +21,7 @@ _WORD = re.compile(r"\S+")
 class DatasetPipeline:
     """Runs steps in the order they were added; any callable from Dataset to Dataset is one.
 
+    >>> from datasets import Dataset
     >>> pipeline = DatasetPipeline().add_processor(lambda dataset: dataset.select(range(1)))
     >>> pipeline.process(Dataset.from_dict({"text": ["a", "b"]})).num_rows
     1
@@ -41,6 +41,8 @@ class DatasetPipeline:
         Raises:
             ConfigError: A step returned something else than a Dataset.
         """
+        from datasets import Dataset
+
         for number, processor in enumerate(self.processors, start=1):
             dataset = processor(dataset)
             if not isinstance(dataset, Dataset):

@@ -38,6 +38,8 @@ class Reject:
 def check_values(values: Values, file: str, line: int) -> Row | Reject:
     """Return the row, or a reject where a value holds half of a surrogate pair (or, as the same, bytes of no UTF-8)."""
     for name, value in values.items():
+        if value.isascii() if isinstance(value, str) else isinstance(value, int | float | None):
+            continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         if (half := find_surrogate(text)) is not None:
             code = ord(text[half])

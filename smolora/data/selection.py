@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,14 +34,23 @@ class RowSelection:
     report: DataReport
     chunk_tokenizer: PreTrainedTokenizerBase | None = None
 
-    def select(self, read: Iterable[Row | Reject]) -> list[Row]:
-        """Return the usable rows, cleaned, chunked and without duplicates; the report counts the others."""
-        rows = self._chunk(self._accept(read))
-        return self._deduplicate(rows) if self.data.deduplicate else rows
+    def select(self, read: Iterable[Row | Reject], seen: set[bytes]) -> Iterator[Row]:
+        """Yield the usable rows, cleaned, chunked and without duplicates; the report counts the others.
 
-    def _accept(self, read: Iterable[Row | Reject]) -> list[Row]:
+        Args:
+            read: What was read.
+            seen: Gets the digest of every row that is yielded. Rows whose digest it holds are duplicates.
+        """
+        for row in self._chunk(self._accept(read)):
+            digest = self.digest(row)
+            if digest in seen and self.data.deduplicate:
+                self.report.duplicate += 1
+            else:
+                seen.add(digest)
+                yield row
+
+    def _accept(self, read: Iterable[Row | Reject]) -> Iterator[Row]:
         clean = TextCleaningProcessor.from_names(self.data.clean).clean if self.data.clean else None
-        accepted = []
         for found in read:
             self.report.files[found.file] += 1
             checked = found if isinstance(found, Reject) else self._check(found, clean)
@@ -49,8 +59,7 @@ class RowSelection:
             elif is_empty(checked, self.fmt):
                 self.report.empty += 1
             else:
-                accepted.append(checked)
-        return accepted
+                yield checked
 
     def _check(self, row: Row, clean: Callable[[str], str] | None) -> Row | Reject:
         problem = find_problem(row, self.fmt)
@@ -58,11 +67,11 @@ class RowSelection:
             return Reject(row.file, row.line, problem)
         if clean is None:
             return row
-        texts = {column: row.values.get(column) for column in self.fmt.columns.values()}
-        cleaned = {column: clean(text) for column, text in texts.items() if isinstance(text, str)}
+        texts = [(column, row.values.get(column)) for column in self.fmt.columns.values()]
+        cleaned = {column: clean(text) for column, text in texts if isinstance(text, str)}
         return Row({**row.values, **cleaned}, row.file, row.line)
 
-    def _chunk(self, rows: list[Row]) -> list[Row]:
+    def _chunk(self, rows: Iterator[Row]) -> Iterator[Row]:
         if not self.data.chunk_size:
             return rows
         if self.fmt.kind != "text":
@@ -70,26 +79,26 @@ class RowSelection:
                 f"data.chunk_size splits plain text, but these rows are {self.fmt.kind}: "
                 "a piece of a prompt or of a completion is no row. Set data.chunk_size=0, or data.text_field."
             )
+        return (piece for row in rows for piece in self._split(row))
+
+    def _split(self, row: Row) -> list[Row]:
         column = self.fmt.columns["text"]
-        pieces = [
-            Row({**row.values, column: piece}, row.file, row.line)
-            for row in rows
-            for piece in chunk_texts([str(row.values[column])], self.data.chunk_size, tokenizer=self.chunk_tokenizer)
-        ]
-        self.report.added_by_chunking += len(pieces) - len(rows)
-        return pieces
+        pieces = chunk_texts([str(row.values[column])], self.data.chunk_size, tokenizer=self.chunk_tokenizer)
+        self.report.added_by_chunking += len(pieces) - 1
+        return [Row({**row.values, column: piece}, row.file, row.line) for piece in pieces]
 
-    def _deduplicate(self, rows: list[Row]) -> list[Row]:
-        """Keep the first of equal rows; rows are equal where the columns of their form are."""
-        first: dict[str, Row] = {}
-        for row in rows:
-            first.setdefault(self.key(row), row)
-        self.report.duplicate += len(rows) - len(first)
-        return list(first.values())
+    def digest(self, row: Row) -> bytes:
+        """Return 16 bytes that equal rows share and others don't; equal is what has equal columns of the form."""
+        return hashlib.blake2b(
+            b"\xff".join([_to_bytes(row.values.get(column)) for column in self.fmt.columns.values()]), digest_size=16
+        ).digest()
 
-    def key(self, row: Row) -> str:
-        """Return what makes two rows equal."""
-        return json.dumps([row.values.get(column) for column in self.fmt.columns.values()], sort_keys=True, default=str)
+
+def _to_bytes(value: object) -> bytes:
+    """Return bytes that no other value has, and in which 0xff doesn't occur."""
+    if isinstance(value, str):
+        return value.encode()
+    return b"\xfe" + json.dumps(value, sort_keys=True, default=str).encode()
 
 
 def find_problem(row: Row, fmt: PromptFormat) -> str | None:
@@ -120,18 +129,23 @@ def is_empty(row: Row, fmt: PromptFormat) -> bool:
     if fmt.kind == "messages":
         return not row.values
     texts = (row.values.get(column) for role, column in fmt.columns.items() if role != "input")
-    return any(text is None or not str(text).strip() for text in texts)
+    return any(not text or str(text).isspace() for text in texts)
+
+
+def choose_held_out(num_rows: int, data: DataConfig, *, seed: int) -> set[int]:
+    """Return the indices of the rows to hold out: min(validation_fraction, max_validation_rows), none below 50.
+
+    The choice depends on the seed and the number of rows only.
+    """
+    if num_rows < FEWEST_ROWS_TO_SPLIT:
+        return set()
+    count = min(int(num_rows * data.validation_fraction), data.max_validation_rows)
+    return set(random.Random(seed).sample(range(num_rows), count))
 
 
 def split_validation(rows: Sequence[Row], data: DataConfig, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return the rows to learn from and those held out: min(validation_fraction, max_validation_rows), none below 50.
-
-    The choice depends on the seed and the number of rows only; both keep the order of `rows`.
-    """
-    if len(rows) < FEWEST_ROWS_TO_SPLIT:
-        return list(rows), []
-    count = min(int(len(rows) * data.validation_fraction), data.max_validation_rows)
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    """Return the rows to learn from and those held out, both in the order of `rows`."""
+    chosen = choose_held_out(len(rows), data, seed=seed)
     return (
         [row for index, row in enumerate(rows) if index not in chosen],
         [row for index, row in enumerate(rows) if index in chosen],

@@ -1,7 +1,8 @@
 """Where rows come from: files, folders, a folder that `prepare` wrote, a hub id, a dataset in memory.
 
 One path for all: find the files, read them, recognise the form, select, split. The type of a source is inferred from
-its name; what can't be told is an error that says what would do.
+its name; what can't be told is an error that says what would do. `datasets` and transformers cost seconds to
+import, so they are imported where a Dataset is made or a tokenizer loaded, which `prepare` of a file doesn't do.
 """
 
 from __future__ import annotations
@@ -12,29 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
-
 from smolora.config.data import DataConfig, FileType
 from smolora.data.ledger import DataReport
-from smolora.data.prompts import PromptFormat, resolve_prompt_format
-from smolora.data.readers import check_readable, infer_type, list_files, read_documents, read_rows
-from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
+from smolora.data.prompts import PromptFormat
+from smolora.data.readers import check_readable, infer_type, list_files
+from smolora.data.row_stream import RowStream, Source, close_report, open_file, refuse_rowless, stream_rows
+from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
 from smolora.errors import DataError, did_you_mean
 from smolora.runtime.hub import find_hub_problem
-from smolora.tokenizers.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 TRAIN_FILE = "train.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 _VALIDATION_FILES = (VALIDATION_FILE, "valid.jsonl", "val.jsonl", "dev.jsonl")
 """Beside a train.jsonl, one of these holds the held-out rows; test.jsonl is never read with either."""
-
-Records = list[Row | Reject]
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,7 @@ def read_sources(
     Raises:
         DataError: A source, a column or rows are missing, or too many rows were rejected.
     """
-    is_whole = data.chunk_size > 0  # Lines are shorter than most chunks: what is chunked is the whole text of a file.
-    train = [part for source in _require_sources(data) for part in _read_source(source, data, is_whole=is_whole)]
-    held_out = _read_held_out(data, is_whole=is_whole)
-    return _build_rows(train, held_out, data, seed=seed, tokenizer=tokenizer, out=out)
+    return _gather(stream_sources(data, tokenizer=tokenizer, out=out), data, seed=seed, out=out)
 
 
 def read_dataset(
@@ -106,8 +99,9 @@ def read_dataset(
     Raises:
         DataError: A column or rows are missing, or too many rows were rejected.
     """
-    held_out = None if eval_dataset is None else [_to_records(eval_dataset, "eval_dataset")]
-    return _build_rows([_to_records(dataset, "dataset")], held_out, data, seed=seed, tokenizer=tokenizer, out=out)
+    held_out = None if eval_dataset is None else [_open_dataset(eval_dataset, "eval_dataset")]
+    stream = _stream([_open_dataset(dataset, "dataset")], held_out, data, tokenizer=tokenizer, out=out)
+    return _gather(stream, data, seed=seed, out=out)
 
 
 def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Documents:
@@ -120,19 +114,18 @@ def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Docum
         DataError: A source, a column or text is missing, or too many rows were rejected.
     """
     report = DataReport()
-    train = [part for source in _require_sources(data) for part in _read_source(source, data, is_whole=True)]
-    held_out = _read_held_out(data, is_whole=True) or []
-    columns = list_columns(record for records in train for record in records)
+    train = [part for source in _require_sources(data) for part in _open_source(source, data, is_whole=True)]
+    held_out = _open_held_out(data, is_whole=True) or []
+    columns = _columns_of(train)
     if not columns:
-        raise _refuse_rowless(train, data, report, out)
+        raise refuse_rowless(train, data, report, out)
     field = _find_text_column(columns, data)
     chooser = RowSelection(PromptFormat(kind="text", columns={"text": field}), data, report, _chunk_tokenizer(data))
-    rows = [chooser.select(record for records in part for record in records) for part in (train, held_out)]
-    report.train, report.held_out = len(rows[0]), len(rows[1])
-    report.check_rejects(data.max_rejects, out)
-    report.check()
-    _require_rows(rows[0], data)
-    texts = [[str(row.values[field]) for row in part] for part in rows]
+    texts = [
+        [str(row.values[field]) for row in chooser.select((record for one in part for record in one.read()), set())]
+        for part in (train, held_out)
+    ]
+    close_report(report, data, train=len(texts[0]), held_out=len(texts[1]), out=out)
     return Documents(texts[0], texts[1], report)
 
 
@@ -156,12 +149,13 @@ class DatasetHandler:
         Raises:
             DataError: The source or the column is missing, or a row can't be used.
         """
-        batches = _read_source(self.source, self.config, is_whole=self.config.chunk_size > 0)
-        columns = list_columns(record for records in batches for record in records)
+        from datasets import Dataset
+
+        opened = _open_source(self.source, self.config, is_whole=self.config.chunk_size > 0)
         # The default column is only a default: rows of another known form stay what they are.
-        is_text = self.text_field != "text" or "text" in {column.casefold() for column in columns}
+        is_text = self.text_field != "text" or "text" in {column.casefold() for column in _columns_of(opened)}
         data = self.config.replace(text_field=self.text_field) if is_text else self.config
-        rows = _build_rows(batches, None, data, seed=0, tokenizer=None, out=None)
+        rows = _gather(_stream(opened, None, data, tokenizer=None, out=None), data, seed=0, out=None)
         self.report = rows.report
         names = rows.fmt.columns.values()
         return Dataset.from_dict({name: [row.values.get(name) for row in rows.train] for name in names})
@@ -195,6 +189,8 @@ def load_text_data(folder: str | Path) -> Dataset:
 
 def as_dataset(rows: Dataset | Iterable[Mapping[str, object]]) -> Dataset:
     """Return rows in memory as a dataset; one that is a dataset already is returned as it is."""
+    from datasets import Dataset
+
     return rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
 
 
@@ -204,6 +200,9 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
     Raises:
         DataError: It doesn't exist, can't be reached, or has no such split.
     """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     problem = find_hub_problem(name, "dataset")
     try:
         with _cache_only() if problem else nullcontext():
@@ -221,6 +220,8 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
 @contextmanager
 def _cache_only() -> Iterator[None]:
     """Let datasets look into its cache alone inside the block; otherwise it asks the hub for half a minute."""
+    import datasets
+
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -229,53 +230,28 @@ def _cache_only() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _build_rows(
-    train: Sequence[Records],
-    held_out: Sequence[Records] | None,
+def stream_sources(
+    data: DataConfig, *, tokenizer: PreTrainedTokenizerBase | None = None, out: Path | None = None
+) -> RowStream:
+    """Return the rows that `data` names one by one; see `read_sources`, which takes all of them.
+
+    Raises:
+        DataError: A source, a column or rows are missing.
+    """
+    is_whole = data.chunk_size > 0  # Lines are shorter than most chunks: what is chunked is the whole text of a file.
+    train = [part for source in _require_sources(data) for part in _open_source(source, data, is_whole=is_whole)]
+    return _stream(train, _open_held_out(data, is_whole=is_whole), data, tokenizer=tokenizer, out=out)
+
+
+def _stream(
+    train: Sequence[Source],
+    held_out: Sequence[Source] | None,
     data: DataConfig,
     *,
-    seed: int,
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path | None,
-) -> SourceRows:
-    report = DataReport()
-    fmt = _resolve_first(train, data, tokenizer, report, out)
-    chooser = RowSelection(fmt, data, report, _chunk_tokenizer(data))
-    rows = chooser.select(_iter_alike(train, fmt, data))
-    if held_out is None:
-        report.train = len(rows)
-        learned, evaluated = split_validation(rows, data, seed=seed)
-    else:
-        learned, evaluated = rows, chooser.select(_iter_alike(held_out, fmt, data))
-        seen = {chooser.key(row) for row in learned}
-        report.held_out_seen = sum(chooser.key(row) in seen for row in evaluated)
-    report.train, report.held_out = len(learned), len(evaluated)
-    report.check_rejects(data.max_rejects, out)
-    report.check()
-    _require_rows(learned, data)
-    return SourceRows(learned, evaluated, fmt, report)
-
-
-def _resolve_first(
-    batches: Sequence[Records],
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    report: DataReport,
-    out: Path | None,
-) -> PromptFormat:
-    """Resolve the form of the first file that has columns; where none has, every record was rejected."""
-    for records in batches:
-        if columns := list_columns(records):
-            return resolve_prompt_format(columns, data, tokenizer)
-    raise _refuse_rowless(batches, data, report, out)
-
-
-def _refuse_rowless(batches: Sequence[Records], data: DataConfig, report: DataReport, out: Path | None) -> DataError:
-    """Return what to say of files without a single row; raise instead where they hold nothing but rejects."""
-    report.rejects += [record for records in batches for record in records if isinstance(record, Reject)]
-    report.files.update(record.file for records in batches for record in records)
-    report.check_rejects(data.max_rejects, out)
-    return _describe_emptiness(data)
+) -> RowStream:
+    return stream_rows(train, held_out, data, tokenizer=tokenizer, chunk_tokenizer=_chunk_tokenizer(data), out=out)
 
 
 def _find_text_column(columns: Sequence[str], data: DataConfig) -> str:
@@ -285,33 +261,23 @@ def _find_text_column(columns: Sequence[str], data: DataConfig) -> str:
         raise DataError(f"{error} Name the one to read with --text-field X (data.text_field=X).") from None
 
 
-def _iter_alike(batches: Sequence[Records], fmt: PromptFormat, data: DataConfig) -> list[Row | Reject]:
-    """Return the records of all files under the first file's column names (MR in one file may be mr in another)."""
-    alike: list[Row | Reject] = []
-    for records in batches:
-        columns = list_columns(records)
-        own = resolve_prompt_format(columns, data) if columns else fmt
-        if own.kind != fmt.kind:
-            raise DataError(
-                f"{records[0].file} holds rows of the form {own.describe()}, but the first source {fmt.describe()}. "
-                "Name the columns that all have, or train on one form."
-            )
-        renamed = {own.columns[role]: fmt.columns[role] for role in own.columns if role in fmt.columns}
-        if all(old == new for old, new in renamed.items()):
-            alike += records
-        else:
-            alike += [_rename(record, renamed) for record in records]
-    return alike
-
-
-def _rename(record: Row | Reject, renamed: dict[str, str]) -> Row | Reject:
-    if isinstance(record, Reject):
-        return record
-    return Row({renamed.get(name, name): value for name, value in record.values.items()}, record.file, record.line)
+def _gather(stream: RowStream, data: DataConfig, *, seed: int, out: Path | None) -> SourceRows:
+    """Read a stream to its end, and split it where nothing is held out yet."""
+    rows = list(stream.train)
+    if stream.held_out is None:
+        learned, evaluated = split_validation(rows, data, seed=seed)
+    else:
+        learned, evaluated = rows, list(stream.held_out)
+    close_report(stream.report, data, train=len(learned), held_out=len(evaluated), out=out)
+    return SourceRows(learned, evaluated, stream.fmt, stream.report)
 
 
 def _chunk_tokenizer(data: DataConfig) -> PreTrainedTokenizerBase | None:
-    return load_tokenizer(data.chunk_tokenizer) if data.chunk_size and data.chunk_tokenizer else None
+    if not (data.chunk_size and data.chunk_tokenizer):
+        return None
+    from smolora.tokenizers.pretrained import load_tokenizer
+
+    return load_tokenizer(data.chunk_tokenizer)
 
 
 def _require_sources(data: DataConfig) -> tuple[str, ...]:
@@ -320,31 +286,20 @@ def _require_sources(data: DataConfig) -> tuple[str, ...]:
     return data.sources
 
 
-def _require_rows(rows: Sequence[Row], data: DataConfig) -> None:
-    if not rows:
-        raise _describe_emptiness(data)
-
-
-def _describe_emptiness(data: DataConfig) -> DataError:
-    """Say the same of an empty file, of blank lines, and of rows without text."""
-    named = ", ".join(data.sources) or "the dataset"
-    return DataError(f"no rows to learn from in {named}: it is empty, or every row lacks text. Name one with text.")
-
-
-def _read_held_out(data: DataConfig, *, is_whole: bool) -> list[Records] | None:
-    """Read the held-out rows where they are given: by name, or beside the train.jsonl of every source."""
+def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
+    """Open the held-out rows where they are given: by name, or beside the train.jsonl of every source."""
     if data.eval_source is not None:
-        return _read_source(data.eval_source, data.replace(file_type=None), is_whole=is_whole)
+        return _open_source(data.eval_source, data.replace(file_type=None), is_whole=is_whole)
     files = [_find_validation_file(Path(source)) for source in data.sources]
-    return [read_rows(file, "jsonl") for file in files if file is not None] if None not in files else None
+    return [open_file(file, "jsonl") for file in files if file is not None] if None not in files else None
 
 
-def _read_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Records]:
-    """Read what is learned from one source, a list of records per file; `is_whole` reads text files as documents."""
+def _open_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Source]:
+    """Open what is learned from one source, file by file; `is_whole` reads text files as documents."""
     found = _locate(source, data.file_type)
     if found is None:
-        return [_to_records(load_dataset_from_hub(source), source)]
-    return [read_documents(file) if is_whole and kind == "txt" else read_rows(file, kind) for file, kind in found]
+        return [_open_dataset(load_dataset_from_hub(source), source)]
+    return [open_file(file, kind, is_whole=is_whole) for file, kind in found]
 
 
 def _locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType]] | None:
@@ -395,5 +350,9 @@ def _find_files(path: Path, file_type: FileType | None) -> list[tuple[Path, File
     return [(file, kind) for file in files for kind in kinds]
 
 
-def _to_records(dataset: Dataset, name: str) -> Records:
-    return [check_values(values, name, index) for index, values in enumerate(dataset, start=1)]
+def _open_dataset(dataset: Dataset, name: str) -> Source:
+    return Source(name, lambda: (check_values(values, name, index) for index, values in enumerate(dataset, start=1)))
+
+
+def _columns_of(sources: Iterable[Source]) -> list[str]:
+    return list(dict.fromkeys(column for source in sources for column in source.columns))

@@ -39,5 +39,34 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int],
     return text[len(_decode(tokenizer, anchor)) :]
 
 
+def cut_at_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Yield the text up to the first of `stops`, holding back what may turn out to be the beginning of one.
+
+    >>> list(cut_at_stop(["one t", "wo three"], ["two"]))
+    ['one ']
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if found := [held.index(stop) for stop in stops if stop in held]:
+            held = held[: min(found)]
+            break
+        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        if shown := held[: len(held) - begun]:
+            yield shown
+        held = held[len(shown) :]
+    if held:
+        yield held
+
+
+def ends_at_stop(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int], stops: Sequence[str]
+) -> bool:
+    """Return whether one of `stops` is in the text of the last tokens: as many as it may take to spell the longest."""
+    count = 4 * max(map(len, stops))  # A token is at least a byte of UTF-8.
+    text = decode_answer(tokenizer, [*prompt_ids, *answer_ids[:-count]], answer_ids[-count:])
+    return any(stop in text for stop in stops)
+
+
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

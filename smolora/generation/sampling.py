@@ -1,6 +1,8 @@
-"""How the next token is chosen."""
+"""What ends an answer, and how its next token is chosen."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 from pydantic import Field
 
@@ -26,8 +28,14 @@ class SamplingSettings(Section):
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """Choose among the likeliest tokens that together have this probability."""
 
+    repetition_penalty: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Above 1 makes tokens of the prompt and the answer so far less likely. Left out, the model's own setting."""
+
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer where one of them begins."""
+
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """The same seed gives the same answer. Left out, every answer is drawn anew."""
+    """The same seed gives the same answer to a prompt, whatever it is asked with. Left out, every answer is new."""
 
     @property
     def is_greedy(self) -> bool:

@@ -44,7 +44,13 @@ class Anatomy:
     family: str
     """`config.model_type`."""
     parts: tuple[Part, ...]
+    blocks: str
+    """Path of the numbered blocks in the plain model."""
     num_layers: int
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """Return the blocks of the plain model that this is the anatomy of, in order."""
+        return list(model.get_submodule(self.blocks).children())
 
     def linear_modules(self) -> list[str]:
         """Every linear layer but the head."""
@@ -83,7 +89,8 @@ def build_anatomy(model: nn.Module) -> Anatomy:
         # Also a known family with another head, or none, or under the names of another transformers version.
         family = infer_family(model)
     parts = tuple(_iter_parts(model, family))
-    return Anatomy(model_type, parts, num_layers=len(list(model.get_submodule(family.blocks).children())))
+    num_layers = len(list(model.get_submodule(family.blocks).children()))
+    return Anatomy(model_type, parts, family.blocks, num_layers)
 
 
 def _read_model_type(model: nn.Module) -> str:

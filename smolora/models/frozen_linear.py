@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smolora.runtime.memory import page_out
+
 _TYPICAL_TOKENS = 512
 """oneDNN's layout depends a little on the number of tokens; any number works."""
 
@@ -27,7 +29,6 @@ class FrozenLinear:
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, packed: bool) -> None:
         self.sizes = [len(weight) for weight in weights]
-        self.device, self.dtype = weights[0].device, weights[0].dtype
         self.num_inputs = weights[0].shape[1]
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         self._bias = _join_biases(self.sizes, biases, weight)
@@ -37,6 +38,9 @@ class FrozenLinear:
             self._backward_weight = _pack(weight.t())
         else:
             self._forward_weight, self._backward_weight = weight, weight.t()
+        if self._is_packed or len(weights) > 1:
+            for original in weights:
+                page_out(original)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[N, sum O_i]` of `[N, D]`."""

@@ -108,9 +108,9 @@ def dequantise(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def round_trip(weight: Tensor, quantization: Quantization) -> Tensor:
-    """Return, in float32, what a layer that is held so keeps of its weight [out, in]."""
+    """Return what a layer that is held so keeps of its weight [out, in]: in float32, or with none the weight itself."""
     if quantization == "none":
-        return weight.float()
+        return weight
     import bitsandbytes as bnb
 
     if quantization == "8bit":

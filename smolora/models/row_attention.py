@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from smolora.models.bundle import read_config
-from smolora.models.fused_ops import draw_keep_mask, rotate_heads
+from smolora.models.fused_ops import Rotary, draw_keep_mask
 from smolora.models.rows import RowGroup, Rows
 
 ROW_ATTENTION = "smolora_rows"
@@ -51,13 +52,18 @@ class _Saved:
     probabilities: list[Tensor]
     keeps: list[Tensor]
 
+    def to_list(self) -> list[Tensor]:
+        """Return the tensors for `save_for_backward`, past which recomputed activations would keep them all."""
+        return [self.query, self.key, self.value, *self.probabilities, *self.keeps]
 
-@dataclass(frozen=True)
-class Rotary:
-    """Angles of every token, repeated over both halves of a head: `[N, K]` each."""
-
-    cos: Tensor
-    sin: Tensor
+    @classmethod
+    def take(cls, tensors: Iterator[Tensor], group: RowGroup, settings: AttentionSettings) -> _Saved:
+        """Return the state of one group from what `to_list` gave."""
+        num_blocks = -(-group.length // _QUERY_BLOCK)
+        query, key, value = islice(tensors, 3)
+        kept = num_blocks if group.length <= _KEEP_PROBABILITIES_UP_TO else 0
+        dropped = num_blocks if settings.dropout else 0
+        return cls(query, key, value, list(islice(tensors, kept)), list(islice(tensors, dropped)))
 
 
 def attend_rows(
@@ -71,8 +77,9 @@ def attend_rows(
         num_heads: H.
         rows: How the N tokens divide into rows.
         settings: Scale, dropout of the weights, sliding window.
-        rotary: Turns queries and keys first (Su et al. 2021); pairs are (k, k + K / 2).
+        rotary: Turns queries and keys first.
     """
+    assert sum(rows.lengths) == len(heads), "rows divide all tokens of the batch"
     output: Tensor = _RowAttention.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
     return output
 
@@ -88,10 +95,17 @@ def attend_interface(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_unused: object,
 ) -> tuple[Tensor, None]:
-    """`attend_rows` in the signature of transformers' AttentionInterface: `[1, H, N, K]` in, `[1, N, H, K]` out."""
-    assert attention_mask is None, "rows say who sees whom; no mask is made for this implementation"
+    """`attend_rows` in the signature of transformers' AttentionInterface: `[1, H, N, K]` in, `[1, N, H, K]` out.
+
+    Raises:
+        ValueError: A mask, capped scores or sinks, none of which attention by rows has.
+    """
+    if attention_mask is not None or softcap is not None or s_aux is not None:
+        raise ValueError("attention by rows takes no mask, no cap on scores and no sinks")
     heads = torch.cat((query, key, value), dim=1)[0].transpose(0, 1)
     settings = AttentionSettings(scaling, dropout, sliding_window)
     return attend_rows(heads, num_heads=query.shape[1], rows=rows, settings=settings)[None], None
@@ -127,26 +141,28 @@ class _RowAttention(torch.autograd.Function):
         shared = (heads.shape[1] - num_heads) // 2
         output = heads.new_empty(heads.shape[0], num_heads, heads.shape[2])
         if rotary is not None:
-            heads = rotate_heads(heads, rotary.cos, rotary.sin, num_rotated=num_heads + shared)
-        ctx.groups = []
+            heads = rotary.turn(heads)
+        tensors = []
         for group in rows.groups:
             query, key, value = torch.split(group.pad(heads), [num_heads, shared, shared], dim=2)
             state = _Saved(_to_heads(query), _to_heads(key), _to_heads(value), [], [])
             group.unpad(_attend_group(state, group, settings).transpose(1, 2), output)
-            ctx.groups.append((group, state))
-        ctx.settings, ctx.rotary, ctx.shape = settings, rotary, heads.shape
+            tensors += state.to_list()
+        ctx.save_for_backward(*tensors)
+        ctx.rows, ctx.settings, ctx.rotary, ctx.shape = rows, settings, rotary, heads.shape
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         output = grad.new_empty(ctx.shape)
-        for group, state in ctx.groups:
+        tensors = iter(ctx.saved_tensors)
+        for group in ctx.rows.groups:
+            state = _Saved.take(tensors, group, ctx.settings)
             blocks = _backward_group(state, _to_heads(group.pad(grad)), group, ctx.settings)
             group.unpad(torch.cat(blocks, dim=1).transpose(1, 2), output)
         rotary: Rotary | None = ctx.rotary
         if rotary is not None:
-            num_rotated = (ctx.shape[1] + grad.shape[1]) // 2
-            output = rotate_heads(output, rotary.cos, -rotary.sin, num_rotated=num_rotated)
+            output = rotary.turn(output, back=True)
         return output, None, None, None, None
 
 

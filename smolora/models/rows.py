@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from smolora.models.fused_ops import Rotary
+
 _LENGTH_STEP = 32
 """Rows share a group where their lengths round up to the same multiple of this. Padding to the longest of 8 E2E rows
 doubled attention's work; a group per row paid its overhead eight times."""
@@ -60,6 +62,14 @@ class Rows:
 
     lengths: Sequence[int]
     device: torch.device
+    _rotary: dict[tuple[int, int, int], tuple[Tensor, Rotary]] = field(default_factory=dict, repr=False)
+
+    def rotary(self, cos: Tensor, sin: Tensor, *, num_rotated: int, num_heads: int) -> Rotary:
+        """Return `Rotary.spread` of one forward pass's angles `[1, N, K]`, made once for all of its layers."""
+        key = (id(cos), num_rotated, num_heads)
+        if key not in self._rotary:
+            self._rotary[key] = (cos, Rotary.spread(cos[0], sin[0], num_rotated=num_rotated, num_heads=num_heads))
+        return self._rotary[key][1]  # Kept beside it, `cos` can't give its id to another tensor.
 
     @cached_property
     def groups(self) -> list[RowGroup]:

@@ -35,6 +35,11 @@ def is_quantised(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
 
 
+def has_plain_forward(linear: nn.Module) -> bool:
+    """Whether a linear layer computes nothing but its product; some subclasses route, scale or return more."""
+    return type(linear).forward in {nn.Linear.forward, Conv1D.forward}
+
+
 def is_stored_transposed(module: nn.Module) -> bool:
     """Whether a linear layer's weight is stored [in, out], as GPT-2's Conv1D does; quantised, only in the file."""
     return isinstance(module, Conv1D) or vars(module).get("source_cls") is Conv1D

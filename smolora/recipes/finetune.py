@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
+from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.preprocessing import Side, encode_rows, render_marked
@@ -33,6 +34,9 @@ from smolora.runtime.memory import keep_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
+from smolora.training.optim import trainable_parameters
+from smolora.training.phase_plan import build_phase_plan
+from smolora.training.plan import StepPlan
 from smolora.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -48,6 +52,19 @@ class TuningData:
     rows: SourceRows
     train: TokenDataset
     held_out: TokenDataset | None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A run that is ready but for its folder."""
+
+    bundle: ModelBundle
+    """The base with the adapter."""
+    data: TuningData
+    layout: Layout
+    identity: RunIdentity
+    machine: dict[str, str]
+    """What env.json says of how the run computes."""
 
 
 def finetune(
@@ -76,6 +93,42 @@ def finetune(
     """
     run = RunDir(out)
     config = settle_config(run, config, resume=resume)
+    tuning = open_tuning(config, out, dataset)
+    bundle, data = tuning.bundle, tuning.data
+    with ExitStack() as stack:
+        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=tuning.layout == "packed"))
+        logger.info("fast path: %s", fast.describe())
+        machine = {**tuning.machine, "fast_path": fast.describe()}
+        stack.enter_context(recorded_run(run, config, resume=resume, identity=tuning.identity, machine=machine))
+        data.rows.report.write(run.path)
+        state = Trainer(
+            bundle,
+            data.train,
+            config.training,
+            collate=get_data_collator(tuning.layout),
+            eval_dataset=data.held_out,
+            evaluation=config.evaluation,
+            run_dir=run,
+            identity=tuning.identity,
+            callbacks=choose_callbacks(run, config, callbacks),
+        ).train(resume=resume)
+        restore_best(run, bundle, state)
+        _save(run, bundle)
+        leave_report(run)
+    return run
+
+
+def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Dataset | None = None) -> Tuning:
+    """Load the base, encode the rows and attach the adapter: all that a run does before its folder is made.
+
+    Args:
+        config: The whole run.
+        out: Where rejected rows are written; left out, they aren't.
+        dataset: Rows in memory, in place of `config.data.sources`.
+
+    Raises:
+        ConfigError, DataError, StorageError, ModelError: As `finetune`.
+    """
     if dataset is None:
         check_sources(config.data)
     allocator = keep_large_blocks()
@@ -83,28 +136,9 @@ def finetune(
     data = _prepare_data(config, base, out, dataset)
     layout = _choose_layout(base)
     bundle = _adapt(base, config, data)
-    identity = _identify(bundle, data, config)
-    with ExitStack() as stack:
-        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=layout == "packed"))
-        logger.info("fast path: %s", fast.describe())
-        machine |= {"allocator": allocator, "batches": layout, "fast_path": fast.describe()}
-        stack.enter_context(recorded_run(run, config, resume=resume, identity=identity, machine=machine))
-        data.rows.report.write(run.path)
-        state = Trainer(
-            bundle,
-            data.train,
-            config.training,
-            collate=get_data_collator(layout),
-            eval_dataset=data.held_out,
-            evaluation=config.evaluation,
-            run_dir=run,
-            identity=identity,
-            callbacks=choose_callbacks(run, config, callbacks),
-        ).train(resume=resume)
-        restore_best(run, bundle, state)
-        _save(run, bundle)
-        leave_report(run)
-    return run
+    _check_phases(bundle, data, config)
+    machine |= {"allocator": allocator, "batches": layout}
+    return Tuning(bundle, data, layout, _identify(bundle, data, config), machine)
 
 
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
@@ -175,6 +209,18 @@ def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> Mod
         )
     logger.info("adapter: %s", describe_trainable_parameters(bundle.model))
     return bundle
+
+
+def _check_phases(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> None:
+    """Refuse phases that this adapter and this number of steps can't have, before there is a folder."""
+    if config.phases.is_on:
+        build_phase_plan(
+            config.phases,
+            locate_tensors(trainable_parameters(bundle.model), bundle.anatomy),
+            num_layers=bundle.anatomy.num_layers,
+            steps=StepPlan(len(data.train), config.training),
+            is_evaluated=data.held_out is not None,
+        )
 
 
 def _identify(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> RunIdentity:

@@ -9,6 +9,7 @@ from smolora.adapters.merge import MergeReport, merge_adapter
 from smolora.adapters.store import find_adapter
 from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
+from smolora.runtime.memory import keep_large_blocks
 
 
 def merge(source: Path, out: Path | None = None) -> MergeReport:
@@ -23,6 +24,7 @@ def merge(source: Path, out: Path | None = None) -> MergeReport:
         ModelError: There is no adapter, or it can't be merged.
         FolderInUseError: The run is being trained.
     """
+    keep_large_blocks()  # Else every tensor is written into pages that the kernel has to zero first.
     adapter = find_adapter(source)
     run = RunDir(adapter.parent)
     if out is None and not RunDir.is_run(run.path):

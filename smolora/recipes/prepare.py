@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from smolora.config.data import DataConfig
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, rename_to_roles
+from smolora.data.row_stream import close_report
 from smolora.data.rows import Row
-from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, read_sources
+from smolora.data.selection import choose_held_out
+from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, stream_sources
 from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import require_writable, staged_folder
+from smolora.records.staging import replaced_folder, require_writable
 
 
 def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -> DataReport:
@@ -35,13 +37,18 @@ def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -
     """
     require_writable(out)
     _refuse_existing(out)
-    rows = read_sources(data.replace(sources=(str(source),)), seed=seed, out=out)
-    _remove_account(out)
-    with staged_folder(out) as folder:
-        _write_rows(rows.train, rows.fmt, folder / TRAIN_FILE)
-        _write_rows(rows.held_out, rows.fmt, folder / VALIDATION_FILE)
-        rows.report.write(folder)
-    return rows.report
+    stream = stream_sources(data.replace(sources=(str(source),)), out=out)
+    with replaced_folder(out) as folder:  # It may hold the account of an attempt that was stopped by rejected rows.
+        train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
+        num_train = _write_rows(stream.train, stream.fmt, train)
+        num_held_out = _write_rows(stream.held_out or (), stream.fmt, held_out)
+        if stream.held_out is None:
+            num_held_out = _hold_out(train, held_out, choose_held_out(num_train, data, seed=seed))
+            num_train -= num_held_out
+        close_report(stream.report, data, train=num_train, held_out=num_held_out, out=out)
+        stream.report.write(folder)
+        _refuse_existing(out)  # It took a while: something may have been put there.
+    return stream.report
 
 
 def _refuse_existing(out: Path) -> None:
@@ -51,20 +58,30 @@ def _refuse_existing(out: Path) -> None:
         raise ConfigError(f"{out} holds {others[0].name} already. Choose another output folder, or remove it first.")
 
 
-def _remove_account(out: Path) -> None:
-    """Remove what an earlier attempt, stopped by rejected rows, left in `out`."""
-    if out.is_dir():
-        for file in _account_files(out):
-            file.unlink(missing_ok=True)
-        out.rmdir()
-
-
 def _account_files(out: Path) -> list[Path]:
     return [RunDir(out).data_report, RunDir(out).rejects]
 
 
-def _write_rows(rows: Sequence[Row], fmt: PromptFormat, path: Path) -> None:
+def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:
+    # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
+    encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+    count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
-            file.write(json.dumps(rename_to_roles(row.values, fmt), ensure_ascii=False, default=str) + "\n")
+            file.write(encode(rename_to_roles(row.values, fmt)) + "\n")
+            count += 1
+    return count
+
+
+def _hold_out(train: Path, held_out: Path, chosen: set[int]) -> int:
+    """Move the chosen lines of one file into the other, keeping their order; return how many those are.
+
+    Which rows are held out depends on how many there are, so it is known only when all are written.
+    """
+    if chosen:
+        whole = train.rename(train.with_suffix(".whole"))
+        with whole.open("rb") as lines, train.open("wb") as kept, held_out.open("wb") as moved:
+            for index, line in enumerate(lines):
+                (moved if index in chosen else kept).write(line)
+        whole.unlink()
+    return len(chosen)

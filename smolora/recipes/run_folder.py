@@ -18,11 +18,15 @@ import yaml
 from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
+from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, require_writable, write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
+from smolora.training.gradients import GradientNormCallback
+from smolora.training.phases import DynamicLoRACallback
+from smolora.training.prefix_cache import PrefixCacheCallback
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ _FIXED = (
     "model.dtype",
     "model.quantization",
     "model.task_type",
+    "phases.",
     "training.seed",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
@@ -64,7 +69,7 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     if not run.is_run(run.path):
         return config  # Nothing to resume, or a lost configuration: then the checkpoints' identity decides.
     stored = _stored_config(run)
-    if stored.keys() != config.model_dump().keys():
+    if ("gpt" in stored) != isinstance(config, PretrainConfig):
         raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")
     for path, (before, now) in _changes(stored, config.model_dump(mode="json")).items():
         if path.startswith(_FIXED):
@@ -111,6 +116,11 @@ def choose_callbacks(
 ) -> list[Callback]:
     """Return the caller's callbacks, and those that the configuration asks for."""
     chosen = list(callbacks)
+    if isinstance(config, ExperimentConfig) and config.phases.is_on:
+        chosen.append(DynamicLoRACallback(config.phases, report_path=run.phase_report))
+    if isinstance(config, ExperimentConfig) and config.speed.prefix_cache_gib:
+        chosen.append(PrefixCacheCallback(run.prefix_cache, int(config.speed.prefix_cache_gib * 2**30)))
+    chosen.append(GradientNormCallback(GradientNormLog(run.path)))
     if config.evaluation.early_stopping_patience is not None:
         patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
         chosen.append(EarlyStoppingCallback(patience, threshold))

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class RunDir:
         self.profile = self.path / "profile.json"
         self.group_norms = self.path / "gradient_analysis.group_norms.csv"
         self.layer_norms = self.path / "gradient_analysis.layer_norms.csv"
+        self.gradient_summary = self.path / "gradient_analysis.summary.json"
+        self.prefix_cache = self.path / "prefix_cache"
         self.phase_report = self.path / "phase_report.json"
         self.adapter = self.path / "adapter_checkpoint"
         self.merged = self.path / "final_merged"
@@ -115,10 +117,10 @@ class RunDir:
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         return next(path for path in map(self.path.joinpath, names) if not path.exists())
 
-    def prune_checkpoints(self, *, keep: int, protected: int | None) -> None:
-        """Delete all but the `keep` highest steps and the `protected` one; a kill in between loses none of those."""
+    def prune_checkpoints(self, *, keep: int, protected: Collection[int | None]) -> None:
+        """Delete all but the `keep` highest steps and the `protected` ones; a kill in between loses none of those."""
         for checkpoint in self.checkpoints()[:-keep]:
-            if checkpoint.step != protected:
+            if checkpoint.step not in protected:
                 retire_folder(checkpoint.path)
 
     def sweep_leftovers(self) -> None:

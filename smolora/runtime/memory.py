@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import logging
 import os
 import platform
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from smolora.runtime.available_memory import read_available_memory
 
 logger = logging.getLogger(__name__)
 
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _TRIM_BYTES = 2**31 - 1
+_MADV_PAGEOUT = 21
+"""mman.h of Linux 5.4 and newer; older kernels refuse it and nothing happens."""
 
 
 def keep_large_blocks() -> str:
@@ -29,6 +37,20 @@ def keep_large_blocks() -> str:
     libc = ctypes.CDLL(None)
     done = libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
     return "large blocks are kept between steps" if done else "glibc refused mallopt; left as it is"
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Ask the kernel to take the tensor's pages out of memory until they are read again; its values stay.
+
+    For weights mapped from a file that have been copied into another layout: they would count twice. Linux only.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 class MemoryUsage(NamedTuple):
@@ -62,6 +84,38 @@ class MemoryManager:
             current = peak = torch.mps.current_allocated_memory()
         return MemoryUsage(_resident_bytes(), _peak_resident_bytes(), current, peak)
 
+    def get_available_memory(self) -> int | None:
+        """Return the bytes that may still be taken: of the GPU, else of this machine and container; None if unknown."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return read_available_memory()
+
+    def optimize_batch_size(
+        self, measure: Callable[[int], int], rows: int, accumulation: int = 1, *, available: int | None = None
+    ) -> tuple[int, int] | None:
+        """Split an update into passes that fit in memory; an update sees as many rows as before.
+
+        Args:
+            measure: Returns the bytes that a pass of so many rows takes at its peak; more rows never take less.
+            rows: Rows in one pass, as asked for.
+            accumulation: Passes summed into one update, as asked for.
+            available: Bytes to fit into. Left out, what may be taken now.
+
+        Returns:
+            The most rows a pass that fit, at most `rows`, and the passes, whose product is `rows * accumulation`.
+            None where a single row is too much.
+
+        Example:
+            >>> MemoryManager().optimize_batch_size(lambda rows: 100 + 30 * rows, 8, available=250)
+            (4, 2)
+        """
+        limit = self.get_available_memory() if available is None else available
+        if limit is None:
+            return rows, accumulation
+        divisors = [size for size in range(1, rows + 1) if rows * accumulation % size == 0]
+        fitting = bisect.bisect_right(divisors, limit, key=measure)
+        return (divisors[fitting - 1], rows * accumulation // divisors[fitting - 1]) if fitting else None
+
 
 def _resident_bytes() -> int:
     if not os.path.exists("/proc/self/statm"):  # noqa: PTH110 - one word on a kernel file
@@ -71,6 +125,10 @@ def _resident_bytes() -> int:
 
 
 def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.M) if status.is_file() else None
+    if found:  # Not getrusage's: that starts at what the process that started this one held.
+        return int(found[1]) * 1024
     if sys.platform == "win32":
         return 0
     import resource

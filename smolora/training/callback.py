@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from smolora.training.state import StepRecord
     from smolora.training.trainer import Trainer
 
@@ -34,12 +36,22 @@ class Callback:
     def on_save(self, trainer: Trainer) -> None:
         """A checkpoint of this step is on disk."""
 
+    def on_finish(self, trainer: Trainer) -> None:
+        """The run is complete, by its last step or because a callback ended it. What is raised here fails it."""
+
     def on_train_end(self, trainer: Trainer) -> None:
         """The loop has ended, whether by its last step, a callback, a signal or an error."""
 
-    def state_dict(self) -> dict[str, float | int | None]:
-        """Return what must survive a resume."""
+    def state_dict(self) -> Mapping[str, object]:
+        """Return what must survive a resume, as JSON can hold it."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take back what `state_dict` returned."""
+
+    def state_tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors that must survive a resume."""
+        return {}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_tensors` returned."""

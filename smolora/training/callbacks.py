@@ -49,14 +49,15 @@ class EarlyStoppingCallback(Callback):
                 f"the held-out loss has not improved for {self.evaluations_without_improvement} evaluations"
             )
 
-    def state_dict(self) -> dict[str, float | int | None]:
+    def state_dict(self) -> Mapping[str, object]:
         best = self.best if math.isfinite(self.best) else None
         return {"best": best, "evaluations_without_improvement": self.evaluations_without_improvement}
 
-    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
-        best = state["best"]
-        self.best = math.inf if best is None else float(best)
-        self.evaluations_without_improvement = int(state["evaluations_without_improvement"] or 0)
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        best, count = state["best"], state["evaluations_without_improvement"]
+        assert isinstance(count, int), "the checkpoint's manifest vouches for what state_dict wrote"
+        self.best = best if isinstance(best, float) else math.inf
+        self.evaluations_without_improvement = count
 
 
 class ProfileCallback(Callback):

@@ -22,6 +22,7 @@ from smolora.models.bundle import ModelBundle
 from smolora.records.staging import read_manifest, staged_folder, write_json, write_manifest
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optim.safetensors", "state.json"
+_CALLBACKS = "callbacks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class TrainingSnapshot:
 
     optimizer: dict[str, Tensor]
     state: dict[str, object]
-    callbacks: dict[str, dict[str, float | int | None]]
+    callbacks: dict[str, Mapping[str, object]]
+    callback_tensors: dict[str, Mapping[str, Tensor]]
+    """By the callback's name; those without tensors are left out."""
 
 
 def save_checkpoint(folder: Path, bundle: ModelBundle, snapshot: TrainingSnapshot, identity: RunIdentity) -> None:
@@ -74,6 +77,11 @@ def save_checkpoint(folder: Path, bundle: ModelBundle, snapshot: TrainingSnapsho
         else:
             save_file(_contiguous(dict(bundle.model.named_parameters())), staging / _MODEL)
         save_file(_contiguous(snapshot.optimizer), staging / _OPTIMIZER)
+        if snapshot.callback_tensors:
+            named = {
+                f"{name}/{key}": t for name, tensors in snapshot.callback_tensors.items() for key, t in tensors.items()
+            }
+            save_file(_contiguous(named), staging / _CALLBACKS)
         write_json(staging / _STATE, {"trainer": snapshot.state, "callbacks": snapshot.callbacks})
         facts = {"step": snapshot.state["step"], "identity": vars(identity)}
         write_manifest(staging, facts)
@@ -90,7 +98,17 @@ def load_checkpoint(folder: Path, bundle: ModelBundle) -> TrainingSnapshot:
     else:
         _restore_parameters(bundle, load_file(folder / _MODEL), folder)
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    return TrainingSnapshot(load_file(folder / _OPTIMIZER), state["trainer"], state["callbacks"])
+    optimizer = load_file(folder / _OPTIMIZER)
+    return TrainingSnapshot(optimizer, state["trainer"], state["callbacks"], _load_callback_tensors(folder))
+
+
+def _load_callback_tensors(folder: Path) -> dict[str, Mapping[str, Tensor]]:
+    stored = load_file(folder / _CALLBACKS) if (folder / _CALLBACKS).is_file() else {}
+    by_callback: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in stored.items():
+        callback, _, key = name.partition("/")
+        by_callback.setdefault(callback, {})[key] = tensor
+    return dict(by_callback)
 
 
 @torch.no_grad()

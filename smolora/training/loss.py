@@ -6,6 +6,7 @@ Shapes: `B` batch, `T` time, `V` vocabulary, `N` target tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ TargetLogits = Callable[[nn.Module, Batch], Tensor]
 
 def target_logits_of(model: nn.Module) -> TargetLogits:
     """Return the function that computes `[N, V]` logits for `model`: a GPTModel, or any transformers or peft model."""
-    return _gpt_logits if isinstance(model, GPTModel) else _transformers_logits
+    return _gpt_logits if isinstance(model, GPTModel) else partial(_transformers_logits, model)
 
 
 def _gpt_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -29,7 +30,8 @@ def _gpt_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.flatten(0, -2)
 
 
-def _transformers_logits(model: nn.Module, batch: Batch) -> Tensor:
+def _transformers_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
+    """`plain` is `model` without what may be wrapped around it, such as DistributedDataParallel."""
     if batch.position_ids is not None:
         # A cache would switch off the block-diagonal mask that transformers derives from restarting positions.
         packed = model(
@@ -37,7 +39,7 @@ def _transformers_logits(model: nn.Module, batch: Batch) -> Tensor:
             position_ids=batch.position_ids,
             logits_to_keep=batch.target_positions,
             use_cache=False,
-            **({"rows": Rows(batch.row_lengths, batch.input_ids.device)} if attends_by_rows(model) else {}),
+            **({"rows": Rows(batch.row_lengths, batch.input_ids.device)} if attends_by_rows(plain) else {}),
         )
         return packed.logits[0]  # type: ignore[no-any-return]
     padded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,11 @@ class StepPlan:
         """Updates of the run: `max_steps` where set, else what the epochs need."""
         return self.config.max_steps or max(1, math.ceil(self.config.num_train_epochs * self.steps_per_epoch))
 
+    @property
+    def eval_steps(self) -> int:
+        """Updates from one evaluation to the next: as set, else a fifth of the run."""
+        return self.config.eval_steps or math.ceil(self.total_steps / 5)
+
     def rows_of(self, step: int) -> np.ndarray:
         """Return the rows of update `step` (from 0), over all processes."""
         epoch, group = divmod(step, self.steps_per_epoch)
@@ -51,3 +57,19 @@ class StepPlan:
         mine = self.rows_of(step)[process :: self.num_processes]
         size = self.config.per_device_train_batch_size
         return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+@dataclass
+class ChosenSteps(StepPlan):
+    """Steps with the rows that they are given, whatever order a run would take."""
+
+    groups: Sequence[np.ndarray] = ()
+
+    @property
+    def total_steps(self) -> int:
+        """As many as there are groups."""
+        return len(self.groups)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Return the rows of update `step` (from 0)."""
+        return self.groups[step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import get_args
 
 from torch.optim import Optimizer
@@ -41,6 +42,26 @@ def schedule_factor(name: ScheduleName, step: int, *, warmup_steps: int, total_s
     if name == "linear":
         return 1.0 - progress
     return _cosine(1.0, _ONE_CYCLE_END if name == "one_cycle" else 0.0, progress)
+
+
+@dataclass(frozen=True)
+class ScheduleWindow:
+    """The updates that a learning-rate curve spans: the whole run, or a phase that starts it anew."""
+
+    start: int
+    """Updates done when it begins."""
+    end: int
+    warmup_steps: int
+
+    @classmethod
+    def over(cls, start: int, end: int, *, warmup_steps: float) -> ScheduleWindow:
+        """Return a window whose warm-up is in steps, or below 1 a fraction of it."""
+        return cls(start, end, resolve_warmup_steps(warmup_steps, end - start))
+
+    def factor(self, name: ScheduleName, step: int) -> float:
+        """Return the learning rate of update `step` (from 0, of the run) as a share of the peak."""
+        length = self.end - self.start
+        return schedule_factor(name, step - self.start, warmup_steps=self.warmup_steps, total_steps=length)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

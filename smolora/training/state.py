@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from smolora.records.metrics_log import Scalar
 
-_OF_THE_MOMENT = {"total_steps", "should_stop", "stop_reason"}
+_OF_THE_MOMENT = {"total_steps", "should_stop", "stop_reason", "phase", "kept_steps"}
 """A resumed run takes these from its own configuration and callbacks."""
 
 
@@ -35,6 +35,12 @@ class TrainerState:
     stop_reason: str | None = None
     """Why a callback ended it."""
 
+    phase: int = 0
+    """Number of the phase that the step at hand belongs to, from 1; 0 where there are none. A function of the step."""
+
+    kept_steps: set[int] = field(default_factory=set)
+    """Steps whose checkpoint is written and never pruned, such as the last one of a phase."""
+
     checksums: dict[str, int] = field(default_factory=dict)
     """CRC-32 of each trainable tensor before the first update, to prove at the end that it moved."""
 
@@ -61,6 +67,8 @@ class StepRecord:
     """Target tokens."""
     input_tokens: int
     seconds: float
+    phase: int = 0
+    """Number of the phase from 1; 0 where there are none."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,5 +85,5 @@ class StepRecord:
             "tokens": self.tokens,
             "input_tokens": self.input_tokens,
             "tokens_per_second": self.tokens_per_second,
-            "phase": 0,
+            "phase": self.phase,
         }

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from smolora.config import EvaluationConfig, TrainingConfig
@@ -44,7 +44,7 @@ from smolora.training.optim import (
     trainable_parameters,
 )
 from smolora.training.plan import StepPlan
-from smolora.training.schedules import resolve_warmup_steps, schedule_factor
+from smolora.training.schedules import ScheduleWindow
 from smolora.training.state import StepRecord, TrainerState
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Trainer:
         identity: What checkpoints belong to; needed with `run_dir`.
         callbacks: Listeners, called in this order.
         betas: AdamW's decay rates of the two moments.
+        plan: Which rows every step sees; left out, all of them, in a seeded order.
 
     Example:
         ```python
@@ -98,6 +99,7 @@ class Trainer:
         identity: RunIdentity | None = None,
         callbacks: Sequence[Callback] = (),
         betas: tuple[float, float] = (0.9, 0.999),
+        plan: StepPlan | None = None,
     ) -> None:
         self.bundle = bundle
         self.config = config
@@ -111,12 +113,11 @@ class Trainer:
         self._run_dir = run_dir
         self._identity = identity
         self._accelerator = _build_accelerator(bundle.device)
-        self._plan = StepPlan(len(train_dataset), config, self._accelerator.num_processes)
-        if 0 < len(train_dataset) % self._plan.rows_per_step < self._accelerator.num_processes:
+        self.plan = plan or StepPlan(len(train_dataset), config, self._accelerator.num_processes)
+        if 0 < len(train_dataset) % self.plan.rows_per_step < self._accelerator.num_processes:
             raise ConfigError("the last step of an epoch has fewer rows than processes: change the rows per step.")
-        self.state.total_steps = self._plan.total_steps
-        self._warmup_steps = resolve_warmup_steps(config.warmup_steps, self.state.total_steps)
-        self._eval_steps = config.eval_steps or math.ceil(self.state.total_steps / 5)
+        self.state.total_steps = self.plan.total_steps
+        self.schedule = ScheduleWindow.over(0, self.state.total_steps, warmup_steps=config.warmup_steps)
         self.parameters = trainable_parameters(bundle.model)
         if not self.parameters:
             raise ConfigError("no tensor of the model requires gradients: attach an adapter, or unfreeze some.")
@@ -130,6 +131,21 @@ class Trainer:
     def is_main_process(self) -> bool:
         """Whether this process writes the records."""
         return bool(self._accelerator.is_main_process)
+
+    @property
+    def active_parameters(self) -> dict[str, nn.Parameter]:
+        """What the step at hand trains: all of `parameters`, or those of its phase."""
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    def reset_moments(self, names: Iterable[str]) -> None:
+        """Make the optimiser forget what it knows of these tensors."""
+        for name in names:
+            self._optimizer.optimizer.state.pop(self.parameters[name], None)
+
+    def will_log(self, step: int) -> bool:
+        """Whether update `step` is certain to be logged; a callback that ends the run can have any other one logged."""
+        is_evaluated = self.eval_dataset is not None and step % self.plan.eval_steps == 0
+        return is_evaluated or step in (1, self.state.total_steps) or step % self.config.logging_steps == 0
 
     def train(self, *, resume: bool = False) -> TrainerState:
         """Run the loop to its last step, from the newest whole checkpoint where `resume` is set.
@@ -146,12 +162,15 @@ class Trainer:
             self._model.train()
             ending.callback(self._tell, lambda callback: callback.on_train_end(self))
             self._tell(lambda callback: callback.on_train_begin(self))
+            if resume and self._run_dir:
+                self._prune_checkpoints()  # A kill between saving and pruning left one too many.
             ending.enter_context(self._gradient_checkpointing())
             if self.eval_dataset is not None and self.state.step == 0:
                 self._evaluate_base()
             while self.state.step < self.state.total_steps and not self.state.should_stop:
                 self._finish_step(self._train_step(), stop)
-        require_movement(self.parameters, self.state.checksums, self.state.step)
+            require_movement(self.active_parameters, self.state.checksums, self.state.step)
+            self._tell(lambda callback: callback.on_finish(self))
         return self.state
 
     def evaluate(self) -> float:
@@ -210,11 +229,12 @@ class Trainer:
         for name, callback in self._named_callbacks():
             if saved := snapshot.callbacks.get(name):
                 callback.load_state_dict(saved)
+            if tensors := snapshot.callback_tensors.get(name):
+                callback.load_state_tensors(tensors)
         best = self.state.best_step
         if best is not None and (damage := find_damage(self._run_dir.checkpoint_path(best))):
             logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
             self.state.best_step = self.state.best_eval_loss = None
-        self._prune_checkpoints()  # A kill between saving and pruning left one too many.
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
@@ -222,13 +242,13 @@ class Trainer:
         step = self.state.step
         learning_rate = self._set_learning_rate(step)
         seed_noise(self.config.seed, "noise", step, self._accelerator.process_index)
-        rows_of_passes = self._plan.micro_batches(step, self._accelerator.process_index)
+        rows_of_passes = self.plan.micro_batches(step, self._accelerator.process_index)
         batches = [self._batch(self.train_dataset, rows) for rows in rows_of_passes]
         counts = [sum(len(b.targets) for b in batches), sum(b.num_input_tokens for b in batches)]
         tokens, input_tokens = (int(count) for count in self._sum_over_processes(torch.tensor(counts)))
         loss = self._backward(batches, tokens)
         if step == self._first_step:
-            require_gradients(self.parameters)
+            require_gradients(self.active_parameters)
         self._tell(lambda callback: callback.on_gradients(self))
         grad_norm = self._measure_gradient()
         self._require_finite(loss, grad_norm, batches)
@@ -238,7 +258,8 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         seconds = time.perf_counter() - started
-        return StepRecord(self.state.step, loss, grad_norm, learning_rate, tokens, input_tokens, seconds)
+        phase = self.state.phase
+        return StepRecord(self.state.step, loss, grad_norm, learning_rate, tokens, input_tokens, seconds, phase)
 
     def _backward(self, batches: Sequence[Batch], tokens: int) -> float:
         """Accumulate the gradient of the step's token mean, and return that mean."""
@@ -271,13 +292,13 @@ class Trainer:
         signal_name = stop.signal_name  # Read once: what arrives later is for the next step.
         last = record.step == self.state.total_steps or self.state.should_stop
         eval_loss, improved = None, False
-        if self.eval_dataset is not None and (last or record.step % self._eval_steps == 0):
+        if self.eval_dataset is not None and (last or record.step % self.plan.eval_steps == 0):
             eval_loss, improved = self._evaluate_and_compare()
             last = last or self.state.should_stop
-        is_logged = last or record.step == 1 or record.step % self.config.logging_steps == 0
-        if is_logged or eval_loss is not None:
+        if last or self.will_log(record.step):
             self._log(record, eval_loss)
-        if last or improved or signal_name or record.step % self.config.save_steps == 0:
+        is_due = record.step % self.config.save_steps == 0 or record.step in self.state.kept_steps
+        if last or improved or signal_name or is_due:
             self._save()
         if signal_name and not last:
             kept = "Nothing was saved: there is no run folder."
@@ -310,10 +331,12 @@ class Trainer:
         if not self._run_dir or not self.is_main_process:
             return
         folder = self._run_dir.checkpoint_path(self.state.step)
+        tensors = {name: callback.state_tensors() for name, callback in self._named_callbacks()}
         snapshot = TrainingSnapshot(
             optimizer_tensors(self._optimizer.optimizer, self.parameters),
             self.state.to_dict(),
             {name: callback.state_dict() for name, callback in self._named_callbacks()},
+            {name: found for name, found in tensors.items() if found},
         )
         save_checkpoint(folder, self.bundle, snapshot, self._require_identity())
         self._prune_checkpoints()
@@ -321,12 +344,11 @@ class Trainer:
 
     def _prune_checkpoints(self) -> None:
         assert self._run_dir is not None, "checkpoints are in a run"
-        self._run_dir.prune_checkpoints(keep=self.config.save_total_limit, protected=self.state.best_step)
+        protected = {*self.state.kept_steps, self.state.best_step}
+        self._run_dir.prune_checkpoints(keep=self.config.save_total_limit, protected=protected)
 
     def _set_learning_rate(self, step: int) -> float:
-        factor = schedule_factor(
-            self.config.lr_scheduler_type, step, warmup_steps=self._warmup_steps, total_steps=self.state.total_steps
-        )
+        factor = self.schedule.factor(self.config.lr_scheduler_type, step)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
         return self.config.learning_rate * factor

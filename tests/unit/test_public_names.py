@@ -45,6 +45,9 @@ PROMISED = {
     "GPTConfig",
     "TokenizerConfig",
     "PretrainConfig",
+    "DynamicLoRAConfig",
+    "PhaseConfig",
+    "PRESETS",
     # Models
     "ModelRegistry",
     "ModelBundle",
@@ -59,11 +62,21 @@ PROMISED = {
     "PEFTModelWrapper",
     "setup_model_with_lora",
     "print_trainable_parameters",
-    # Training and asking
+    # Training
     "Trainer",
     "Callback",
     "EarlyStoppingCallback",
     "get_scheduler",
+    # Seeing inside, and steering
+    "measure_gradient_norms",
+    "GradientNormCallback",
+    "GradientNormLog",
+    "GradientMeasuringTrainer",
+    "to_trainer_callback",
+    "DynamicLoRACallback",
+    "create_phased_lora_config",
+    "create_layerwise_lora_config",
+    # Asking
     "TextGenerator",
     "SamplingSettings",
     # Looking at runs
@@ -123,7 +136,13 @@ HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy", "mat
         ("from smolora import SmoLoRA; SmoLoRA('m', 'd.jsonl')", HEAVY),
         ("import smolora.config, smolora.errors, smolora.records.run_dir", HEAVY),
         ("import smolora.cli", (*HEAVY, "pydantic")),
+        (
+            "from smolora.cli.app import run; sys.stdout = sys.stderr; run(['--help']); sys.stdout = sys.__stdout__",
+            (*HEAVY, "pydantic", "markdown_it", "pygments"),
+        ),
         ("import smolora.runtime.console", HEAVY),
+        ("import smolora.recipes.prepare", ("torch", "transformers", "datasets", "peft", "accelerate")),
+        ("import smolora.recipes.finetune, smolora.recipes.pretrain", ("datasets", "pandas")),
         ("from smolora import generate_summary_report", ("torch", "matplotlib")),
         ("from smolora import plot_training_loss", ("torch", "transformers", "matplotlib.pyplot")),
         ("import smolora.recipes.report", ("torch", "matplotlib")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import peft
 import pytest
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
-from smolora.adapters.lora_product import LoRAProduct
+from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import LoRAConfig, SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
@@ -198,19 +197,100 @@ def test_dropout_drops_its_share_and_keeps_the_mean(tmp_path):
     assert_close(dropped[kept], (branch / 0.75).expand_as(dropped)[kept], rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_with_dropout_is_the_same_bits_twice_and_its_loss_is_near_the_plain_one(tmp_path):
+def test_a_run_with_dropout_is_the_same_bits_twice(tmp_path):
     draw = torch.Generator().manual_seed(0)
     rows = TokenDataset(
         [build_example(torch.randint(1, 288, (n,), generator=draw).tolist(), [(3, n)]) for n in range(8, 40)]
     )
     config = TrainingConfig(max_steps=6, learning_rate=1e-2)
 
-    def train(folder, speed):
+    def train(folder):
         bundle = attach_adapter(tiny_bundle("llama", folder), LoRAConfig(lora_dropout=0.1), seed=0)
-        with fast_path(bundle, speed, is_packed=True):
+        with fast_path(bundle, SpeedConfig(), is_packed=True):
             Trainer(bundle, rows, config, collate=collate_packed).train()
         return {name: p.detach().clone() for name, p in bundle.model.named_parameters() if p.requires_grad}
 
-    runs = [train(tmp_path / name, SpeedConfig()) for name in ("a", "b")]
-    for first, second in pairwise(runs):
-        assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = train(tmp_path / "a"), train(tmp_path / "b")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("part", [SpeedConfig(), SpeedConfig(fused_blocks=False)], ids=["blocks", "interface"])
+def test_a_sliding_window_shorter_than_the_rows_is_kept(tmp_path, part):
+    bundle = adapted("mistral", tmp_path, sliding_window=8)
+    assert_same(run_fast(bundle, part), run(bundle, by_rows=False))
+
+
+@pytest.mark.parametrize("part", [SpeedConfig(), SpeedConfig(fused_blocks=False)], ids=["blocks", "interface"])
+def test_attention_dropout_drops_in_training_alone(tmp_path, part):
+    bundle = adapted("llama", tmp_path, attention_dropout=0.5)
+    assert_same(run_fast(bundle, part), run(bundle, by_rows=False))
+    plain = run(bundle, by_rows=False)
+    bundle.model.train()
+    torch.manual_seed(0)
+    dropped = run_fast(bundle, part)
+    assert (dropped[0] - plain[0]).abs().max() > 1e-2
+
+
+def test_an_attention_dropout_of_0_may_be_an_integer(tmp_path):
+    bundle = adapted("llama", tmp_path, attention_dropout=0)
+    *found, parts = run_fast(bundle)
+    assert "fused blocks" in parts.used
+    assert_same(found, run(bundle, by_rows=False))
+
+
+def test_a_merged_adapter_is_not_added_twice(tmp_path):
+    bundle = adapted("qwen2", tmp_path)
+    bundle.model.merge_adapter()
+    for parameter in bundle.model.parameters():
+        parameter.requires_grad_(True)
+    assert_same(run_fast(bundle), run(bundle, by_rows=False))
+
+
+@pytest.mark.parametrize("kind", ["biases", "norms"])
+def test_what_isnt_a_frozen_base_under_one_adapter_is_plain_and_right(tmp_path, kind):
+    bundle = adapted("qwen2", tmp_path)
+    for name, parameter in bundle.model.named_parameters():
+        is_trained = (kind == "biases" and name.endswith("bias")) or (kind == "norms" and "norm" in name)
+        parameter.requires_grad_(parameter.requires_grad or is_trained)
+    assert_same(run_fast(bundle), run(bundle, by_rows=False))
+
+
+def test_a_model_that_cannot_be_probed_stays_plain_and_says_why(tmp_path, caplog):
+    bundle = adapted("gpt2", tmp_path, n_positions=5)  # The probe reads 7 tokens a row.
+    with fast_path(bundle, SpeedConfig(), is_packed=True) as parts:
+        assert parts.used == []
+        assert "IndexError" in parts.describe()
+    assert "the fast path is off" in caplog.text
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_left_alone(tmp_path):
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    assert why_not_fast(Router(4, 4).requires_grad_(False)) == "Router isn't a plain linear layer"
+    assert why_not_fast(torch.nn.Linear(4, 4).requires_grad_(False)) is None
+
+
+def test_recomputed_activations_are_not_kept(tmp_path):
+    bundle = adapted("llama", tmp_path)
+    bundle.model.train()
+
+    def kept_bytes():
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
+        lengths = (60, 60)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        rows = Rows(lengths, torch.device("cpu"))
+        with hooks:
+            output = bundle.model(
+                input_ids=random_input_ids(120), position_ids=positions, use_cache=False, rows=rows
+            ).logits
+        assert output.requires_grad
+        return sum(sizes)
+
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        plain = kept_bytes()
+        with recomputed_activations(bundle.model):
+            recomputed = kept_bytes()
+    assert recomputed < plain / 2

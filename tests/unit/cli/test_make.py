@@ -167,3 +167,72 @@ def test_an_output_path_that_cant_be_a_folder_is_5(train, tmp_path):
     code, _, err = train(tmp_path / "file" / "run")
     assert code == 5
     assert "can't write" in err
+
+
+def test_phase_flags_give_the_steps_of_each_phase(train, tmp_path):
+    run = RunDir(tmp_path / "run")
+    flags = ("--dynamic-lora", "--phase-strategy", "both,mlp,attn", "--phase1-end", 1, "--phase2-end", 3)
+    code, _, err = train(run.path, *flags)
+    assert code == 0
+    assert "phase 2 of 3 from step 2: mlp" in err
+    report = json.loads(run.phase_report.read_text())
+    assert report["starts"] == [0, 1, 3]
+    assert run.checkpoint_path(1).is_dir()
+    assert [line["phase"] for line in MetricsLog(run.metrics).read() if "loss" in line] == [1, 2, 2, 3]
+
+
+def test_a_strategy_of_another_name_is_2(train, tmp_path):
+    code, _, err = train(tmp_path / "run", "--phase-strategy", "both,attn")
+    assert code == 2
+    assert "phases.strategy" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def e2e(tmp_path, rows):
+    """A folder with the files of E2E."""
+    folder = tmp_path / "e2e"
+    folder.mkdir()
+    (folder / "trainset.csv").write_text(rows.read_text())
+    (folder / "devset.csv").write_text("mr,ref\nname 99,the cat sat 99\n")
+    return folder
+
+
+def test_a_preset_runs_on_the_files_of_its_benchmark(smolora, base, e2e, tmp_path):
+    flags = ("--preset", "e2e_dynamic", "--model", base, "--data-dir", e2e, "-o", tmp_path / "run")
+    code, _, err = smolora("train", *flags, "--max-steps", 3, "--batch-size", 4, "--r", 2)
+    assert code == 0
+    assert "1 held out" in err
+    config = yaml.safe_load((tmp_path / "run" / "resolved_config.yaml").read_text())
+    assert (config["adapter"]["r"], config["adapter"]["lora_alpha"], config["training"]["max_steps"]) == (2, 32, 3)
+    assert len(json.loads(RunDir(tmp_path / "run").phase_report.read_text())["phases"]) == 3
+
+
+def test_a_preset_runs_on_a_file_too(smolora, base, rows, tmp_path):
+    flags = ("--preset", "e2e_attention", "--model", base, "--data", rows, "-o", tmp_path / "run")
+    assert smolora("train", *flags, "--max-steps", 2)[0] == 0
+
+
+def test_a_run_from_a_preset_resumes_with_its_own_settings(smolora, base, rows, tmp_path):
+    flags = ("--preset", "e2e_attention", "--model", base, "--data", rows, "-o", tmp_path / "run", "--max-steps")
+    assert smolora("train", *flags, 2, "--r", 2)[0] == 0
+    assert smolora("train", *flags, 3, "--resume")[0] == 0
+
+
+def test_a_preset_of_another_name_is_2(smolora, base, rows, tmp_path):
+    code, _, err = smolora("train", "--preset", "e2e_attn", "--model", base, "--data", rows, "-o", tmp_path / "run")
+    assert code == 2
+    assert "Did you mean 'e2e_attention'" in err
+
+
+def test_a_data_dir_without_a_preset_is_2(smolora, base, e2e, tmp_path):
+    code, _, err = smolora("train", "--model", base, "--data-dir", e2e, "-o", tmp_path / "run")
+    assert code == 2
+    assert "give --preset NAME" in err
+
+
+def test_a_data_dir_without_the_files_is_3(smolora, base, tmp_path):
+    flags = ("--preset", "samsum_mlp", "--model", base, "--data-dir", tmp_path, "-o", tmp_path / "run")
+    code, _, err = smolora("train", *flags)
+    assert code == 3
+    assert "has none of train.jsonl" in err

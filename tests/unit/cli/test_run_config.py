@@ -44,6 +44,10 @@ def test_every_train_flag_reaches_its_path():
         overlong="drop",
         dtype="float32",
         device="cpu",
+        dynamic_lora=True,
+        phase_strategy="both->mlp->attn",
+        phase1_end=1,
+        phase2_end=2,
     )
     config = _build(flags=flags)
     assert len(collect_settings(flags)) == len(_settings(flags))
@@ -51,6 +55,9 @@ def test_every_train_flag_reaches_its_path():
     assert (config.data.sources, config.data.eval_source) == (("a.csv", "b.csv"), "c.csv")
     assert (config.data.prompt_field, config.data.completion_field, config.data.text_field) == ("mr", "ref", "t")
     assert (config.data.max_length, config.data.overlong) == (9, "drop")
+    phases = config.phases
+    assert (phases.enabled, phases.strategy) == (True, "both,mlp,attn")
+    assert (phases.phase1_end, phases.phase2_end) == (1, 2)
     assert (config.adapter.path, config.adapter.r, config.adapter.target_modules) == ("run", 2, "both")
     assert (config.training.num_train_epochs, config.training.max_steps) == (2.0, 3)
     assert (config.training.learning_rate, config.training.seed) == (1e-3, 4)

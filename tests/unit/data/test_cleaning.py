@@ -27,6 +27,20 @@ def test_what_is_no_tag_stays(text):
     assert TextCleaningProcessor(strip_html=True).clean(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("a<!x>b &am<!x>p; c", "ab & c"),
+        ("a<script>if (b) </b> <script>x</script>c", "ac"),
+        ("a<STYLE>b</script>c</Style >d", "ad"),
+        ("a<script>b", "a"),
+        ("a</script>b<br/><br>c<p/>", "ab\nc"),
+    ],
+)
+def test_declarations_and_scripts_leave_nothing(html, text):
+    assert TextCleaningProcessor(strip_html=True).clean(html) == text
+
+
 @pytest.mark.parametrize("unit", ["<", "<a ", "<!--", "<a<", "</", "<?", "<a b='", '<a ="', "<a '\"", "<script><!--"])
 def test_html_takes_linear_time(unit):
     # html.parser alone takes over 40 s for these 80,000 characters of `<a `.

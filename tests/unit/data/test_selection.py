@@ -14,7 +14,7 @@ PAIR = PromptFormat(kind="prompt_completion", columns={"prompt": "p", "completio
 def select(values, fmt=TEXT, **settings):
     report = DataReport()
     rows = [Row(value, "a", line) if isinstance(value, dict) else value for line, value in enumerate(values, start=1)]
-    chosen = RowSelection(fmt, DataConfig(**settings), report).select(rows)
+    chosen = list(RowSelection(fmt, DataConfig(**settings), report).select(rows, set()))
     report.train = len(chosen)
     report.check()
     return [row.values for row in chosen], report

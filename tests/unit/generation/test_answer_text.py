@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolora.generation.answer_text import decode_answer, iter_pieces
+from smolora.generation.answer_text import cut_at_stop, decode_answer, ends_at_stop, iter_pieces
 from smolora.tokenizers.pretrained import load_tokenizer
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
@@ -51,3 +51,22 @@ def test_the_first_word_of_a_sentencepiece_answer_keeps_its_space(sentencepiece)
 @given(st.lists(st.integers(0, 511), max_size=40))
 def test_sentencepiece_bytes_that_spell_nothing_are_the_same_whole_and_in_pieces(sentencepiece, ids):
     assert "".join(iter_pieces(sentencepiece, [1, 403], ids)) == decode_answer(sentencepiece, [1, 403], ids)
+
+
+@given(st.lists(st.text("stop", max_size=4), max_size=12))
+def test_a_stop_cuts_the_same_place_however_the_text_is_cut_up(pieces):
+    assert "".join(cut_at_stop(pieces, ["stop"])) == "".join(pieces).partition("stop")[0]
+
+
+def test_what_may_be_the_beginning_of_a_stop_is_held_back():
+    assert list(cut_at_stop(["one s", "t", "ay st", "op"], ["stop"])) == ["one ", "stay "]
+
+
+def test_a_beginning_that_is_no_stop_is_shown_at_the_end():
+    assert list(cut_at_stop(["one st"], ["stop"])) == ["one ", "st"]
+
+
+def test_a_stop_is_seen_when_its_last_token_comes_and_not_in_the_prompt():
+    prompt_ids, ids = TOKENIZER("the €")["input_ids"], TOKENIZER("x € y")["input_ids"]
+    seen = [ends_at_stop(TOKENIZER, prompt_ids, ids[:count], ["€"]) for count in range(1, len(ids) + 1)]
+    assert seen.index(True) == len(TOKENIZER("x €")["input_ids"]) - 1

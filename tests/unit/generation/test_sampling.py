@@ -17,6 +17,7 @@ from smolora.generation.sampling import SamplingSettings
         ("top_k", 0),
         ("top_p", 1.5),
         ("seed", -1),
+        ("repetition_penalty", 0.0),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value):
@@ -32,3 +33,8 @@ def test_a_misspelt_setting_is_refused_with_the_nearest_one():
 def test_settings_are_frozen():
     with pytest.raises(ConfigError, match="frozen"):
         SamplingSettings().temperature = 0.0
+
+
+def test_an_empty_stop_text_is_refused():
+    with pytest.raises(ConfigError, match="stop"):
+        SamplingSettings(stop=["end", ""])

@@ -1,4 +1,4 @@
-"""Frozen products equal plain ones, packed or not, and joined weights cost no second copy."""
+"""Frozen products equal plain ones, packed or not."""
 
 from __future__ import annotations
 

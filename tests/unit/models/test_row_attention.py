@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,20 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from smolora.models.row_attention import AttentionSettings, Rotary, attend_rows
+from smolora.models.fused_ops import Rotary
+from smolora.models.row_attention import AttentionSettings, attend_rows
 from smolora.models.rows import Rows
 
 HEADS, SHARED, WIDTH = 6, 2, 8
+
+
+class Angles(NamedTuple):
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def spread(angles):
+    return Rotary.spread(*angles, num_rotated=HEADS + SHARED, num_heads=HEADS + 2 * SHARED)
 
 
 def swap_halves(x):
@@ -40,7 +52,7 @@ def random_inputs(lengths):
     generator = torch.Generator().manual_seed(sum(lengths))
     heads = torch.randn(sum(lengths), HEADS + 2 * SHARED, WIDTH, generator=generator, requires_grad=True)
     angles = torch.rand(sum(lengths), WIDTH // 2, generator=generator).mul(6).repeat(1, 2)
-    return heads, Rotary(angles.cos(), angles.sin())
+    return heads, Angles(angles.cos(), angles.sin())
 
 
 def assert_equal_to_naive(lengths, *, window=None, with_rotary=True):
@@ -51,7 +63,7 @@ def assert_equal_to_naive(lengths, *, window=None, with_rotary=True):
         num_heads=HEADS,
         rows=Rows(lengths, torch.device("cpu")),
         settings=AttentionSettings(0.3, window=window),
-        rotary=rotary,
+        rotary=spread(rotary) if rotary else None,
     )
     expected = naive(heads, lengths, scale=0.3, window=window, rotary=rotary)
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
@@ -77,10 +89,10 @@ def test_a_change_in_one_row_leaves_the_others_bit_equal():
     lengths = [20, 21, 40]
     heads, rotary = random_inputs(lengths)
     rows, how = Rows(lengths, torch.device("cpu")), AttentionSettings(0.3)
-    before = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=rotary)
+    before = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=spread(rotary))
     changed = heads.detach().clone()
     changed[:20] += 1
-    after = attend_rows(changed, num_heads=HEADS, rows=rows, settings=how, rotary=rotary)
+    after = attend_rows(changed, num_heads=HEADS, rows=rows, settings=how, rotary=spread(rotary))
     assert torch.equal(before[20:], after[20:])
     assert not torch.equal(before[:20], after[:20])
 

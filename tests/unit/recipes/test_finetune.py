@@ -197,3 +197,44 @@ def test_the_best_step_becomes_the_adapter(tmp_path, base, rows):
     run = finetune(config(base, rows, "training.eval_steps=3"), tmp_path / "run", callbacks=[Spoil()])
     best = run.checkpoint_path(6) / "adapter_model.safetensors"
     assert adapter_bytes(run) == best.read_bytes()
+
+
+def test_phases_are_certified_in_the_runs_folder(tmp_path, base, rows):
+    run = finetune(config(base, rows, "phases.strategy=both->mlp->attn"), tmp_path / "run")
+    reports = json.loads(run.phase_report.read_text())["phases"]
+    assert [(report["start"], report["end"], report["problems"]) for report in reports] == [
+        (0, 4, []),
+        (4, 8, []),
+        (8, 12, []),
+    ]
+    assert [checkpoint.step for checkpoint in run.checkpoints()][:2] == [4, 8]
+
+
+def test_a_run_with_phases_resumes_to_the_same_bits(tmp_path, base, rows):
+    phases = ["phases.strategy=early,late", "phases.phase1_end=5", "phases.learning_rate=restart"]
+    whole = finetune(config(base, rows, *phases), tmp_path / "whole")
+    with pytest.raises(StoppedBySignal):
+        finetune(config(base, rows, *phases), tmp_path / "run", callbacks=[Interrupt()])
+    run = finetune(config(base, rows, *phases), tmp_path / "run", resume=True)
+    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert run.phase_report.read_text() == whole.phase_report.read_text()
+
+
+@pytest.mark.parametrize("change", ["phases.strategy=early,late", "phases.moments=reset", "phases.enabled=false"])
+def test_phases_cannot_change_within_a_run(tmp_path, base, rows, change):
+    finetune(config(base, rows, "phases.strategy=attn,mlp,both"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=f"{change.partition('=')[0]} can't change within a run"):
+        finetune(config(base, rows, "phases.strategy=attn,mlp,both", change), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["adapter.target_modules=attention_only", "phases.enabled=true"], r"phase 2 \(mlp\) trains nothing"),
+        (["phases.phase1_end=5", "phases.phase2_end=12"], "phase 3 starts after 12 updates and would have none"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused_without_a_folder(tmp_path, base, rows, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(config(base, rows, *settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

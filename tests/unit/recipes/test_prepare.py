@@ -1,8 +1,11 @@
 import json
+import threading
+import time
 
 import pytest
 
 from smolora.config.data import DataConfig
+from smolora.data.readers import read_rows
 from smolora.data.sources import read_source_documents, read_sources
 from smolora.errors import ConfigError, DataError, StorageError
 from smolora.recipes.prepare import prepare
@@ -118,3 +121,33 @@ def test_an_output_below_a_file_is_refused_before_the_source_is_read(source, tmp
 def test_an_output_that_is_a_file_is_refused(source, tmp_path):
     with pytest.raises(ConfigError, match="is a file"):
         prepare(source, source, DataConfig())
+
+
+def test_the_split_keeps_order_and_every_line(tmp_path):
+    rows = [{"text": f"row {number}\u2028"} for number in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path / "a.jsonl", tmp_path / "out", DataConfig(), seed=3)
+    train, held_out = (read_rows(tmp_path / "out" / f"{name}.jsonl", "jsonl") for name in ("train", "validation"))
+    assert len(held_out) == 10
+    for part in (train, held_out):
+        assert [row.values for row in part] == [row for row in rows if row in [found.values for found in part]]
+    assert len(train) + len(held_out) == len(rows)
+
+
+def test_what_appears_in_the_output_meanwhile_is_kept(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(20_000)))
+    out, deadline = tmp_path / "out", time.monotonic() + 60
+
+    def put_something():
+        while not list(tmp_path.glob(".tmp-*")) and time.monotonic() < deadline:
+            pass
+        out.mkdir()
+        (out / "mine").write_text("precious")
+
+    other = threading.Thread(target=put_something)
+    other.start()
+    with pytest.raises(ConfigError, match="holds mine already"):
+        prepare(tmp_path / "a.txt", out, DataConfig())
+    other.join()
+    assert (out / "mine").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out"}

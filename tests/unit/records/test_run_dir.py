@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(run, caplog):
 def test_pruning_keeps_the_newest_and_the_protected_one(run):
     for step in range(1, 6):
         write_checkpoint(run, step)
-    run.prune_checkpoints(keep=2, protected=1)
+    run.prune_checkpoints(keep=2, protected={1})
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [1, 4, 5]
     assert not list(run.path.glob(".tmp-*"))
 

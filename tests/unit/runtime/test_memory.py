@@ -59,3 +59,48 @@ def test_usage_counts_what_a_tensor_takes():
 
 def test_clearing_the_cache_of_a_cpu_does_nothing():
     MemoryManager("cpu").clear_cache()
+
+
+CHILD = """
+import subprocess, sys
+block = bytearray(512 << 20)
+block[:] = b"x" * len(block)
+code = "from smolora.runtime.memory import MemoryManager; print(MemoryManager().get_memory_usage().process_peak)"
+print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process starts with a peak of its own")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500 << 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "available", "expected"),
+    [
+        (8, 1, 1000, (8, 1)),
+        (8, 1, 220, (4, 2)),
+        (8, 2, 130, (1, 16)),
+        (6, 2, 200, (3, 4)),
+        (12, 1, 229, (4, 3)),
+        (8, 1, 129, None),
+    ],
+)
+def test_passes_are_split_to_fit_and_an_update_sees_as_many_rows(rows, accumulation, available, expected):
+    found = MemoryManager().optimize_batch_size(lambda n: 100 + 30 * n, rows, accumulation, available=available)
+    assert found == expected
+    assert found is None or found[0] * found[1] == rows * accumulation
+
+
+def test_splitting_measures_few_sizes_and_each_once():
+    asked = []
+    MemoryManager().optimize_batch_size(lambda rows: asked.append(rows) or rows, 64, available=16)
+    assert len(asked) == len(set(asked)) <= 3
+
+
+def test_what_may_be_taken_now_is_the_limit_where_none_is_given():
+    memory = MemoryManager()
+    assert memory.get_available_memory() > 0
+    assert memory.optimize_batch_size(lambda rows: rows, 8) == (8, 1)
+    assert memory.optimize_batch_size(lambda rows: rows << 60, 8) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ SNAPSHOT = TrainingSnapshot(
     optimizer={"w.step": torch.tensor(3.0), "w.exp_avg": torch.arange(6.0).reshape(2, 3)},
     state={"step": 3, "best_eval_loss": 0.1 + 0.2, "best_step": None, "checksums": {"w": 7}},
     callbacks={"EarlyStoppingCallback-0": {"best": None}},
+    callback_tensors={},
 )
 
 
@@ -66,6 +68,12 @@ def test_an_adapter_comes_back_bit_by_bit_and_leaves_the_base(tmp_path):
     load_checkpoint(tmp_path / "step", second)
     assert_close(parameters(second), parameters(first), rtol=0, atol=0)
     assert_close({name: parameters(second)[name] for name in base}, base, rtol=0, atol=0)
+
+
+def test_the_tensors_of_callbacks_come_back(build, tmp_path):
+    tensors = {"X-0": {"w": torch.arange(3.0), "a.b": torch.ones(2, 2)}, "X-1": {"w": torch.zeros(1)}}
+    save_checkpoint(tmp_path / "step", build(), dataclasses.replace(SNAPSHOT, callback_tensors=tensors), IDENTITY)
+    assert_close(load_checkpoint(tmp_path / "step", build()).callback_tensors, tensors, rtol=0, atol=0)
 
 
 def test_a_checkpoint_is_whole_and_has_exactly_four_files(build, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smolora.config import TrainingConfig
-from smolora.training.plan import StepPlan
+from smolora.training.plan import ChosenSteps, StepPlan
 
 
 def plan(num_rows=10, processes=1, **settings):
@@ -52,3 +52,14 @@ def test_processes_share_the_rows_of_a_step():
 @pytest.mark.parametrize(("settings", "steps"), [({}, 3), ({"num_train_epochs": 2.5}, 8), ({"max_steps": 2}, 2)])
 def test_max_steps_decides_alone_otherwise_epochs_do(settings, steps):
     assert plan(**settings).total_steps == steps
+
+
+def test_an_evaluation_comes_as_set_or_five_times_in_the_run():
+    assert [plan(eval_steps=3, max_steps=20).eval_steps, plan(max_steps=21).eval_steps] == [3, 5]
+
+
+def test_chosen_steps_see_the_rows_they_are_given():
+    groups = [np.array([7]), np.array([1, 2, 3])]
+    chosen = ChosenSteps(10, plan().config, groups=groups)
+    assert chosen.total_steps == 2
+    assert [list(rows) for rows in chosen.micro_batches(1)] == [[1, 2], [3]]

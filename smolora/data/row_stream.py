@@ -1,0 +1,157 @@
+"""From files to usable rows one by one, so that memory doesn't grow with the data but by 16 bytes for each row.
+
+A file is read twice where its columns can't be told from its first row: all of them decide what form the rows have,
+and that decides what is cleaned and what makes two rows equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smolora.config.data import DataConfig, FileType
+from smolora.data.ledger import DataReport
+from smolora.data.prompts import PromptFormat, resolve_prompt_format
+from smolora.data.readers import Read, iter_rows, read_columns, read_documents
+from smolora.data.rows import Reject, Row
+from smolora.data.selection import RowSelection
+from smolora.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of one file or dataset, to be read as often as needed."""
+
+    name: str
+    read: Callable[[], Read]
+    list_columns: Callable[[], list[str]] | None = None
+    """Reads the columns of all rows; None where the first row has them all."""
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns of all rows, in the order they first appear; none where there is no row."""
+        if self.list_columns is not None:
+            return self.list_columns()
+        rows = (record.values for record in self.read() if isinstance(record, Row) and record.values)
+        return list(next(rows, ()))
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """The rows of a run, to be iterated once: first `train`, then `held_out`. The report counts while they pass."""
+
+    train: Iterator[Row]
+    held_out: Iterator[Row] | None
+    """None where the held-out rows are still to be chosen among the others."""
+    fmt: PromptFormat
+    report: DataReport
+
+
+def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Source:
+    """Return a file as a source; `is_whole` reads a text file as documents and not as lines."""
+    if is_whole and file_type == "txt":
+        return Source(str(path), lambda: iter(read_documents(path)))
+    is_mixed = file_type in ("jsonl", "json")  # Their rows may differ in their columns.
+    return Source(
+        str(path), lambda: iter_rows(path, file_type), (lambda: read_columns(path, file_type)) if is_mixed else None
+    )
+
+
+def stream_rows(
+    train: Sequence[Source],
+    held_out: Sequence[Source] | None,
+    data: DataConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chunk_tokenizer: PreTrainedTokenizerBase | None,
+    out: Path | None,
+) -> RowStream:
+    """Recognise the form of the rows and return them, not read yet.
+
+    Raises:
+        DataError: There are no rows, or no form fits.
+    """
+    report = DataReport()
+    fmt = _resolve_first(train, data, tokenizer, report, out)
+    chooser = RowSelection(fmt, data, report, chunk_tokenizer)
+    learned: set[bytes] = set()
+
+    def select_held_out(sources: Sequence[Source]) -> Iterator[Row]:
+        for row in chooser.select(_iter_alike(sources, fmt, data), set()):
+            report.held_out_seen += chooser.digest(row) in learned
+            yield row
+
+    rows = chooser.select(_iter_alike(train, fmt, data), learned)
+    return RowStream(rows, None if held_out is None else select_held_out(held_out), fmt, report)
+
+
+def refuse_rowless(sources: Sequence[Source], data: DataConfig, report: DataReport, out: Path | None) -> DataError:
+    """Return what to say of sources without a single row; raise instead where they hold nothing but rejects."""
+    for record in chain.from_iterable(source.read() for source in sources):
+        report.files[record.file] += 1
+        report.rejects += [record] if isinstance(record, Reject) else []
+    report.check_rejects(data.max_rejects, out)
+    return _describe_emptiness(data)
+
+
+def close_report(report: DataReport, data: DataConfig, *, train: int, held_out: int, out: Path | None) -> None:
+    """Enter what was kept into the report, and raise unless it adds up to something to learn from.
+
+    Raises:
+        DataError: Too many rows were rejected, or none is left.
+        BrokenRunError: A row was lost or counted twice.
+    """
+    report.train, report.held_out = train, held_out
+    report.check_rejects(data.max_rejects, out)
+    report.check()
+    if not train:
+        raise _describe_emptiness(data)
+
+
+def _describe_emptiness(data: DataConfig) -> DataError:
+    """Say the same of an empty file, of blank lines, and of rows without text."""
+    named = ", ".join(data.sources) or "the dataset"
+    return DataError(f"no rows to learn from in {named}: it is empty, or every row lacks text. Name one with text.")
+
+
+def _resolve_first(
+    sources: Sequence[Source],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: DataReport,
+    out: Path | None,
+) -> PromptFormat:
+    """Resolve the form of the first source that has columns; where none has, every record was rejected."""
+    for source in sources:
+        if source.columns:
+            return resolve_prompt_format(source.columns, data, tokenizer)
+    raise refuse_rowless(sources, data, report, out)
+
+
+def _iter_alike(sources: Sequence[Source], fmt: PromptFormat, data: DataConfig) -> Iterator[Row | Reject]:
+    """Yield the records of all sources under the first one's column names (MR in one file may be mr in another)."""
+    for source in sources:
+        own = resolve_prompt_format(source.columns, data) if source.columns else fmt
+        if own.kind != fmt.kind:
+            raise DataError(
+                f"{source.name} holds rows of the form {own.describe()}, but the first source {fmt.describe()}. "
+                "Name the columns that all have, or train on one form."
+            )
+        renamed = {own.columns[role]: fmt.columns[role] for role in own.columns if role in fmt.columns}
+        if all(old == new for old, new in renamed.items()):
+            yield from source.read()
+        else:
+            yield from (_rename(record, renamed) for record in source.read())
+
+
+def _rename(record: Row | Reject, renamed: dict[str, str]) -> Row | Reject:
+    if isinstance(record, Reject):
+        return record
+    return Row({renamed.get(name, name): value for name, value in record.values.items()}, record.file, record.line)

@@ -1,0 +1,150 @@
+"""The next token of each row, from logits.
+
+Chance is a pure function of a row's key and the position: what a row draws doesn't depend on the rows beside it.
+
+`B` rows, `V` vocabulary, `C` candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from smolora.errors import BrokenRunError
+from smolora.generation.sampling import SamplingSettings
+
+_PART = 256
+_NUCLEUS = 256
+"""Sorting this many candidates is nearly free; whole vocabularies are sorted only where these don't reach top_p."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt and the answer to it as far as it goes."""
+
+    prompt_ids: list[int]
+    room: int
+    """Longest answer in tokens."""
+
+    settings: SamplingSettings
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer and are no part of it."""
+
+    key: bytes = b""
+    """Decides what is drawn at random."""
+
+    stops: Callable[[list[int]], bool] | None = None
+    """Whether the answer so far ends here."""
+
+    ids: list[int] = field(default_factory=list)
+    is_done: bool = False
+
+    def take(self, token: int) -> None:
+        """Go on by a token, or end."""
+        if token in self.end_ids:
+            self.is_done = True
+            return
+        self.ids.append(token)
+        self.is_done = len(self.ids) >= self.room or (self.stops is not None and self.stops(self.ids))
+
+    @property
+    def last_id(self) -> int:
+        """The token that the next one follows."""
+        return self.ids[-1] if self.ids else self.prompt_ids[-1]
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt_ids) + len(self.ids)
+
+
+def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """Return a token for each row of contiguous logits [B, V], by the row's own settings.
+
+    Raises:
+        BrokenRunError: A row's logits hold no finite maximum, so nothing can be chosen.
+    """
+    logits = logits.float()
+    penalized = [number for number, row in enumerate(rows) if row.settings.repetition_penalty not in {None, 1.0}]
+    if penalized:
+        logits = logits.clone()
+        for number in penalized:
+            _penalize(logits[number], rows[number])
+    peaks, likeliest = _find_peaks(logits)
+    if not peaks.isfinite().all():
+        raise BrokenRunError("the model's logits are not finite, so no next token can be chosen. Check its weights.")
+    tokens: list[int] = likeliest.tolist()
+    for settings, numbers in _group_sampled(rows).items():
+        chances = [_uniform(rows[number].key, len(rows[number].ids)) for number in numbers]
+        drawn = _draw(logits[numbers], settings, torch.tensor(chances, device=logits.device))
+        for number, token in zip(numbers, drawn.tolist(), strict=True):
+            tokens[number] = token
+    return tokens
+
+
+def _find_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest of each row [B], NaN where there is one, and where it is [B].
+
+    torch looks for places slowly and for numbers fast: of 64 rows of 32,000, 1.2 ms against .1. So the numbers say in
+    which part of the vocabulary to look.
+    """
+    width = math.gcd(logits.shape[1], _PART)
+    parts = logits.view(len(logits), -1, width)
+    part = parts.amax(-1).argmax(-1)
+    peaks, place = parts[torch.arange(len(logits), device=logits.device), part].max(-1)
+    return peaks, part * width + place
+
+
+def _penalize(logits: Tensor, row: Row) -> None:
+    """Divide a row's positive logits of the tokens it holds, and multiply the negative ones (CTRL, Keskar 2019)."""
+    assert row.settings.repetition_penalty is not None
+    seen = torch.tensor(sorted({*row.prompt_ids, *row.ids}), device=logits.device)
+    values, penalty = logits[seen], row.settings.repetition_penalty
+    logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+
+
+def _group_sampled(rows: Sequence[Row]) -> dict[tuple[float, int | None, float | None], list[int]]:
+    """Return the numbers of rows that draw, by the settings that shape what they draw from."""
+    groups = defaultdict(list)
+    for number, row in enumerate(rows):
+        if not row.settings.is_greedy:
+            groups[row.settings.temperature, row.settings.top_k, row.settings.top_p].append(number)
+    return groups
+
+
+def _uniform(key: bytes, position: int) -> float:
+    """Return a number in [0, 1) that only `key` and `position` decide."""
+    digest = blake2b(position.to_bytes(8, "little"), key=key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _draw(logits: Tensor, shape: tuple[float, int | None, float | None], chances: Tensor) -> Tensor:
+    """Return a token [B] of each row of logits [B, V]: where the summed probabilities pass its chance [B]."""
+    temperature, top_k, top_p = shape
+    candidates = None
+    if top_k is not None and top_k < logits.shape[1]:
+        logits, candidates = logits.topk(top_k)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p is not None and top_p < 1.0:
+        probabilities, kept = _nucleus(probabilities, top_p)
+        candidates = kept if candidates is None else candidates.gather(1, kept)
+    sums = probabilities.cumsum(-1)  # [B, C]
+    chosen = torch.searchsorted(sums, (chances.to(sums.dtype) * sums[:, -1])[:, None], right=True)
+    chosen = chosen.clamp_(max=sums.shape[1] - 1)  # Rounding may lift a chance to the whole sum.
+    return (chosen if candidates is None else candidates.gather(1, chosen))[:, 0]
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the likeliest candidates that together reach `top_p`, their probabilities [B, C] (else 0) and ids."""
+    count = min(_NUCLEUS, probabilities.shape[1])
+    highest, ids = probabilities.topk(count)
+    if count < probabilities.shape[1] and (highest.sum(-1) < top_p).any():
+        highest, ids = probabilities.sort(descending=True)
+    before = highest.cumsum(-1) - highest
+    return highest.masked_fill(before >= top_p, 0.0), ids

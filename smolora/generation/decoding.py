@@ -1,0 +1,114 @@
+"""Rows to answers, many at a time: each enters when a slot is free and leaves when it is done.
+
+Every logit comes from a step of one token a row: a prompt's last token is its row's first step, so what fills a slot
+is the prompt without it, and needs no logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from smolora.generation.choosing import Row, choose_tokens
+from smolora.generation.packed_linears import packed_linears
+from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+
+_PREFILL_TOKENS = 1024
+"""Most tokens, padding included, of a forward pass that fills slots."""
+
+_PACKED_ROWS = 4
+"""With fewer rows a step waits for the weights from memory, in whatever layout."""
+
+
+def decode(model: nn.Module, rows: Sequence[Row], *, num_slots: int) -> Iterator[None]:
+    """Answer `rows`, `num_slots` of them at a time; yield after each step, when rows have grown by a token."""
+    decoder = Decoder(model, rows, num_slots=num_slots)
+    is_packed = min(num_slots, len(rows)) >= _PACKED_ROWS
+    with packed_linears(model, num_rows=min(num_slots, len(rows))) if is_packed else nullcontext():
+        while not decoder.is_idle:
+            decoder.step()
+            yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradients off for the block."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            model.train()
+
+
+class Decoder:
+    """The rows that are being answered, and those that wait."""
+
+    def __init__(self, model: nn.Module, rows: Sequence[Row], *, num_slots: int) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._waiting = sorted(rows, key=lambda row: row.room)  # The longest answer starts first, from the end.
+        self._live: list[Row] = []
+        longest = max(len(row.prompt_ids) + row.room for row in rows)
+        self._cache = SlotCache(min(num_slots, len(rows)), longest)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every row is done."""
+        return not self._live and not self._waiting
+
+    def step(self) -> None:
+        """Go on by one token in every live row."""
+        with in_eval_mode(self._model), slot_attention(self._model):
+            self._admit()
+            step = Step.of_next_tokens([row.length - 1 for row in self._live], self._device)
+            last_ids = torch.tensor([[row.last_id] for row in self._live], device=self._device)
+            logits = forward(self._model, self._cache, step, last_ids)
+            for row, token in zip(self._live, choose_tokens(logits, self._live), strict=True):
+                row.take(token)
+            self._release()
+
+    def _admit(self) -> None:
+        """Fill free slots, an eighth of all at a time: a forward pass costs about the same for few tokens."""
+        num_slots = self._cache.num_slots
+        free = num_slots - len(self._live)
+        if not self._waiting or free < min(len(self._waiting), -(-num_slots // 8)):
+            return
+        entering = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
+        for group in _group_prompts(entering):
+            self._fill(group)
+            self._live += group
+
+    def _fill(self, rows: Sequence[Row]) -> None:
+        num_tokens = len(rows[0].prompt_ids) - 1
+        if num_tokens:
+            padded = [row.prompt_ids[:-1] + [0] * (num_tokens + 1 - len(row.prompt_ids)) for row in rows]
+            step = Step.of_prompts(len(self._live), len(rows), num_tokens, self._device)
+            forward(self._model, self._cache, step, torch.tensor(padded, device=self._device))
+
+    def _release(self) -> None:
+        """Let the last row take the slot of one that is done."""
+        for slot in reversed(range(len(self._live))):
+            if self._live[slot].is_done:
+                last = self._live.pop()
+                if slot < len(self._live):
+                    self._live[slot] = last
+                    self._cache.move(len(self._live), slot, last.length - 1)
+
+
+def _group_prompts(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield rows to pad to one length, the longest first."""
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: -len(row.prompt_ids)):
+        if group and (len(group) + 1) * len(group[0].prompt_ids) > _PREFILL_TOKENS:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group

@@ -1,0 +1,89 @@
+"""Rows to answers by transformers' own `generate`: for models that can't be decoded in slots.
+
+It calls back, in a thread of its own, for each token; the choice is the same function's as in slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Event
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+from smolora.generation.choosing import Row, choose_tokens
+from smolora.generation.decoding import in_eval_mode
+
+_PAD_ID = 0  # Any id will do: padding is masked by attention.
+
+
+def generate_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> Iterator[None]:
+    """Answer `rows` in batches; yield after each step, when rows have grown by a token."""
+    alike = sorted(rows, key=lambda row: (row.room, len(row.prompt_ids)))
+    for start in range(0, len(alike), batch_size):
+        yield from _generate_batch(model, alike[start : start + batch_size])
+
+
+def _generate_batch(model: nn.Module, rows: Sequence[Row]) -> Iterator[None]:
+    """Yield while a thread computes: `generate` calls back, and a generator can't be called back."""
+    steps: SimpleQueue[bool] = SimpleQueue()
+    is_stopped = Event()
+    num_threads = torch.get_num_threads()
+
+    def compute() -> None:
+        torch.set_num_threads(num_threads)  # A new thread starts with the system's number, not with ours.
+        with in_eval_mode(model):
+            _generate(model, rows, steps, is_stopped)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="smolora-generate") as pool:
+        done = pool.submit(compute)
+        done.add_done_callback(lambda _: steps.put(False))
+        try:
+            while steps.get():
+                yield
+        finally:
+            is_stopped.set()
+        done.result()
+
+
+def _generate(model: nn.Module, rows: Sequence[Row], steps: SimpleQueue[bool], is_stopped: Event) -> None:
+    device = next(model.parameters()).device
+    width = max(len(row.prompt_ids) for row in rows)
+    padding = [width - len(row.prompt_ids) for row in rows]
+    input_ids = [[_PAD_ID] * pad + row.prompt_ids for pad, row in zip(padding, rows, strict=True)]
+    mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+
+    def are_done(input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
+        return torch.tensor([row.is_done or is_stopped.is_set() for row in rows], device=input_ids.device)
+
+    config = GenerationConfig(max_new_tokens=max(row.room for row in rows), num_beams=1, pad_token_id=_PAD_ID)
+    # The neutral values of transformers; left out, the model's own file would fill them in.
+    config.update(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
+    model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor(input_ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([_RowChooser(rows, steps)]),
+        stopping_criteria=StoppingCriteriaList([are_done]),
+    )
+
+
+class _RowChooser(LogitsProcessor):  # type: ignore[misc]
+    """Lets each row take its token, and leaves `generate` no other choice."""
+
+    def __init__(self, rows: Sequence[Row], steps: SimpleQueue[bool]) -> None:
+        self._rows = rows
+        self._steps = steps
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores with one finite number a row."""
+        live = [number for number, row in enumerate(self._rows) if not row.is_done]
+        tokens = torch.full((len(self._rows),), _PAD_ID, device=scores.device)
+        for number, token in zip(live, choose_tokens(scores[live], [self._rows[n] for n in live]), strict=True):
+            self._rows[number].take(token)
+            tokens[number] = token
+        self._steps.put(True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

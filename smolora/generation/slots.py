@@ -1,0 +1,214 @@
+"""A cache with a slot for each row, and attention that reads it: how rows of any length decode in one forward pass.
+
+The model's own forward runs. transformers is told to keep keys and values in a `SlotCache`, and to ask this module for
+masks and attention. Live rows fill the first slots without a gap, so that no step gathers anything.
+
+`B` rows of a step, `T` tokens of each, `L` keys read at most, `H` heads, `G` heads that share a key, `K` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from smolora.models.bundle import read_config
+
+_IMPLEMENTATION = "smolora_slots"
+_BLOCK_ROWS = 16
+_HEADROOM = 128
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where one forward pass writes and what it reads."""
+
+    slots: slice
+    positions: Tensor
+    """[B, T], or [1, T] where all rows have the same."""
+
+    blocks: tuple[tuple[slice, int], ...]
+    """Rows of the step, and how many keys they read."""
+
+    @classmethod
+    def of_prompts(cls, first_slot: int, num_rows: int, num_tokens: int, device: torch.device) -> Step:
+        """Fill slots from their start."""
+        positions = torch.arange(num_tokens, device=device)[None]
+        return cls(slice(first_slot, first_slot + num_rows), positions, ((slice(0, num_rows), num_tokens),))
+
+    @classmethod
+    def of_next_tokens(cls, positions: Sequence[int], device: torch.device) -> Step:
+        """Go on by one token in each of the first slots.
+
+        Rows read in blocks, so that a long row makes its neighbours read as far as itself, but no others.
+        """
+        blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, len(positions), _BLOCK_ROWS)]
+        return cls(
+            slice(0, len(positions)),
+            torch.tensor(positions, device=device)[:, None],
+            tuple((block, 1 + max(positions[block])) for block in blocks),
+        )
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[B], from 0."""
+        return torch.arange(self.slots.stop - self.slots.start, device=self.positions.device)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.positions.shape[1]
+
+    @cached_property
+    def num_keys(self) -> int:
+        """L."""
+        return max(length for _, length in self.blocks)
+
+
+_STEP: ContextVar[Step] = ContextVar("step")
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """Keys [slots, H / G, K, reach] and values [slots, H / G, reach, K] of every layer, written in place.
+
+    A key lies across, not along: the product of one query with many keys then reads them in the order they lie in.
+    """
+
+    def __init__(self, num_slots: int, longest: int) -> None:
+        super().__init__(layers=[])
+        self.num_slots, self._longest = num_slots, longest
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's keys and values [B, H / G, T, K] of the step, and return all that its rows may read."""
+        step = _STEP.get()
+        keys, values = (buffer[step.slots] for buffer in self._reserve(layer_idx, key_states, value_states))
+        if step.num_tokens > 1:
+            keys[..., : step.num_tokens], values[:, :, : step.num_tokens] = key_states.transpose(2, 3), value_states
+            return key_states, value_states
+        keys[step.rows, :, :, step.positions[:, 0]] = key_states[:, :, 0]
+        values[step.rows, :, step.positions[:, 0]] = value_states[:, :, 0]
+        return keys[..., : step.num_keys].transpose(2, 3), values[:, :, : step.num_keys]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the `length` tokens of a row into another slot."""
+        for keys, values in self._buffers.values():
+            keys[target, ..., :length] = keys[source, ..., :length]
+            values[target, :, :length] = values[source, :, :length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many tokens the longest row had before this step; positions are given, so it decides nothing."""
+        return self.get_mask_sizes(0, layer_idx)[0] - _STEP.get().num_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return how many keys this step reads, and the first of them."""
+        return _STEP.get().num_keys, 0
+
+    def _reserve(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's buffers, larger ones (`longest` at most) where the step reads further than they reach.
+
+        New ones hold zeros: a key out of sight has the weight 0, but 0 times whatever memory held may be NaN.
+        """
+        length, before = _STEP.get().num_keys, self._buffers.get(layer_idx)
+        if before is not None and length <= before[1].shape[2]:
+            return before
+        capacity = min(self._longest, length + max(_HEADROOM, length // 2))
+        heads = self.num_slots, key_states.shape[1]
+        keys = key_states.new_zeros(*heads, key_states.shape[3], capacity)
+        values = value_states.new_zeros(*heads, capacity, value_states.shape[3])
+        if before is not None:
+            reach = before[1].shape[2]
+            keys[..., :reach], values[:, :, :reach] = before
+        self._buffers[layer_idx] = keys, values
+        return keys, values
+
+
+def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -> Tensor:
+    """Run `model` over tokens [B, T] and return the logits [B, vocabulary] of the last one."""
+    token = _STEP.set(step)
+    try:
+        output = model(
+            input_ids=input_ids,
+            position_ids=step.positions.expand(len(input_ids), -1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    finally:
+        _STEP.reset(token)
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+@contextmanager
+def slot_attention(model: nn.Module) -> Iterator[None]:
+    """Let `model` ask this module for masks and attention for the block."""
+    AttentionInterface.register(_IMPLEMENTATION, _attend)
+    AttentionMaskInterface.register(_IMPLEMENTATION, _mask)
+    config = read_config(model)
+    before = config._attn_implementation
+    config._attn_implementation = _IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _mask(
+    *, mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype, **_: object
+) -> Tensor:
+    """Return what is added to scores, [B or 1, 1, T, L]: 0 for a key that a token may see, else the lowest number.
+
+    `mask_function` is the family's own (causal, or with a sliding window). It compares positions, so what a slot still
+    holds of an earlier row, and the padding behind a shorter prompt, are out of sight.
+    """
+    step = _STEP.get()
+    rows = step.rows[: len(step.positions)]
+    keys = torch.arange(step.num_keys, device=rows.device)
+    visible = mask_function(
+        rows[:, None, None, None], rows.new_zeros(1, 1, 1, 1), step.positions[:, None, :, None], keys[None, None, None]
+    )
+    return torch.zeros(visible.shape, dtype=dtype, device=rows.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Return the mixed values [B, T, H, K] of queries [B, H, T, K] over keys and values [B, H / G, L, K]."""
+    step = _STEP.get()
+    if step.num_tokens > 1 and softcap is None:
+        mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        return mixed, None
+    B, H, T, K = query.shape
+    num_groups = H // key.shape[1]
+    scaled = query * (K**-0.5 if scaling is None else scaling)
+    scaled = scaled.reshape(B, key.shape[1], num_groups * T, K)  # Heads that share a key read it once.
+    mask = attention_mask.repeat(1, 1, num_groups, 1).expand(B, -1, -1, -1)
+    parts = []
+    for rows, length in step.blocks:
+        scores = torch.matmul(scaled[rows], key[rows, :, :length].transpose(2, 3))
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores += mask[rows, :, :, :length]
+        parts.append(torch.matmul(scores.softmax(-1), value[rows, :, :length]))
+    mixed = torch.cat(parts).view(B, H, T, -1)
+    return mixed.transpose(1, 2), None

@@ -1,0 +1,67 @@
+"""Whether a model can be decoded in slots: measured on the model itself, since no config says so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from smolora.generation.decoding import in_eval_mode
+from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+
+_ROWS = ((1, 0, 1, 1, 0, 1), (0, 1, 1, 0))
+_NUM_ANSWERED = 2
+
+# Settings of generation_config.json that change which tokens may come, and that transformers alone knows how to apply.
+_CONSTRAINTS = frozenset(
+    "bad_words_ids begin_suppress_tokens exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
+    "guidance_scale min_length min_new_tokens no_repeat_ngram_size sequence_bias suppress_tokens "
+    "watermarking_config".split()
+)
+
+
+def find_obstacle(model: nn.Module) -> str | None:
+    """Return why `model` can't be decoded in slots, or None where it can.
+
+    Two rows of different lengths go through a cache with slots, and must get the logits that they get alone and
+    without a cache, up to rounding. Five forward passes over a dozen tokens.
+    """
+    settings = model.generation_config
+    assert isinstance(settings, GenerationConfig)
+    if constraints := sorted(_CONSTRAINTS & settings.to_diff_dict().keys()):
+        return f"its generation_config.json sets {', '.join(constraints)}"
+    try:
+        with in_eval_mode(model):
+            expected = torch.stack([_logits_alone(model, row) for row in _ROWS], dim=1)
+            found = _logits_in_slots(model)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        return f"its forward pass refuses a cache with slots ({type(error).__name__}: {error})"
+    difference = (found - expected).abs().max().item()
+    tolerance = 16 * torch.finfo(next(model.parameters()).dtype).eps * max(1.0, expected.abs().max().item())
+    if not difference <= tolerance:
+        return f"with a cache of slots its logits differ by {difference:.1e} (rounding explains {tolerance:.1e})"
+    return None
+
+
+def _logits_alone(model: nn.Module, row: tuple[int, ...]) -> Tensor:
+    """Return the logits [answered tokens, V] that a row has without a cache."""
+    input_ids = torch.tensor([row], device=next(model.parameters()).device)
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0, -_NUM_ANSWERED:]
+    return logits.float()
+
+
+def _logits_in_slots(model: nn.Module) -> Tensor:
+    """Return the logits [answered tokens, rows, V] of prompts that fill slots and go on one token at a time."""
+    device = next(model.parameters()).device
+    cache = SlotCache(len(_ROWS), max(map(len, _ROWS)))
+    filled = [len(row) - _NUM_ANSWERED for row in _ROWS]
+    padded = [row[:count] + (0,) * (max(filled) - count) for row, count in zip(_ROWS, filled, strict=True)]
+    logits = []
+    with slot_attention(model):
+        forward(model, cache, Step.of_prompts(0, len(_ROWS), max(filled), device), torch.tensor(padded, device=device))
+        for number in range(_NUM_ANSWERED):
+            positions = [count + number for count in filled]
+            tokens = [[row[position]] for row, position in zip(_ROWS, positions, strict=True)]
+            step = Step.of_next_tokens(positions, device)
+            logits.append(forward(model, cache, step, torch.tensor(tokens, device=device)).float())
+    return torch.stack(logits)

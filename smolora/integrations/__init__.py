@@ -1,0 +1,1 @@
+"""Instruments of smolora inside of other loops."""

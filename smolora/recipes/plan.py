@@ -1,0 +1,195 @@
+"""`smolora plan`: what a run will take, measured before it, and where it doesn't fit, the nearest one that does.
+
+The trial runs in a child process, so that its peak of memory is the run's and not this process's. No torch here, unless
+the run doesn't fit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from smolora import errors
+from smolora.config import ExperimentConfig
+from smolora.recipes.estimate import Estimate, Memory, Work
+from smolora.records.run_dir import RunDir
+from smolora.records.staging import write_json
+
+REQUEST, RESULT = "request.json", "result.json"
+
+_ROWS, _PASSES = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+_SHORTEST = 32
+"""Tokens; no shorter `max_length` is proposed."""
+
+Settings = Mapping[str, object]
+"""Values by path of the configuration."""
+
+
+@dataclass(frozen=True)
+class TrialRequest:
+    """What the child is asked."""
+
+    config: dict[str, object]
+    started: float
+    """When it was, in seconds of the system's clock."""
+    first_step: int = 0
+    """Updates that are done already."""
+    available: int | None = None
+    """Bytes that the run may hold, in place of what is free."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings with which the run fits; an update sees as many rows."""
+
+    settings: Settings
+    estimate: Estimate
+
+    def describe(self) -> str:
+        """Return what to add to the command line, and what it leads to."""
+        words = [f"{path}={str(value).lower()}" for path, value in self.settings.items() if path != _ROWS]
+        rows = f"--batch-size {int(str(self.settings[_ROWS])) * int(str(self.settings[_PASSES]))}"
+        return f"{' '.join([rows, *words])}\n{self.estimate.describe()}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, and where it doesn't fit, what does."""
+
+    estimate: Estimate
+    proposal: Proposal | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return what `plan --json` prints."""
+        proposal = self.proposal and {"settings": dict(self.proposal.settings), **self.proposal.estimate.to_dict()}
+        return {**self.estimate.to_dict(), "proposal": proposal}
+
+    def require_fit(self) -> None:
+        """Raise where the run doesn't fit.
+
+        Raises:
+            StorageError: With what does fit.
+        """
+        if self.estimate.memory.fits:
+            return
+        advice = "Nothing that was tried does: choose a smaller model."
+        if self.proposal:
+            advice = f"This does, with as many rows in an update: {self.proposal.describe()}"
+        raise errors.StorageError(f"the run doesn't fit in memory: {self.estimate.describe_memory()}. {advice}")
+
+
+def plan(
+    config: ExperimentConfig, out: Path | None = None, *, resume: bool = False, available: int | None = None
+) -> Plan:
+    """Take a few real steps of a run, outside of its folder, and say what all of it takes.
+
+    Args:
+        config: The whole run.
+        out: The run's folder, which is only read.
+        resume: Count what is left from the newest checkpoint in `out`.
+        available: Bytes that the run may hold. Left out, what is free.
+
+    Raises:
+        ConfigError, DataError, ModelError, StorageError: What would end the run before its first step.
+    """
+    checkpoint = RunDir(out).newest_checkpoint() if out and resume else None
+    first_step = checkpoint.step if checkpoint else 0
+    estimate = run_trial(config, first_step=first_step, available=available)
+    if estimate.memory.fits:
+        return Plan(estimate)
+    try_out = partial(run_trial, first_step=first_step, available=estimate.memory.available)
+    return Plan(estimate, propose(config, estimate, try_out))
+
+
+def run_trial(config: ExperimentConfig, *, first_step: int = 0, available: int | None = None) -> Estimate:
+    """Run the trial of a configuration in a child process.
+
+    Raises:
+        SmoloraError: As the child raised it.
+    """
+    with tempfile.TemporaryDirectory(prefix="smolora-plan-") as name:
+        folder = Path(name)
+        request = TrialRequest(config.model_dump(mode="json"), time.time(), first_step, available)
+        write_json(folder / REQUEST, asdict(request))
+        # -P and our own path: a file named like a library in the current folder must not come before it.
+        command = [sys.executable, "-P", "-m", "smolora.recipes.plan_trial", name]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False)
+        if done.returncode == -signal.SIGKILL:  # As the kernel ends a process when memory runs out.
+            return Estimate(Memory(available, None))
+        if done.returncode:
+            raise RuntimeError(f"the trial of the run ended with code {done.returncode}")
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    if "error" in result:
+        raise errors.__dict__[result["error"]](result["message"])
+    return Estimate.from_dict(result)
+
+
+def propose(
+    config: ExperimentConfig, estimate: Estimate, try_out: Callable[[ExperimentConfig], Estimate]
+) -> Proposal | None:
+    """Return the first change that makes a run fit; an update sees as many rows as before.
+
+    Args:
+        config: The run that doesn't fit.
+        estimate: Of it.
+        try_out: Returns the estimate of another.
+    """
+    from smolora.runtime.memory import MemoryManager  # Here, since it takes torch.
+
+    rows, passes = config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
+    for change in _iter_changes(config, estimate.work):
+        found = {} if change else {rows: estimate}
+
+        def measure(size: int, change: Settings = change, found: dict[int, Estimate] = found) -> int:
+            if size not in found:
+                found[size] = try_out(apply_settings(config, _split(size, rows * passes, change)))
+            peak = found[size].memory.peak
+            return sys.maxsize if peak is None else peak
+
+        try:
+            split = MemoryManager().optimize_batch_size(measure, rows, passes, available=estimate.memory.available)
+        except errors.DataError:
+            return None  # Cut this short, the rows have nothing left to learn.
+        if split:
+            return Proposal(_split(split[0], rows * passes, change), found[split[0]])
+    return None
+
+
+def _split(size: int, rows: int, change: Settings) -> Settings:
+    return {_ROWS: size, _PASSES: rows // size, **change}
+
+
+def _iter_changes(config: ExperimentConfig, work: Work | None) -> Iterator[Settings]:
+    """Yield what to change beside the rows of a pass, from what costs least to what loses most."""
+    change: dict[str, object] = {}
+    yield change
+    if not config.training.gradient_checkpointing:
+        change = {**change, "training.gradient_checkpointing": True}
+        yield change
+    if config.speed.packed_weights:
+        change = {**change, "speed.packed_weights": False}
+        yield change
+    length = work.longest_row // 2 if work else 0
+    while length >= _SHORTEST:
+        overlong = "drop" if config.data.overlong == "drop" else "truncate"
+        yield {**change, "data.max_length": length, "data.overlong": overlong}
+        length //= 2
+
+
+def apply_settings(config: ExperimentConfig, settings: Settings) -> ExperimentConfig:
+    """Return a configuration with values changed by path."""
+    values = config.model_dump(exclude_unset=True)
+    for path, value in settings.items():
+        section, name = path.split(".")
+        values.setdefault(section, {})[name] = value
+    return ExperimentConfig(**values)

@@ -1,0 +1,89 @@
+"""Rows of numbers on disk, found by the content they were made from; a kill at any moment loses at most the last one.
+
+A record is appended to `data.bin` and then named in `index.jsonl` with its checksum, so a torn one is never read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from smolora.records.staging import write_json
+
+
+class _Place(NamedTuple):
+    offset: int
+    size: int
+    checksum: int
+
+
+class ActivationStore:
+    """Bytes by key in a folder, up to a limit; what doesn't fit isn't kept.
+
+    Args:
+        folder: Made where it is missing.
+        identity: What the bytes depend on; a folder of another identity is emptied.
+        limit: Bytes of data.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, object], *, limit: int) -> None:
+        self._limit = limit
+        self._data = folder / "data.bin"
+        self._index = folder / "index.jsonl"
+        header = folder / "identity.json"
+        if not header.is_file() or json.loads(header.read_text(encoding="utf-8")) != identity:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._data.touch()
+            self._index.touch()
+            write_json(header, dict(identity))
+        self._places = self._read_index()
+        self._size = self._data.stat().st_size
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data on disk."""
+        return self._size
+
+    def read(self, key: str) -> bytearray | None:
+        """Return what was stored under `key`, or None where nothing is or the bytes are damaged."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        found = bytearray(place.size)
+        with self._data.open("rb") as file:
+            file.seek(place.offset)
+            num_read = file.readinto(found)
+        if num_read == place.size and zlib.crc32(found) == place.checksum:
+            return found
+        del self._places[key]
+        return None
+
+    def append(self, key: str, content: bytes) -> None:
+        """Store `content` under `key`, unless something is there or it doesn't fit."""
+        if key in self._places or self._size + len(content) > self._limit:
+            return
+        place = _Place(self._size, len(content), zlib.crc32(content))
+        with self._data.open("ab") as file:
+            file.write(content)
+        with self._index.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps([key, *place]))  # The line break first: a torn line before spoils no other.
+        self._places[key] = place
+        self._size += len(content)
+
+    def _read_index(self) -> dict[str, _Place]:
+        places = {}
+        for line in self._index.read_text(encoding="utf-8").splitlines():
+            try:
+                key, *place = json.loads(line)
+            except ValueError:
+                continue  # Empty, or torn by a kill: its data is there, unnamed.
+            places[key] = _Place(*place)
+        return places

@@ -1,0 +1,61 @@
+import json
+import tracemalloc
+
+import pytest
+
+from smolora.config.data import DataConfig
+from smolora.data.row_stream import close_report, open_file, stream_rows
+from smolora.errors import DataError
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def stream(train, held_out=None, **settings):
+    opened = [[open_file(file, "jsonl") for file in files] if files else None for files in (train, held_out)]
+    return stream_rows(*opened, DataConfig(**settings), tokenizer=None, chunk_tokenizer=None, out=None)
+
+
+def test_a_column_that_first_appears_in_the_last_row_is_part_of_the_form(tmp_path):
+    rows = [{"instruction": "a", "output": "b"}] * 2 + [{"instruction": "a", "input": "c", "output": "b"}]
+    found = stream([write_rows(tmp_path / "a.jsonl", rows)])
+    assert found.fmt.columns == {"instruction": "instruction", "input": "input", "output": "output"}
+    assert len(list(found.train)) == 2
+
+
+def test_lines_that_are_no_rows_name_no_columns_and_are_rejected_when_they_pass(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{bad\n["prompt"]\n{"text": "one"}\n')
+    found = stream([tmp_path / "a.jsonl"])
+    assert found.fmt.columns == {"text": "text"}
+    assert [row.values for row in found.train] == [{"text": "one"}]
+    assert [reject.line for reject in found.report.rejects] == [1, 2]
+
+
+def test_held_out_rows_that_were_learned_are_counted_while_they_pass(tmp_path):
+    train = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    held_out = write_rows(tmp_path / "b.jsonl", [{"Text": "two"}, {"Text": "three"}])
+    found = stream([train], [held_out], deduplicate=False)
+    assert len(list(found.train)) == 2
+    assert [row.values for row in found.held_out] == [{"text": "two"}, {"text": "three"}]
+    assert found.report.held_out_seen == 1
+
+
+def test_nothing_is_read_before_it_is_asked_for_and_one_row_is_held_at_a_time(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", ({"text": f"{number} " + "word " * 800} for number in range(2000)))
+    found = stream([file])
+    assert found.report.read == 0
+    tracemalloc.start()
+    count = sum(1 for _ in found.train)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == found.report.read == 2000
+    assert peak < 1 << 20 < file.stat().st_size / 7  # The digests are 2,000 times about 100 bytes.
+
+
+def test_a_report_closes_on_rows_alone(tmp_path):
+    found = stream([write_rows(tmp_path / "a.jsonl", [{"text": " "}])])
+    assert list(found.train) == []
+    with pytest.raises(DataError, match=r"no rows to learn from in a\.jsonl"):
+        close_report(found.report, DataConfig(sources=("a.jsonl",)), train=0, held_out=0, out=None)

@@ -1,0 +1,145 @@
+"""Decoding in slots: the same tokens as transformers' generate, whatever is decoded beside a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from smolora.generation import decoding, slots
+from smolora.generation.choosing import Row
+from smolora.generation.decoding import Decoder, decode
+from smolora.generation.sampling import SamplingSettings
+from smolora.generation.support import find_obstacle
+from tests.tiny import FAMILIES, VOCAB_SIZE, random_input_ids, tiny_model
+
+GREEDY = SamplingSettings(temperature=0.0)
+LENGTHS = (9, 1, 17, 5, 2, 23, 12, 3, 30)
+ROOMS = (12, 7, 20, 1, 15, 9, 3, 25, 6)
+
+
+def _rows(settings=GREEDY):
+    prompts = [random_input_ids(length, seed=seed)[0].tolist() for seed, length in enumerate(LENGTHS)]
+    return [
+        Row(ids, room, settings, key=bytes([number]))
+        for number, (ids, room) in enumerate(zip(prompts, ROOMS, strict=True))
+    ]
+
+
+def _answers(model, rows, num_slots):
+    for _ in decode(model, rows, num_slots=num_slots):
+        pass
+    assert all(row.is_done for row in rows)
+    return [row.ids for row in rows]
+
+
+def _generate_alone(model, row):
+    """The oracle: transformers' own generation of one prompt without padding."""
+    config = GenerationConfig(max_new_tokens=row.room, do_sample=False, eos_token_id=VOCAB_SIZE, pad_token_id=0)
+    ids = torch.tensor([row.prompt_ids])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return output[0, len(row.prompt_ids) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_mixed_rows_equal_those_of_generate_one_by_one(family):
+    model = tiny_model(family)
+    assert find_obstacle(model) is None
+    expected = [_generate_alone(model, row) for row in _rows()]
+    for num_slots in (1, 4, 9):
+        assert _answers(model, _rows(), num_slots) == expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
+def test_a_sliding_window_hides_the_same_keys_as_in_generate(family):
+    model = tiny_model(family, sliding_window=6)
+    expected = [_generate_alone(model, row) for row in _rows()]
+    assert _answers(model, _rows(), 4) == expected
+    assert expected != [_generate_alone(tiny_model(family, sliding_window=64), row) for row in _rows()]
+
+
+def test_a_softcap_on_attention_is_applied():
+    model = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    expected = [_generate_alone(model, row) for row in _rows()]
+    assert _answers(model, _rows(), 4) == expected
+    assert expected != [_generate_alone(tiny_model("gemma2"), row) for row in _rows()]
+
+
+def test_bfloat16_rows_stay_close_to_those_alone():
+    model = tiny_model("llama").to(torch.bfloat16)
+    together, alone = _answers(model, _rows(), 9), _answers(model, _rows(), 1)
+    assert [ids[0] for ids in together] == [ids[0] for ids in alone]
+
+
+def test_drawn_tokens_do_not_depend_on_the_rows_beside():
+    model, settings = tiny_model("llama"), SamplingSettings(temperature=1.3, top_p=0.9)
+    assert _answers(model, _rows(settings), 9) == _answers(model, _rows(settings), 1)
+
+
+def test_rows_of_one_batch_follow_their_own_settings():
+    model, drawn = tiny_model("llama"), SamplingSettings(temperature=1.3)
+    mixed = [(_rows(drawn) if number % 2 else _rows())[number] for number in range(len(LENGTHS))]
+    greedy, sampled = _answers(model, _rows(), 4), _answers(model, _rows(drawn), 4)
+    expected = [(sampled if number % 2 else greedy)[number] for number in range(len(LENGTHS))]
+    assert _answers(model, mixed, 4) == expected
+
+
+def test_a_row_that_is_done_makes_room_for_one_that_waits():
+    rows = _rows()
+    decoder = Decoder(tiny_model("llama"), rows, num_slots=2)
+    num_steps = 0
+    while not decoder.is_idle:
+        decoder.step()
+        num_steps += 1
+    assert num_steps <= sum(ROOMS) // 2 + 1  # Pairs that wait for each other, even the most alike, take 56.
+
+
+def test_slots_that_grow_keep_what_they_hold(monkeypatch):
+    model = tiny_model("llama")
+    expected = _answers(model, _rows(), 4)
+    monkeypatch.setattr(slots, "_HEADROOM", 1)
+    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 40)
+    assert _answers(model, sorted(_rows(), key=lambda row: len(row.prompt_ids)), 4) == [
+        expected[number] for number in sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__)
+    ]
+
+
+def test_memory_left_by_others_reaches_no_row():
+    class Poisoned(torch.utils._python_dispatch.TorchDispatchMode):
+        """Memory that nobody wrote holds NaN, as it may."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if (
+                func in {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}
+                and result.is_floating_point()
+            ):
+                result.fill_(torch.nan)
+            return result
+
+    model = tiny_model("llama")
+    expected = _answers(model, _rows(), 4)
+    with Poisoned():
+        assert _answers(model, _rows(), 4) == expected
+
+
+def test_decoding_leaves_the_model_as_it_was():
+    model = tiny_model("llama").train()
+    implementation = model.config._attn_implementation
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _answers(model, _rows(), 4)
+    assert model.training
+    assert model.config._attn_implementation == implementation
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was():
+    model = tiny_model("llama")
+    implementation = model.config._attn_implementation
+    hook = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _answers(model, _rows(), 4)
+    hook.remove()
+    assert model.config._attn_implementation == implementation
+    assert all("forward" not in vars(module) for module in model.modules())

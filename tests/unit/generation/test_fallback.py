@@ -1,0 +1,87 @@
+"""Models that can't be decoded in slots: the same answers by transformers' generate, and a word on why."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolora.generation.sampling import SamplingSettings
+from smolora.generation.support import find_obstacle
+from smolora.generation.text_generator import TextGenerator
+from tests.tiny import tiny_bundle, tiny_model
+
+PROMPTS = ["the cat", "name: The Eagle, food: Italian, area:", "the dog sat on the log. Where"]
+GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=12)
+SAMPLED = SamplingSettings(seed=5, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return TextGenerator(tiny_bundle("llama", tmp_path_factory.mktemp("plain") / "base"))
+
+
+@pytest.fixture
+def fallen_back(tmp_path):
+    """The same model, with a constraint that only transformers knows how to apply, and that changes nothing here."""
+    bundle = tiny_bundle("llama", tmp_path / "base")
+    bundle.model.generation_config.no_repeat_ngram_size = 60
+    return TextGenerator(bundle)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED, GREEDY.replace(repetition_penalty=9.0)])
+def test_answers_are_those_of_slots(plain, fallen_back, settings):
+    expected = plain.generate(PROMPTS, settings=settings)
+    assert fallen_back.generate(PROMPTS, settings=settings, batch_size=2) == expected
+    assert "".join(fallen_back.stream(PROMPTS[0], settings=settings)) == expected[0]
+
+
+def test_each_row_of_a_batch_ends_in_its_place(plain, fallen_back):
+    stop = plain.generate(PROMPTS[0], settings=GREEDY)[0][3:5]
+    settings = [GREEDY.replace(stop=[stop]), GREEDY.replace(max_new_tokens=3), GREEDY]
+    assert fallen_back.generate(PROMPTS, settings=settings) == plain.generate(PROMPTS, settings=settings)
+
+
+def test_the_reason_is_told_once(fallen_back, caplog):
+    for _ in range(2):
+        fallen_back.generate(PROMPTS[:1], settings=GREEDY)
+    [message] = caplog.messages
+    assert "slower: its generation_config.json sets no_repeat_ngram_size" in message
+
+
+def test_a_closed_stream_stops_computing(fallen_back):
+    steps = []
+    hook = fallen_back.bundle.model.register_forward_hook(lambda *_: steps.append(1))
+    pieces = fallen_back.stream("the cat", settings=GREEDY.replace(max_new_tokens=60))
+    next(pieces)
+    num_probed = len(steps)
+    pieces.close()
+    hook.remove()
+    assert len(steps) - num_probed < 50
+
+
+def test_an_error_in_the_thread_reaches_the_reader(fallen_back):
+    hook = fallen_back.bundle.model.register_forward_hook(lambda *_: 1 / 0)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            list(fallen_back.stream("the cat"))
+    finally:
+        hook.remove()
+
+
+def test_a_model_whose_state_is_no_keys_and_values_is_found_out(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=288, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    assert find_obstacle(model) is not None
+
+
+def test_a_model_that_refuses_the_cache_is_found_out():
+    model = tiny_model("llama")
+    handle = model.model.layers[0].register_forward_pre_hook(_refuse_a_cache, with_kwargs=True)
+    assert "refuses a cache with slots (TypeError: no cache, please)" in find_obstacle(model)
+    handle.remove()
+    assert find_obstacle(model) is None
+
+
+def _refuse_a_cache(module, args, kwargs):
+    if kwargs.get("past_key_values") is not None:
+        raise TypeError("no cache, please")

@@ -1,0 +1,154 @@
+"""Gradient norms on Hugging Face's own Trainer: unclipped, whole steps, and the same as ours."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from smolora.adapters.attach import setup_model_with_lora
+from smolora.config import DynamicLoRAConfig, LoRAConfig
+from smolora.errors import BrokenRunError, ConfigError
+from smolora.integrations.hf_trainer import GradientMeasuringTrainer, to_trainer_callback
+from smolora.records.gradient_log import GradientNormLog
+from smolora.training.gradients import GradientNormCallback
+from smolora.training.phases import DynamicLoRACallback
+from tests.tiny import random_input_ids, tiny_model
+
+ROWS = [{"input_ids": ids, "labels": ids} for ids in (random_input_ids(10, seed=seed)[0] for seed in range(8))]
+
+
+def arguments(folder, **changes):
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "max_grad_norm": 1e-3,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+def measuring_trainer(model, norms, args):
+    return GradientMeasuringTrainer(model=model, args=args, train_dataset=ROWS, gradient_callback=norms)
+
+
+def plain_trainer(model, norms, args):
+    return Trainer(model=model, args=args, train_dataset=ROWS, callbacks=[to_trainer_callback(norms)])
+
+
+@pytest.fixture(params=[measuring_trainer, plain_trainer])
+def trainer_of(request):
+    return request.param
+
+
+def run_one(trainer_of, folder, **changes):
+    torch.manual_seed(0)
+    model = setup_model_with_lora(tiny_model("llama"), LoRAConfig(r=2, lora_dropout=0.0))
+    trainer = trainer_of(model, GradientNormCallback(GradientNormLog(folder)), arguments(folder, **changes))
+    trainer.train()
+    return trainer, GradientNormLog(folder)
+
+
+def test_totals_are_the_unclipped_norms_that_hugging_face_logs(trainer_of, tmp_path):
+    trainer, log = run_one(trainer_of, tmp_path)
+    logged = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    rows = log.read_groups()
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert min(logged) > 1e-3, "clipping is at work"
+    # Hugging Face rounds nothing, but adds up in float32.
+    assert [row["total"] for row in rows] == pytest.approx(logged, rel=1e-5)
+    assert all(math.isclose(row["total"] ** 2, row["attention"] ** 2 + row["mlp"] ** 2, rel_tol=1e-6) for row in rows)
+
+
+def test_only_logged_steps_have_a_row(trainer_of, tmp_path):
+    _, log = run_one(trainer_of, tmp_path, logging_steps=2, max_steps=4)
+    assert [row["step"] for row in log.read_groups()] == [2, 4]
+
+
+def test_both_ways_measure_the_same(tmp_path):
+    first, second = (run_one(way, tmp_path / way.__name__)[1] for way in (measuring_trainer, plain_trainer))
+    assert first.read_groups() == second.read_groups()
+    assert first.read_layers() == second.read_layers()
+
+
+def test_measuring_leaves_no_hook_behind(tmp_path):
+    trainer, _ = run_one(plain_trainer, tmp_path)
+    assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_the_summary_is_written_at_the_end(trainer_of, tmp_path):
+    run_one(trainer_of, tmp_path)
+    assert (tmp_path / "gradient_analysis.summary.json").is_file()
+
+
+class Watch(TrainerCallback):
+    """Keeps the adapter before each update, and after the last one."""
+
+    def __init__(self):
+        self.weights = []
+
+    def _keep(self, model):
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name})
+
+    def on_step_begin(self, args, state, control, model, **_):
+        self._keep(model)
+
+    def on_train_end(self, args, state, control, model, **_):
+        self._keep(model)
+
+
+def run_phases(folder, *callbacks, **settings):
+    model = setup_model_with_lora(tiny_model("llama"), LoRAConfig(r=2, lora_dropout=0.0))
+    phases = DynamicLoRACallback(DynamicLoRAConfig(**settings))
+    added = [to_trainer_callback(phases), *callbacks]
+    args = arguments(folder, max_steps=6, weight_decay=0.1)
+    Trainer(model=model, args=args, train_dataset=ROWS, callbacks=added).train()
+    return model, phases
+
+
+@pytest.mark.parametrize("strategy", ["both,mlp,attn", "early,late"])
+def test_phases_move_only_their_tensors_on_hugging_face_too(tmp_path, strategy):
+    watch = Watch()
+    model, phases = run_phases(tmp_path, watch, strategy=strategy, moments="reset")
+    assert [report["problems"] for report in phases.reports] == [[]] * len(strategy.split(","))
+    for report in phases.reports:
+        before, after = watch.weights[report["start"]], watch.weights[report["end"]]
+        assert {name for name in before if not torch.equal(before[name], after[name])} == set(report["declared"])
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_an_epoch_is_counted_in_updates(tmp_path):
+    _, phases = run_phases(tmp_path, table=[{}, {"groups": "mlp", "start": {"epoch": 1}}])
+    assert [(report["start"], report["end"]) for report in phases.reports] == [(0, 2), (2, 6)]
+
+
+def test_a_frozen_tensor_that_is_written_to_fails_the_run_on_hugging_face_too(tmp_path):
+    class Write(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    next(p for name, p in model.named_parameters() if "mlp" in name and "lora_B" in name).add_(1e-3)
+
+    with pytest.raises(BrokenRunError, match="phase 3.*moved though frozen"):
+        run_phases(tmp_path, Write(), strategy="both,mlp,attn")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "early,late", "learning_rate": "restart"},
+        {"table": [{}, {"start": {"plateau": {"metric": "loss"}}}]},
+    ],
+)
+def test_phases_that_need_our_loop_are_refused(settings):
+    with pytest.raises(ConfigError, match="smolora's own Trainer"):
+        to_trainer_callback(DynamicLoRACallback(DynamicLoRAConfig(**settings)))

@@ -1,0 +1,199 @@
+"""A plan counts what a run will do, measures it outside of the run's folder, and proposes what fits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from smolora.config import ExperimentConfig, resolve_config
+from smolora.errors import ConfigError, DataError, StorageError
+from smolora.recipes.estimate import Estimate, Memory, Seconds, Work
+from smolora.recipes.finetune import finetune
+from smolora.recipes.plan import Plan, Proposal, apply_settings, plan, propose, run_trial
+from tests.tiny import save_tiny_model
+
+NUMBERS = ["one", "two", "three", "four", "five", "six"]
+WORK = Work(100, 10, 5000, 2000, 50, 16, 4000, 60, 110)
+SECONDS = Seconds(preparation=4.0, steps=10.0, evaluations=3.0, checkpoints=2.0, ending=1.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model("llama", tmp_path_factory.mktemp("plan") / "base")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan-data") / "rows.jsonl"
+    pairs = [(f"{a} and {b} of {c}", f"{b} {a}") for a in NUMBERS for b in NUMBERS for c in NUMBERS[:2]]
+    file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return file
+
+
+def config(base, rows, *assignments):
+    settings = [f"model.name_or_path={base}", f"data.sources={rows}", "model.dtype=float32", "training.max_steps=12"]
+    return resolve_config(ExperimentConfig, assignments=[*settings, *assignments])
+
+
+def read_tokens(run):
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return sum(line["input_tokens"] for line in lines if "loss" in line)
+
+
+def test_a_plan_counts_what_the_run_then_does_and_leaves_nothing(tmp_path, base, rows, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "datasets.py").write_text("raise ImportError('a file in the current folder, not the library')")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    asked = config(base, rows, "training.logging_steps=1", "training.gradient_accumulation_steps=2")
+    estimate = plan(asked, tmp_path / "run").estimate
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in here.iterdir()] == ["datasets.py"]
+    assert list((tmp_path / "temporary").iterdir()) == []
+    run = finetune(asked, tmp_path / "run")
+    assert (estimate.work.steps, estimate.work.input_tokens) == (12, read_tokens(run))
+    assert (estimate.work.rows, estimate.work.held_out_rows, estimate.work.rows_per_step) == (69, 3, 16)
+    assert 0 < estimate.memory.typical_peak <= estimate.memory.peak < estimate.memory.available
+    assert min(vars(estimate.seconds).values()) > 0
+
+
+def test_a_resumed_run_is_planned_from_its_checkpoint(tmp_path, base, rows):
+    run = finetune(config(base, rows, "training.max_steps=4"), tmp_path / "run")
+    before = sorted(path.name for path in run.path.iterdir())
+    assert plan(config(base, rows), run.path, resume=True).estimate.work.steps == 8
+    assert sorted(path.name for path in run.path.iterdir()) == before
+    with pytest.raises(ConfigError, match="has done all of its 4 steps"):
+        plan(config(base, rows, "training.max_steps=4"), run.path, resume=True)
+
+
+def test_phases_and_profiles_of_the_run_do_not_stop_its_trial(base, rows):
+    asked = config(base, rows, "phases.strategy=early,late", "training.profile_steps=[1,2]", "training.max_steps=6")
+    assert run_trial(asked).seconds is not None
+
+
+def test_what_would_stop_the_run_stops_its_plan_with_the_same_error(base, rows):
+    with pytest.raises(DataError, match="but the longest allowed is 4"):
+        plan(config(base, rows, "data.max_length=4"))
+
+
+def test_what_is_expected_not_to_fit_is_not_tried(base, rows):
+    estimate = run_trial(config(base, rows), available=1 << 20)
+    assert estimate.memory.peak > 1 << 20
+    assert estimate.seconds is None
+    with pytest.raises(StorageError, match=r"doesn't fit in memory: .* 1 MiB are there. Nothing that was tried does"):
+        Plan(estimate).require_fit()
+
+
+def test_a_proposal_is_applied_by_path_and_keeps_the_rest(base, rows):
+    asked = config(base, rows, "adapter.r=3", "training.seed=5")
+    settings = {"training.gradient_checkpointing": True, "data.max_length": 32, "speed.packed_weights": False}
+    changed = apply_settings(asked, settings)
+    assert (changed.training.gradient_checkpointing, changed.data.max_length, changed.speed.packed_weights) == (
+        True,
+        32,
+        False,
+    )
+    assert (changed.adapter, changed.training.seed, changed.data.sources) == (asked.adapter, 5, asked.data.sources)
+
+
+def test_an_estimate_survives_json_and_adds_up():
+    estimate = Estimate(Memory(4 << 30, 3 << 30, 2 << 30), WORK, SECONDS)
+    assert Estimate.from_dict(json.loads(json.dumps(estimate, default=vars))) == estimate
+    printed = estimate.to_dict()
+    assert (printed["seconds"]["total"], printed["seconds"]["per_step"]) == (20.0, 0.2)
+    assert (printed["work"]["tokens_per_step"], printed["tokens_per_second"]) == (80.0, 400.0)
+    assert printed["memory"]["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("memory", "fits"),
+    [(Memory(10, 10), True), (Memory(10, 11), False), (Memory(None, 11), True), (Memory(10, None), False)],
+)
+def test_a_run_fits_where_its_peak_is_known_and_no_more_than_there_is(memory, fits):
+    assert memory.fits is fits
+
+
+def test_a_refusal_names_the_words_to_add_and_what_they_lead_to():
+    settings = {
+        "training.per_device_train_batch_size": 2,
+        "training.gradient_accumulation_steps": 8,
+        "training.gradient_checkpointing": True,
+    }
+    proposal = Proposal(settings, Estimate(Memory(2 << 30, 1 << 30, 1 << 29), WORK, SECONDS))
+    with pytest.raises(StorageError) as caught:
+        Plan(Estimate(Memory(2 << 30, 3 << 30), WORK), proposal).require_fit()
+    said = str(caught.value)
+    assert "3,072 MiB in the largest; 2,048 MiB are there" in said
+    words = "--batch-size 16 training.gradient_accumulation_steps=8 training.gradient_checkpointing=true\n"
+    assert words in said
+    assert "time: 0:20" in said
+
+
+def pretend(config, *, available, tried):
+    """Estimate by a formula, for what would otherwise take minutes: bytes for weights, and for each row of a pass."""
+    tried.append(config)
+    row = min(60, config.data.max_length or 60) * (1 if config.training.gradient_checkpointing else 2)
+    peak = config.training.per_device_train_batch_size * row + (300 if config.speed.packed_weights else 100)
+    return Estimate(Memory(available, peak), WORK)
+
+
+@pytest.mark.parametrize(
+    ("available", "settings"),
+    [
+        (700, {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 8}),
+        (
+            400,
+            {
+                "training.per_device_train_batch_size": 1,
+                "training.gradient_accumulation_steps": 16,
+                "training.gradient_checkpointing": True,
+            },
+        ),
+        (
+            250,
+            {
+                "training.per_device_train_batch_size": 2,
+                "training.gradient_accumulation_steps": 8,
+                "training.gradient_checkpointing": True,
+                "speed.packed_weights": False,
+            },
+        ),
+        (
+            135,
+            {
+                "training.per_device_train_batch_size": 1,
+                "training.gradient_accumulation_steps": 16,
+                "training.gradient_checkpointing": True,
+                "speed.packed_weights": False,
+                "data.max_length": 32,
+                "data.overlong": "truncate",
+            },
+        ),
+    ],
+)
+def test_the_change_that_costs_least_is_proposed_and_keeps_the_rows_of_an_update(base, rows, available, settings):
+    asked = config(base, rows, "training.gradient_accumulation_steps=2")
+    tried = []
+    estimate = pretend(asked, available=available, tried=tried)
+    estimate = Estimate(estimate.memory, Work(**{**vars(WORK), "longest_row": 64}))
+    proposal = propose(asked, estimate, lambda changed: pretend(changed, available=available, tried=tried))
+    assert proposal.settings == settings
+    assert proposal.estimate.memory.fits
+    assert {changed.training.rows_per_step for changed in tried} == {16}
+
+
+def test_nothing_is_proposed_where_nothing_fits_or_nothing_is_left_to_learn(base, rows):
+    asked = config(base, rows)
+    outgrown = Estimate(Memory(50, None), Work(**{**vars(WORK), "longest_row": 64}))
+    assert propose(asked, outgrown, lambda changed: pretend(changed, available=50, tried=[])) is None
+
+    def cut_to_nothing(changed):
+        if changed.data.max_length:
+            raise DataError("none of the rows is left with a token to learn")
+        return outgrown
+
+    assert propose(asked, outgrown, cut_to_nothing) is None

@@ -1,0 +1,55 @@
+"""What was stored comes back, or nothing does: after a kill, damage, another identity, or at the limit."""
+
+from __future__ import annotations
+
+from smolora.records.activation_store import ActivationStore
+
+IDENTITY = {"layer": 2}
+
+
+def filled(folder, limit=100):
+    store = ActivationStore(folder, IDENTITY, limit=limit)
+    store.append("a", b"first")
+    store.append("b", b"second")
+    return store
+
+
+def test_what_was_stored_is_read_now_and_by_the_next_process(tmp_path):
+    for store in (filled(tmp_path / "s"), ActivationStore(tmp_path / "s", IDENTITY, limit=100)):
+        assert [bytes(store.read(key)) for key in "ab"] == [b"first", b"second"]
+        assert store.read("c") is None
+
+
+def test_a_record_torn_by_a_kill_is_not_there_and_the_next_one_is_whole(tmp_path):
+    filled(tmp_path / "s")
+    with (tmp_path / "s" / "data.bin").open("ab") as file:
+        file.write(b"thi")
+    with (tmp_path / "s" / "index.jsonl").open("a") as file:
+        file.write('["c", 11')
+    store = ActivationStore(tmp_path / "s", IDENTITY, limit=100)
+    assert "c" not in store
+    store.append("d", b"fourth")
+    assert bytes(ActivationStore(tmp_path / "s", IDENTITY, limit=100).read("d")) == b"fourth"
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    store = filled(tmp_path / "s")
+    content = bytearray((tmp_path / "s" / "data.bin").read_bytes())
+    content[1] ^= 1
+    (tmp_path / "s" / "data.bin").write_bytes(content)
+    assert store.read("a") is None
+    assert bytes(store.read("b")) == b"second"
+
+
+def test_another_identity_empties_it(tmp_path):
+    filled(tmp_path / "s")
+    store = ActivationStore(tmp_path / "s", {"layer": 3}, limit=100)
+    assert "a" not in store
+    assert store.num_bytes == 0
+
+
+def test_what_does_not_fit_is_not_kept(tmp_path):
+    store = filled(tmp_path / "s", limit=8)
+    assert "a" in store
+    assert "b" not in store
+    assert store.num_bytes == 5
