@@ -6,10 +6,12 @@ bundle = tiny_bundle("gpt2", tmp_path / "base")           # the same, opened
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -51,6 +53,21 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = tuple(_SETTINGS)
 PACKABLE_FAMILIES = tuple(family for family in FAMILIES if family not in ("bloom", "opt"))
+
+_ROOMY = {"hidden_size": 64, "intermediate_size": 128}
+WHOLE_BLOCKS: dict[str, dict[str, Any]] = {
+    **{family: {**_ROOMY, "head_dim": 16} for family in ("llama", "mistral", "qwen3", "gemma", "gemma2")},
+    **{family: dict(_ROOMY) for family in ("qwen2", "phi", "phi3", "gpt_neox")},
+    "gpt2": {"n_embd": 64},
+    "bloom": {"hidden_size": 64},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128},
+}
+"""Changes that make a tiny model wide enough for 4-bit layers, which take inputs in blocks of 64."""
+
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+needs_bitsandbytes = pytest.mark.skipif(
+    not HAS_BITSANDBYTES, reason="bitsandbytes isn't installed: pip install 'smolora[quant]'"
+)
 
 _TEXT = (
     "the cat sat on the mat and the dog sat on the log. name: The Eagle, food: Italian, area: riverside. "

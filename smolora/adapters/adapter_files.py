@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast, get_args
 
 import peft
 import torch
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from smolora.config.model import Quantization
 from smolora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,12 +39,23 @@ class StoredAdapter:
     config: peft.LoraConfig
     tensors: Mapping[str, Tensor]
     identity: Mapping[str, str | None]
-    """`fingerprint`, `source` and `revision` of the base; empty for a folder that plain peft wrote."""
+    """`fingerprint`, `source`, `revision` and `quantization` of the base; empty for a folder that plain peft wrote."""
 
     @property
     def base(self) -> str | None:
         """The folder or hub id of the base."""
         return self.config.base_model_name_or_path or self.identity.get("source")
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the base was held while the adapter was trained."""
+        found = self.identity.get("quantization", "none")
+        if found not in get_args(Quantization):
+            raise ModelError(
+                f"{self.folder / IDENTITY_FILE} names the quantization {found!r}; known: "
+                f"{', '.join(get_args(Quantization))}. It is from a newer version, or damaged."
+            )
+        return cast("Quantization", found)
 
     @cached_property
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -126,6 +139,7 @@ def _read_identity(folder: Path) -> dict[str, str | None]:
         return {}
     try:
         identity = json.loads(file.read_text(encoding="utf-8"))
-        return {name: identity[name] for name in ("fingerprint", "source", "revision")}
-    except (ValueError, KeyError, TypeError):
+        known = {name: identity[name] for name in ("fingerprint", "source", "revision")}
+        return {**known, "quantization": identity.get("quantization", "none")}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{file} can't be read. Copy the adapter again.") from None

@@ -16,6 +16,7 @@ import peft
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
 
 from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
 from smolora.adapters.merge_probe import HALF_DTYPES, probe_adapter, verify_merged
@@ -25,7 +26,7 @@ from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
-from smolora.models.structure import PreTrainedModel, is_stored_transposed
+from smolora.models.structure import PreTrainedModel, is_quantised, is_stored_transposed, read_shape
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
 from smolora.records.staging import staged_folder, write_json
 
@@ -64,7 +65,11 @@ class MergeReport:
     adapter: str
     out: str
     dtype: str
+    quantization: str
+    """How the base was held while the adapter was trained. Such layers are merged as they were held, dequantised: into
+    the file's own weights, the adapter would answer for a base that it never saw."""
     num_merged_tensors: int
+    """Weights that the adapter changes, and those that only the quantised base does."""
     num_copied_tensors: int
     num_probe_tokens: int
     adapter_effect: float
@@ -96,7 +101,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
     dtype = _choose_dtype(stored)
-    bundle = load_model(base, dtype=dtype) if base else load_base(adapter, dtype=dtype)
+    bundle = _open_base(adapter, base, dtype)
     refuse_misfit(adapter, bundle)
     _refuse_partial(adapter, bundle)
     _refuse_tied_head(adapter, bundle)
@@ -118,6 +123,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
             adapter=str(adapter_folder),
             out=str(out),
             dtype=", ".join(dtypes),
+            quantization=adapter.quantization,
             num_merged_tensors=len(matched),
             num_copied_tensors=len(stored) - len(matched),
             num_probe_tokens=probe.input_ids.numel(),
@@ -185,12 +191,33 @@ def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
         )
 
 
+def _open_base(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype) -> ModelBundle:
+    if adapter.quantization != "none":
+        dtype = torch.float32  # A quantised layer rounds what it dequantises to its own type.
+    if base:
+        return load_model(base, dtype=dtype, quantization=adapter.quantization)
+    return load_base(adapter, dtype=dtype)
+
+
 def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Update]:
     modules = dict(bundle.model.named_modules())
+    quantised = {path: module for path, module in modules.items() if is_quantised(module)}
+    unchanged = {path: _rank_zero(module) for path, module in quantised.items()}
     return {
-        path: Update(a, b, read_scaling(adapter.config, path), is_transposed=is_stored_transposed(modules.get(path)))
-        for path, (a, b) in adapter.pairs.items()
+        path: Update(
+            a,
+            b,
+            read_scaling(adapter.config, path),
+            is_transposed=is_stored_transposed(modules[path]),
+            quantization=adapter.quantization if path in quantised else "none",
+        )
+        for path, (a, b) in {**unchanged, **adapter.pairs}.items()
     }
+
+
+def _rank_zero(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    inputs, outputs = read_shape(linear)
+    return torch.zeros(0, inputs), torch.zeros(outputs, 0)
 
 
 def _copy_settings(base: Path, adapter: Path, target: Path) -> None:

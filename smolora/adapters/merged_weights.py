@@ -15,7 +15,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from smolora.config.model import Quantization
 from smolora.errors import ModelError
+from smolora.models.quantised import round_trip
 from smolora.models.weight_files import StoredTensor, read_header, read_stored_tensors
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,7 +26,10 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Update:
-    """What LoRA adds to one weight: scaling * B A."""
+    """What becomes of one weight: the rounding of a quantised base, then scaling * B A of LoRA on top.
+
+    Rank 0 is a layer that is quantised and not adapted.
+    """
 
     a: Tensor
     """[r, in]"""
@@ -33,12 +38,15 @@ class Update:
     scaling: float
     is_transposed: bool
     """The weight is stored [in, out] (GPT-2's Conv1D)."""
+    quantization: Quantization = "none"
+    """How the layer was held while the adapter was trained."""
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the updated weight in its own type, computed in float32."""
-        a, b = self.a.float(), self.scaling * self.b.float()
+        a, b, how = self.a.float(), self.scaling * self.b.float(), self.quantization
         updated = a.T @ b.T if self.is_transposed else b @ a
-        return updated.add_(weight).to(weight.dtype)  # In place: adding a 16-bit weight widens it on the way.
+        held = round_trip(weight.T, how).T if self.is_transposed else round_trip(weight, how)
+        return updated.add_(held).to(weight.dtype)  # In place: adding a 16-bit weight widens it on the way.
 
 
 def match_updates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from smolora.adapters.adapter_files import (
     read_adapter,
 )
 from smolora.adapters.attach import quiet_peft, refuse_unadaptable
+from smolora.config.model import Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
@@ -25,6 +27,8 @@ from smolora.models.loading import load_model, resolve_model_folder
 from smolora.models.structure import is_linear, read_shape
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json
+
+logger = logging.getLogger(__name__)
 
 
 def save_adapter(bundle: ModelBundle, folder: Path) -> None:
@@ -44,7 +48,12 @@ def save_adapter(bundle: ModelBundle, folder: Path) -> None:
     _sort_targets(folder / CONFIG_FILE)
     write_json(
         folder / IDENTITY_FILE,
-        {"fingerprint": bundle.fingerprint, "source": bundle.source, "revision": bundle.revision},
+        {
+            "fingerprint": bundle.fingerprint,
+            "source": bundle.source,
+            "revision": bundle.revision,
+            "quantization": bundle.quantization,
+        },
     )
     if bundle.prompt_format:
         write_prompt_format(bundle.prompt_format, folder)
@@ -67,6 +76,13 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     is_training = model.training
     adapter = read_adapter(folder)
     refuse_misfit(adapter, base)
+    if adapter.identity and adapter.quantization != base.quantization:
+        logger.warning(
+            "%s was trained on its base with quantization %s, and goes on it with %s: it answers somewhat differently",
+            folder,
+            adapter.quantization,
+            base.quantization,
+        )
     # peft warns of missing keys and goes on; they are checked below. It draws weights before it reads them; with its
     # low_cpu_mem_usage it would not, but then a float32 adapter is rounded to the type of a bfloat16 base.
     with quiet_peft(), torch.random.fork_rng():
@@ -78,7 +94,13 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     return replace(base, model=adapted, prompt_format=read_prompt_format(folder) or base.prompt_format)
 
 
-def load_bundle(path_or_id: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> ModelBundle:
+def load_bundle(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    quantization: Quantization = "none",
+) -> ModelBundle:
     """Open what a person names: a model folder or hub id, an adapter on its base, or a run.
 
     A run is its model (pretraining), else its adapter on the base, else its merged model.
@@ -87,26 +109,33 @@ def load_bundle(path_or_id: str | Path, *, dtype: torch.dtype | None = None, dev
         path_or_id: A path or a hub id.
         dtype: Type of the base's weights in memory; None keeps the file's own.
         device: Where the weights go.
+        quantization: How a model without an adapter is held; an adapter's base is held as in its training.
 
     Raises:
         ModelError: There is nothing to open there, or it can't be opened.
     """
     if RunDir.is_run(path_or_id):
-        return load_bundle(_find_result(RunDir(path_or_id)), dtype=dtype, device=device)
+        return load_bundle(_find_result(RunDir(path_or_id)), dtype=dtype, device=device, quantization=quantization)
     folder = resolve_model_folder(path_or_id)
     if not is_adapter_folder(folder):
-        return load_model(path_or_id, dtype=dtype, device=device)
+        return load_model(path_or_id, dtype=dtype, device=device, quantization=quantization)
     return load_adapter(load_base(read_adapter(folder), dtype=dtype, device=device), folder)
 
 
 def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, device: str = "cpu") -> ModelBundle:
-    """Open the base that an adapter names.
+    """Open the base that an adapter names, held as in its training.
 
     Raises:
         ModelError: It names none, or that one isn't there.
     """
     resolve_base_folder(adapter)
-    return load_model(str(adapter.base), dtype=dtype, device=device, revision=adapter.config.revision)
+    return load_model(
+        str(adapter.base),
+        dtype=dtype,
+        device=device,
+        revision=adapter.config.revision,
+        quantization=adapter.quantization,
+    )
 
 
 def resolve_base_folder(adapter: StoredAdapter) -> Path:

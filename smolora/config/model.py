@@ -10,6 +10,7 @@ from smolora.config.base import Section
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Quantization = Literal["none", "8bit", "4bit"]
 
 
 class ModelConfig(Section):
@@ -26,6 +27,10 @@ class ModelConfig(Section):
 
     dtype: DTypeName = "auto"
     """Type of the frozen base's weights. auto: bfloat16 where the device computes it natively, else float32."""
+
+    quantization: Quantization = "none"
+    """Bits that the linear layers of the frozen base are held in, all but the head: a half or a quarter of bfloat16's
+    memory for a slower step. 8bit and 4bit (NF4) need the extra smolora[quant]."""
 
     device: DeviceName = "auto"
     """Where the run computes. auto: cuda, then mps, then cpu."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from smolora.config.model import Quantization
 from smolora.data.prompts import PromptFormat
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
@@ -31,6 +32,8 @@ class ModelBundle:
     """How rows were rendered when the model was tuned."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are held."""
 
     @property
     def context(self) -> int | None:
@@ -72,8 +75,11 @@ class ModelBundle:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) parameters: scalars, tied ones once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    """Return (trainable, all) parameters: scalars, tied ones once; 4-bit ones lie two to a byte."""
+    sizes = [
+        (parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1), parameter.requires_grad)
+        for parameter in model.parameters()
+    ]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 

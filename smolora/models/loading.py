@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from smolora.config.model import Quantization
 from smolora.data.prompts import read_prompt_format
-from smolora.errors import ModelError
+from smolora.errors import ConfigError, ModelError, SmoloraError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
+from smolora.models.quantised import build_quantisation, require_quantisation, settle_quantised
 from smolora.models.weight_files import fingerprint_weights, list_weight_files, read_stored_tensors
 from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.pretrained import load_tokenizer
@@ -34,7 +36,12 @@ _OTHER_COPIES = ["original/*", "onnx/*", "consolidated*"]
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", revision: str | None = None
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    quantization: Quantization = "none",
 ) -> ModelBundle:
     """Open a causal language model, in eval mode.
 
@@ -43,15 +50,25 @@ def load_model(
         dtype: Type of the weights in memory; None keeps the file's own.
         device: Where the weights go.
         revision: Branch, tag or commit of a hub id.
+        quantization: How the linear layers are held; the rest, and what they compute, is of `dtype`.
 
     Raises:
+        ConfigError: `quantization` isn't possible here, or for this model.
         ModelError: No such model, code of its own, no safetensors, or a damaged or incomplete checkpoint.
     """
+    require_quantisation(quantization)
     folder = resolve_model_folder(name_or_path, revision=revision)
-    read_model_settings(folder)
+    settings = read_model_settings(folder)
+    if quantization != "none" and "quantization_config" in settings:
+        raise ConfigError(
+            f"model.quantization: {folder} is quantised already. Leave it at none, or name the original model."
+        )
     for file in list_weight_files(folder):
         read_stored_tensors(file)
-    model = _load_weights(folder, dtype).to(device)
+    if quantization == "none":
+        model = _load_weights(folder, dtype).to(device)
+    else:
+        model = _load_quantised(folder, dtype, device, quantization)
     return ModelBundle(
         model=model,
         tokenizer=load_tokenizer(folder),
@@ -60,6 +77,7 @@ def load_model(
         fingerprint=fingerprint_weights(folder),
         prompt_format=read_prompt_format(folder),
         revision=revision,
+        quantization=quantization,
     )
 
 
@@ -142,20 +160,27 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    try:
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} can't be opened as a causal language model: {reason}") from error
+def _load_quantised(
+    folder: Path, dtype: torch.dtype | None, device: str, quantization: Quantization
+) -> PreTrainedModel:
+    with _opening(folder):
+        how = build_quantisation(folder, quantization)
+    model = _load_weights(folder, None, quantization_config=how, device_map={"": device})
+    settle_quantised(model, dtype or model.dtype)
+    return model
+
+
+def _load_weights(folder: Path, dtype: torch.dtype | None, **options: object) -> PreTrainedModel:
+    with _opening(folder):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -164,6 +189,19 @@ def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises inside the block into a word about `folder`."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, SmoloraError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} can't be opened as a causal language model: {reason}") from error
 
 
 def _read_json(file: Path) -> dict[str, object] | None:

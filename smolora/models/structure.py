@@ -40,9 +40,9 @@ def has_plain_forward(linear: nn.Module) -> bool:
     return type(linear).forward in {nn.Linear.forward, Conv1D.forward}
 
 
-def is_stored_transposed(module: nn.Module | None) -> bool:
-    """Whether a linear layer's weight is stored [in, out], as GPT-2's Conv1D does."""
-    return isinstance(module, Conv1D)
+def is_stored_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored [in, out], as GPT-2's Conv1D does; quantised, only in the file."""
+    return isinstance(module, Conv1D) or vars(module).get("source_cls") is Conv1D
 
 
 def read_shape(linear: nn.Module) -> tuple[int, int]:

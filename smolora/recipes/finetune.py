@@ -24,6 +24,7 @@ from smolora.models.bundle import ModelBundle, describe_trainable_parameters
 from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
+from smolora.models.quantised import describe_quantised
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
@@ -157,11 +158,20 @@ def _load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
     dtype, dtype_reason = resolve_dtype(config.model.dtype, device)
     name = config.model.name_or_path
     if RunDir.is_run(name):
-        base = load_bundle(name, dtype=dtype, device=str(device))
+        base = load_bundle(name, dtype=dtype, device=str(device), quantization=config.model.quantization)
     else:
-        base = load_model(name, dtype=dtype, device=str(device), revision=config.model.revision)
+        base = load_model(
+            name,
+            dtype=dtype,
+            device=str(device),
+            revision=config.model.revision,
+            quantization=config.model.quantization,
+        )
     machine = {"device": f"{device} ({device_reason})", "dtype": f"{dtype} ({dtype_reason})"}
     logger.info("device: %s; base weights: %s", machine["device"], machine["dtype"])
+    if base.quantization != "none":
+        machine["quantization"] = f"{base.quantization}: {describe_quantised(base.model, base.anatomy)}"
+        logger.info("base in %s", machine["quantization"])
     return base, machine
 
 

@@ -38,6 +38,7 @@ _FIXED = (
     "tokenizer.",
     "speed.",
     "model.dtype",
+    "model.quantization",
     "model.task_type",
     "phases.",
     "training.seed",

@@ -39,6 +39,9 @@ def silence_libraries() -> None:
     """Switch off what the libraries show by themselves; call it before they are imported. What the person set stays."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    logger = logging.getLogger("bitsandbytes")  # It tells at every import that an optional package isn't there.
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
 
 
 class ConsoleHandler(logging.Handler):
