@@ -28,7 +28,7 @@ WORDS = {
     "check": "format, lint, types, layers and budgets",
     "test": "the default tests",
     "test-all": "every test, with coverage",
-    "docs": "check that the documentation's links and commands exist",
+    "docs": "check that the documentation's links lead somewhere",
     "bench": "the benchmarks (quiet machine, many minutes)",
     "demo": "from nothing to a small model that answers, offline",
 }

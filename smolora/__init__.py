@@ -12,6 +12,14 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.adapters.attach import setup_model_with_lora
     from smolora.adapters.store import load_bundle
     from smolora.adapters.wrapper import PEFTModelWrapper
+    from smolora.analysis.plots import (
+        plot_gradient_evolution,
+        plot_gradient_norms,
+        plot_layer_comparison,
+        plot_layer_heatmap,
+        plot_training_loss,
+    )
+    from smolora.analysis.summary import generate_summary_report
     from smolora.api import SmoLoRA
     from smolora.config import (
         ATTENTION_ONLY,
@@ -122,6 +130,7 @@ __all__ = [
     "chunk_texts",
     "create_layerwise_lora_config",
     "create_phased_lora_config",
+    "generate_summary_report",
     "get_data_collator",
     "get_preprocessor",
     "get_scheduler",
@@ -129,6 +138,11 @@ __all__ = [
     "load_dataset_from_hub",
     "load_text_data",
     "measure_gradient_norms",
+    "plot_gradient_evolution",
+    "plot_gradient_norms",
+    "plot_layer_comparison",
+    "plot_layer_heatmap",
+    "plot_training_loss",
     "prepare_dataset",
     "print_trainable_parameters",
     "read_csv",
@@ -192,6 +206,7 @@ _HOMES = {
     "chunk_texts": "smolora.data.pipeline",
     "create_layerwise_lora_config": "smolora.training.phases",
     "create_phased_lora_config": "smolora.training.phases",
+    "generate_summary_report": "smolora.analysis.summary",
     "get_data_collator": "smolora.data.collate",
     "get_preprocessor": "smolora.data.preprocessing",
     "get_scheduler": "smolora.training.schedules",
@@ -199,6 +214,11 @@ _HOMES = {
     "load_dataset_from_hub": "smolora.data.sources",
     "load_text_data": "smolora.data.sources",
     "measure_gradient_norms": "smolora.training.gradients",
+    "plot_gradient_evolution": "smolora.analysis.plots",
+    "plot_gradient_norms": "smolora.analysis.plots",
+    "plot_layer_comparison": "smolora.analysis.plots",
+    "plot_layer_heatmap": "smolora.analysis.plots",
+    "plot_training_loss": "smolora.analysis.plots",
     "prepare_dataset": "smolora.data.sources",
     "print_trainable_parameters": "smolora.models.bundle",
     "read_csv": "smolora.data.readers",

@@ -7,17 +7,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from smolora import __version__
 from smolora.cli.ask import chat, generate
 from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
+from smolora.cli.look import report
 from smolora.cli.make import merge, prepare, pretrain, train
 from smolora.cli.start import demo, doctor
 
 _START = Group("Start here", sort_key=1)
 _MAKE = Group("Make", sort_key=2)
 _ASK = Group("Ask", sort_key=3)
+_LOOK = Group("Look", sort_key=4)
 
 
 def build_app() -> App:
@@ -30,7 +32,7 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,  # It is said in `run`.
         default_parameter=Parameter(negative="", show_default=False),
     )
-    app["--help"].group = app["--version"].group = Group("Options", sort_key=4)
+    app["--help"].group = app["--version"].group = Group("Options", sort_key=5)
     app.command(demo, group=_START, sort_key=1)
     app.command(doctor, group=_START, sort_key=2)
     app.command(prepare, group=_MAKE, sort_key=1)
@@ -39,6 +41,7 @@ def build_app() -> App:
     app.command(merge, group=_MAKE, sort_key=4)
     app.command(generate, alias="infer", group=_ASK, sort_key=1)
     app.command(chat, group=_ASK, sort_key=2)
+    app.command(report, group=_LOOK, sort_key=1)
     return app
 
 
@@ -71,6 +74,12 @@ def run(arguments: Sequence[str]) -> int:
 def _describe_usage(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument '{error.unused_tokens[0]}'. See smolora --help."
+    if isinstance(error, UnknownOptionError) and error.command_chain:
+        from smolora.cli.equal_flags import find_equal
+
+        flag = error.token.keyword or error.token.value
+        if equal := find_equal(error.command_chain[0], flag):
+            return f"Unknown option: {flag}. Did you mean {equal}?"
     return " ".join(str(error).split())
 
 

@@ -29,8 +29,10 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if _is_out_of_memory(error):
         return "out of memory. Lower --batch-size or --max-length, or choose a smaller model.", StorageError.exit_code
-    if _is_out_of_space(error):
-        return f"{error}. Free space, or choose another place.", StorageError.exit_code
+    if (code := _find_system_code(error)) is not None:
+        from smolora.records.staging import advise
+
+        return f"{error}. {advise(code)}", StorageError.exit_code
     return None
 
 
@@ -41,7 +43,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or by_torch
 
 
-def _is_out_of_space(error: Exception) -> bool:
-    """Python says it by a number; safetensors and Arrow, written in Rust and C++, by the system's words."""
-    by_number = isinstance(error, OSError) and error.errno in _NO_ROOM_OR_RIGHT
-    return by_number or "No space left on device" in str(error)
+def _find_system_code(error: Exception) -> int | None:
+    """Return the system's number of an error about room or rights.
+
+    Python carries it; safetensors and Arrow, written in Rust and C++, say a full disk in the system's words.
+    """
+    if isinstance(error, OSError) and error.errno in _NO_ROOM_OR_RIGHT:
+        return error.errno
+    return errno.ENOSPC if "No space left on device" in str(error) else None

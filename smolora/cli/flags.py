@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, get_type_hints
+from typing import Annotated, get_args, get_type_hints
 
 from cyclopts import Parameter
 
@@ -26,6 +26,9 @@ class LoopFlags:
     eval_data: Annotated[str | None, At("data.eval_source")] = None
     """Held-out rows. Left out, some of the data is held out."""
 
+    text_field: Annotated[str | None, At("data.text_field")] = None
+    """Column of plain text, where it has another name than text."""
+
     max_steps: Annotated[int | None, At("training.max_steps")] = None
     """Updates; where given it decides alone, and the data repeats."""
 
@@ -34,6 +37,15 @@ class LoopFlags:
 
     seed: Annotated[int | None, At("training.seed")] = None
     """Seed of initial weights, data order and dropout."""
+
+    batch_size: int | None = None
+    """Rows per update, however many passes they take."""
+
+    resume: bool = False
+    """Go on from the newest whole checkpoint in OUT, with the settings it was started with."""
+
+    quiet: bool = False
+    """Show warnings only."""
 
 
 @Parameter(name="*")
@@ -74,9 +86,6 @@ class TrainFlags(LoopFlags):
     completion_field: Annotated[str | None, At("data.completion_field")] = None
     """Column that the model learns to answer."""
 
-    text_field: Annotated[str | None, At("data.text_field")] = None
-    """Column of plain text, where there is no prompt."""
-
     adapter: Annotated[str | None, At("adapter.path")] = None
     """Adapter, or the run that holds it, to continue from."""
 
@@ -116,10 +125,12 @@ class TrainFlags(LoopFlags):
 
 def collect_settings(flags: LoopFlags) -> dict[str, object]:
     """Return what was given, by path of the configuration."""
-    given = {name: value for name, value in dataclasses.asdict(flags).items() if value not in (None, ())}
-    return {_path_of(type(flags), name): value for name, value in given.items()}
+    values = dataclasses.asdict(flags)
+    return {path: values[name] for path, name in paths_of(type(flags)).items() if values[name] not in (None, ())}
 
 
-def _path_of(kind: type[LoopFlags], name: str) -> str:
-    [place] = [note for note in get_type_hints(kind, include_extras=True)[name].__metadata__ if isinstance(note, At)]
-    return place.path
+def paths_of(kind: type[LoopFlags]) -> dict[str, str]:
+    """Return the names of the fields that set the configuration, by the path that each sets."""
+    hints = get_type_hints(kind, include_extras=True)
+    notes = [(note, name) for name, hint in hints.items() for note in get_args(hint)]
+    return {note.path: name for note, name in notes if isinstance(note, At)}

@@ -15,6 +15,7 @@ from smolora.errors import ConfigError
 from smolora.runtime.console import print_plainly
 
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+OutIfAny = Annotated[Path | None, Parameter(name=["--out", "-o"])]
 
 
 def prepare(
@@ -53,9 +54,6 @@ def pretrain(
     *words: str,
     out: Out,
     flags: PretrainFlags | None = None,
-    batch_size: int | None = None,
-    resume: bool = False,
-    quiet: bool = False,
 ) -> None:
     """Train a tokenizer and a small GPT from nothing. The model is written to OUT/model.
 
@@ -63,33 +61,26 @@ def pretrain(
         words: A YAML file, and any setting as key.path=value.
         out: Folder of the run.
         flags: What has a flag of its own.
-        batch_size: Rows per update.
-        resume: Go on from the newest whole checkpoint in OUT, with the settings it was started with.
-        quiet: Show warnings only.
     """
-    terminal = open_terminal(quiet=quiet)
+    flags = flags or PretrainFlags()
+    terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import PretrainConfig
 
-    config = build_config(
-        PretrainConfig, words, flags or PretrainFlags(), batch_size=batch_size, resumed=out if resume else None
-    )
+    config = build_config(PretrainConfig, words, flags, out)
     from smolora.recipes.pretrain import pretrain as run_pretrain
     from smolora.training.callbacks import ProgressCallback
 
-    model = run_pretrain(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
+    model = run_pretrain(config, out, resume=flags.resume, callbacks=[ProgressCallback(terminal)])
     print_plainly(terminal, f'model: {model}\nnext: smolora generate {out} "..."')
 
 
 def train(
     *words: str,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    out: OutIfAny = None,
     preset: str | None = None,
     data_dir: Path | None = None,
     flags: TrainFlags | None = None,
-    batch_size: int | None = None,
-    resume: bool = False,
     show: bool = False,
-    quiet: bool = False,
 ) -> None:
     """Fine-tune a model with LoRA. The adapter is written to OUT/adapter_checkpoint.
 
@@ -99,23 +90,13 @@ def train(
         preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
         data_dir: Folder with the files of the preset's benchmark, in place of --data.
         flags: What has a flag of its own.
-        batch_size: Rows per update.
-        resume: Go on from the newest whole checkpoint in OUT, with the settings it was started with.
         show: Print the first examples with what is trained in [[ ]], and stop.
-        quiet: Show warnings only.
     """
-    terminal = open_terminal(quiet=quiet)
+    flags = flags or TrainFlags()
+    terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import ExperimentConfig
 
-    config = build_config(
-        ExperimentConfig,
-        words,
-        flags or TrainFlags(),
-        batch_size=batch_size,
-        resumed=out if resume else None,
-        preset=preset,
-        data_dir=data_dir,
-    )
+    config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir)
     if show:
         from smolora.recipes.finetune import show_examples
 
@@ -126,11 +107,11 @@ def train(
     from smolora.recipes.finetune import finetune
     from smolora.training.callbacks import ProgressCallback
 
-    run = finetune(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
+    run = finetune(config, out, resume=flags.resume, callbacks=[ProgressCallback(terminal)])
     print_plainly(terminal, f'adapter: {run.adapter}\nnext: smolora merge {out}, or smolora generate {out} "..."')
 
 
-def merge(run: Path, *, out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None) -> None:
+def merge(run: Path, *, out: OutIfAny = None) -> None:
     """Add an adapter to its base and write a plain model, checked to answer the same.
 
     Args:

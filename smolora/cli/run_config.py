@@ -19,9 +19,8 @@ def build_config(
     kind: type[RunConfig],
     words: Sequence[str],
     flags: LoopFlags,
+    out: Path | None,
     *,
-    batch_size: int | None,
-    resumed: Path | None,
     preset: str | None = None,
     data_dir: Path | None = None,
 ) -> RunConfig:
@@ -31,8 +30,7 @@ def build_config(
         kind: The configuration class.
         words: Positional words: at most one YAML file, and `key.path=value`.
         flags: What was given by flags; it beats the file, and a word beats it.
-        batch_size: Rows per update, however many passes they take.
-        resumed: The folder of a run to go on with, whose own configuration lies below all of this but the preset.
+        out: The run's folder. Where it is resumed, its own configuration lies below all of this but the preset.
         preset: The name of an experiment, below everything else.
         data_dir: A folder with the files of the preset's benchmark.
 
@@ -45,18 +43,18 @@ def build_config(
     from smolora.records.run_dir import RunDir
 
     file, assignments = split_words(words)
-    base = RunDir(resumed).resolved_config if resumed is not None and RunDir.is_run(resumed) else None
+    base = RunDir(out).resolved_config if flags.resume and out is not None else None
     settings = {**_find_data(preset, data_dir, flags), **collect_settings(flags)}
     start = read_preset(preset) if preset else None
     config = resolve_config(kind, preset=start, base=base, file=file, flags=settings, assignments=assignments)
-    if batch_size is None:
+    if flags.batch_size is None:
         return config
     if any(assignment.startswith(f"{_ROWS_PER_PASS}=") for assignment in assignments):
         raise ConfigError(
             f"--batch-size and {_ROWS_PER_PASS} both set the rows of a step. Give --batch-size alone, "
             "with training.gradient_accumulation_steps=N to split it into N passes."
         )
-    resolved: RunConfig = config.replace(training=config.training.with_rows_per_step(batch_size))
+    resolved: RunConfig = config.replace(training=config.training.with_rows_per_step(flags.batch_size))
     return resolved
 
 

@@ -9,11 +9,13 @@ from smolora.config.experiment import (
     PretrainConfig,
     RunConfig,
     dump_config,
+    flatten_settings,
     resolve_config,
 )
 from smolora.config.model import GPTConfig, ModelConfig, TokenizerConfig
 from smolora.config.phases import DynamicLoRAConfig, PhaseConfig, PhaseStart, PlateauConfig
 from smolora.config.presets import PRESETS
+from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
 
 __all__ = [
@@ -34,8 +36,10 @@ __all__ = [
     "PrepareConfig",
     "PretrainConfig",
     "RunConfig",
+    "SpeedConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "dump_config",
+    "flatten_settings",
     "resolve_config",
 ]

@@ -51,7 +51,8 @@ class DataConfig(Section):
     """Jinja template for rows of messages. Left out, the tokenizer's, else a plain one."""
 
     clean: tuple[str, ...] = ()
-    """Cleaning switches of TextCleaningProcessor to turn on, such as strip_html."""
+    """Cleaning switches to turn on: strip_html, normalize_unicode, normalize_whitespace (line breaks, paragraphs and
+    indentation stay; several blank lines become one), flatten_whitespace (all on one line), lowercase."""
 
     deduplicate: bool = True
     """Drop rows equal to an earlier one, keeping order."""

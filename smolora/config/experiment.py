@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +16,11 @@ from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
 from smolora.config.phases import DynamicLoRAConfig
+from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
 from smolora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class ExperimentConfig(Section):
@@ -39,6 +43,9 @@ class ExperimentConfig(Section):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation during the run."""
+
+    speed: SpeedConfig = SpeedConfig()
+    """The parts of the fast path."""
 
     @property
     def lora(self) -> LoRAConfig:
@@ -111,10 +118,13 @@ def resolve_config(
 ) -> _Config:
     """Build a configuration from its layers; a later one wins: defaults, and the arguments in their order.
 
+    Epochs in a later layer replace `max_steps` of an earlier one, which would decide alone; flags and assignments
+    are one layer in this.
+
     Args:
         kind: The configuration class.
         preset: Nested settings to start from.
-        base: The configuration that a run was started with, where it is resumed.
+        base: The configuration that a run was started with, where it is resumed; without that file, one is started.
         file: A YAML file with the sections of `kind`.
         flags: Values by dotted path; None means not given.
         assignments: Strings such as `training.learning_rate=1e-4`; the value is read as YAML.
@@ -123,9 +133,24 @@ def resolve_config(
         ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed.
     """
     values: dict[str, Any] = dict(preset or {})
-    for layer in (base, file):
-        values = _merge(values, _read_yaml(layer)) if layer else values
-    for path, value in (flags or {}).items():
+    if kind is PretrainConfig:
+        values["training"] = _pretraining_defaults().model_dump(exclude_unset=True)
+    is_afresh = base is not None and not base.is_file()
+    for layer in (None if is_afresh else base, file):
+        values = _lay_over(values, _read_yaml(layer)) if layer else values
+    values = _lay_over(values, _read_command(flags or {}, assignments))
+    if base is not None and is_afresh:
+        _require_start(kind, values, base.parent)
+    if kind is ExperimentConfig and not values.get("model"):
+        raise ConfigError(
+            "model.name_or_path is missing. Name the base model with --model: a folder, a run or a hub id."
+        )
+    return kind(**values)
+
+
+def _read_command(flags: Mapping[str, object], assignments: Iterable[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for path, value in flags.items():
         if value is not None:
             _assign(values, path, value)
     for assignment in assignments:
@@ -133,14 +158,45 @@ def resolve_config(
         if not separator:
             raise ConfigError(f"'{assignment}' isn't key.path=value.")
         _assign(values, path.strip(), _parse_value(assignment, text))
-    if kind is PretrainConfig:
-        defaults = _pretraining_defaults().model_dump(exclude_unset=True)
-        values["training"] = {**defaults, **_section(values, "training")}
-    if kind is ExperimentConfig and not values.get("model"):
-        raise ConfigError(
-            "model.name_or_path is missing. Name the base model with --model: a folder, a run or a hub id."
+    training = _section(values, "training")
+    if training.get("max_steps") is not None and "num_train_epochs" in training:
+        logger.warning(
+            "training.max_steps = %s decides alone; training.num_train_epochs = %s has no effect.",
+            training["max_steps"],
+            training["num_train_epochs"],
         )
-    return kind(**values)
+    return values
+
+
+def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    for name, section in above.items():
+        if isinstance(section, dict) and not isinstance(below.get(name, {}), dict):
+            raise ConfigError(f"{name}: expected settings, found {below[name]!r}.")
+    values = _merge(below, above)
+    steps = _section(below, "training").get("max_steps")
+    if (
+        steps is not None
+        and "num_train_epochs" in _section(above, "training")
+        and "max_steps" not in _section(above, "training")
+    ):
+        values["training"]["max_steps"] = None
+        epochs = values["training"]["num_train_epochs"]
+        logger.info("training.num_train_epochs = %s replaces training.max_steps = %s", epochs, steps)
+    return values
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _require_start(kind: type[Section], values: dict[str, Any], folder: Path) -> None:
+    """Raise where a run was to be resumed, is not there, and can't be started with what was given."""
+    given = {"--data": _section(values, "data").get("sources")}
+    if kind is ExperimentConfig:
+        given = {"--model": _section(values, "model").get("name_or_path"), **given}
+    if missing := [flag for flag, value in given.items() if not value]:
+        raise ConfigError(f"{folder} holds no run to resume. To start one there, give {' and '.join(missing)} too.")
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -153,11 +209,17 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name) or {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name}: expected settings, found {section!r}.")
-    return section
+def flatten_settings(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested settings by dotted path.
+
+    >>> flatten_settings({"training": {"seed": 0}, "device": "cpu"})
+    {'training.seed': 0, 'device': 'cpu'}
+    """
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        nested = flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat.update(nested)
+    return flat
 
 
 def _parse_value(assignment: str, text: str) -> Any:
@@ -176,7 +238,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} isn't YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold sections such as 'model:' and 'training:', found {type(values).__name__}.")
-    return values
+    return {name: value for name, value in values.items() if value is not None}  # A section may be empty.
 
 
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:

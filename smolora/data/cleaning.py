@@ -42,9 +42,10 @@ class TextCleaningProcessor:
             text_field: The column to clean.
             strip_html: Keep the text of HTML, without tags, scripts and styles.
             normalize_unicode: Compose characters (NFC), so that equal text has equal bytes.
-            normalize_whitespace: One kind of line end, no space at line ends, at most one blank line; indentation and
-                paragraphs stay.
-            flatten_whitespace: Every run of white space becomes one space, line breaks too.
+            normalize_whitespace: Every line end becomes a line feed, white space at line ends and blank lines around
+                the text go, and several blank lines become one. Line breaks, paragraphs, indentation and spaces within
+                a line stay, so code keeps its shape.
+            flatten_whitespace: Every run of white space becomes one space, line breaks too: a text becomes one line.
             lowercase: Fold to lower case.
         """
         self.text_field = text_field

@@ -42,6 +42,9 @@ class Batch:
     num_input_tokens: int
     """Real tokens, without padding."""
 
+    row_lengths: tuple[int, ...]
+    """Real tokens of each row."""
+
     @property
     def num_target_tokens(self) -> int:
         """Tokens that the loss counts."""
@@ -56,6 +59,7 @@ class Batch:
             target_positions=_move(self.target_positions, device),
             targets=self.targets.to(device, non_blocking=True),
             num_input_tokens=self.num_input_tokens,
+            row_lengths=self.row_lengths,
         )
 
 
@@ -74,6 +78,7 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
         target_positions=_int64(positions),
         targets=_int64(targets),
         num_input_tokens=len(input_ids),
+        row_lengths=tuple(map(len, examples)),
     )
 
 
@@ -96,6 +101,7 @@ def collate_padded(examples: Sequence[Example], *, pad_token_id: int = 0) -> Bat
         target_positions=_int64(positions),
         targets=_int64(targets),
         num_input_tokens=sum(lengths),
+        row_lengths=tuple(lengths),
     )
 
 
@@ -117,6 +123,7 @@ def collate_windows(examples: Sequence[Example]) -> Batch:
         target_positions=None,
         targets=windows[:, 1:].reshape(-1),
         num_input_tokens=inputs.numel(),
+        row_lengths=(inputs.shape[1],) * len(inputs),
     )
 
 

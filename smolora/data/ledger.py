@@ -96,21 +96,23 @@ class DataReport:
                 )
 
     def check_rejects(self, allowed: int, folder: Path | None) -> None:
-        """Raise when more rows were rejected than `allowed`, after writing what was found into `folder`.
+        """Raise when more rows were rejected than `allowed`, or all, after writing what was found into `folder`.
 
         Raises:
             DataError: Too many rows were rejected.
         """
-        if len(self.rejects) <= allowed:
+        if not self.rejects or (self.train and len(self.rejects) <= allowed):
             return
         if folder is not None:
             self.write(folder)
         shown = "\n".join(f"  {reject.file}:{reject.line}: {reject.reason}" for reject in self.rejects[:5])
         more = f"\n  and {len(self.rejects) - 5} more" if len(self.rejects) > 5 else ""
         place = f" All are listed in {RunDir(folder).rejects}." if folder is not None else ""
+        found = f"{len(self.rejects)} of {self.read} rows can't be used"
+        if not self.train:
+            raise DataError(f"no row is left to learn from: {found}:\n{shown}{more}\nRepair them.{place}")
         raise DataError(
-            f"{len(self.rejects)} of {self.read} rows can't be used (data.max_rejects allows {allowed}):\n"
-            f"{shown}{more}\n"
+            f"{found} (data.max_rejects allows {allowed}):\n{shown}{more}\n"
             f"Repair them, or set data.max_rejects={len(self.rejects)} to go on without them.{place}"
         )
 

@@ -35,6 +35,8 @@ _RECOGNISED: dict[Kind, tuple[str, ...]] = {
 }
 """The columns that make a form, most specific first."""
 
+_ROLES = {role for roles in _RECOGNISED.values() for role in roles} | {"input"}
+
 _TRAINED = ("text", "completion", "output", "messages")
 
 
@@ -73,6 +75,20 @@ class PromptFormat(Section):
             for role, column in self.columns.items()
         ]
         return f"{self.kind}: {', '.join(parts)}"
+
+
+def rename_to_roles(values: Mapping[str, object], fmt: PromptFormat) -> dict[str, object]:
+    """Return a row with its columns called what they are for, so that its form is recognised without being named.
+
+    Other columns stay, but for those whose names would make another form of it.
+
+    >>> fmt = PromptFormat(kind="text", columns={"text": "review"})
+    >>> rename_to_roles({"review": "Good.", "stars": 5, "prompt": "?"}, fmt)
+    {'text': 'Good.', 'stars': 5}
+    """
+    named = {role: values[column] for role, column in fmt.columns.items() if column in values}
+    used = set(fmt.columns.values())
+    return named | {name: value for name, value in values.items() if name not in used and name.casefold() not in _ROLES}
 
 
 def write_prompt_format(fmt: PromptFormat, folder: Path) -> None:
@@ -124,8 +140,8 @@ def resolve_prompt_format(
         return PromptFormat(kind=kind, columns=found, chat_template=template)
     raise DataError(
         f"the columns {', '.join(map(repr, columns)) or '(none)'} fit no form. Known: text; prompt and completion; "
-        "instruction, output and perhaps input; messages. Name yours with --prompt-field and --completion-field, or "
-        "--text-field."
+        "instruction, output and perhaps input; messages. Name yours: --text-field X (data.text_field=X), or "
+        "--prompt-field X --completion-field Y (data.prompt_field=X data.completion_field=Y)."
     )
 
 

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from smolora.config.data import FileType
 from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
-from smolora.errors import DataError, did_you_mean
+from smolora.errors import DataError, StorageError, did_you_mean
 
 Read = Iterator[Row | Reject]
 
@@ -59,7 +59,7 @@ def read_rows(path: Path, file_type: FileType) -> list[Row | Reject]:
         raise DataError(
             f"no reader for {file_type!r}.{did_you_mean(file_type, _READERS)} Types: {', '.join(_READERS)}."
         )
-    _check_regular(path)
+    check_readable(path)
     return list(_READERS[file_type](path))
 
 
@@ -87,9 +87,17 @@ def infer_type(path: Path) -> FileType | None:
 
 
 def list_files(folder: Path, types: set[FileType]) -> list[Path]:
-    """Return the regular files of some types under `folder`, at any depth, in bytewise order of their paths."""
+    """Return the regular files of some types under `folder`, at any depth, in bytewise order of their paths.
+
+    Raises:
+        StorageError: A folder may not be read.
+    """
+
+    def refuse(error: OSError) -> None:  # Left to itself, os.walk passes over what it may not open.
+        raise _refuse_reading(Path(error.filename)) from error
+
     found = []
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, onerror=refuse):
         for name in names:
             path = Path(parent, name)
             # A FIFO would hang at opening, so only what is_file says is opened.
@@ -107,7 +115,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
     Raises:
         DataError: The file can't be opened or unpacked, or is UTF-16.
     """
-    _check_regular(path)
+    check_readable(path)
     openers: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open}
     opener = openers.get(path.suffix.lower(), open)
     try:
@@ -120,11 +128,23 @@ def open_text(path: Path) -> Iterator[TextIO]:
         raise DataError(f"can't read {path}: {error}. The file may be damaged or cut; copy it again.") from error
 
 
-def _check_regular(path: Path) -> None:
+def check_readable(path: Path) -> None:
+    """Raise unless `path` is a regular file that may be read.
+
+    Raises:
+        DataError: There is no such file, or it is a folder or a pipe.
+        StorageError: The permission is missing.
+    """
     if not path.exists():
         raise DataError(f"no such file: {path}.")
+    if not os.access(path, os.R_OK):
+        raise _refuse_reading(path)
     if not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, where a file was expected.")
+
+
+def _refuse_reading(path: Path) -> StorageError:
+    return StorageError(f"can't read {path}: permission denied. Have yourself given the right, or name another copy.")
 
 
 def _read_text(path: Path) -> str:

@@ -6,21 +6,24 @@ its name; what can't be told is an error that says what would do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import datasets
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from smolora.config.data import DataConfig, FileType
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, resolve_prompt_format
-from smolora.data.readers import infer_type, list_files, read_documents, read_rows
+from smolora.data.readers import check_readable, infer_type, list_files, read_documents, read_rows
 from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
 from smolora.data.selection import RowSelection, split_validation
 from smolora.errors import DataError, did_you_mean
+from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
@@ -51,6 +54,22 @@ class Documents:
     train: list[str]
     held_out: list[str]
     report: DataReport
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raise unless every source is there and may be read: seconds, or a download, sooner than a model is loaded.
+
+    Raises:
+        DataError: No source is named, or one isn't there.
+        StorageError: A file may not be read.
+    """
+    held_out = [] if data.eval_source is None else [(data.eval_source, None)]
+    for source, file_type in [*((source, data.file_type) for source in _require_sources(data)), *held_out]:
+        found = _locate(source, file_type)
+        if found is None:
+            load_dataset_from_hub(source)  # Once it is in the cache, reading it again costs next to nothing.
+        for file, _ in found or ():
+            check_readable(file)
 
 
 def read_sources(
@@ -104,13 +123,15 @@ def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Docum
     train = [part for source in _require_sources(data) for part in _read_source(source, data, is_whole=True)]
     held_out = _read_held_out(data, is_whole=True) or []
     columns = list_columns(record for records in train for record in records)
-    field = find_column(data.text_field or "text", columns)
+    if not columns:
+        raise _refuse_rowless(train, data, report, out)
+    field = _find_text_column(columns, data)
     chooser = RowSelection(PromptFormat(kind="text", columns={"text": field}), data, report, _chunk_tokenizer(data))
     rows = [chooser.select(record for records in part for record in records) for part in (train, held_out)]
     report.train, report.held_out = len(rows[0]), len(rows[1])
     report.check_rejects(data.max_rejects, out)
     report.check()
-    _require_rows(rows[0], report)
+    _require_rows(rows[0], data)
     texts = [[str(row.values[field]) for row in part] for part in rows]
     return Documents(texts[0], texts[1], report)
 
@@ -183,14 +204,29 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
     Raises:
         DataError: It doesn't exist, can't be reached, or has no such split.
     """
+    problem = find_hub_problem(name, "dataset")
     try:
-        return load_dataset(name, split=split)
+        with _cache_only() if problem else nullcontext():
+            return load_dataset(name, split=split)
+    except ConnectionError as error:
+        raise DataError(
+            f"no file or folder '{name}' here, and the hub didn't give it: {problem or error}. "
+            "Check the name, or the network."
+        ) from error
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"can't load {name!r}, split {split!r}, from the hub: {reason} "
-            "If you meant a file or a folder, there is none of that name here."
-        ) from error
+        raise DataError(f"can't load {name!r}, split {split!r}, from the hub: {reason}") from error
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Let datasets look into its cache alone inside the block; otherwise it asks the hub for half a minute."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _build_rows(
@@ -203,8 +239,6 @@ def _build_rows(
     out: Path | None,
 ) -> SourceRows:
     report = DataReport()
-    if not any(len(records) for records in train):
-        raise DataError("the data holds no rows.")
     fmt = _resolve_first(train, data, tokenizer, report, out)
     chooser = RowSelection(fmt, data, report, _chunk_tokenizer(data))
     rows = chooser.select(_iter_alike(train, fmt, data))
@@ -218,7 +252,7 @@ def _build_rows(
     report.train, report.held_out = len(learned), len(evaluated)
     report.check_rejects(data.max_rejects, out)
     report.check()
-    _require_rows(learned, report)
+    _require_rows(learned, data)
     return SourceRows(learned, evaluated, fmt, report)
 
 
@@ -233,10 +267,22 @@ def _resolve_first(
     for records in batches:
         if columns := list_columns(records):
             return resolve_prompt_format(columns, data, tokenizer)
+    raise _refuse_rowless(batches, data, report, out)
+
+
+def _refuse_rowless(batches: Sequence[Records], data: DataConfig, report: DataReport, out: Path | None) -> DataError:
+    """Return what to say of files without a single row; raise instead where they hold nothing but rejects."""
     report.rejects += [record for records in batches for record in records if isinstance(record, Reject)]
     report.files.update(record.file for records in batches for record in records)
-    report.check_rejects(0, out)
-    raise DataError("the data holds no rows, only blank lines.")
+    report.check_rejects(data.max_rejects, out)
+    return _describe_emptiness(data)
+
+
+def _find_text_column(columns: Sequence[str], data: DataConfig) -> str:
+    try:
+        return find_column(data.text_field or "text", columns)
+    except DataError as error:
+        raise DataError(f"{error} Name the one to read with --text-field X (data.text_field=X).") from None
 
 
 def _iter_alike(batches: Sequence[Records], fmt: PromptFormat, data: DataConfig) -> list[Row | Reject]:
@@ -274,9 +320,15 @@ def _require_sources(data: DataConfig) -> tuple[str, ...]:
     return data.sources
 
 
-def _require_rows(rows: Sequence[Row], report: DataReport) -> None:
+def _require_rows(rows: Sequence[Row], data: DataConfig) -> None:
     if not rows:
-        raise DataError(f"no rows are left to learn from.\n{report.describe()}")
+        raise _describe_emptiness(data)
+
+
+def _describe_emptiness(data: DataConfig) -> DataError:
+    """Say the same of an empty file, of blank lines, and of rows without text."""
+    named = ", ".join(data.sources) or "the dataset"
+    return DataError(f"no rows to learn from in {named}: it is empty, or every row lacks text. Name one with text.")
 
 
 def _read_held_out(data: DataConfig, *, is_whole: bool) -> list[Records] | None:
@@ -289,13 +341,20 @@ def _read_held_out(data: DataConfig, *, is_whole: bool) -> list[Records] | None:
 
 def _read_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Records]:
     """Read what is learned from one source, a list of records per file; `is_whole` reads text files as documents."""
-    path = Path(source).expanduser()
-    if data.file_type == "hub" or (data.file_type is None and not path.exists() and _may_be_hub_id(source)):
+    found = _locate(source, data.file_type)
+    if found is None:
         return [_to_records(load_dataset_from_hub(source), source)]
+    return [read_documents(file) if is_whole and kind == "txt" else read_rows(file, kind) for file, kind in found]
+
+
+def _locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType]] | None:
+    """Return the files of a source and how to read them; None where it is of the hub."""
+    path = Path(source).expanduser()
+    if file_type == "hub" or (file_type is None and not path.exists() and _may_be_hub_id(source)):
+        return None
     if not path.exists():
         raise DataError(f"no such file or folder: {source}.{_suggest_sibling(path)}")
-    found = _find_files(path, data.file_type)
-    return [read_documents(file) if is_whole and kind == "txt" else read_rows(file, kind) for file, kind in found]
+    return _find_files(path, file_type)
 
 
 def _find_validation_file(folder: Path) -> Path | None:
@@ -324,9 +383,9 @@ def _find_files(path: Path, file_type: FileType | None) -> list[tuple[Path, File
                 f"can't tell the type of {path} from its name. Name it with --file-type: {', '.join(sorted(known))}."
             )
         return [(path, kind)]
+    files = list_files(path, {file_type} if file_type else known)  # First, as it says so where the folder is locked.
     if (path / TRAIN_FILE).is_file():
         return [(path / TRAIN_FILE, "jsonl")]
-    files = list_files(path, {file_type} if file_type else known)
     kinds = {kind for file in files if (kind := infer_type(file)) is not None}
     if not files:
         wanted = file_type or ", ".join(sorted(known))

@@ -33,16 +33,25 @@ def run_chat(
     """Chat until the questions end. The streams default to stdin, stdout and stderr.
 
     Ctrl-C stops the answer that is being computed, and keeps what was said of it.
+
+    Raises:
+        DataError: A question of a pipe is past the context. A person at a terminal is told, and asks another.
     """
+    questions = questions or sys.stdin
     chat = _Chat(Conversation(bundle, settings), answers or sys.stdout, notes or sys.stderr)
     chat.note(f"{chat.conversation.describe()} /help lists the commands.")
-    for line in _iter_lines(questions or sys.stdin):
+    for line in _iter_lines(questions):
         if line == "/quit":
             return
         if line.startswith("/"):
             chat.obey(line)
         elif line:
-            chat.answer(line)
+            try:
+                chat.answer(line)
+            except DataError as error:
+                if not questions.isatty():
+                    raise
+                chat.note(str(error))
 
 
 class _Chat:
@@ -70,8 +79,6 @@ class _Chat:
         try:
             with closing(self.conversation.ask(question)) as pieces:
                 self._write(pieces)
-        except DataError as error:
-            self.note(str(error))
         except KeyboardInterrupt:
             self._answers.write("\n")
             self.note("(stopped)")

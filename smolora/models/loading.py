@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from smolora.errors import ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.weight_files import fingerprint_weights, list_weight_files, read_stored_tensors
+from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.pretrained import load_tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -75,25 +77,23 @@ def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = Non
         raise ModelError(
             f"{name} is {kind}. Name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M."
         )
+    problem = find_hub_problem(name, "model", revision=revision)
+    fetch = partial(
+        snapshot_download,
+        name,
+        revision=revision,
+        ignore_patterns=_OTHER_COPIES,
+        local_files_only=problem is not None,  # The cache may hold it all the same.
+    )
     try:
-        settings = Path(
-            snapshot_download(name, revision=revision, allow_patterns=_SETTINGS_FILES, ignore_patterns=_OTHER_COPIES)
-        )
-        refuse_code(settings)  # Before the gigabytes.
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*_SETTINGS_FILES, "*.safetensors"],
-                ignore_patterns=_OTHER_COPIES,
-            )
-        )
+        refuse_code(Path(fetch(allow_patterns=_SETTINGS_FILES)))  # Before the gigabytes.
+        return Path(fetch(allow_patterns=[*_SETTINGS_FILES, "*.safetensors"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = problem or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"no folder '{name}' here, and the hub didn't give it: {reason} Check the name, or the network."
+            f"no folder '{name}' here, and the hub didn't give it: {reason}. Check the name, or the network."
         ) from error
 
 

@@ -7,12 +7,22 @@ smollm is llama, or smollm3 for its third version.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from smolora.errors import ConfigError, did_you_mean
 
 Role = Literal["query", "key", "value", "output", "query_key_value", "gate", "up", "gate_up", "down"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What tells a family of rotary models with gated MLPs from llama, for the operations that stand for its blocks."""
+
+    norm_offset: float = 0.0
+    """1 where norms store weight - 1."""
+    attention: bool = True
+    """Whether attention is rotary over whole heads, with neither cap nor gate."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,8 @@ class Family:
     """Paths in the whole model, the tokens' first."""
     head: str
     """Path of the language-model head in the whole model."""
+    fused: Fused | None = None
+    """Profile of its blocks, where fused operations can stand for them."""
     advice: Mapping[str, str | bool] = field(default_factory=dict)
     """What a person may want to set for this family. Nothing applies it by itself."""
 
@@ -40,13 +52,12 @@ _SEPARATE_ATTENTION: dict[str, Role] = {
 _GATED_MLP: dict[str, Role] = {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
 _BIGSCIENCE_MLP: dict[str, Role] = {"mlp.dense_h_to_4h": "up", "mlp.dense_4h_to_h": "down"}
 
-_LLAMA = Family("model.layers", _SEPARATE_ATTENTION, _GATED_MLP, ("model.embed_tokens",), "lm_head")
-_GEMMA2 = Family(
-    "model.layers",
-    _SEPARATE_ATTENTION,
-    _GATED_MLP,
-    ("model.embed_tokens",),
-    "lm_head",
+_LLAMA = Family("model.layers", _SEPARATE_ATTENTION, _GATED_MLP, ("model.embed_tokens",), "lm_head", fused=Fused())
+_SMOLLM3 = replace(_LLAMA, fused=Fused(attention=False))  # Some of its layers have no positions.
+_GEMMA = replace(_LLAMA, fused=Fused(norm_offset=1.0))
+_GEMMA2 = replace(
+    _LLAMA,
+    fused=Fused(norm_offset=1.0, attention=False),
     advice={"attn_implementation": "eager"},  # sdpa leaves out the soft cap on attention scores.
 )
 _PHI = Family(
@@ -119,13 +130,13 @@ _SMOLORA_GPT = Family(
 
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
-    "smollm3": _LLAMA,
+    "smollm3": _SMOLLM3,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": _LLAMA,
+    "gemma": _GEMMA,
     "gemma2": _GEMMA2,
-    "gemma3_text": _LLAMA,
+    "gemma3_text": _GEMMA,
     "phi": _PHI,
     "phi3": _PHI3,
     "gpt2": _GPT2,

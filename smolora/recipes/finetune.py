@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolora.adapters.attach import attach_adapter
+from smolora.adapters.fast_path import fast_path
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
 from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.preprocessing import Side, encode_rows, render_marked
 from smolora.data.rows import Row
-from smolora.data.sources import SourceRows, read_dataset, read_sources
+from smolora.data.sources import SourceRows, check_sources, read_dataset, read_sources
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle, describe_trainable_parameters
 from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
+from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder, replaced_folder, retire_folder
@@ -70,11 +73,14 @@ def finetune(
     Raises:
         ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
         DataError: Rows are missing, rejected or too long.
+        StorageError: A source may not be read, or `out` not be written.
         ModelError: The model or adapter can't be loaded, or a checkpoint belongs to another base.
         BrokenRunError: The run can't have learned.
     """
     run = RunDir(out)
     config = settle_config(run, config, resume=resume)
+    if dataset is None:
+        check_sources(config.data)
     allocator = keep_large_blocks()
     base, machine = _load_base(config)
     data = _prepare_data(config, base, out, dataset)
@@ -82,8 +88,11 @@ def finetune(
     bundle = _adapt(base, config, data)
     _check_phases(bundle, data, config)
     identity = _identify(bundle, data, config)
-    machine |= {"allocator": allocator, "batches": layout}
-    with recorded_run(run, config, resume=resume, identity=identity, machine=machine):
+    with ExitStack() as stack:
+        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=layout == "packed"))
+        logger.info("fast path: %s", fast.describe())
+        machine |= {"allocator": allocator, "batches": layout, "fast_path": fast.describe()}
+        stack.enter_context(recorded_run(run, config, resume=resume, identity=identity, machine=machine))
         data.rows.report.write(run.path)
         state = Trainer(
             bundle,
@@ -98,11 +107,13 @@ def finetune(
         ).train(resume=resume)
         restore_best(run, bundle, state)
         _save(run, bundle)
+        leave_report(run)
     return run
 
 
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
     """Return the first examples as (text, is trained on) runs; nothing is written."""
+    check_sources(config.data)
     base, _ = _load_base(config)
     data = _prepare_data(config, base, None, None)
     return [render_marked(data.train[index], base.tokenizer) for index in range(min(count, len(data.train)))]

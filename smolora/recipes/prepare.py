@@ -8,15 +8,19 @@ from pathlib import Path
 
 from smolora.config.data import DataConfig
 from smolora.data.ledger import DataReport
+from smolora.data.prompts import PromptFormat, rename_to_roles
 from smolora.data.rows import Row
 from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, read_sources
 from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import staged_folder
+from smolora.records.staging import require_writable, staged_folder
 
 
 def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -> DataReport:
     """Read, clean, chunk, deduplicate and split a source into a folder that `train` and `pretrain` read.
+
+    The rows' columns are called by what they are for (`text`, or `prompt` and `completion`, ...), whatever the source
+    calls them.
 
     Args:
         source: A file, a folder or a hub id.
@@ -27,13 +31,15 @@ def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -
     Raises:
         ConfigError: `out` holds something already.
         DataError: The source can't be used, or too many rows were rejected.
+        StorageError: `out` can't be written.
     """
+    require_writable(out)
     _refuse_existing(out)
     rows = read_sources(data.replace(sources=(str(source),)), seed=seed, out=out)
     _remove_account(out)
     with staged_folder(out) as folder:
-        _write_rows(rows.train, folder / TRAIN_FILE)
-        _write_rows(rows.held_out, folder / VALIDATION_FILE)
+        _write_rows(rows.train, rows.fmt, folder / TRAIN_FILE)
+        _write_rows(rows.held_out, rows.fmt, folder / VALIDATION_FILE)
         rows.report.write(folder)
     return rows.report
 
@@ -57,8 +63,8 @@ def _account_files(out: Path) -> list[Path]:
     return [RunDir(out).data_report, RunDir(out).rejects]
 
 
-def _write_rows(rows: Sequence[Row], path: Path) -> None:
+def _write_rows(rows: Sequence[Row], fmt: PromptFormat, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
-            file.write(json.dumps(row.values, ensure_ascii=False, default=str) + "\n")
+            file.write(json.dumps(rename_to_roles(row.values, fmt), ensure_ascii=False, default=str) + "\n")

@@ -19,6 +19,7 @@ from smolora.data.token_dataset import TextDataset, TokenArray
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
+from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import replaced_folder
@@ -88,6 +89,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         ).train(resume=resume)
         restore_best(run, bundle, state)
         _save_model(run, bundle)
+        leave_report(run)
     return run.model
 
 

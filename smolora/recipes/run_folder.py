@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import torch
 import yaml
 
-from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config
+from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import find_damage, write_json, write_text
+from smolora.records.staging import find_damage, require_writable, write_json, write_text
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
@@ -34,6 +34,7 @@ _FIXED = (
     "adapter.",
     "gpt.",
     "tokenizer.",
+    "speed.",
     "model.dtype",
     "model.task_type",
     "phases.",
@@ -52,9 +53,11 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     Raises:
         ConfigError: A run is here and `resume` isn't set, or a setting changed that a checkpoint depends on.
         ModelError: The stored configuration can't be read.
+        StorageError: The folder can't be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a run takes one process as yet, and WORLD_SIZE asks for more. Start it without torchrun.")
+    require_writable(run.path)
     if run.is_run(run.path):
         with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
             pass
@@ -78,7 +81,11 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
 
 def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
     """Return the SHA-256 of the settings that can't change within a run."""
-    fixed = {path: value for path, value in _flatten(config.model_dump(mode="json")).items() if path.startswith(_FIXED)}
+    fixed = {
+        path: value
+        for path, value in flatten_settings(config.model_dump(mode="json")).items()
+        if path.startswith(_FIXED)
+    }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -155,15 +162,8 @@ def _stored_config(run: RunDir) -> dict[str, object]:
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten_settings(before), flatten_settings(now)
     return {path: (old.get(path), new[path]) for path in new if old.get(path) != new[path]}
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _describe_environment() -> dict[str, object]:

@@ -46,6 +46,8 @@ class RunDir:
         self.adapter = self.path / "adapter_checkpoint"
         self.merged = self.path / "final_merged"
         self.model = self.path / "model"
+        self.plots = self.path / "plots"
+        self.report = self.path / "report.html"
         self.lock_file = self.path / "run.lock"
 
     @staticmethod

@@ -5,9 +5,11 @@ A folder may carry a MANIFEST.json with the size and SHA-256 of each file; `find
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,12 @@ from smolora.errors import ConfigError, StorageError
 MANIFEST = "MANIFEST.json"
 _DIGEST = "sha256"
 _CHUNK = 1 << 20
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space, or choose another place."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose a folder that you may write."),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Part of the path is a file; choose another folder."),
+}
 
 
 @contextmanager
@@ -48,14 +56,15 @@ def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
         _flush_folder(final.parent)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+            error = error.__cause__  # It names a file of the staging folder, and a person asked for the final one.
         raise error if isinstance(error, StorageError) else describe_os_error(error, named or final) from error
     except SafetensorError as error:  # Its writer wraps what the system says in an error of its own.
         shutil.rmtree(staging, ignore_errors=True)
-        if "os error" not in str(error):
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
             raise
-        raise StorageError(
-            f"can't write {named or final}: {error}. Free space or choose another output folder."
-        ) from error
+        raise describe_os_error(OSError(int(code[1]), os.strerror(int(code[1]))), named or final) from error
     except BaseException:  # Also KeyboardInterrupt: a half-written folder must not stay.
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -82,15 +91,39 @@ def retire_folder(folder: Path) -> None:
 
 def describe_os_error(error: OSError, path: Path) -> StorageError:
     """Turn an operating system's refusal into a sentence about `path`."""
-    return StorageError(f"can't write {path}: {error.strerror or error}. Free space or choose another output folder.")
+    return StorageError(f"can't write {path}: {error.strerror or error}. {advise(error.errno)}")
+
+
+def advise(code: int | None) -> str:
+    """Return what a person can do about a system's error number in writing."""
+    return _ADVICE.get(code or 0, "Choose another place.")
+
+
+def require_writable(folder: Path) -> None:
+    """Raise unless `folder` could be made, or written in where it exists; creates nothing.
+
+    Raises:
+        StorageError: A part of the path is a file, or the permission is missing.
+    """
+    # os.access, unlike Path.exists, takes a folder that may not be searched for one that isn't there.
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.access(place, os.F_OK))
+    if nearest != folder and not nearest.is_dir():
+        raise describe_os_error(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), folder)
+    if not os.access(nearest, os.W_OK | (os.X_OK if nearest.is_dir() else 0)):
+        raise describe_os_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), folder)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the new one, never a part."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` so that a reader sees the old file or the new one, never a part."""
     staging = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with staging.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)

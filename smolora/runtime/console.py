@@ -7,7 +7,11 @@ import os
 
 from rich.console import Console
 
-_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "KINETO_LOG_LEVEL": "6",  # torch's profiler announces its start and stop on level 5, above its errors.
+}
 
 
 def stderr_console(quiet: bool = False) -> Console:
@@ -31,10 +35,10 @@ def show_log(console: Console) -> None:
     logger.setLevel(logging.WARNING if console.quiet else logging.INFO)
 
 
-def silence_bars() -> None:
-    """Switch off the progress bars of the libraries; call it before they are imported. What the person set stays."""
-    for name in _BARS:
-        os.environ.setdefault(name, "1")
+def silence_libraries() -> None:
+    """Switch off what the libraries show by themselves; call it before they are imported. What the person set stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 class ConsoleHandler(logging.Handler):

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from smolora.errors import ModelError
+from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.byte_level import END_OF_TEXT, ByteLevelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,15 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         _refuse_code(_read_tokenizer_config(folder), folder)
     elif folder.exists() or str(name_or_path).startswith((".", "/", "~")):
         raise ModelError(f"{name_or_path} is no folder. Name a folder with tokenizer.json in it, or a hub id.")
+    problem = None if folder.is_dir() else find_hub_problem(str(name_or_path), "model", revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name_or_path), revision=revision, trust_remote_code=False, local_files_only=problem is not None
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if problem:
+            reason = f"no such folder here, and the hub didn't give it: {problem}"
         raise ModelError(
             f"can't load a tokenizer from {name_or_path}: {reason}. It takes a folder with tokenizer.json and "
             "tokenizer_config.json, or a hub id that can be reached."

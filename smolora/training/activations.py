@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, cast
@@ -11,9 +10,13 @@ from torch import nn
 
 
 class _Recomputing(Protocol):
-    """What GPTModel, transformers and peft models have in common."""
+    """What GPTModel and the models of transformers and peft offer, by the newer or the older name."""
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, bool]) -> None: ...
+    def activation_checkpointing_enable(self, kwargs: Mapping[str, bool], /) -> None: ...
+
+    def activation_checkpointing_disable(self) -> None: ...
+
+    def gradient_checkpointing_enable(self, kwargs: Mapping[str, bool], /) -> None: ...
 
     def gradient_checkpointing_disable(self) -> None: ...
 
@@ -26,18 +29,12 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     of tensors that trains nothing.
     """
     recomputing = cast("_Recomputing", model)
-    with _renamed_method():
-        recomputing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        enable, disable = recomputing.activation_checkpointing_enable, recomputing.activation_checkpointing_disable
+    except AttributeError:  # GPTModel, and transformers before 5.23, which deprecates the older name.
+        enable, disable = recomputing.gradient_checkpointing_enable, recomputing.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
     try:
         yield
     finally:
-        with _renamed_method():
-            recomputing.gradient_checkpointing_disable()
-
-
-@contextmanager
-def _renamed_method() -> Iterator[None]:
-    """Silence transformers from 5.23 on: it has a new name for these methods, which the oldest that we take lacks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`gradient_checkpointing_", FutureWarning)
-        yield
+        disable()

@@ -6,13 +6,15 @@ Shapes: `B` batch, `T` time, `V` vocabulary, `N` target tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from smolora.data.collate import Batch
 from smolora.models.gpt import GPTModel
+from smolora.models.row_attention import attends_by_rows
+from smolora.models.rows import Rows
 
 TargetLogits = Callable[[nn.Module, Batch], Tensor]
 
@@ -35,6 +37,7 @@ def _transformers_logits(model: nn.Module, batch: Batch) -> Tensor:
             position_ids=batch.position_ids,
             logits_to_keep=batch.target_positions,
             use_cache=False,
+            **({"rows": Rows(batch.row_lengths, batch.input_ids.device)} if attends_by_rows(model) else {}),
         )
         return packed.logits[0]  # type: ignore[no-any-return]
     padded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -45,11 +48,45 @@ def _transformers_logits(model: nn.Module, batch: Batch) -> Tensor:
 def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum over targets of -log p(target), in float32 whatever the model computes in.
 
+    The gradient is made in the same pass, a few tokens at a time, so no float32 copy of the logits ever exists.
+
     Args:
         logits: `[N, V]`.
         targets: `[N]` token ids.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    loss: Tensor = _SumCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+_CHUNK_ELEMENTS = 2**19
+"""Logits handled at once: 2 MiB in float32, which stays in the cache."""
+
+
+class _SumCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits) if needs_gradient else None
+        size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        losses = []
+        for start in range(0, len(targets), size):
+            chunk = logits[start : start + size].float()  # [n, V]
+            chosen = targets[start : start + size, None]
+            shifted = chunk - chunk.amax(dim=-1, keepdim=True)
+            target_logits = shifted.gather(1, chosen)
+            exponentials = shifted.exp_()
+            sums = exponentials.sum(dim=-1, keepdim=True)
+            losses.append(sums.log() - target_logits)
+            if gradient is not None:
+                probabilities = exponentials.div_(sums)
+                probabilities.scatter_add_(1, chosen, -torch.ones_like(target_logits))
+                gradient[start : start + size] = probabilities
+        ctx.gradient = gradient
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.mul_(grad), None
 
 
 @torch.no_grad()

@@ -232,6 +232,7 @@ class Trainer:
         if best is not None and (damage := find_damage(self._run_dir.checkpoint_path(best))):
             logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
             self.state.best_step = self.state.best_eval_loss = None
+        self._prune_checkpoints()  # A kill between saving and pruning left one too many.
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
@@ -336,9 +337,13 @@ class Trainer:
             {name: found for name, found in tensors.items() if found},
         )
         save_checkpoint(folder, self.bundle, snapshot, self._require_identity())
+        self._prune_checkpoints()
+        self._tell(lambda callback: callback.on_save(self))
+
+    def _prune_checkpoints(self) -> None:
+        assert self._run_dir is not None, "checkpoints are in a run"
         protected = {*self.state.kept_steps, self.state.best_step}
         self._run_dir.prune_checkpoints(keep=self.config.save_total_limit, protected=protected)
-        self._tell(lambda callback: callback.on_save(self))
 
     def _set_learning_rate(self, step: int) -> float:
         factor = self.schedule.factor(self.config.lr_scheduler_type, step)

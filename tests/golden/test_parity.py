@@ -13,7 +13,8 @@ import torch
 from torch.testing import assert_close
 
 from smolora.adapters.attach import attach_adapter
-from smolora.config import LoRAConfig, TrainingConfig
+from smolora.adapters.fast_path import fast_path
+from smolora.config import LoRAConfig, SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed, get_data_collator
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.models.loading import load_model
@@ -24,6 +25,7 @@ from smolora.training.trainer import Trainer
 from tests.tiny import save_tiny_model
 
 STEPS, ROWS, LEARNING_RATE = 20, 8, 5e-3
+PLAIN = SpeedConfig(row_attention=False, fused_lora=False, fused_blocks=False, packed_weights=False)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def rows():
     return TokenDataset([build_example(row, [(len(row) // 3, len(row))]) for row in ids])
 
 
-def smolora_losses(folder, rows, *, accumulation, layout="packed"):
+def smolora_losses(folder, rows, *, accumulation, layout="packed", speed=PLAIN):
     class Losses(Callback):
         def __init__(self):
             self.found = []
@@ -45,7 +47,8 @@ def smolora_losses(folder, rows, *, accumulation, layout="packed"):
     losses = Losses()
     bundle = attach_adapter(load_model(folder, dtype=torch.float32), LoRAConfig(lora_dropout=0.0), seed=7)
     config = training_config(accumulation)
-    Trainer(bundle, rows, config, collate=get_data_collator(layout), callbacks=[losses]).train()
+    with fast_path(bundle, speed, is_packed=layout == "packed"):
+        Trainer(bundle, rows, config, collate=get_data_collator(layout), callbacks=[losses]).train()
     return losses.found
 
 
@@ -95,9 +98,10 @@ def pad(examples):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_losses_equal_plain_transformers_and_peft_step_by_step(tmp_path, rows, family, accumulation):
+@pytest.mark.parametrize("speed", [PLAIN, SpeedConfig()], ids=["plain", "fast"])
+def test_losses_equal_plain_transformers_and_peft_step_by_step(tmp_path, rows, family, accumulation, speed):
     folder = save_tiny_model(family, tmp_path / family)
-    found = smolora_losses(folder, rows, accumulation=accumulation)
+    found = smolora_losses(folder, rows, accumulation=accumulation, speed=speed)
     expected = peer_losses(folder, rows)
     assert_close(found, expected, rtol=0, atol=1e-5)
     assert found[-1] < found[0] - 0.1

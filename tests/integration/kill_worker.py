@@ -1,16 +1,10 @@
-"""Trains in forked children and kills them at random moments, until the run is done; then prints what it ended with.
-
-Forked after the heavy imports, a cycle costs about a tenth of a second; a fresh interpreter each time would cost 5.
-"""
+"""Trains in children that are killed at random moments, and prints what the runs ended with."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +19,7 @@ from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file
 from smolora.training.checkpoint import RunIdentity
 from smolora.training.trainer import Trainer
+from tests.integration.killing import end_under_kills
 
 STEPS = 60
 
@@ -47,18 +42,6 @@ def train(base: Path, run: RunDir) -> None:
         trainer.train(resume=True)
 
 
-def train_in_child(base: Path, run: RunDir) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            train(base, run)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
 def describe_end(run: RunDir) -> dict[str, object]:
     """Return the last checkpoint's hashes and the losses of the whole curve."""
     last = run.checkpoint_path(STEPS)
@@ -70,27 +53,12 @@ def describe_end(run: RunDir) -> dict[str, object]:
 
 def main(base: Path, folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    delays = random.Random(seed)
-    reference = RunDir(folder / "reference")
-    started = time.perf_counter()
-    assert os.waitpid(train_in_child(base, reference), 0)[1] == 0
-    longest = time.perf_counter() - started
-    done, killed = [], 0
-    while killed < kills or not done:
-        run = RunDir(folder / f"run-{len(done)}")
-        while True:
-            child = train_in_child(base, run)
-            if killed < kills:
-                time.sleep(delays.uniform(0.0, longest / 2))
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            killed += os.WIFSIGNALED(status)
-            if not os.WIFSIGNALED(status):
-                assert status == 0, f"a resumed run failed with status {status}"
-                break
-        done.append(describe_end(run))
+    shares = random.Random(seed)
+    found = end_under_kills(
+        lambda run: train(base, run), describe_end, folder, kills=kills, draw_share=lambda: shares.uniform(0.0, 0.5)
+    )
     leftovers = [path.name for path in folder.glob("run-*/.tmp-*")]
-    print(json.dumps({"kills": killed, "reference": describe_end(reference), "ends": done, "leftovers": leftovers}))
+    print(json.dumps({**found, "leftovers": leftovers}))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""Tunes through the recipe in forked children, and kills them at random moments until the run is done.
+"""Tunes through the recipe in children that are killed at random moments, and prints what the runs ended with.
 
 A child lasts a random share of what a whole run takes, so that its kill falls into reading, training, evaluating,
-saving or the last write of the adapter. Prints what each run ended with.
+saving or the last write of the adapter.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from smolora.config import ExperimentConfig, resolve_config
 from smolora.recipes.finetune import finetune
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder
+from tests.integration.killing import end_under_kills
 
 STEPS = 10
 
@@ -44,18 +42,6 @@ def settings(base: Path, rows: Path) -> ExperimentConfig:
     return resolve_config(ExperimentConfig, assignments=[f"{name}={value}" for name, value in values.items()])
 
 
-def tune_in_child(config: ExperimentConfig, run: RunDir) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            finetune(config, run.path, resume=True)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
 def describe_end(run: RunDir) -> dict[str, object]:
     """Return what a run leaves: the adapter, the last state and the curve."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -67,27 +53,13 @@ def describe_end(run: RunDir) -> dict[str, object]:
 
 def main(base: Path, rows: Path, folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    config, delays = settings(base, rows), random.Random(seed)
-    reference = RunDir(folder / "reference")
-    started = time.perf_counter()
-    assert os.waitpid(tune_in_child(config, reference), 0)[1] == 0
-    whole = time.perf_counter() - started
-    done, killed, reached = [], 0, set()
-    while killed < kills or not done:
-        run = RunDir(folder / f"run-{len(done)}")
-        while True:
-            child = tune_in_child(config, run)
-            if killed < kills:
-                time.sleep(delays.uniform(0.2, 0.9) * whole)
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            killed += os.WIFSIGNALED(status)
-            if not os.WIFSIGNALED(status):
-                assert status == 0, f"a resumed run failed with status {status}"
-                break
-            reached.add(max((checkpoint.step for checkpoint in run.checkpoints()), default=0))
-        done.append(describe_end(run))
-    print(json.dumps({"kills": killed, "at": sorted(reached), "reference": describe_end(reference), "ends": done}))
+    config, shares = settings(base, rows), random.Random(seed)
+
+    def tune(run: RunDir) -> None:
+        finetune(config, run.path, resume=True)
+
+    found = end_under_kills(tune, describe_end, folder, kills=kills, draw_share=lambda: shares.uniform(0.2, 0.9))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

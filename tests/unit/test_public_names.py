@@ -79,6 +79,13 @@ PROMISED = {
     # Asking
     "TextGenerator",
     "SamplingSettings",
+    # Looking at runs
+    "plot_training_loss",
+    "plot_gradient_norms",
+    "plot_layer_heatmap",
+    "plot_layer_comparison",
+    "plot_gradient_evolution",
+    "generate_summary_report",
     # Errors
     "SmoloraError",
     "ConfigError",
@@ -119,7 +126,7 @@ def test_an_unknown_name_is_an_attribute_error():
         smolora.SmolLora  # noqa: B018
 
 
-HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy"
+HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy", "matplotlib"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +137,9 @@ HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy"
         ("import smolora.config, smolora.errors, smolora.records.run_dir", HEAVY),
         ("import smolora.cli", (*HEAVY, "pydantic")),
         ("import smolora.runtime.console", HEAVY),
+        ("from smolora import generate_summary_report", ("torch", "matplotlib")),
+        ("from smolora import plot_training_loss", ("torch", "transformers", "matplotlib.pyplot")),
+        ("import smolora.recipes.report", ("torch", "matplotlib")),
     ],
 )
 def test_importing_loads_nothing_heavy(statement, unwanted):

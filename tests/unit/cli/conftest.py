@@ -13,8 +13,9 @@ from tests.tiny import save_tiny_model
 @pytest.fixture
 def smolora(capsys, monkeypatch):
     """Return a function that runs one command line and returns (exit code, stdout, stderr)."""
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "1")
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "KINETO_LOG_LEVEL": "6"}
+    for name, value in quiet.items():
+        monkeypatch.setenv(name, value)
     logger = logging.getLogger("smolora")
     level, handlers = logger.level, list(logger.handlers)
 

@@ -12,7 +12,7 @@ import pytest
 from smolora import __version__
 from smolora.cli.app import main
 
-VERBS = {"demo", "doctor", "prepare", "pretrain", "train", "merge", "generate", "chat"}
+VERBS = {"demo", "doctor", "prepare", "pretrain", "train", "merge", "generate", "chat", "report"}
 
 
 def test_help_lists_exactly_the_verbs_that_exist(smolora):
@@ -20,7 +20,7 @@ def test_help_lists_exactly_the_verbs_that_exist(smolora):
     words = {word for line in out.splitlines() if line.startswith("│") for word in line.split()[1:2]}
     assert code == 0
     assert words >= VERBS
-    assert not words & {"evaluate", "compare", "export", "serve", "report", "plan", "probe", "config", "init"}
+    assert not words & {"evaluate", "compare", "export", "serve", "plan", "probe", "config", "init"}
 
 
 def test_no_arguments_show_the_help(smolora):
@@ -44,8 +44,19 @@ def test_the_version_is_the_installed_one(smolora):
     [
         (["trian"], 'Unknown command "trian". Did you mean "train"?'),
         (["train", "--modle", "x", "-o", "y"], "Unknown option: --modle. Did you mean --model?"),
+        (["train", "--learning-rate=1e-3"], "Unknown option: --learning-rate=1e-3. Did you mean --lr?"),
+        (["pretrain", "--learning_rate", "1", "-o", "y"], "Unknown option: --learning_rate. Did you mean --lr?"),
+        (["train", "--num_train_epochs=3"], "Unknown option: --num_train_epochs=3. Did you mean --epochs?"),
+        (["train", "--output-dir", "y"], "Unknown option: --output-dir. Did you mean --out?"),
+        (["train", "--weight-decay", "0.1"], "Did you mean training.weight_decay=VALUE?"),
+        (["pretrain", "--vocab-size", "99", "-o", "y"], "Did you mean tokenizer.vocab_size=VALUE?"),
+        (["train", "--steps", "3"], "Unknown option: --steps. Did you mean --max-steps?"),
+        (["train", "--output=y"], "Unknown option: --output=y. Did you mean --out?"),
+        (["train", "--batch", "3"], "Unknown option: --batch. Did you mean --batch-size?"),
+        (["generate", "m", "p", "--max-tokens", "3"], "Unknown option: --max-tokens. Did you mean --max-new-tokens?"),
         (["train", "--lr", "fast", "-o", "y"], 'Invalid value for --lr: unable to convert "fast" into float.'),
-        (["train", "--preset", "e2e"], "Unknown option: --preset."),
+        (["train", "--preset", "e2e"], "no preset 'e2e'. Did you mean 'e2e_mlp'?"),
+        (["train", "--warmup-steps", "9"], "Did you mean training.warmup_steps=VALUE?"),
         (["generate", "model"], 'Command "generate" parameter PROMPT requires an argument.'),
         (["generate", "model", "prompt", "more"], "unexpected argument 'more'."),
         (
@@ -78,6 +89,10 @@ def test_a_mistake_in_the_command_line_is_one_message_and_exit_2(smolora, argume
     assert err.count("\n") == 1
 
 
+def test_a_flag_may_be_written_with_underscores(smolora):
+    assert "training.max_steps: input should be" in smolora("train", "--model", "m", "-o", "y", "--max_steps", "0")[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
@@ -89,11 +104,12 @@ def test_a_mistake_in_the_command_line_is_one_message_and_exit_2(smolora, argume
 )
 def test_what_isnt_there_is_named_with_its_exit_code(smolora, tmp_path, monkeypatch, arguments, exit_code, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.csv").write_text("text\nhello\n")
     code, out, err = smolora(*arguments)
     assert (code, out) == (exit_code, "")
     assert message in err
     assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["d.csv"]
 
 
 class _Stdout(io.StringIO):

@@ -49,3 +49,10 @@ def test_chat_answers_a_line_at_a_time_through_pipes(smolora, base, monkeypatch)
     assert code == 0
     assert out == smolora("generate", base, "the cat", "--greedy", *FEW)[1]
     assert "/help lists the commands" in err
+
+
+def test_a_piped_question_past_the_context_is_3_with_one_message(smolora, base, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\N{SNOWMAN}" * CONTEXT + "\n"))
+    code, out, err = smolora("chat", base, *FEW)
+    assert (code, out) == (3, "")
+    assert err.splitlines()[-1].startswith("smolora: error: a prompt of ")

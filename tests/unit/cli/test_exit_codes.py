@@ -32,6 +32,7 @@ def test_no_room_and_no_right_to_write_are_5_and_say_what(error):
     message, exit_code = explain(error)
     assert exit_code == 5
     assert str(error) in message
+    assert ("Free space" in message) == ("No space" in message)
 
 
 def test_memory_that_torch_cant_get_is_5():

@@ -16,7 +16,13 @@ TRAIN = TrainFlags(model="m")
 
 
 def _build(*words, flags=TRAIN, kind=ExperimentConfig, batch_size=None, resumed=None):
-    return build_config(kind, words, flags, batch_size=batch_size, resumed=resumed)
+    flags = dataclasses.replace(flags, batch_size=batch_size, resume=resumed is not None)
+    return build_config(kind, words, flags, resumed)
+
+
+def _settings(flags):
+    """Return the fields that set the configuration by their path alone."""
+    return {field.name for field in dataclasses.fields(flags)} - {"batch_size", "resume", "quiet"}
 
 
 def test_every_train_flag_reaches_its_path():
@@ -44,7 +50,7 @@ def test_every_train_flag_reaches_its_path():
         phase2_end=2,
     )
     config = _build(flags=flags)
-    assert len(collect_settings(flags)) == len(dataclasses.fields(flags))
+    assert len(collect_settings(flags)) == len(_settings(flags))
     assert (config.model.name_or_path, config.model.dtype, config.model.device) == ("m", "float32", "cpu")
     assert (config.data.sources, config.data.eval_source) == (("a.csv", "b.csv"), "c.csv")
     assert (config.data.prompt_field, config.data.completion_field, config.data.text_field) == ("mr", "ref", "t")
@@ -61,6 +67,7 @@ def test_every_pretrain_flag_reaches_its_path():
     flags = PretrainFlags(
         data=("a.txt",),
         eval_data="b.txt",
+        text_field="t",
         tokenizer="bpe",
         layers=3,
         heads=2,
@@ -72,11 +79,11 @@ def test_every_pretrain_flag_reaches_its_path():
         device="cpu",
     )
     config = _build(flags=flags, kind=PretrainConfig)
-    assert len(collect_settings(flags)) == len(dataclasses.fields(flags))
+    assert len(collect_settings(flags)) == len(_settings(flags))
     assert (config.data.sources, config.data.eval_source, config.tokenizer.kind) == (("a.txt",), "b.txt", "bpe")
     assert (config.gpt.num_layers, config.gpt.num_heads, config.gpt.width, config.gpt.context) == (3, 2, 8, 16)
     assert (config.training.max_steps, config.training.learning_rate, config.training.seed) == (5, 0.5, 6)
-    assert config.device == "cpu"
+    assert (config.data.text_field, config.device) == ("t", "cpu")
 
 
 def test_a_flag_beats_the_file_and_a_word_beats_the_flag(tmp_path):
@@ -138,7 +145,22 @@ def test_a_file_lies_above_a_resumed_runs_settings_key_by_key(stored, tmp_path):
 
 
 def test_resuming_where_no_run_is_starts_from_the_defaults(tmp_path):
-    assert _build(resumed=tmp_path) == _build()
+    flags = TrainFlags(model="m", data=("a.csv",))
+    assert _build(flags=flags, resumed=tmp_path) == _build(flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "missing"),
+    [
+        (ExperimentConfig, TrainFlags(), "--model and --data"),
+        (ExperimentConfig, TrainFlags(data=("a.csv",)), "--model"),
+        (ExperimentConfig, TrainFlags(model="m"), "--data"),
+        (PretrainConfig, PretrainFlags(), "--data"),
+    ],
+)
+def test_resuming_where_no_run_is_says_so_and_what_a_start_lacks(tmp_path, kind, flags, missing):
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no run to resume. .* give {missing} too"):
+        _build(flags=flags, kind=kind, resumed=tmp_path)
 
 
 def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):

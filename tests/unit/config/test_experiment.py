@@ -68,6 +68,63 @@ def test_pretraining_keeps_its_own_defaults_beside_what_is_set():
     assert (training.seed, training.learning_rate, training.max_steps) == (3, 3e-3, 2000)
 
 
+def _resolve_training(*words, kind=ExperimentConfig, **layers):
+    return resolve_config(kind, assignments=[*([MODEL] if kind is ExperimentConfig else []), *words], **layers).training
+
+
+@pytest.fixture
+def file_of_steps(tmp_path):
+    file = tmp_path / "steps.yaml"
+    file.write_text("training: {max_steps: 7, seed: 3}\n")
+    return file
+
+
+@pytest.mark.parametrize("given", [{"training.num_train_epochs": 2.0}, {}])
+def test_epochs_on_the_command_line_replace_the_steps_of_a_file(file_of_steps, caplog, given):
+    caplog.set_level("INFO")
+    words = [] if given else ["training.num_train_epochs=2.0"]
+    training = _resolve_training(*words, file=file_of_steps, flags=given)
+    assert (training.num_train_epochs, training.max_steps, training.seed) == (2.0, None, 3)
+    assert caplog.messages == ["training.num_train_epochs = 2.0 replaces training.max_steps = 7"]
+
+
+def test_epochs_of_a_file_replace_the_steps_that_pretraining_has_by_default(tmp_path):
+    (tmp_path / "epochs.yaml").write_text("training: {num_train_epochs: 3}\n")
+    training = _resolve_training(kind=PretrainConfig, file=tmp_path / "epochs.yaml")
+    assert (training.num_train_epochs, training.max_steps, training.learning_rate) == (3.0, None, 3e-3)
+
+
+def test_steps_beside_epochs_in_one_file_decide_alone(tmp_path, caplog):
+    (tmp_path / "both.yaml").write_text("training: {num_train_epochs: 3, max_steps: 7}\n")
+    assert _resolve_training(file=tmp_path / "both.yaml").max_steps == 7
+    assert caplog.messages == []
+
+
+def test_steps_beside_epochs_on_the_command_line_decide_alone_with_a_warning(caplog):
+    training = _resolve_training("training.num_train_epochs=2", flags={"training.max_steps": 4})
+    assert training.max_steps == 4
+    assert caplog.messages == ["training.max_steps = 4 decides alone; training.num_train_epochs = 2 has no effect."]
+
+
+def test_a_resumed_run_takes_epochs_in_place_of_its_steps(tmp_path):
+    (tmp_path / "run.yaml").write_text(dump_config(resolve_config(PretrainConfig)))
+    assert _resolve_training(kind=PretrainConfig, base=tmp_path / "run.yaml").max_steps == 2000
+    resumed = _resolve_training("training.num_train_epochs=2", kind=PretrainConfig, base=tmp_path / "run.yaml")
+    assert (resumed.num_train_epochs, resumed.max_steps) == (2.0, None)
+
+
+def test_a_section_whose_lines_are_all_commented_out_is_none(tmp_path):
+    (tmp_path / "empty.yaml").write_text("training:\n#  seed: 1\n")
+    assert _resolve_training("training.seed=2", file=tmp_path / "empty.yaml").seed == 2
+    assert _resolve_training(kind=PretrainConfig, file=tmp_path / "empty.yaml").max_steps == 2000
+
+
+def test_a_value_where_a_section_belongs_is_refused(tmp_path):
+    (tmp_path / "bad.yaml").write_text("training: 5\n")
+    with pytest.raises(ConfigError, match="training: expected settings, found 5"):
+        _resolve_training("training.seed=2", file=tmp_path / "bad.yaml")
+
+
 def test_a_dumped_configuration_reads_back_equal():
     config = resolve_config(ExperimentConfig, assignments=[MODEL, "training.profile_steps=[2, 3]"])
     assert ExperimentConfig(**yaml.safe_load(dump_config(config))) == config

@@ -32,8 +32,11 @@ def test_a_row_lost_in_encoding_stops_the_run():
 
 
 def test_rejects_past_the_limit_are_written_and_stop_the_run(tmp_path):
-    made = report(rejects=[Reject("a.jsonl", line, "bad") for line in range(1, 8)])
-    with pytest.raises(DataError, match=r"7 of 10 rows can't be used[\s\S]*a.jsonl:1: bad[\s\S]*and 2 more"):
+    made = report(rejects=[Reject("a.jsonl", line, "bad") for line in range(1, 8)], train=3)
+    with pytest.raises(
+        DataError,
+        match=r"7 of 10 rows can't be used \(data.max_rejects allows 6\)[\s\S]*a.jsonl:1: bad[\s\S]*and 2 more",
+    ):
         made.check_rejects(6, tmp_path / "out")
     lines = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
     assert next(json.loads(line) for line in lines) == {"file": "a.jsonl", "line": 1, "reason": "bad"}
@@ -41,8 +44,17 @@ def test_rejects_past_the_limit_are_written_and_stop_the_run(tmp_path):
 
 
 def test_rejects_within_the_limit_pass(tmp_path):
-    report(rejects=[Reject("a.jsonl", 1, "bad")]).check_rejects(1, tmp_path / "out")
+    report(rejects=[Reject("a.jsonl", 1, "bad")], train=9).check_rejects(1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rejects_that_leave_no_row_are_written_and_stop_the_run_whatever_is_allowed(tmp_path):
+    made = report(rejects=[Reject("a.jsonl", line, "bad") for line in range(1, 11)])
+    with pytest.raises(DataError, match="no row is left to learn from: 10 of 10 rows can't be used") as caught:
+        made.check_rejects(10, tmp_path / "out")
+    assert "max_rejects" not in str(caught.value)
+    assert f"All are listed in {tmp_path / 'out' / 'rejects.jsonl'}" in str(caught.value)
+    assert (tmp_path / "out" / "rejects.jsonl").is_file()
 
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path):

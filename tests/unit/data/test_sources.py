@@ -1,12 +1,16 @@
 import gzip
 import json
+import os
+from functools import partial
 
+import datasets
 import pytest
 from datasets import Dataset
 
 from smolora.config.data import DataConfig
 from smolora.data.sources import (
     DatasetHandler,
+    check_sources,
     load_dataset_from_hub,
     load_text_data,
     prepare_dataset,
@@ -14,7 +18,7 @@ from smolora.data.sources import (
     read_source_documents,
     read_sources,
 )
-from smolora.errors import DataError
+from smolora.errors import DataError, StorageError
 from tests.unit.data.conftest import require_shared
 
 
@@ -107,19 +111,54 @@ def test_tolerated_rejects_are_left_out_and_counted(tmp_path):
     assert (len(rows.train), len(rows.report.rejects)) == (1, 1)
 
 
-def test_a_file_of_nothing_but_rejects_says_so(tmp_path):
-    (tmp_path / "a.jsonl").write_text("{bad\n")
-    with pytest.raises(DataError, match="1 of 1 rows can't be used"):
-        read(tmp_path / "a.jsonl", max_rejects=5)
-
-
+@pytest.mark.parametrize("reader", [partial(read_sources, seed=0), read_source_documents])
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no rows"), ("\n\n", "no rows"), ('{"text": " "}\n', "no rows are left")]
+    ("name", "content"),
+    [
+        ("a.jsonl", ""),
+        ("a.jsonl", "\n\n"),
+        ("a.jsonl", '{"text": " "}\n'),
+        ("a.txt", ""),
+        ("a.txt", "\n"),
+        ("a.csv", ""),
+    ],
 )
-def test_a_file_without_rows_is_refused(tmp_path, content, message):
+def test_a_file_without_text_is_refused_with_one_message_that_names_it(tmp_path, reader, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"no rows to learn from in .*{name}: it is empty, or every row lacks text"):
+        reader(DataConfig(sources=(str(tmp_path / name),)))
+
+
+@pytest.mark.parametrize("reader", [partial(read_sources, seed=0), read_source_documents])
+@pytest.mark.parametrize("content", ["{bad\n", '{"text": 1}\n'])
+def test_where_every_row_is_rejected_the_account_is_written_and_no_limit_blamed(tmp_path, reader, content):
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(DataError, match=message):
-        read(tmp_path / "a.jsonl")
+    data = DataConfig(sources=(str(tmp_path / "a.jsonl"),), max_rejects=5)
+    with pytest.raises(DataError, match=r"no row is left to learn from: 1 of 1 rows[\s\S]*a.jsonl:1") as caught:
+        reader(data, out=tmp_path / "out")
+    assert "max_rejects" not in str(caught.value)
+    assert (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
+@pytest.mark.parametrize("field", ["sources", "eval_source"])
+def test_sources_are_checked_without_being_read(tmp_path, field):
+    (tmp_path / "a.jsonl").write_text("{bad\n")
+    check_sources(DataConfig(sources=(str(tmp_path / "a.jsonl"),)))
+    names = {"sources": (str(tmp_path / "a.jsonl"),)} | {field: str(tmp_path / "b.jsonl")}
+    with pytest.raises(DataError, match=r"no such file or folder: .*b.jsonl. Did you mean 'a.jsonl'"):
+        check_sources(DataConfig(**names))
+
+
+@pytest.mark.parametrize("locked", ["a.jsonl", "."])
+def test_what_may_not_be_read_is_named_before_it_is_read(tmp_path, locked):
+    folder = tmp_path / "data"
+    write_rows(folder / "a.jsonl", numbered(1))
+    (folder / locked).chmod(0)
+    if os.access(folder / locked, os.R_OK):
+        pytest.skip("root may read everything")
+    with pytest.raises(StorageError, match=rf"can't read {(folder / locked).resolve()}: permission denied"):
+        check_sources(DataConfig(sources=(str(folder),)))
+    (folder / locked).chmod(0o700)
 
 
 def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path):
@@ -155,11 +194,13 @@ def test_no_source_is_an_error():
         read()
 
 
-def test_a_hub_id_that_can_not_be_reached_says_that_no_file_has_that_name(monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="If you meant a file or a folder"):
-        load_dataset_from_hub("smolora-tests/no-such-dataset")
+@pytest.mark.parametrize(("status", "reason"), [(404, "it has no such dataset"), (503, "it can't be reached")])
+def test_a_hub_id_that_is_not_there_is_asked_for_once(hub, status, reason):
+    hub.status = status
+    with pytest.raises(DataError, match=f"no file or folder 'smolora-tests/none' here, and the hub .*: {reason}"):
+        load_dataset_from_hub("smolora-tests/none")
+    assert hub.requests == ["/api/datasets/smolora-tests/none"]
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_text_is_chunked_over_lines_and_not_within_them(tmp_path):
@@ -224,7 +265,9 @@ def test_documents_of_a_prepared_folder_are_its_rows(tmp_path):
 
 def test_documents_need_a_text_column(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match="no column 'text'"):
+    with pytest.raises(
+        DataError, match=r"no column 'text'.*'prompt', 'completion'.*--text-field X \(data.text_field=X\)"
+    ):
         read_source_documents(DataConfig(sources=(str(tmp_path),)))
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from smolora.data.prompts import PromptFormat
+from smolora.errors import DataError
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.inference.chat import run_chat
@@ -61,10 +62,23 @@ def test_reset_makes_the_next_answer_a_first_one(bundle):
     assert first == second
 
 
-def test_a_question_past_the_context_is_noted_and_the_chat_goes_on(bundle):
-    answers, notes = _chat(bundle, "x\N{SNOWMAN}" * CONTEXT, "the cat")
-    assert f"the model's context is {CONTEXT} tokens" in notes
-    assert answers == _chat(bundle, "the cat")[0]
+class _Keyboard(io.StringIO):
+    """Questions that a person types."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_question_past_the_context_is_noted_at_a_terminal_and_the_chat_goes_on(bundle):
+    questions, answers, notes = _Keyboard("x\N{SNOWMAN}" * CONTEXT + "\nthe cat\n"), io.StringIO(), io.StringIO()
+    run_chat(bundle, GREEDY, questions=questions, answers=answers, notes=notes)
+    assert f"the model's context is {CONTEXT} tokens" in notes.getvalue()
+    assert answers.getvalue() == _chat(bundle, "the cat")[0]
+
+
+def test_a_question_past_the_context_ends_a_chat_through_pipes(bundle):
+    with pytest.raises(DataError, match=f"the model's context is {CONTEXT} tokens"):
+        _chat(bundle, "x\N{SNOWMAN}" * CONTEXT, "the cat")
 
 
 def test_a_full_context_forgets_the_oldest_turns_with_a_note(bundle):

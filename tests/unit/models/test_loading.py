@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -151,11 +150,12 @@ def test_a_file_is_no_model(tmp_path):
         load_model(tmp_path / "model.gguf")
 
 
-def test_a_hub_id_that_cannot_be_reached_is_one_clear_message(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="no folder 'someone/model' here, and the hub didn't give it"):
+@pytest.mark.parametrize(("status", "reason"), [(404, "it has no such model"), (503, "it can't be reached")])
+def test_a_hub_id_that_is_not_there_is_asked_for_once_and_is_one_clear_message(hub, status, reason):
+    hub.status = status
+    with pytest.raises(ModelError, match=f"no folder 'someone/model' here, and the hub didn't give it: {reason}"):
         load_model("someone/model")
+    assert hub.requests == ["/api/models/someone/model"]
 
 
 def test_a_real_model_tells_the_story_it_was_trained_on():

@@ -68,6 +68,12 @@ def test_the_adapter_learns_and_loads_in_plain_peft(tmp_path, base, rows):
         torch.testing.assert_close(plain(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("verb", [finetune, lambda config, out: show_examples(config)])
+def test_missing_data_is_noticed_before_a_model_is_loaded(tmp_path, verb):
+    with pytest.raises(DataError, match=r"no such file or folder: .*rows.jsonl"):
+        verb(config(tmp_path / "no-model", tmp_path / "rows.jsonl"), tmp_path / "run")
+
+
 def test_the_adapter_folder_names_base_and_prompt_format(tmp_path, base, rows):
     run = finetune(config(base, rows), tmp_path / "run")
     assert {path.name for path in run.adapter.iterdir()} == {

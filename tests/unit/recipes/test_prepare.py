@@ -4,7 +4,7 @@ import pytest
 
 from smolora.config.data import DataConfig
 from smolora.data.sources import read_source_documents, read_sources
-from smolora.errors import ConfigError, DataError
+from smolora.errors import ConfigError, DataError, StorageError
 from smolora.recipes.prepare import prepare
 
 
@@ -37,6 +37,27 @@ def test_train_and_pretrain_read_what_it_wrote(source, tmp_path):
     data = DataConfig(sources=(str(tmp_path / "out"),))
     rows, documents = read_sources(data, seed=9), read_source_documents(data)
     assert (len(rows.train), len(rows.held_out)) == (len(documents.train), len(documents.held_out)) == (95, 5)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "written"),
+    [
+        ({"id": 1, "Review": "a", "text": "b"}, {"text_field": "review"}, {"id": 1, "text": "a"}),
+        ({"Prompt": "p", "completion": "c", "body": "a"}, {"text_field": "body"}, {"text": "a"}),
+        (
+            {"mr": "p", "ref": "c"},
+            {"prompt_field": "mr", "completion_field": "ref"},
+            {"prompt": "p", "completion": "c"},
+        ),
+        ({"Instruction": "i", "input": "", "output": "o"}, {}, {"instruction": "i", "input": "", "output": "o"}),
+    ],
+)
+def test_what_it_writes_is_read_without_naming_a_column(tmp_path, row, settings, written):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    prepare(tmp_path / "a.jsonl", tmp_path / "out", DataConfig(**settings))
+    assert read_lines(tmp_path / "out" / "train.jsonl") == [written]
+    read_back = read_sources(DataConfig(sources=(str(tmp_path / "out"),)), seed=0)
+    assert set(read_back.fmt.columns) == set(read_back.fmt.columns.values()) <= set(written)
 
 
 def test_columns_outside_the_form_are_kept(source, tmp_path):
@@ -87,6 +108,11 @@ def test_an_output_that_holds_something_is_refused_and_untouched(source, tmp_pat
     with pytest.raises(ConfigError, match="holds train.jsonl already"):
         prepare(source, tmp_path / "out", DataConfig(), seed=5)
     assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
+
+
+def test_an_output_below_a_file_is_refused_before_the_source_is_read(source, tmp_path):
+    with pytest.raises(StorageError, match=f"can't write {source / 'out'}: .*Part of the path is a file"):
+        prepare(tmp_path / "missing.txt", source / "out", DataConfig())
 
 
 def test_an_output_that_is_a_file_is_refused(source, tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from smolora.config import ExperimentConfig, PretrainConfig, resolve_config
-from smolora.errors import ConfigError, DataError, FolderInUseError, ModelError
+from smolora.errors import ConfigError, DataError, FolderInUseError, ModelError, StorageError
 from smolora.recipes.finetune import finetune
 from smolora.recipes.merge import merge
 from smolora.recipes.pretrain import pretrain
@@ -55,6 +55,14 @@ def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_can_not_be_made_is_noticed_before_anything_is_read(tmp_path, resume):
+    (tmp_path / "file").write_text("")
+    config = resolve_config(PretrainConfig, assignments=[f"data.sources={tmp_path / 'missing.txt'}"])
+    with pytest.raises(StorageError, match=rf"can't write {tmp_path / 'file' / 'run'}: .*Part of the path is a file"):
+        pretrain(config, tmp_path / "file" / "run", resume=resume)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 
 import pytest
@@ -13,6 +14,7 @@ from smolora.records.staging import (
     MANIFEST,
     find_damage,
     replaced_folder,
+    require_writable,
     retire_folder,
     staged_folder,
     write_json,
@@ -202,3 +204,54 @@ def test_a_text_that_cannot_take_its_place_is_a_storage_error_and_leaves_nothing
     with pytest.raises(StorageError, match="can't write .*taken"):
         write_text(tmp_path / "taken", "text")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "Free space"),
+        (errno.EDQUOT, "Free space"),
+        (errno.EACCES, "Choose a folder that you may write"),
+        (errno.EPERM, "Choose a folder that you may write"),
+        (errno.EROFS, "Choose a folder that you may write"),
+        (errno.ENOTDIR, "Part of the path is a file"),
+        (errno.EIO, "Choose another place"),
+    ],
+)
+def test_the_advice_fits_what_the_system_said(tmp_path, code, advice):
+    with (
+        pytest.raises(StorageError, match=f"^can't write {tmp_path / 'out'}: {os.strerror(code)}. {advice}"),
+        staged_folder(tmp_path / "out"),
+    ):
+        raise OSError(code, os.strerror(code))
+
+
+def test_a_text_that_can_not_be_written_in_the_block_is_said_of_the_folder_asked_for(tmp_path):
+    with pytest.raises(StorageError) as caught, staged_folder(tmp_path / "out") as staging:
+        write_text(staging / "no" / "a.txt", "text")
+    assert str(caught.value).startswith(f"can't write {tmp_path / 'out'}: ")
+
+
+def test_a_folder_that_can_be_made_is_writable_and_not_made(tmp_path):
+    require_writable(tmp_path)
+    require_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_below_a_file_is_not_writable(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=f"can't write {tmp_path / 'file' / 'a' / 'b'}: Not a directory"):
+        require_writable(tmp_path / "file" / "a" / "b")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+@pytest.mark.parametrize("below", [".", "run"])
+def test_a_folder_without_the_right_to_write_is_said_so(tmp_path, mode, below):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    folder.chmod(mode)
+    if os.access(folder, os.W_OK):
+        pytest.skip("root may write everywhere")
+    with pytest.raises(StorageError, match=f"can't write {folder / below}: Permission denied. Choose a folder that"):
+        require_writable(folder / below)
+    folder.chmod(0o700)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from smolora.runtime.console import show_log, silence_bars, stderr_console
+from smolora.runtime.console import show_log, silence_libraries, stderr_console
 
 
 @pytest.fixture
@@ -50,15 +50,15 @@ def test_showing_the_log_twice_prints_each_line_once(log, capsys):
 def test_what_a_person_set_about_bars_stays(monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS", raising=False)
-    silence_bars()
+    silence_libraries()
     assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"
     assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"
 
 
 def test_no_bar_of_the_libraries_is_left():
     script = """
-from smolora.runtime.console import silence_bars
-silence_bars()
+from smolora.runtime.console import silence_libraries
+silence_libraries()
 import datasets
 datasets.Dataset.from_dict({"a": list(range(10))}).map(lambda row: row)
 from transformers.utils import logging
@@ -67,3 +67,16 @@ list(logging.tqdm(range(3)))
     environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_the_profiler_of_torch_says_nothing_of_itself():
+    script = """
+from smolora.runtime.console import silence_libraries
+silence_libraries()
+import torch
+with torch.profiler.profile():
+    torch.ones(2) + 1
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

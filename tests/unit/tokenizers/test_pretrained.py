@@ -61,6 +61,12 @@ def test_a_missing_folder_is_named(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+def test_a_hub_id_that_is_not_there_is_asked_for_once(hub):
+    with pytest.raises(ModelError, match="can't load a tokenizer from someone/model: .*it has no such model"):
+        load_tokenizer("someone/model")
+    assert hub.requests == ["/api/models/someone/model"]
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match="can't load a tokenizer"):
         load_tokenizer(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from torch.testing import assert_close
@@ -73,6 +74,18 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_gives_the_same_end(make
     assert len(recorder.records) == 1
     assert "step-000006 is skipped" in caplog.text
     assert_close(weights(resumed), weights(expected), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_a_kill_kept_from_being_pruned_is_pruned_at_resume(make_trainer, run, tmp_path):
+    class Keep(Callback):
+        def on_save(self, trainer):
+            if trainer.state.step == 4:
+                shutil.copytree(run.checkpoint_path(4), tmp_path / "kept")
+
+    make_trainer(run_dir=run, callbacks=[Keep()]).train()
+    (tmp_path / "kept").rename(run.checkpoint_path(4))
+    train(make_trainer, run_dir=run, resume=True)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [5, 6]
 
 
 def test_resume_without_a_checkpoint_starts_afresh(make_trainer, run):

@@ -1,0 +1,256 @@
+"""Puts the fast path under a model for a while: same names, same weights, same results, fewer and larger operations.
+
+Attention goes through transformers' AttentionInterface; the forward methods of blocks and adapted layers are replaced
+on the instances and put back at the end. A probe holds every model to its plain logits before a step is taken.
+
+Legend: `N` tokens of the packed batch, `D` width, `H` heads, `K` head width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from smolora.adapters.lora_product import LoRAProduct, why_not_fast
+from smolora.config import SpeedConfig
+from smolora.models.anatomy import Anatomy, Part
+from smolora.models.bundle import ModelBundle, read_config
+from smolora.models.fused_ops import Activation, gate, rms_norm
+from smolora.models.registry import FAMILIES, Fused
+from smolora.models.row_attention import AttentionSettings, Rotary, attend_rows, row_attention
+from smolora.models.rows import Rows
+from smolora.models.structure import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_PROBE = (5, 2, 7)
+"""Lengths of the rows that the probe packs."""
+
+
+@dataclass
+class FastParts:
+    """What is fast, and why the rest isn't."""
+
+    used: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """Return one sentence for the log and env.json."""
+        used = ", ".join(self.used) or "nothing"
+        return f"{used}; plain: {'; '.join(self.left)}" if self.left else used
+
+
+@contextmanager
+def fast_path(bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool) -> Iterator[FastParts]:
+    """Make `bundle.model` fast inside the block; yields what it did.
+
+    Args:
+        bundle: An adapted model; its trainable tensors and their names stay what they are.
+        config: The parts to use.
+        is_packed: Whether its batches are packed rows; attention by rows needs that.
+
+    A model whose probe logits differ from the plain ones by more than rounding stays plain, with a warning.
+    """
+    parts = FastParts()
+    model = _plain_model(bundle)
+    if model is None:
+        yield FastParts(left=[f"{type(bundle.model).__name__} is no transformers model"])
+        return
+    with ExitStack() as stack:
+        expected = _probe_logits(model, None)
+        _Installer(model, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
+        if parts.used:
+            found = _probe_logits(model, Rows(_PROBE, model.device) if "row attention" in parts.used else None)
+            if reason := _why_different(found, expected, model.dtype):
+                stack.close()
+                parts = FastParts(left=[reason])
+                logger.warning("the fast path is off: %s", reason)
+        yield parts
+
+
+class _Installer:
+    """Replaces forward methods until `stack` closes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        config: SpeedConfig,
+        parts: FastParts,
+        stack: ExitStack,
+        *,
+        is_packed: bool,
+    ) -> None:
+        self._model = model
+        self._anatomy = anatomy
+        self._config = config
+        self._parts = parts
+        self._stack = stack
+        self._is_packed = is_packed
+        family = FAMILIES.get(anatomy.family)
+        self._fused = family.fused if family is not None else None
+        self._settings = read_config(model).to_dict()
+        self._fallbacks: dict[str, int] = {}
+
+    def install(self) -> None:
+        """Install every part that is asked for and possible."""
+        if self._config.row_attention:
+            self._install_row_attention()
+        done: set[str] = set()
+        if self._config.fused_blocks:
+            done = self._install_blocks()
+        if self._config.fused_lora:
+            self._install_products([part for part in self._anatomy.parts if part.is_linear and part.name not in done])
+        self._parts.left += [f"{reason} ({count} layers)" for reason, count in self._fallbacks.items()]
+
+    def _install_row_attention(self) -> None:
+        if not self._is_packed:
+            self._parts.left.append("attention, since batches are padded")
+        elif self._anatomy.family in ("gemma2",):
+            self._parts.left.append("attention, whose scores gemma2 caps")
+        else:
+            self._stack.enter_context(row_attention(self._model))
+            self._parts.used.append("row attention")
+
+    def _install_blocks(self) -> set[str]:
+        """Fuse what the family's profile knows; return the linear layers that are part of it."""
+        fused = self._fused
+        if fused is None:
+            self._parts.left.append(f"blocks, since '{self._anatomy.family}' has no profile")
+            return set()
+        done: set[str] = set()
+        for layer in range(self._anatomy.num_layers):
+            done |= self._install_attention(layer, fused) | self._install_mlp(layer)
+        for part in self._anatomy.parts:
+            if part.group == "norm" or part.name.endswith(("q_norm", "k_norm")):
+                self._install_norm(self._model.get_submodule(part.name), fused)
+        self._parts.used.append("fused blocks")
+        return done
+
+    def _install_attention(self, layer: int, fused: Fused) -> set[str]:
+        names = self._names(layer, "query", "key", "value", "output")
+        if "row attention" not in self._parts.used or not fused.attention or len(names) != 4:
+            return set()
+        *inputs, output = (self._product(group) for group in (names[:3], names[3:]))
+        if output is None or inputs[0] is None:
+            return set()
+        attention = self._model.get_submodule(names[0].rpartition(".")[0])
+        forward = _attention_forward(attention, inputs[0], output, window=self._window(layer))
+        self._replace(attention, forward)
+        return set(names)
+
+    def _install_mlp(self, layer: int) -> set[str]:
+        names = self._names(layer, "gate", "up", "down")
+        activation = _ACTIVATIONS.get(str(self._settings.get("hidden_act")))
+        if activation is None or len(names) != 3:
+            return set()
+        gate_up, down = (self._product(group) for group in (names[:2], names[2:]))
+        if gate_up is None or down is None:
+            return set()
+        self._replace(self._model.get_submodule(names[0].rpartition(".")[0]), _mlp_forward(gate_up, down, activation))
+        return set(names)
+
+    def _install_norm(self, norm: nn.Module, fused: Fused) -> None:
+        weight = norm.get_parameter("weight")
+        if not weight.requires_grad:
+            eps, offset = float(self._settings["rms_norm_eps"]), fused.norm_offset
+            self._replace(norm, lambda x: rms_norm(x, weight, eps=eps, offset=offset))
+
+    def _install_products(self, parts: list[Part]) -> None:
+        for part in parts:
+            if product := self._product([part.name]):
+                self._replace(self._model.get_submodule(part.name), product)
+        self._parts.used.append("fused LoRA")
+
+    def _product(self, names: list[str]) -> LoRAProduct | None:
+        layers = [self._model.get_submodule(name) for name in names]
+        reason = next((reason for layer in layers if (reason := why_not_fast(layer))), None)
+        if reason:
+            self._fallbacks[reason] = self._fallbacks.get(reason, 0) + len(layers)
+            return None
+        if not self._config.fused_lora:
+            return None
+        return LoRAProduct(layers, packed=self._config.packed_weights)
+
+    def _names(self, layer: int, *roles: str) -> list[str]:
+        return [
+            part.name for role in roles for part in self._anatomy.parts if part.layer == layer and part.role == role
+        ]
+
+    def _window(self, layer: int) -> int | None:
+        kinds = self._settings.get("layer_types")
+        if kinds and kinds[layer] != "sliding_attention":
+            return None
+        window = self._settings.get("sliding_window")
+        return int(window) if window else None
+
+    def _replace(self, module: nn.Module, forward: Callable[..., object]) -> None:
+        module.__dict__["forward"] = forward  # An instance's own attribute comes before its class's method.
+        self._stack.callback(module.__dict__.pop, "forward")
+
+
+def _attention_forward(
+    attention: nn.Module, inputs: LoRAProduct, output: LoRAProduct, *, window: int | None
+) -> Callable[..., tuple[Tensor, None]]:
+    width, scale, dropout = attention.head_dim, attention.scaling, attention.attention_dropout
+    assert isinstance(width, int) and isinstance(scale, float) and isinstance(dropout, float)
+    num_heads, num_shared = (size // width for size in inputs.frozen.sizes[:2])
+    norms = [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
+
+    def forward(
+        hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *, rows: Rows, **_unused: object
+    ) -> tuple[Tensor, None]:
+        heads = inputs(hidden_states[0]).view(-1, num_heads + 2 * num_shared, width)
+        if norms:
+            query, key, value = torch.split(heads, [num_heads, num_shared, num_shared], dim=1)
+            heads = torch.cat((norms[0](query), norms[1](key), value), dim=1)
+        cos, sin = position_embeddings
+        settings = AttentionSettings(scale, dropout if attention.training else 0.0, window)
+        attended = attend_rows(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=Rotary(cos[0], sin[0]))
+        return output(attended.flatten(1)[None]), None
+
+    return forward
+
+
+def _mlp_forward(gate_up: LoRAProduct, down: LoRAProduct, activation: Activation) -> Callable[[Tensor], Tensor]:
+    return lambda x: down(gate(gate_up(x), activation))
+
+
+def _plain_model(bundle: ModelBundle) -> PreTrainedModel | None:
+    model = bundle.model.get_base_model() if isinstance(bundle.model, peft.PeftModel) else bundle.model
+    return model if isinstance(model, PreTrainedModel) else None
+
+
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None]
+        position_ids = torch.cat([torch.arange(length) for length in _PROBE]).to(model.device)[None]
+        extra = {"rows": rows} if rows is not None else {}
+        logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).logits
+        return logits.float()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _why_different(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    difference = (found - expected).abs().max().item()
+    tolerance = 16 * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
+    if difference <= tolerance:
+        return None
+    return f"its logits differ from the plain ones by {difference:.1e} (rounding explains {tolerance:.1e})"

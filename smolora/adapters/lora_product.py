@@ -1,0 +1,187 @@
+"""LoRA layers that read one input, as a single function: one product with the frozen weights, two small ones beside it.
+
+Plain peft adds four small autograd functions to every layer, computes them in float32 and keeps four activations; here
+the scale is folded into B, every branch accumulates into the product's own output, and only the input is kept.
+
+Legend: `N` tokens, `D` input width, `O` outputs of all layers side by side, `R` ranks of all layers side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from smolora.models.frozen_linear import FrozenLinear
+from smolora.models.fused_ops import draw_keep_mask
+from smolora.models.structure import is_linear, is_stored_transposed
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One layer's adapter: its matrices, and where its rank and its outputs lie in the joint ones."""
+
+    a: nn.Parameter
+    """[r, D]"""
+    b: nn.Parameter
+    """[O_i, r]"""
+    scale: float
+    ranks: slice
+    outputs: slice
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """The adapters of all layers as two matrices in the type of the computation."""
+
+    a: Tensor
+    """[R, D]: every A, one below the other."""
+    b: Tensor
+    """[O, R]: every scaled B, on the diagonal."""
+
+
+class LoRAProduct:
+    """x -> [x W_i^T + b_i + scale_i * dropout(x) A_i^T B_i^T for each layer i], side by side.
+
+    Args:
+        layers: Linear layers, adapted or not, that read the same input.
+        packed: Hold the frozen weights packed for the CPU's matrix units.
+
+    Raises:
+        ValueError: A layer that `why_not_fast` refuses.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], *, packed: bool) -> None:
+        for layer in layers:
+            if reason := why_not_fast(layer):
+                raise ValueError(reason)
+        bases = [_base_of(layer) for layer in layers]
+        self.frozen = FrozenLinear(
+            [_weight_of(base) for base in bases], [_bias_of(base) for base in bases], packed=packed
+        )
+        self._branches = _build_branches(layers, self.frozen.sizes)
+        self._matrices = [matrix for branch in self._branches for matrix in (branch.a, branch.b)]
+        self._dropout = next((_dropout_of(layer) for layer in layers if isinstance(layer, LoraLayer)), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return `[..., O]` of `[..., D]`."""
+        keep = None
+        if self._dropout is not None and self._dropout.training and self._dropout.p:
+            keep = draw_keep_mask(x.flatten(0, -2), self._dropout.p)
+        output: Tensor = _Product.apply(x.flatten(0, -2), self, keep, *self._matrices)  # type: ignore[no-untyped-call]
+        return output.view(*x.shape[:-1], -1)
+
+    @property
+    def keep_scale(self) -> float:
+        """What dropout multiplies the kept inputs by."""
+        return 1.0 if self._dropout is None else 1 / (1 - self._dropout.p)
+
+    def join(self, dtype: torch.dtype) -> _Joint:
+        """Return the joint matrices of this moment. (The fused optimiser doesn't count versions, so none are kept.)"""
+        a = torch.cat([branch.a.detach() for branch in self._branches]).to(dtype)
+        b = a.new_zeros(sum(self.frozen.sizes), len(a))
+        for branch in self._branches:
+            torch.mul(branch.b.detach(), branch.scale, out=b[branch.outputs, branch.ranks])
+        return _Joint(a, b)
+
+    def split_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> list[Tensor | None]:
+        """Return the gradients of A_1, B_1, A_2, ... from those of the joint matrices, B's being `[R, O]`."""
+        gradients: list[Tensor | None] = []
+        wide = None if grad_a is None else grad_a.to(self._matrices[0].dtype)
+        for branch in self._branches:
+            gradients.append(wide[branch.ranks] if wide is not None and branch.a.requires_grad else None)
+            b = None
+            if grad_b is not None and branch.b.requires_grad:
+                b = torch.empty_like(branch.b).copy_(grad_b[branch.ranks, branch.outputs].t()).mul_(branch.scale)
+            gradients.append(b)
+        return gradients
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: LoRAProduct, keep: Tensor | None, *matrices: Tensor) -> Tensor:
+        ctx.product = product
+        output = product.frozen.forward(x)
+        if not matrices:
+            return output
+        joint = product.join(x.dtype)
+        kept = x if keep is None else (x * keep).mul_(product.keep_scale)
+        low = kept @ joint.a.t()  # [N, R]
+        ctx.joint = joint
+        ctx.save_for_backward(kept, low, keep)
+        return output.addmm_(low, joint.b.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        product: LoRAProduct = ctx.product
+        needs_x, _, _, *needs_matrices = ctx.needs_input_grad
+        grad_x = product.frozen.backward(grad) if needs_x else None
+        if not needs_matrices:
+            return grad_x, None, None
+        kept, low, keep = ctx.saved_tensors
+        joint: _Joint = ctx.joint
+        grad_low = grad @ joint.b  # [N, R]
+        if grad_x is not None and keep is None:
+            grad_x.addmm_(grad_low, joint.a)
+        elif grad_x is not None:
+            grad_x.add_((grad_low @ joint.a).mul_(keep), alpha=product.keep_scale)
+        grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
+        grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
+        return grad_x, None, None, *product.split_gradients(grad_a, grad_b)
+
+
+def why_not_fast(layer: nn.Module) -> str | None:
+    """Return why a layer can't be part of a LoRAProduct, or None where it can."""
+    base = _base_of(layer)
+    if not is_linear(base) or not _weight_of(base).is_floating_point():
+        return f"{type(base).__name__} isn't a plain linear layer"
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        return "its base is trained too"
+    return _why_not_plain_lora(layer) if isinstance(layer, LoraLayer) else None
+
+
+def _why_not_plain_lora(layer: LoraLayer) -> str | None:
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    if name is None or name not in layer.lora_A:
+        return f"{len(layer.active_adapters)} adapters are active, and one of LoRA is needed"
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} is more than LoRA"
+    if layer.lora_bias[name]:
+        return "its LoRA has a bias"
+    return "it is switched off or merged" if layer.disable_adapters or layer.merged else None
+
+
+def _build_branches(layers: Sequence[nn.Module], sizes: Sequence[int]) -> list[_Branch]:
+    branches: list[_Branch] = []
+    rank = output = 0
+    for layer, size in zip(layers, sizes, strict=True):
+        if isinstance(layer, LoraLayer):
+            name = layer.active_adapters[0]
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            ranks, outputs = slice(rank, rank + len(a)), slice(output, output + size)
+            branches.append(_Branch(a, b, layer.scaling[name], ranks, outputs))
+            rank += len(a)
+        output += size
+    return branches
+
+
+def _base_of(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def _weight_of(base: nn.Module) -> Tensor:
+    weight = base.get_parameter("weight")
+    return weight.t() if is_stored_transposed(base) else weight
+
+
+def _bias_of(base: nn.Module) -> Tensor | None:
+    return dict(base.named_parameters(recurse=False)).get("bias")
+
+
+def _dropout_of(layer: LoraLayer) -> nn.Dropout | None:
+    dropout = layer.lora_dropout[layer.active_adapters[0]]
+    return dropout if isinstance(dropout, nn.Dropout) else None

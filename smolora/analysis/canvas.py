@@ -1,0 +1,251 @@
+"""A figure one column wide (3.4 inches), and what every plot shares: colours, shaded phases, labels at line ends.
+
+Figures are made without pyplot, so nothing global is touched and nothing has to be closed. Text is never read as
+mathematics: a run's name may hold a dollar sign.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from smolora.analysis.run_record import Array, PhaseSpan
+
+FONT_SIZE = 7.0
+"""In points; nothing is printed smaller."""
+
+INK, FAINT, SHADE = "#222222", "#595959", "#e9e9e9"
+
+Dashes = str | tuple[int, tuple[float, ...]]
+
+GROUP_STYLES: dict[str, tuple[str, Dashes]] = {
+    "attention": ("#0072B2", "-"),
+    "mlp": ("#D55E00", (0, (4, 1.2))),
+    "embed": ("#009E73", (0, (4, 1, 1, 1))),
+    "lm_head": ("#AA4499", (0, (1, 1))),
+    "norm": ("#56B4E9", (0, (6, 2))),
+    "other": ("#B87800", (0, (2, 2))),
+    "total": (INK, "-"),
+}
+"""Colours that colour-blind people tell apart (Okabe and Ito's, one darkened), and a dash pattern each for the rest."""
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#B87800", INK)
+RUN_STYLES: list[tuple[str, Dashes]] = [
+    (color, dashes) for dashes in ("-", (0, (4, 1.2)), (0, (1, 1))) for color in _COLORS
+]
+
+_WIDTH = 3.4
+_LEFT, _TOP, _BOTTOM = 0.4, 0.32, 0.33
+_GAP = 0.36
+_LINE = 0.13
+_CHARACTER = 0.056
+"""About the width of a letter, in inches, as all lengths here."""
+
+_VEIL = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.3}
+
+_TICKS = [1, 2, 5, 10]
+
+BAR_ROOM = "0" * 8
+"""A label as wide as a colour bar with its ticks."""
+
+
+def new_figure(
+    heights: Sequence[float], *, across: str = "step", labels: Sequence[str] = (), key: Sequence[str] = ()
+) -> list[Axes]:
+    """Return axes one under another that share what runs across them.
+
+    Args:
+        heights: The height of each, in inches.
+        across: What that is.
+        labels: What will stand to the right of them: it decides their width.
+        key: Lines under them, which say what a label stands for.
+    """
+    right = 0.12 + _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0)
+    total = _TOP + sum(heights) + _GAP * (len(heights) - 1) + _BOTTOM + _LINE * len(key)
+    figure = Figure(figsize=(_WIDTH, total), facecolor="white")
+    panels: list[Axes] = []
+    top = total - _TOP
+    for height in heights:
+        box = (_LEFT / _WIDTH, (top - height) / total, (_WIDTH - _LEFT - right) / _WIDTH, height / total)
+        panels.append(figure.add_axes(box, sharex=panels[0] if panels else None))
+        _style(panels[-1], across if len(panels) == len(heights) else None)
+        top -= height + _GAP
+    for number, line in enumerate(reversed(key)):
+        _write(panels[-1], line, (3, 3 + number * _LINE * 72), at=(0, 0), coordinates="figure fraction")
+    return panels
+
+
+def _style(panel: Axes, across: str | None) -> None:
+    panel.tick_params(which="both", labelsize=FONT_SIZE, color=FAINT, labelcolor=INK, length=2, width=0.5, pad=1.5)
+    panel.tick_params(axis="x", which="both", labelbottom=across is not None)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set(linewidth=0.5, color=FAINT)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=_TICKS))
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=_TICKS))
+    panel.margins(x=0.02)
+    if across:
+        panel.set_xlabel(across, fontsize=FONT_SIZE, color=INK, labelpad=1)
+
+
+def name_panel(
+    panel: Axes, title: str, phases: Sequence[PhaseSpan] = (), texts: Mapping[str, str] | None = None
+) -> None:
+    """Write above the axes what its values are, and each phase's name, with what it trains where there is room.
+
+    Call it when all is drawn. Beside the axes the words would cost a tenth of the width.
+    """
+    _write(panel, title, (2 - _LEFT * 72, 12 if phases else 5), at=(0, 1), va="bottom", weight="bold")
+    if phases:
+        _name_phases(panel, phases, texts or {})
+
+
+def shade_phases(panel: Axes, phases: Sequence[PhaseSpan]) -> None:
+    """Shade every other phase."""
+    for number, phase in enumerate(phases):
+        panel.axvspan(phase.start, phase.end, facecolor=SHADE if number % 2 else "white", linewidth=0, zorder=0)
+
+
+def part_phases(panel: Axes, phases: Sequence[PhaseSpan]) -> None:
+    """Draw a border between phases where areas leave no place for a shade."""
+    for phase in phases[1:]:
+        panel.axvline(phase.start, color="white", linewidth=1.2)
+        panel.axvline(phase.start, color=INK, linewidth=0.5)
+
+
+def _name_phases(panel: Axes, phases: Sequence[PhaseSpan], texts: Mapping[str, str]) -> None:
+    left = min(phases[0].start, panel.dataLim.x0)  # What was measured before the first step is left of all phases.
+    right = max(phases[-1].end, panel.dataLim.x1)
+    panel.set_xlim(left, right)
+    length = right - left
+    letters = panel.get_position().width * _WIDTH / _CHARACTER
+    for phase in phases:
+        about = texts.get(phase.name)
+        choices = [f"phase {phase.name}: {about}", f"{phase.name}: {about}"] if about else [f"phase {phase.name}"]
+        room = (phase.end - phase.start) / length * letters
+        text = next((choice for choice in choices if len(choice) <= room), phase.name)
+        middle = ((phase.start + phase.end) / 2 - left) / length
+        _write(panel, text, (0, 2), at=(middle, 1), ha="center", va="bottom", color=FAINT)
+
+
+@dataclass(frozen=True)
+class LineEnd:
+    """The last point of a line, and its label."""
+
+    at: tuple[float, float]
+    text: str
+    color: str
+
+
+def label_ends(panel: Axes, ends: Sequence[LineEnd]) -> None:
+    """Label lines where they end: beside the axes where they reach its side, each as near as the others let it."""
+    limit = panel.get_xlim()  # Settles the scale of both axes, which until now waits for all lines.
+    side = limit[1] - 0.03 * (limit[1] - limit[0])
+    for end in ends:
+        if end.at[0] < side:
+            _write(panel, end.text, (2, 0), at=end.at, coordinates="data", va="center", color=end.color, bbox=_VEIL)
+    to_fraction = panel.transData + panel.transAxes.inverted()
+    height = panel.get_position().height * panel.figure.get_figheight() * 72  # type: ignore[union-attr]
+    beside = [(float(to_fraction.transform((side, end.at[1]))[1]), end) for end in ends if end.at[0] >= side]
+    beside.sort(key=lambda pair: pair[0])
+    sizes = [(end.text.count("\n") + 1) * FONT_SIZE * 1.25 / height for _, end in beside]
+    for at, (_, end) in zip(_spread([at for at, _ in beside], sizes), beside, strict=True):
+        _write(panel, end.text, (5, 0), at=(1, at), va="center", color=end.color)
+
+
+def _spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Return the positions in order, pushed up until none overlaps, then down from the top of the axes.
+
+    >>> _spread([0.25, 0.25], [0.5, 0.5])
+    [0.25, 0.75]
+    """
+    placed = list(wanted)
+    for index in range(1, len(placed)):
+        placed[index] = max(placed[index], placed[index - 1] + (sizes[index - 1] + sizes[index]) / 2)
+    ceiling = 1.0 + sizes[-1] / 2 if sizes else 1.0
+    for index in reversed(range(len(placed))):
+        placed[index] = min(placed[index], ceiling - sizes[index] / 2)
+        ceiling = placed[index] - sizes[index] / 2
+    return placed
+
+
+def write_inside(panel: Axes, text: str, at: tuple[float, float]) -> None:
+    """Write text at a place given in the units of the axes."""
+    _write(panel, text, (0, 0), at=at, coordinates="data", ha="center", va="center")
+
+
+def add_color_bar(panel: Axes, mappable: ScalarMappable) -> Colorbar:
+    """Put a narrow colour bar to the right of the axes; its ticks go up to about 5 characters."""
+    place = panel.inset_axes((1.03, 0.0, 0.035, 1.0))
+    bar = panel.get_figure(root=True).colorbar(mappable, cax=place)  # type: ignore[union-attr]
+    bar.outline.set_linewidth(0)
+    place.tick_params(which="both", labelsize=FONT_SIZE, labelcolor=INK, length=2, width=0.5, pad=1.5)
+    return bar
+
+
+def scale_values(panels: Sequence[Axes], values: Sequence[Array]) -> None:
+    """Give all panels one scale: logarithmic where the values span more than a factor of 20, else from 0."""
+    low, high = positive_range(values)
+    for panel in panels:
+        if high <= 20 * low:
+            panel.set_ylim(0, 1.08 * high)
+            continue
+        panel.set_yscale("log", nonpositive="mask")
+        panel.set_ylim(low / 1.3, high * 1.3)
+        panel.yaxis.set_major_locator(locate_decades(low, high))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def locate_decades(low: float, high: float) -> LogLocator:
+    """Return the places of a logarithmic axis' numbers: powers of ten, and numbers between them where those are few."""
+    between = (1, 2, 5) if high < 30 * low else (1, 3) if high < 300 * low else (1,)
+    return LogLocator(subs=between, numticks=6)
+
+
+def positive_range(values: Sequence[Array]) -> tuple[float, float]:
+    """Return the least and the largest positive number of all; (1, 1) where there is none."""
+    everything = np.concatenate([np.ravel(array) for array in values])
+    positive = everything[np.isfinite(everything) & (everything > 0)]
+    return (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 1.0)
+
+
+def displayable(text: str, *, longest: int = 60) -> str:
+    """Return text that the font can draw: what it lacks becomes a question mark, and a long text loses its middle.
+
+    >>> displayable("a run with a long name", longest=12)
+    'a run …g name'
+    """
+    font = get_font(findfont("DejaVu Sans"))
+    drawn = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in text)
+    return drawn if len(drawn) <= longest else f"{drawn[: longest // 2]}…{drawn[-(longest // 2) :]}"
+
+
+def render_png(figure: Figure, *, dpi: int = 220) -> bytes:
+    """Return a figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _write(
+    panel: Axes,
+    text: str,
+    offset: tuple[float, float],
+    *,
+    at: tuple[float, float],
+    coordinates: str = "axes fraction",
+    **style: object,
+) -> None:
+    """Put text at `offset` points from a place."""
+    settings = {"fontsize": FONT_SIZE, "color": INK, "parse_math": False, "annotation_clip": False, **style}
+    lines = "\n".join(map(displayable, text.split("\n")))
+    panel.annotate(lines, at, xytext=offset, xycoords=coordinates, textcoords="offset points", **settings)  # type: ignore[arg-type]

@@ -1,0 +1,247 @@
+"""A run in plain words: what was trained, how the loss went, where the gradient was and when, stalls and spikes.
+
+Every sentence is read off the run's files by a rule that stands in the text, and where there is too little to go by,
+the text says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smolora.analysis.findings import (
+    FEWEST_STEPS,
+    SPIKE_RULE,
+    STALL_RULE,
+    Spike,
+    find_lowest,
+    find_spikes,
+    find_stalls,
+    layer_totals,
+    mean_shares,
+    measure_shares,
+)
+from smolora.analysis.phases import describe_phases, steps_within
+from smolora.analysis.run_record import Array, Mask, PhaseSpan, RunRecord, RunSource, open_runs
+from smolora.errors import DataError
+
+_STANDS_OUT = 1.5
+"""A layer is named when its share is so many times an even one."""
+
+
+_FEWEST_FOR_STALL = 20
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is said under it."""
+
+    title: str
+    sentences: list[str]
+
+
+def generate_summary_report(run: RunSource) -> str:
+    """Return what a run did in plain words, as text with a heading a section.
+
+    Raises:
+        DataError: The run is missing.
+    """
+    [record] = open_runs([run])
+    parts = [
+        f"{section.title}\n" + "\n".join(f"- {line}" for line in section.sentences) for section in summarise(record)
+    ]
+    return "\n\n".join([record.name, *parts]) + "\n"
+
+
+def summarise(record: RunRecord) -> list[Section]:
+    """Return the sections of the summary."""
+    sections = [Section("What was trained", list(_say_what(record))), Section("Loss", list(_say_loss(record)))]
+    count = len(record.curve("loss")[0]) if record.has_curve("loss") else 0
+    if count < FEWEST_STEPS:
+        few = f"{count} logged step{'s' * (count != 1)}: too few to say where it learned, stalled or spiked"
+        return [*sections, Section("Where the gradient was", [f"{few} ({FEWEST_STEPS} at least)."])]
+    sections.append(Section("Where the gradient was", list(_say_where(record))))
+    if record.phases:
+        sections.append(Section("Phases", list(_say_phases(record))))
+    sections.append(Section("Stalls and spikes", list(_say_irregularities(record))))
+    return sections
+
+
+def _say_what(record: RunRecord) -> Iterator[str]:
+    settings = record.settings
+    if not settings:
+        yield f"{record.run.resolved_config.name} is lost, so what was trained isn't known."
+        return
+    if "gpt.num_layers" in settings:
+        shape = [settings.get(f"gpt.{name}") for name in ("num_layers", "width", "context")]
+        yield "A GPT from nothing: {} layers, width {}, context {}.".format(*shape)
+    else:
+        yield (
+            f"{settings.get('model.name_or_path')} with {settings.get('adapter.method')}: "
+            f"r {settings.get('adapter.r')}, alpha {settings.get('adapter.lora_alpha')}, "
+            f"targets {_list(settings.get('adapter.target_modules'))}."
+        )
+    yield f"Data: {_list(settings.get('data.sources'))}."
+    last = max((int(str(line["step"])) for line in record.metrics), default=0)
+    asked = settings.get("training.max_steps")
+    goal = f" of {asked:,}" if isinstance(asked, int) else ""
+    yield (
+        f"Trained to step {last:,}{goal} at a peak learning rate of {settings.get('training.learning_rate')}, "
+        f"{settings.get('training.per_device_train_batch_size')} rows a pass."
+    )
+
+
+def _say_loss(record: RunRecord) -> Iterator[str]:
+    if record.has_curve("loss"):
+        steps, losses = record.curve("loss")
+        yield f"Training loss {losses[0]:.3f} at step {steps[0]:,.0f}, {losses[-1]:.3f} at step {steps[-1]:,.0f}."
+    else:
+        yield "No training step is logged as yet."
+    held_out = record.curve("eval_loss") if record.has_curve("eval_loss") else None
+    best = find_lowest(*held_out) if held_out else None
+    if held_out and best:
+        yield from _say_held_out(*held_out, best)
+    else:
+        yield "No held-out loss was measured, so nothing here tells learning from memorising."
+
+
+def _say_held_out(steps: Array, values: Array, best: tuple[float, float]) -> Iterator[str]:
+    first, last = values[0], values[-1]
+    yield (
+        f"Held-out loss {first:.3f} at step {steps[0]:,.0f}, lowest {best[1]:.3f} at step {best[0]:,.0f}, "
+        f"{last:.3f} at the end (step {steps[-1]:,.0f})."
+    )
+    if steps[0] == 0 and best[0] == 0 and len(steps) > 1:
+        yield "It never fell below its start: this run has not learned what the held-out rows ask for."
+    elif last > best[1] * 1.01:
+        rise = last / best[1] - 1
+        yield f"After step {best[0]:,.0f} it rose by {rise:.1%}: the later steps did not help on held-out rows."
+
+
+def _say_where(record: RunRecord) -> Iterator[str]:
+    try:
+        groups, layers = record.group_norms, record.layer_norms
+    except DataError as error:
+        yield f"Not known: {error}"
+        return
+    columns = groups.groups
+    shares = mean_shares(measure_shares(np.array(list(columns.values())).reshape(len(columns), -1)))
+    ranked = ", ".join(
+        f"{share:.0%} in {name}" for share, name in sorted(zip(shares, columns, strict=True), reverse=True)
+    )
+    yield f"Squared gradient norm, the mean share over {len(groups.steps):,} logged steps: {ranked or 'none'}."
+    if not layers.layers:
+        return
+    by_layer = measure_shares(layer_totals(layers.layers))
+    yield f"By layer: {_say_layers(mean_shares(by_layer))}."
+    for period, mask in _periods(record, layers.steps):
+        yield f"{period}: {_say_layers(mean_shares(by_layer[:, mask]))}."
+    yield "A share says where the gradient was, not how far the weights moved."
+
+
+def _say_layers(shares: Array) -> str:
+    """Say which layers stood out from those that had any gradient."""
+    order = [int(layer) for layer in np.argsort(-shares, kind="stable") if shares[layer] > 0]
+    if not order:
+        return "none had a gradient"
+    even = 1 / len(order)
+    ahead = [f"{shares[layer]:.0%} in layer {layer}" for layer in order if shares[layer] >= _STANDS_OUT * even]
+    if ahead:
+        return f"{', '.join(ahead[:4])} (an even share is {even:.0%})"
+    low, high = order[-1], order[0]
+    return f"spread evenly, from {shares[low]:.0%} in layer {low} to {shares[high]:.0%} in layer {high}"
+
+
+def _periods(record: RunRecord, steps: Array) -> Iterator[tuple[str, Mask]]:
+    """Yield the phases, or the thirds of a run without any, by what to call them."""
+    masks = {f"Phase {phase.name}": steps_within(steps, phase) for phase in record.phases}
+    if not masks:
+        third = np.arange(len(steps)) * 3 // len(steps)
+        masks = {"First third": third == 0, "Middle third": third == 1, "Last third": third == 2}
+    for name, mask in masks.items():
+        if mask.any():
+            yield f"{name} (steps {steps[mask][0]:,.0f}-{steps[mask][-1]:,.0f})", mask
+
+
+def _say_phases(record: RunRecord) -> Iterator[str]:
+    texts = describe_phases(record)
+    for phase in record.phases:
+        trained = texts[phase.name] or "what it trained isn't known"
+        about = f"{trained}{_say_active(record, phase)}; {_say_change(record, phase)}"
+        about += _say_movement(record.phase_certificates.get(phase.name, {}))
+        yield f"Phase {phase.name} (logged steps {phase.first:,}-{phase.last:,}): {about}."
+
+
+def _say_active(record: RunRecord, phase: PhaseSpan) -> str:
+    try:
+        table = record.group_norms
+    except DataError:
+        return ""
+    active = table.columns["active"][steps_within(table.steps, phase)] if "active" in table.columns else np.array([])
+    return f", {active[0]:,.0f} trainable parameters" if len(active) and np.isfinite(active[0]) else ""
+
+
+def _say_change(record: RunRecord, phase: PhaseSpan) -> str:
+    """Say the loss at both ends of a phase, each the mean of a few steps, as one step says little."""
+    steps, losses = record.curve("loss")
+    inside = losses[steps_within(steps, phase)]
+    inside = inside[np.isfinite(inside)]
+    if not len(inside):
+        return "no loss logged"
+    few = min(5, (len(inside) + 1) // 2)
+    of_steps = f" (means of {few} logged steps)" if few > 1 else ""
+    return f"training loss {inside[:few].mean():.3f} to {inside[-few:].mean():.3f}{of_steps}"
+
+
+def _say_movement(certificate: Mapping[str, object]) -> str:
+    """Say how far the groups moved in a phase, as its certificate measured it, and what it found wrong."""
+    groups = certificate.get("groups")
+    distances = {
+        name: group.get("relative_distance")
+        for name, group in (groups.items() if isinstance(groups, dict) else ())
+        if isinstance(group, dict)
+    }
+    moved = [f"{name} by {way:.1%}" for name, way in distances.items() if isinstance(way, float | int) and way > 0]
+    text = f"; moved, of its length: {', '.join(moved)}" if moved else ""
+    problems = certificate.get("problems")
+    return f"{text}; the certificate failed: {_list(problems)}" if problems else text
+
+
+def _say_irregularities(record: RunRecord) -> Iterator[str]:
+    steps, losses = record.curve("loss")
+    stalls = find_stalls(steps, losses)
+    if stalls:
+        yield (
+            "The training loss stalled in " + ", ".join(f"steps {each.first:,}-{each.last:,}" for each in stalls) + "."
+        )
+    else:
+        yield (
+            "The training loss did not stall."
+            if len(steps) >= 20
+            else f"{len(steps)} logged steps are too few to see a stall (20 at least)."
+        )
+    yield from _say_spikes("loss", find_spikes(steps, losses, record.phases))
+    if record.has_curve("grad_norm"):
+        yield from _say_spikes("gradient norm", find_spikes(*record.curve("grad_norm"), record.phases))
+    yield STALL_RULE
+    yield SPIKE_RULE
+
+
+def _say_spikes(name: str, spikes: Sequence[Spike]) -> Iterator[str]:
+    if not spikes:
+        yield f"No spike of the {name}."
+        return
+    highest = max(spikes, key=lambda spike: spike.ratio)
+    count = f"{len(spikes)} spike{'s' * (len(spikes) != 1)}"
+    places = ", ".join(_place(spike) for spike in spikes[:5]) + (", and later ones" if len(spikes) > 5 else "")
+    yield f"{count} of the {name}: {places}; the highest {highest.ratio:.1f} times what came before it."
+
+
+def _place(spike: Spike) -> str:
+    return f"step {spike.first:,}" if spike.first == spike.last else f"steps {spike.first:,}-{spike.last:,}"
+
+
+def _list(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

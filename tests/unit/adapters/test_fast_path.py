@@ -1,0 +1,216 @@
+"""The fast path gives the numbers of plain transformers and peft, in every family and part by part, then goes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import peft
+import pytest
+import torch
+from torch.testing import assert_close
+
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.fast_path import fast_path
+from smolora.adapters.lora_product import LoRAProduct
+from smolora.config import LoRAConfig, SpeedConfig, TrainingConfig
+from smolora.data.collate import collate_packed
+from smolora.data.token_dataset import TokenDataset, build_example
+from smolora.models.rows import Rows
+from smolora.training.activations import recomputed_activations
+from smolora.training.trainer import Trainer
+from tests.tiny import PACKABLE_FAMILIES, random_input_ids, tiny_bundle
+
+LENGTHS = (5, 9, 33, 40, 12)
+ALL_OFF = SpeedConfig(row_attention=False, fused_lora=False, fused_blocks=False, packed_weights=False)
+PARTS = ("row_attention", "fused_lora", "fused_blocks", "packed_weights")
+
+
+def adapted(family, folder, *, dtype=torch.float32, config=None, **settings):
+    """A tiny model with an adapter whose B isn't zero."""
+    bundle = tiny_bundle(family, folder, **settings)
+    bundle.model.to(dtype)
+    bundle = attach_adapter(bundle, config or LoRAConfig(lora_dropout=0.0), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in bundle.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    return bundle
+
+
+def run(bundle, *, by_rows, lengths=LENGTHS):
+    """Logits and the gradient of every trainable tensor for one packed batch."""
+    bundle.model.zero_grad()
+    rows = {"rows": Rows(lengths, torch.device("cpu"))} if by_rows else {}
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    output = bundle.model(
+        input_ids=random_input_ids(sum(lengths)), position_ids=positions, use_cache=False, **rows
+    ).logits
+    output.float().square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in bundle.model.named_parameters() if p.grad is not None}
+    return output.detach().float(), gradients
+
+
+def run_fast(bundle, config=None):
+    with fast_path(bundle, config or SpeedConfig(), is_packed=True) as parts:
+        return *run(bundle, by_rows="row attention" in parts.used), parts
+
+
+def assert_same(found, expected):
+    """float32 to 1e-5 of the largest number: the sums run in another order."""
+    assert found[1].keys() == expected[1].keys()
+    for a, b in [(found[0], expected[0]), *((found[1][name], expected[1][name]) for name in expected[1])]:
+        assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("family", PACKABLE_FAMILIES)
+def test_logits_and_gradients_are_the_plain_ones(family, tmp_path):
+    bundle = adapted(family, tmp_path)
+    expected = run(bundle, by_rows=False)
+    found = run_fast(bundle)
+    assert "fused LoRA" in found[2].used
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_can_be_switched_off_alone(family, part, tmp_path):
+    bundle = adapted(family, tmp_path)
+    assert_same(run_fast(bundle, SpeedConfig(**{part: False})), run(bundle, by_rows=False))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2"])
+def test_in_bfloat16_it_is_as_near_to_float32_as_plain_code_is(family, tmp_path):
+    exact, _ = run(adapted(family, tmp_path / "exact"), by_rows=False)
+    bundle = adapted(family, tmp_path / "half", dtype=torch.bfloat16)
+    plain, _ = run(bundle, by_rows=False)
+    fast, _, _ = run_fast(bundle)
+    assert (fast - exact).square().mean() < 1.5 * (plain - exact).square().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nothing_is_left_behind(family, tmp_path):
+    bundle = adapted(family, tmp_path)
+    before = run(bundle, by_rows=False)
+    implementation = bundle.model.config._attn_implementation
+    run_fast(bundle)
+    after = run(bundle, by_rows=False)
+    assert torch.equal(before[0], after[0])
+    assert bundle.model.config._attn_implementation == implementation
+    assert not [name for name, module in bundle.model.named_modules() if "forward" in vars(module)]
+
+
+def test_with_every_part_off_nothing_is_replaced(tmp_path):
+    *_, parts = run_fast(adapted("llama", tmp_path), ALL_OFF)
+    assert parts.used == []
+
+
+@pytest.mark.parametrize("targets", ["attention_only", "mlp_only", ("q_proj",), ("k_proj", "down_proj")])
+def test_layers_without_an_adapter_join_the_others(targets, tmp_path):
+    bundle = adapted("llama", tmp_path, config=LoRAConfig(lora_dropout=0.0, target_modules=targets))
+    assert_same(run_fast(bundle), run(bundle, by_rows=False))
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "bias"), ({"use_rslora": True}, None)],
+)
+def test_variants_of_lora_are_fast_and_right_or_plain_with_the_reason(extra, reason, tmp_path):
+    base = tiny_bundle("qwen2", tmp_path)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **extra)
+    bundle = replace(base, model=peft.get_peft_model(base.model, config))
+    *found, parts = run_fast(bundle)
+    assert_same(found, run(bundle, by_rows=False))
+    assert (reason is None) == ("is more than LoRA" not in parts.describe() and "has a bias" not in parts.describe())
+    assert reason is None or reason.lower() in parts.describe().lower()
+
+
+def test_two_active_adapters_stay_plain(tmp_path):
+    base = tiny_bundle("llama", tmp_path)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(base.model, config)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    bundle = replace(base, model=model)
+    *found, parts = run_fast(bundle)
+    assert "2 adapters are active" in parts.describe()
+    assert_same(found, run(bundle, by_rows=False))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_frozen_matrices_get_no_gradient_and_the_backward_pass_stops_at_the_lowest_trained_layer(family, tmp_path):
+    bundle = adapted(family, tmp_path)
+    for name, parameter in bundle.model.named_parameters():
+        parameter.requires_grad_("lora_A" in name and ".1." in name)
+    expected = run(bundle, by_rows=False)
+    found = run_fast(bundle)
+    assert_same(found, expected)
+    assert all("lora_A" in name and ".1." in name for name in found[1])
+
+
+def test_with_recomputed_activations_the_gradients_are_the_same(tmp_path):
+    bundle = adapted("llama", tmp_path)
+    expected = run(bundle, by_rows=False)
+    bundle.model.train()
+    with recomputed_activations(bundle.model):
+        assert_same(run_fast(bundle), expected)
+
+
+def test_a_model_whose_probe_differs_stays_plain_and_says_so(tmp_path, caplog):
+    bundle = adapted("llama", tmp_path)
+    bundle.model.config.rms_norm_eps = 1.0  # The modules keep their own 1e-6: a profile that no longer fits.
+    bundle.model.get_base_model().config.rms_norm_eps = 1.0
+    expected = run(bundle, by_rows=False)
+    *found, parts = run_fast(bundle)
+    assert parts.used == []
+    assert "logits differ" in caplog.text
+    assert torch.equal(found[0], expected[0])
+
+
+def test_padded_batches_keep_plain_attention(tmp_path):
+    bundle = adapted("opt", tmp_path)
+    with fast_path(bundle, SpeedConfig(), is_packed=False) as parts:
+        assert "row attention" not in parts.used
+        assert "padded" in parts.describe()
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean(tmp_path):
+    bundle = adapted("llama", tmp_path, config=LoRAConfig(lora_dropout=0.25))
+    layer = bundle.model.get_base_model().model.layers[0].self_attn.q_proj.train()
+    product = LoRAProduct([layer], packed=False)
+    x = torch.ones(4000, 32, requires_grad=True)
+    torch.manual_seed(0)
+    output = product(x)
+    low = layer.eval()(torch.ones(1, 32)).detach() - layer.base_layer(torch.ones(1, 32)).detach()
+    base = layer.base_layer(torch.ones(1, 32)).detach()
+    # The mean over 4,000 draws is within 5 standard errors of the undropped branch.
+    error = (output - base).detach().std(dim=0) / 4000**0.5
+    assert (((output - base).detach().mean(dim=0) - low[0]).abs() < 5 * error).all()
+    # Its gradient is the one of the mask that was drawn: the branch of every kept input, exactly.
+    output.sum().backward()
+    branch = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).sum(0).detach() * layer.scaling[
+        "default"
+    ]
+    dropped = x.grad - layer.base_layer.weight.sum(0).detach()
+    kept = dropped.abs() > 1e-4 * branch.abs()
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert_close(dropped[kept], (branch / 0.75).expand_as(dropped)[kept], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_with_dropout_is_the_same_bits_twice_and_its_loss_is_near_the_plain_one(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    rows = TokenDataset(
+        [build_example(torch.randint(1, 288, (n,), generator=draw).tolist(), [(3, n)]) for n in range(8, 40)]
+    )
+    config = TrainingConfig(max_steps=6, learning_rate=1e-2)
+
+    def train(folder, speed):
+        bundle = attach_adapter(tiny_bundle("llama", folder), LoRAConfig(lora_dropout=0.1), seed=0)
+        with fast_path(bundle, speed, is_packed=True):
+            Trainer(bundle, rows, config, collate=collate_packed).train()
+        return {name: p.detach().clone() for name, p in bundle.model.named_parameters() if p.requires_grad}
+
+    runs = [train(tmp_path / name, SpeedConfig()) for name in ("a", "b")]
+    for first, second in pairwise(runs):
+        assert all(torch.equal(first[name], second[name]) for name in first)

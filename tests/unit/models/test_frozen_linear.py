@@ -1,0 +1,33 @@
+"""Frozen products equal plain ones, packed or not, and joined weights cost no second copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from smolora.models.frozen_linear import FrozenLinear, can_pack
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [True, False])
+def test_both_products_are_the_plain_ones(dtype, packed):
+    weights = [draw(48, 32, dtype=dtype), draw(16, 32, dtype=dtype, seed=1)]
+    bias = draw(48, dtype=dtype, seed=2)
+    linear = FrozenLinear(weights, [bias, None], packed=packed)
+    x, grad = draw(70, 32, dtype=dtype, seed=3), draw(70, 64, dtype=dtype, seed=4)
+    expected = torch.cat((F.linear(x, weights[0], bias), F.linear(x, weights[1])), dim=1)
+    # bfloat16 rounds once per product in either.
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_close(linear.forward(x), expected, rtol=tolerance, atol=tolerance)
+    assert_close(linear.backward(grad), grad @ torch.cat(weights), rtol=tolerance, atol=tolerance * 8)
+
+
+def test_only_bfloat16_on_a_cpu_that_computes_it_is_packed():
+    assert not can_pack(draw(4, 4))
+    assert can_pack(draw(4, 4, dtype=torch.bfloat16)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,116 @@
+"""Attention by rows equals one row at a time through torch's own, forward and backward, at any lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from smolora.models.row_attention import AttentionSettings, Rotary, attend_rows
+from smolora.models.rows import Rows
+
+HEADS, SHARED, WIDTH = 6, 2, 8
+
+
+def swap_halves(x):
+    return torch.cat((-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]), dim=-1)
+
+
+def naive(heads, lengths, *, scale, window, rotary):
+    outputs = []
+    for number, row in enumerate(heads.split(lengths)):
+        query, key, value = (part.transpose(0, 1) for part in row.split([HEADS, SHARED, SHARED], dim=1))
+        if rotary:
+            cos, sin = rotary.cos.split(lengths)[number], rotary.sin.split(lengths)[number]
+            query, key = (x * cos + swap_halves(x) * sin for x in (query, key))
+        length = len(row)
+        sees = torch.ones(length, length, dtype=torch.bool).tril()
+        if window:
+            sees &= torch.ones(length, length, dtype=torch.bool).triu(1 - window)
+        key, value = (x.repeat_interleave(HEADS // SHARED, dim=0) for x in (key, value))
+        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=sees, scale=scale)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def random_inputs(lengths):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    heads = torch.randn(sum(lengths), HEADS + 2 * SHARED, WIDTH, generator=generator, requires_grad=True)
+    angles = torch.rand(sum(lengths), WIDTH // 2, generator=generator).mul(6).repeat(1, 2)
+    return heads, Rotary(angles.cos(), angles.sin())
+
+
+def assert_equal_to_naive(lengths, *, window=None, with_rotary=True):
+    heads, rotary = random_inputs(lengths)
+    rotary = rotary if with_rotary else None
+    found = attend_rows(
+        heads,
+        num_heads=HEADS,
+        rows=Rows(lengths, torch.device("cpu")),
+        settings=AttentionSettings(0.3, window=window),
+        rotary=rotary,
+    )
+    expected = naive(heads, lengths, scale=0.3, window=window, rotary=rotary)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    # float32 rounding over sums of at most 300 terms.
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_close(
+        torch.autograd.grad(found, heads, grad)[0], torch.autograd.grad(expected, heads, grad)[0], rtol=0, atol=5e-5
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 80), min_size=1, max_size=6), st.sampled_from([None, 1, 7]), st.booleans())
+def test_it_equals_one_row_at_a_time(lengths, window, with_rotary):
+    assert_equal_to_naive(lengths, window=window, with_rotary=with_rotary)
+
+
+@pytest.mark.parametrize("lengths", [[300], [129, 128, 257, 1], [256, 200]])
+def test_long_rows_in_blocks_of_queries_equal_it_too(lengths):
+    assert_equal_to_naive(lengths)
+
+
+def test_a_change_in_one_row_leaves_the_others_bit_equal():
+    lengths = [20, 21, 40]
+    heads, rotary = random_inputs(lengths)
+    rows, how = Rows(lengths, torch.device("cpu")), AttentionSettings(0.3)
+    before = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=rotary)
+    changed = heads.detach().clone()
+    changed[:20] += 1
+    after = attend_rows(changed, num_heads=HEADS, rows=rows, settings=how, rotary=rotary)
+    assert torch.equal(before[20:], after[20:])
+    assert not torch.equal(before[:20], after[:20])
+
+
+@pytest.mark.parametrize("lengths", [[40, 33], [300]])
+def test_dropout_of_the_weights_has_the_gradient_of_what_it_computed(lengths):
+    heads, _ = random_inputs(lengths)
+    heads = heads.detach().double().requires_grad_()
+    rows = Rows(lengths, torch.device("cpu"))
+
+    def attend(x):
+        torch.manual_seed(3)
+        return attend_rows(x, num_heads=HEADS, rows=rows, settings=AttentionSettings(0.3, dropout=0.3)).sum(0)
+
+    direction = torch.randn_like(heads)
+    step = 1e-6
+    numeric = (attend(heads + step * direction) - attend(heads - step * direction)).sum() / (2 * step)
+    (gradient,) = torch.autograd.grad(attend(heads).sum(), heads)
+    assert_close((gradient * direction).sum(), numeric, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean():
+    heads, _ = random_inputs([30])
+    rows = Rows([30], torch.device("cpu"))
+    plain = attend_rows(heads, num_heads=HEADS, rows=rows, settings=AttentionSettings(0.3))
+    torch.manual_seed(0)
+    draws = [
+        attend_rows(heads, num_heads=HEADS, rows=rows, settings=AttentionSettings(0.3, dropout=0.2)).detach()
+        for _ in range(300)
+    ]
+    stack = torch.stack(draws)
+    error = stack.std(dim=0) / 300**0.5
+    assert ((stack.mean(dim=0) - plain).abs() <= 6 * error + 1e-6).all()
