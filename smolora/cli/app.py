@@ -13,7 +13,7 @@ from smolora import __version__
 from smolora.cli.ask import chat, generate
 from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
 from smolora.cli.look import report
-from smolora.cli.make import merge, prepare, pretrain, train
+from smolora.cli.make import merge, prepare, pretrain, probe, train
 from smolora.cli.start import demo, doctor
 
 _START = Group("Start here", sort_key=1)
@@ -38,7 +38,8 @@ def build_app() -> App:
     app.command(prepare, group=_MAKE, sort_key=1)
     app.command(pretrain, group=_MAKE, sort_key=2)
     app.command(train, group=_MAKE, sort_key=3)
-    app.command(merge, group=_MAKE, sort_key=4)
+    app.command(probe, group=_MAKE, sort_key=4)
+    app.command(merge, group=_MAKE, sort_key=5)
     app.command(generate, alias="infer", group=_ASK, sort_key=1)
     app.command(chat, group=_ASK, sort_key=2)
     app.command(report, group=_LOOK, sort_key=1)
