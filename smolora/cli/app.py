@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, U
 from smolora import __version__
 from smolora.cli.ask import chat, generate
 from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
-from smolora.cli.look import report
+from smolora.cli.look import compare, report
 from smolora.cli.make import merge, prepare, pretrain, probe, train
 from smolora.cli.start import demo, doctor
 
@@ -43,6 +43,7 @@ def build_app() -> App:
     app.command(generate, alias="infer", group=_ASK, sort_key=1)
     app.command(chat, group=_ASK, sort_key=2)
     app.command(report, group=_LOOK, sort_key=1)
+    app.command(compare, group=_LOOK, sort_key=2)
     return app
 
 

@@ -135,7 +135,7 @@ def load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
 
 def prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None, dataset: Dataset | None) -> TuningData:
     """Read and encode the rows; rejected ones are written to `out`, where it is given."""
-    seed = config.training.seed
+    seed = config.evaluation.choose_split_seed(config.training.seed)
     if dataset is not None:
         rows = read_dataset(dataset, config.data, seed=seed, tokenizer=base.tokenizer, out=out)
     else:
