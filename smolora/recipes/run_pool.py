@@ -95,7 +95,8 @@ def _work(function: Callable[[_Job], _Result], pipe: Connection, workers: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The terminal sends it to all; the parent passes it on once.
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    with suppress(EOFError, BrokenPipeError):
+    # A second signal, as a scheduler sends one to all of a group, interrupts a step: the run is at its last checkpoint.
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             job = pipe.recv()
             try:

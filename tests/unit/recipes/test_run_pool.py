@@ -14,6 +14,7 @@ import torch
 
 from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal, StorageError
 from smolora.recipes.run_pool import run_on_processes, run_on_ray
+from smolora.runtime.signals import deferred_signals
 
 
 def double(number):
@@ -26,6 +27,12 @@ def fail(_):
 
 def die(_):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_signalled_twice(_):
+    with deferred_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def count_threads(_):
@@ -51,6 +58,12 @@ def test_an_error_of_a_run_keeps_its_kind_and_words():
 def test_a_killed_worker_is_said_to_be_one():
     with pytest.raises(StorageError, match="a worker died"):
         list(run_on_processes(die, [1], workers=1))
+
+
+def test_a_worker_that_is_signalled_twice_ends_without_a_traceback(capfd):
+    with pytest.raises(StorageError, match="a worker died"):
+        list(run_on_processes(be_signalled_twice, [1], workers=1))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_workers_share_the_cores(monkeypatch):
