@@ -10,10 +10,10 @@ from dataclasses import replace
 import peft
 import torch
 
-from smolora.adapters.targets import resolve_target_modules
+from smolora.adapters.targets import resolve_pattern, resolve_target_modules
 from smolora.config.adapter import LoRAConfig
 from smolora.errors import ConfigError, ModelError
-from smolora.models.anatomy import build_anatomy
+from smolora.models.anatomy import Anatomy, build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.structure import PreTrainedModel
 
@@ -30,27 +30,28 @@ def attach_adapter(bundle: ModelBundle, config: LoRAConfig, *, seed: int) -> Mod
         ModelError: A GPTModel, which is adapted in its saved form.
     """
     model = refuse_unadaptable(bundle)
-    targets = resolve_target_modules(bundle.anatomy, config.target_modules)
-    peft_config = _build_peft_config(config, targets, source=bundle.source, revision=bundle.revision)
+    peft_config = _build_peft_config(config, bundle.anatomy, source=bundle.source, revision=bundle.revision)
     return replace(bundle, model=_adapt(model, peft_config, seed=seed))
 
 
 def setup_model_with_lora(model: PreTrainedModel, config: LoRAConfig | None = None, *, seed: int = 0) -> peft.PeftModel:
     """Put a fresh adapter on a plain model that is in memory already, without a bundle; `model` itself is changed."""
-    config = config or LoRAConfig()
-    targets = resolve_target_modules(build_anatomy(model), config.target_modules)
-    return _adapt(model, _build_peft_config(config, targets, source=model.name_or_path or None), seed=seed)
+    peft_config = _build_peft_config(config or LoRAConfig(), build_anatomy(model), source=model.name_or_path or None)
+    return _adapt(model, peft_config, seed=seed)
 
 
 def _build_peft_config(
-    config: LoRAConfig, targets: list[str], *, source: str | None, revision: str | None = None
+    config: LoRAConfig, anatomy: Anatomy, *, source: str | None, revision: str | None = None
 ) -> peft.LoraConfig:
+    targets = resolve_target_modules(anatomy, config.target_modules)
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        rank_pattern=resolve_pattern(anatomy, targets, config.rank_pattern, field="rank_pattern"),
+        alpha_pattern=resolve_pattern(anatomy, targets, config.alpha_pattern, field="alpha_pattern"),
         base_model_name_or_path=source,
         revision=revision,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from smolora.config.adapter import ATTENTION_ONLY, BOTH, MLP_ONLY
 from smolora.errors import ConfigError, did_you_mean
 from smolora.models.anatomy import Anatomy
+
+_Number = TypeVar("_Number", int, float)
 
 # The lists that LoRAConfig users pass are Llama's names; on any other family they mean the same parts.
 _LLAMA_LISTS = {frozenset(ATTENTION_ONLY): "attention_only", frozenset(MLP_ONLY): "mlp_only", frozenset(BOTH): "both"}
@@ -28,7 +31,7 @@ def resolve_target_modules(anatomy: Anatomy, target_modules: str | Sequence[str]
     named = names[0] if len(names) == 1 else _LLAMA_LISTS.get(frozenset(names))
     group = _modules_of_group(anatomy, named) if named else None
     if group is None:
-        chosen = {path for name in names for path in _match(anatomy, name)}
+        chosen = {path for name in names for path in _match(anatomy, name, field="target_modules")}
         return [path for path in anatomy.linear_modules() if path in chosen]
     if not group:
         raise ConfigError(
@@ -49,12 +52,37 @@ def _modules_of_group(anatomy: Anatomy, named: str) -> list[str] | None:
     return None
 
 
-def _match(anatomy: Anatomy, name: str) -> list[str]:
+def resolve_pattern(
+    anatomy: Anatomy, targets: Sequence[str], pattern: Mapping[str, _Number], *, field: str
+) -> dict[str, _Number]:
+    """Return what `pattern` gives each of `targets`, by full path; where several names fit one, the longest decides.
+
+    Args:
+        anatomy: Of the plain model.
+        targets: Full paths of the modules that are adapted.
+        pattern: Numbers by name, spelt as in `resolve_target_modules`.
+        field: The setting, for messages.
+
+    Raises:
+        ConfigError: A name matches no linear layer, or none that is adapted.
+    """
+    resolved: dict[str, _Number] = {}
+    for name in sorted(pattern, key=len):
+        matched = [path for path in _match(anatomy, name, field=field) if path in targets]
+        if not matched:
+            raise ConfigError(
+                f"adapter.{field}: '{name}' isn't adapted. Add it to adapter.target_modules, or leave it out here."
+            )
+        resolved |= dict.fromkeys(matched, pattern[name])
+    return resolved
+
+
+def _match(anatomy: Anatomy, name: str, *, field: str) -> list[str]:
     matched = [path for path in anatomy.linear_modules() if path == name or path.endswith(f".{name}")]
     if not matched:
         hint = did_you_mean(name, _short_names(anatomy))
         raise ConfigError(
-            f"adapter.target_modules: no module named '{name}' in '{anatomy.family}'.{hint} {_list_modules(anatomy)}"
+            f"adapter.{field}: no module named '{name}' in '{anatomy.family}'.{hint} {_list_modules(anatomy)}"
         )
     return matched
 

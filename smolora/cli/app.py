@@ -13,8 +13,8 @@ from smolora import __version__
 from smolora.cli.ahead import plan
 from smolora.cli.ask import chat, generate
 from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
-from smolora.cli.look import report
-from smolora.cli.make import merge, prepare, pretrain, train
+from smolora.cli.look import compare, report
+from smolora.cli.make import merge, prepare, pretrain, probe, train
 from smolora.cli.start import demo, doctor
 from smolora.errors import StoppedBySignal
 
@@ -42,10 +42,12 @@ def build_app() -> App:
     app.command(pretrain, group=_MAKE, sort_key=2)
     app.command(plan, group=_MAKE, sort_key=3)
     app.command(train, group=_MAKE, sort_key=4)
-    app.command(merge, group=_MAKE, sort_key=5)
+    app.command(probe, group=_MAKE, sort_key=5)
+    app.command(merge, group=_MAKE, sort_key=6)
     app.command(generate, alias="infer", group=_ASK, sort_key=1)
     app.command(chat, group=_ASK, sort_key=2)
     app.command(report, group=_LOOK, sort_key=1)
+    app.command(compare, group=_LOOK, sort_key=2)
     return app
 
 

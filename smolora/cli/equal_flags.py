@@ -25,9 +25,9 @@ def find_equal(verb: str, unknown: str) -> str | None:
     flags, config = _KINDS[verb]
     flag_of = {path: f"--{name.replace('_', '-')}" for path, name in paths_of(flags).items()}
     equal = {"output_dir": "--out"}
-    for section, field in config.model_fields.items():
+    for section, field in sorted(config.model_fields.items(), key=lambda item: item[0] == "training"):
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            for name in field.annotation.model_fields:
+            for name in field.annotation.model_fields:  # training is last, since phases have names of its own too.
                 path = f"{section}.{name}"
                 # A flag before any path (phases have a learning_rate too); of paths the last: vocab_size is the
                 # tokenizer's, which the GPT's follows.

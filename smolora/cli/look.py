@@ -1,7 +1,8 @@
-"""The verbs that look at what was made: report."""
+"""The verbs that look at what was made: report, compare."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ from cyclopts import Parameter
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
 from smolora.runtime.console import print_plainly
+
+Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 
 
 def report(*runs: Path, out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None) -> None:
@@ -28,3 +31,39 @@ def report(*runs: Path, out: Annotated[Path | None, Parameter(name=["--out", "-o
     page = run_report(runs, out)
     print("\n".join(generate_summary_report(run) for run in runs), end="")
     print_plainly(terminal, f"report: {page}")
+
+
+def compare(
+    *words: str,
+    out: Out,
+    seeds: int = 5,
+    workers: int = 1,
+    ray: str | None = None,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    quiet: bool = False,
+) -> None:
+    """Tune by several configurations on the same rows with the same seeds, and say whether any is better.
+
+    The same command continues a comparison that was killed.
+
+    Args:
+        words: Two YAML files or more, the first to hold the others against, and settings for all as key.path=value.
+        out: Folder of the comparison.
+        seeds: Runs of each configuration.
+        workers: Processes to spread the runs over.
+        ray: Address of a Ray cluster to spread them over instead.
+        as_json: Print comparison.json instead of the table.
+        quiet: Show warnings only.
+    """
+    terminal = open_terminal(quiet=quiet)
+    if ray is not None and workers != 1:
+        raise ConfigError("--ray and --workers both say where runs go; give one.")
+    from smolora.cli.run_config import read_configs
+
+    configs = read_configs(words)
+    from smolora.recipes.compare import compare as run_compare
+    from smolora.recipes.compare import describe_comparison, to_json
+
+    comparison = run_compare(configs, out, num_seeds=seeds, workers=workers, ray_address=ray)
+    print(json.dumps(to_json(comparison)) if as_json else describe_comparison(comparison))
+    print_plainly(terminal, f"comparison: {out}")

@@ -103,6 +103,35 @@ def train(
     print_plainly(terminal, f'adapter: {run.adapter}\nnext: smolora merge {out}, or smolora generate {out} "..."')
 
 
+def probe(
+    *words: str,
+    out: Out,
+    preset: str | None = None,
+    data_dir: Path | None = None,
+    batches: int = 32,
+    flags: TrainFlags | None = None,
+) -> None:
+    """Measure where a fine-tune would learn, without an update, and write OUT/probe.yaml, which train takes.
+
+    Args:
+        words: A YAML file, and any setting as key.path=value, as for train.
+        out: Folder to write probe.yaml, probe.json and probe.png into.
+        preset: Experiment to start from.
+        data_dir: Folder with the files of the preset's benchmark, in place of --data.
+        batches: Batches to measure; 20 to 50 are usual.
+        flags: What has a flag of its own.
+    """
+    flags = flags or TrainFlags()
+    terminal = open_terminal(quiet=flags.quiet)
+    from smolora.config import ExperimentConfig
+
+    config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir)
+    from smolora.recipes.probe import probe as run_probe
+
+    folder = run_probe(config, out, num_batches=batches)
+    print_plainly(terminal, f"configuration: {folder.config}\nnext: smolora train {folder.config} -o RUN")
+
+
 def merge(run: Path, *, out: OutIfAny = None) -> None:
     """Add an adapter to its base and write a plain model, checked to answer the same.
 

@@ -10,7 +10,7 @@ from smolora.cli.flags import LoopFlags, collect_settings
 from smolora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smolora.config import RunConfig
+    from smolora.config import ExperimentConfig, RunConfig
 
 _ROWS_PER_PASS = "training.per_device_train_batch_size"
 
@@ -71,6 +71,28 @@ def _find_data(preset: str | None, data_dir: Path | None, flags: LoopFlags) -> d
     return {"data.sources": (str(train),), "data.eval_source": str(held_out)}
 
 
+def read_configs(words: Sequence[str]) -> dict[str, ExperimentConfig]:
+    """Return the configurations of several files by the files' names, with settings that hold for all.
+
+    Raises:
+        ConfigError: Two files of one name, an unknown key, or a value that isn't allowed.
+    """
+    from smolora.config import ExperimentConfig, resolve_config
+
+    files, assignments = _part_words(words)
+    configs: dict[str, ExperimentConfig] = {}
+    for file in files:
+        if file.stem in configs:
+            raise ConfigError(f"two configurations are named '{file.stem}', and names become folders. Rename one.")
+        configs[file.stem] = resolve_config(ExperimentConfig, file=file, assignments=assignments)
+    return configs
+
+
+def _part_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    assignments = [word for word in words if "=" in word and not Path(word).is_file()]
+    return [Path(word) for word in words if word not in assignments], assignments
+
+
 def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the configuration file among positional words, and the assignments.
 
@@ -80,11 +102,10 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     Raises:
         ConfigError: A second file.
     """
-    assignments = [word for word in words if "=" in word and not Path(word).is_file()]
-    files = [word for word in words if word not in assignments]
+    files, assignments = _part_words(words)
     if len(files) > 1:
         raise ConfigError(
             f"unexpected '{files[1]}': one configuration file at most ('{files[0]}' was taken for it), "
             "and settings as key.path=value. Several data files need --data each."
         )
-    return (Path(files[0]) if files else None), assignments
+    return (files[0] if files else None), assignments

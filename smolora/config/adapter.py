@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -37,6 +37,12 @@ class LoRAConfig(Section):
 
     target_modules: str | tuple[str, ...] = "all"
     """attention_only (query and value), mlp_only, both, all (every linear layer but the head), or module names."""
+
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Ranks of modules that differ from `r`, by name as in `target_modules`; the longest name that fits one wins."""
+
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Alphas of modules that differ from `lora_alpha`, by name; a module's scale is its alpha over its rank."""
 
     path: str | None = None
     """An adapter, or the run that holds it, to continue from; its own r, alpha and targets are kept."""

@@ -8,13 +8,20 @@ from smolora.config.base import Section
 
 
 class EvaluationConfig(Section):
-    """Batch size and early stopping of evaluation during a run."""
+    """Held-out rows, batch size and early stopping of evaluation during a run."""
 
     batch_size: int = Field(default=8, ge=1)
     """Rows in one forward pass of evaluation."""
+
+    split_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of the choice of held-out rows, where they have no source of their own. Left out, `training.seed`."""
 
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations in a row without improvement. Left out: never."""
 
     early_stopping_threshold: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """How much lower the evaluation loss must be to count as improvement, in nats a token."""
+
+    def choose_split_seed(self, seed: int) -> int:
+        """Return the seed of the held-out rows of a run with this seed."""
+        return seed if self.split_seed is None else self.split_seed

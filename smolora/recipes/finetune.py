@@ -136,9 +136,9 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
     if dataset is None:
         check_sources(config.data)
     allocator = keep_large_blocks()
-    base, machine = _load_base(config)
-    data = _prepare_data(config, base, out, dataset)
-    layout = _choose_layout(base)
+    base, machine = load_base(config)
+    data = prepare_data(config, base, out, dataset)
+    layout = choose_layout(base)
     bundle = _adapt(base, config, data)
     _check_phases(bundle, data, config)
     machine |= {"allocator": allocator, "batches": layout}
@@ -148,12 +148,13 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
     """Return the first examples as (text, is trained on) runs; nothing is written."""
     check_sources(config.data)
-    base, _ = _load_base(config)
-    data = _prepare_data(config, base, None, None)
+    base, _ = load_base(config)
+    data = prepare_data(config, base, None, None)
     return [render_marked(data.train[index], base.tokenizer) for index in range(min(count, len(data.train)))]
 
 
-def _load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
+def load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
+    """Return the base model, and why it is where and what it is."""
     device, device_reason = resolve_device(config.model.device)
     dtype, dtype_reason = resolve_dtype(config.model.dtype, device)
     name = config.model.name_or_path
@@ -175,8 +176,9 @@ def _load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
     return base, machine
 
 
-def _prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None, dataset: Dataset | None) -> TuningData:
-    seed = config.training.seed
+def prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None, dataset: Dataset | None) -> TuningData:
+    """Read and encode the rows; rejected ones are written to `out`, where it is given."""
+    seed = config.evaluation.choose_split_seed(config.training.seed)
     if dataset is not None:
         rows = read_dataset(dataset, config.data, seed=seed, tokenizer=base.tokenizer, out=out)
     else:
@@ -194,7 +196,8 @@ def _prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None,
     return TuningData(rows, encoded[0], encoded[1] if len(encoded[1]) else None)
 
 
-def _choose_layout(base: ModelBundle) -> Layout:
+def choose_layout(base: ModelBundle) -> Layout:
+    """Return how batches are laid out: packed where the model keeps rows apart."""
     is_packable, reason = can_pack_rows(base.model)
     if not is_packable:
         logger.info("batches are padded: %s", reason)

@@ -104,7 +104,7 @@ def _split_documents(documents: Documents, config: PretrainConfig) -> Documents:
         return documents
     texts = documents.train
     if len(texts) >= _FEWEST_DOCUMENTS_TO_SPLIT:
-        order = permutation(len(texts), config.training.seed, "held out")
+        order = permutation(len(texts), config.evaluation.choose_split_seed(config.training.seed), "held out")
         chosen = set(order[: max(1, int(len(texts) * share))].tolist())
         kept = [text for index, text in enumerate(texts) if index not in chosen]
         return Documents(kept, [texts[index] for index in sorted(chosen)], documents.report)

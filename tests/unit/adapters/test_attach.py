@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from smolora.adapters.attach import attach_adapter, is_adapted, setup_model_with_lora
 from smolora.adapters.targets import resolve_target_modules
+from smolora.adapters.tensor_places import find_lora_pairs
 from smolora.adapters.wrapper import PEFTModelWrapper
 from smolora.config.adapter import LoRAConfig
 from smolora.config.model import GPTConfig
@@ -117,3 +120,29 @@ def test_train_or_eval_mode_is_kept_so_that_no_dropout_starts_unasked(tmp_path, 
 def test_an_adapted_model_packs_rows_as_its_base_does(tmp_path):
     assert can_pack_rows(attach_adapter(tiny_bundle("llama", tmp_path / "a"), LoRAConfig(), seed=0).model)[0]
     assert not can_pack_rows(attach_adapter(tiny_bundle("opt", tmp_path / "b"), LoRAConfig(), seed=0).model)[0]
+
+
+def test_patterns_give_modules_ranks_and_scales_of_their_own_and_the_longest_name_wins(tmp_path):
+    first = "model.layers.0.mlp.down_proj"
+    config = LoRAConfig(
+        r=4, lora_alpha=8, rank_pattern={first: 3, "down_proj": 2}, alpha_pattern={"mlp.down_proj": 1.5}
+    )
+    model = attach_adapter(tiny_bundle("llama", tmp_path), config, seed=0).model
+    pairs = {pair.module: pair for pair in find_lora_pairs(model)}
+    found = {name: (len(pairs[name].a), pairs[name].scaling) for name in (first, first.replace("0", "1"))}
+    assert found == {first: (3, 0.5), first.replace("0", "1"): (2, 0.75)}
+    others = [pair for name, pair in pairs.items() if not name.endswith("down_proj")]
+    assert {(len(pair.a), pair.scaling) for pair in others} == {(4, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ({"down_projj": 2}, "adapter.rank_pattern: no module named 'down_projj' in 'llama'. Did you mean 'down_proj'?"),
+        ({"down_proj": 2}, "adapter.rank_pattern: 'down_proj' isn't adapted. Add it to adapter.target_modules"),
+    ],
+)
+def test_a_pattern_for_what_is_not_adapted_is_refused(tmp_path, pattern, message):
+    bundle = tiny_bundle("llama", tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        attach_adapter(bundle, LoRAConfig(target_modules="q_proj", rank_pattern=pattern), seed=0)

@@ -53,3 +53,22 @@ def test_pretrain_ends_with_a_report(smolora, tmp_path):
     code, _, _ = smolora("pretrain", "--data", text, "-o", run.path, *shape, "--max-steps", 3, "--batch-size", 2)
     assert code == 0
     assert run.report.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a.yaml"], "no configuration file a.yaml"),
+        (["{one}"], "two configurations at least, found 1"),
+        (["{one}", "{other}"], "two configurations are named 'one', and names become folders"),
+        (["--ray", "auto", "--workers", "2"], "--ray and --workers both say where runs go"),
+    ],
+)
+def test_compare_refuses_what_is_no_comparison(smolora, tmp_path, words, message):
+    files = {"one": tmp_path / "one.yaml", "other": tmp_path / "b" / "one.yaml"}
+    for file in files.values():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("model: {name_or_path: base}\n")
+    code, out, err = smolora("compare", *[word.format(**files) for word in words], "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert message in err
