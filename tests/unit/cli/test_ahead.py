@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import smolora.recipes.plan as recipe
 
@@ -24,7 +23,8 @@ def test_plan_prints_one_object_on_stdout_and_a_few_lines_on_stderr(smolora, bas
 
 
 def test_a_run_that_does_not_fit_is_5_and_still_an_object(smolora, base, rows, monkeypatch):
-    monkeypatch.setattr(recipe, "run_trial", partial(recipe.run_trial, available=1 << 20))
+    measure = recipe.run_trial
+    monkeypatch.setattr(recipe, "run_trial", lambda config, **how: measure(config, **{**how, "available": 1 << 20}))
     monkeypatch.setattr(recipe, "propose", lambda *_: None)  # Which has tests of its own, and takes minutes.
     code, out, err = smolora("plan", "--model", base, "--data", rows, *FIELDS, *SHORT, "--json")
     assert code == 5
