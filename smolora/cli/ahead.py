@@ -27,7 +27,7 @@ def plan(
 
     Args:
         words: A YAML file, and any setting as key.path=value.
-        out: Folder of the run, which is only read; needed with --resume.
+        out: Folder of the run. It is only read, and only to resume.
         preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
         data_dir: Folder with the files of the preset's benchmark, in place of --data.
         flags: What has a flag of its own.

@@ -24,7 +24,7 @@ def test_plan_prints_one_object_on_stdout_and_a_few_lines_on_stderr(smolora, bas
 
 
 def test_a_run_that_does_not_fit_is_5_and_still_an_object(smolora, base, rows, monkeypatch):
-    monkeypatch.setattr(recipe, "run_trial", partial(recipe.run_trial, available=1 << 20))
+    monkeypatch.setattr(recipe, "plan", partial(recipe.plan, available=1 << 20))
     monkeypatch.setattr(recipe, "propose", lambda *_: None)  # Which has tests of its own, and takes minutes.
     code, out, err = smolora("plan", "--model", base, "--data", rows, *FIELDS, *SHORT, "--json")
     assert code == 5
@@ -34,6 +34,6 @@ def test_a_run_that_does_not_fit_is_5_and_still_an_object(smolora, base, rows, m
 
 def test_plan_takes_what_train_takes_and_refuses_what_it_refuses(smolora, base):
     assert smolora("plan", "--model", base, "--batch-size", 3, "training.gradient_accumulation_steps=2")[0] == 2
-    code, _, err = smolora("plan", "--learning-rate=1e-3")
+    code, _, err = smolora("plan", "--num-train-epochs=3")
     assert code == 2
-    assert "Did you mean --lr?" in err
+    assert "Did you mean --epochs?" in err
