@@ -61,6 +61,7 @@ def test_a_plan_counts_what_the_run_then_does_and_leaves_nothing(tmp_path, base,
     assert min(vars(estimate.seconds).values()) > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_planned_from_its_checkpoint(tmp_path, base, rows):
     run = finetune(config(base, rows, "training.max_steps=4"), tmp_path / "run")
     before = sorted(path.name for path in run.path.iterdir())
@@ -70,6 +71,7 @@ def test_a_resumed_run_is_planned_from_its_checkpoint(tmp_path, base, rows):
         plan(config(base, rows, "training.max_steps=4"), run.path, resume=True)
 
 
+@pytest.mark.slow
 def test_phases_and_profiles_of_the_run_do_not_stop_its_trial(base, rows):
     asked = config(base, rows, "phases.strategy=early,late", "training.profile_steps=[1,2]", "training.max_steps=6")
     assert run_trial(asked).seconds is not None
