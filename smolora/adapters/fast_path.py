@@ -25,7 +25,7 @@ from smolora.models.fused_ops import Activation, rms_norm
 from smolora.models.registry import FAMILIES, Fused
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
-from smolora.models.structure import PreTrainedModel
+from smolora.models.structure import PreTrainedModel, replaced_forward
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +148,11 @@ class _Installer:
         names = self._names(layer, "query", "key", "value", "output")
         if "row attention" not in self._parts.used or not fused.attention or len(names) != 4:
             return set()
-        *inputs, output = (self._product(group) for group in (names[:3], names[3:]))
-        if output is None or inputs[0] is None:
+        inputs, output = self._product(names[:3]), self._product(names[3:])
+        if inputs is None or output is None:
             return set()
         attention = self._model.get_submodule(names[0].rpartition(".")[0])
-        forward = _attention_forward(attention, inputs[0], output, window=self._window(layer))
-        self._replace(attention, forward)
+        self._replace(attention, _attention_forward(attention, inputs, output, window=self._window(layer)))
         return set(names)
 
     def _install_mlp(self, layer: int) -> set[str]:
@@ -207,8 +206,7 @@ class _Installer:
         return int(window) if window else None
 
     def _replace(self, module: nn.Module, forward: Callable[..., object]) -> None:
-        module.__dict__["forward"] = forward  # An instance's own attribute comes before its class's method.
-        self._stack.callback(module.__dict__.pop, "forward")
+        self._stack.enter_context(replaced_forward(module, forward))
 
 
 def _attention_forward(

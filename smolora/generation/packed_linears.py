@@ -7,14 +7,15 @@ torch hands a float32 product on a CPU to a BLAS that lays the matrix out anew e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-_DTYPES = (torch.float32, torch.bfloat16)
+from smolora.models.frozen_linear import can_pack, multiply_by_onednn, pack
+from smolora.models.structure import has_plain_forward, is_stored_transposed, replaced_forward
+
 _MOST_BYTES = 2**31
 
 
@@ -31,27 +32,14 @@ def packed_linears(model: nn.Module, *, num_rows: int) -> Iterator[None]:
     linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and _can_pack(module)]
     if sum(module.weight.nbytes for module in linears) > _MOST_BYTES:
         linears = []
-    try:
+    with ExitStack() as stack:
         for module in linears:
-            weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows)
-            vars(module)["forward"] = partial(_forward, packed, module.bias)
+            weight = module.weight.detach()
+            packed = pack(weight.t() if is_stored_transposed(module) else weight, num_rows=num_rows)
+            stack.enter_context(replaced_forward(module, partial(multiply_by_onednn, weight=packed, bias=module.bias)))
         yield
-    finally:
-        for module in linears:
-            vars(module).pop("forward", None)
 
 
 def _can_pack(linear: nn.Linear | Conv1D) -> bool:
     """Whether nothing but a product with a matrix, and perhaps a bias, is computed here."""
-    return (
-        type(linear) in {nn.Linear, Conv1D}
-        and "forward" not in vars(linear)
-        and linear.weight.device.type == "cpu"
-        and linear.weight.dtype in _DTYPES
-    )
-
-
-def _forward(weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-    return output
+    return has_plain_forward(linear) and "forward" not in vars(linear) and can_pack(linear.weight)

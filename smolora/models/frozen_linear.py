@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from smolora.runtime.memory import page_out
 
 _TYPICAL_TOKENS = 512
-"""oneDNN's layout depends a little on the number of tokens; any number works."""
 
 
 class FrozenLinear:
@@ -32,10 +31,10 @@ class FrozenLinear:
         self.num_inputs = weights[0].shape[1]
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         self._bias = _join_biases(self.sizes, biases, weight)
-        self._is_packed = packed and can_pack(weight)
+        self._is_packed = packed and weight.dtype == torch.bfloat16 and can_pack(weight)
         if self._is_packed:
-            self._forward_weight = _pack(weight)
-            self._backward_weight = _pack(weight.t())
+            self._forward_weight = pack(weight, num_rows=_TYPICAL_TOKENS)
+            self._backward_weight = pack(weight.t(), num_rows=_TYPICAL_TOKENS)
         else:
             self._forward_weight, self._backward_weight = weight, weight.t()
         if self._is_packed or len(weights) > 1:
@@ -72,17 +71,19 @@ def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN's packed product takes this weight: bfloat16 in CPU memory, computed natively."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch._C._has_mkldnn
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    """Whether oneDNN's packed product takes this weight: float32, or bfloat16 computed natively, in CPU memory."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    is_native = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return is_native or weight.dtype == torch.float32
 
 
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_TOKENS)
+def pack(weight: Tensor, *, num_rows: int) -> Tensor:
+    """Return a copy of `weight`, `[O, D]`, that only `multiply_by_onednn` can read.
+
+    Its layout depends a little on how many rows a product usually has; any number works.
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows)
     return packed
 
 

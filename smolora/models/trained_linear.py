@@ -6,7 +6,7 @@ Legend: `N` tokens, `D` input width, `O` outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smolora.models.frozen_linear import multiply
-from smolora.models.structure import has_plain_forward
+from smolora.models.structure import has_plain_forward, replaced_forward
 
 
 @contextmanager
@@ -24,13 +24,10 @@ def fast_linears(model: nn.Module) -> Iterator[int]:
     Names and weights stay what they are; results change by rounding.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_fast(module)]
-    try:
+    with ExitStack() as stack:
         for linear in linears:
-            vars(linear)["forward"] = partial(_forward, linear)
+            stack.enter_context(replaced_forward(linear, partial(_forward, linear)))
         yield len(linears)
-    finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
 
 
 def _can_be_fast(linear: nn.Linear) -> bool:
