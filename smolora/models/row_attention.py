@@ -75,11 +75,11 @@ def attend_rows(
         heads: `[N, H + 2 * G, K]`: queries, keys and values, as one projection gives them; query head h reads key head
             h // (H / G).
         num_heads: H.
-        rows: How the N tokens divide into rows.
+        rows: How the N tokens divide into rows; filler behind the last row gets zeros.
         settings: Scale, dropout of the weights, sliding window.
         rotary: Turns queries and keys first.
     """
-    assert sum(rows.lengths) == len(heads), "rows divide all tokens of the batch"
+    assert sum(rows.lengths) <= len(heads), "rows are tokens of the batch"
     output: Tensor = _RowAttention.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
     return output
 
@@ -148,6 +148,7 @@ class _RowAttention(torch.autograd.Function):
             state = _Saved(_to_heads(query), _to_heads(key), _to_heads(value), [], [])
             group.unpad(_attend_group(state, group, settings).transpose(1, 2), output)
             tensors += state.to_list()
+        output[sum(rows.lengths) :] = 0
         ctx.save_for_backward(*tensors)
         ctx.rows, ctx.settings, ctx.rotary, ctx.shape = rows, settings, rotary, heads.shape
         return output
@@ -160,6 +161,7 @@ class _RowAttention(torch.autograd.Function):
             state = _Saved.take(tensors, group, ctx.settings)
             blocks = _backward_group(state, _to_heads(group.pad(grad)), group, ctx.settings)
             group.unpad(torch.cat(blocks, dim=1).transpose(1, 2), output)
+        output[sum(ctx.rows.lengths) :] = 0
         rotary: Rotary | None = ctx.rotary
         if rotary is not None:
             output = rotary.turn(output, back=True)

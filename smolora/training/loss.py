@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smolora.data.collate import Batch
 from smolora.models.gpt import GPTModel
 from smolora.models.row_attention import attends_by_rows
-from smolora.models.rows import Rows
+from smolora.models.rows import Rows, round_up
 
 TargetLogits = Callable[[nn.Module, Batch], Tensor]
 
 
 def target_logits_of(model: nn.Module) -> TargetLogits:
-    """Return the function that computes `[N, V]` logits for `model`: a GPTModel, or any transformers or peft model."""
+    """Return the function that computes `[N, V]` logits for `model`: a GPTModel, or any transformers or peft model.
+
+    Where the model attends by rows, more rows of logits may follow that belong to no target.
+    """
     return _gpt_logits if isinstance(model, GPTModel) else partial(_transformers_logits, model)
 
 
@@ -33,18 +37,38 @@ def _gpt_logits(model: nn.Module, batch: Batch) -> Tensor:
 def _transformers_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
     """`plain` is `model` without what may be wrapped around it, such as DistributedDataParallel."""
     if batch.position_ids is not None:
+        inputs = _fill_up(batch) if attends_by_rows(plain) else _packed_inputs(batch)
         # A cache would switch off the block-diagonal mask that transformers derives from restarting positions.
-        packed = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.target_positions,
-            use_cache=False,
-            **({"rows": Rows(batch.row_lengths, batch.input_ids.device)} if attends_by_rows(plain) else {}),
-        )
-        return packed.logits[0]  # type: ignore[no-any-return]
+        return model(**inputs, use_cache=False).logits[0]  # type: ignore[no-any-return]
     padded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     logits: Tensor = padded.logits.flatten(0, 1)  # [B*T, V]
     return logits if batch.target_positions is None else logits[batch.target_positions]
+
+
+def _packed_inputs(batch: Batch) -> dict[str, object]:
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "logits_to_keep": batch.target_positions,
+    }
+
+
+_TOKEN_STEP, _TARGET_STEP = 64, 16
+"""Batches are filled up to multiples of these, so that few shapes occur. (Filler costs the head the most.)"""
+
+
+def _fill_up(batch: Batch) -> dict[str, object]:
+    """Return the packed inputs with filler behind the rows and behind the targets."""
+    assert batch.position_ids is not None and batch.target_positions is not None, "packed batches have both"
+    num_tokens, num_targets = batch.input_ids.shape[1], len(batch.targets)
+    num_filler = round_up(num_tokens, _TOKEN_STEP) - num_tokens
+    positions = torch.arange(num_filler, device=batch.position_ids.device)[None]
+    return {
+        "input_ids": F.pad(batch.input_ids, (0, num_filler)),
+        "position_ids": torch.cat((batch.position_ids, positions), dim=1),
+        "logits_to_keep": F.pad(batch.target_positions, (0, round_up(num_targets, _TARGET_STEP) - num_targets)),
+        "rows": Rows(batch.row_lengths, batch.input_ids.device),
+    }
 
 
 def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -53,7 +77,7 @@ def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     The gradient is made in the same pass, a few tokens at a time, so no float32 copy of the logits ever exists.
 
     Args:
-        logits: `[N, V]`.
+        logits: `[N, V]`; rows behind them count nothing.
         targets: `[N]` token ids.
     """
     loss: Tensor = _SumCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
@@ -72,8 +96,9 @@ class _SumCrossEntropy(torch.autograd.Function):
         size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
         losses = []
         for start in range(0, len(targets), size):
-            chunk = logits[start : start + size].float()  # [n, V]
-            chosen = targets[start : start + size, None]
+            end = min(start + size, len(targets))
+            chunk = logits[start:end].float()  # [n, V]
+            chosen = targets[start:end, None]
             shifted = chunk - chunk.amax(dim=-1, keepdim=True)
             target_logits = shifted.gather(1, chosen)
             exponentials = shifted.exp_()
@@ -82,7 +107,9 @@ class _SumCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 probabilities = exponentials.div_(sums)
                 probabilities.scatter_add_(1, chosen, -torch.ones_like(target_logits))
-                gradient[start : start + size] = probabilities
+                gradient[start:end] = probabilities
+        if gradient is not None:
+            gradient[len(targets) :] = 0
         ctx.gradient = gradient
         return torch.cat(losses).sum()
 

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smolora.adapters.attach import plain_model
 from smolora.models.bundle import read_config
+from smolora.models.rows import Rows
+from smolora.models.structure import replaced_forward
 from smolora.records.activation_store import ActivationStore
 from smolora.training.callback import Callback
 from smolora.training.optim import tensor_checksums
@@ -81,19 +84,20 @@ class PrefixCacheCallback(Callback):
         self._stack.callback(hook.remove)
         for layer, block in enumerate(trainer.bundle.anatomy.blocks_of(model)[: lowest + 1]):
             replace = self._enter if layer == lowest else self._skip
-            self._stack.callback(_restorer(block, dict(vars(block))))
-            block.__dict__["forward"] = replace(block.forward)
+            self._stack.enter_context(replaced_forward(block, replace(block.forward)))
 
     def _look_up(self, model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
         self._keys, self._lengths, self._found = [], [], None
-        input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
+        input_ids, position_ids, rows = (kwargs.get(name) for name in ("input_ids", "position_ids", "rows"))
         if not model.training or not isinstance(input_ids, Tensor) or not isinstance(position_ids, Tensor):
             return
-        starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-        self._lengths = [end - start for start, end in zip(starts, [*starts[1:], input_ids.shape[1]], strict=True)]
-        rows = torch.split(input_ids[0], self._lengths)
-        self._keys = [hashlib.blake2b(row.cpu().numpy().tobytes(), digest_size=16).hexdigest() for row in rows]
-        self._found = self._read(read_config(model).hidden_size, next(model.parameters()))
+        self._lengths = list(rows.lengths) if isinstance(rows, Rows) else _row_lengths(position_ids[0])
+        num_tokens = sum(self._lengths)
+        tokens = torch.split(input_ids[0, :num_tokens], self._lengths)
+        self._keys = [hashlib.blake2b(row.cpu().numpy().tobytes(), digest_size=16).hexdigest() for row in tokens]
+        found = self._read(read_config(model).hidden_size, next(model.parameters()))
+        if found is not None:
+            self._found = F.pad(found, (0, 0, 0, input_ids.shape[1] - num_tokens))
 
     def _read(self, width: int, like: Tensor) -> Tensor | None:
         assert self._store is not None, "the cache is installed with its store"
@@ -122,7 +126,8 @@ class PrefixCacheCallback(Callback):
                 return plain(self._found, *args, **kwargs)
             assert self._store is not None, "the cache is installed with its store"
             if self._keys:
-                for key, row in zip(self._keys, torch.split(hidden_states[0].detach(), self._lengths), strict=True):
+                known = hidden_states[0, : sum(self._lengths)].detach()
+                for key, row in zip(self._keys, torch.split(known, self._lengths), strict=True):
                     if key not in self._store:
                         self._store.append(key, row.contiguous().cpu().view(torch.uint8).numpy().tobytes())
             return plain(hidden_states, *args, **kwargs)
@@ -130,14 +135,10 @@ class PrefixCacheCallback(Callback):
         return forward
 
 
-def _restorer(block: nn.Module, before: Mapping[str, object]) -> Callable[[], None]:
-    def restore() -> None:
-        if "forward" in before:
-            block.__dict__["forward"] = before["forward"]
-        else:
-            block.__dict__.pop("forward", None)
-
-    return restore
+def _row_lengths(position_ids: Tensor) -> list[int]:
+    """Return the lengths of rows whose positions, `[N]`, restart at 0."""
+    starts = (position_ids == 0).nonzero().flatten().tolist()
+    return [end - start for start, end in zip(starts, [*starts[1:], len(position_ids)], strict=True)]
 
 
 def _find_lowest(trainer: Trainer) -> int:

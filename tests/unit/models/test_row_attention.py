@@ -97,6 +97,25 @@ def test_a_change_in_one_row_leaves_the_others_bit_equal():
     assert not torch.equal(before[:20], after[:20])
 
 
+def test_filler_behind_the_rows_gives_and_takes_nothing():
+    lengths, num_tokens = [20, 21], 64
+    heads, rotary = random_inputs([num_tokens])
+    rows, how = Rows(lengths, torch.device("cpu")), AttentionSettings(0.3)
+    output = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=spread(rotary))
+    angles = Angles(*(part[:41] for part in rotary))
+    expected = attend_rows(heads[:41], num_heads=HEADS, rows=rows, settings=how, rotary=spread(angles))
+    assert_close(output[:41], expected)
+    assert not output[41:].any()
+    (gradient,) = torch.autograd.grad(output.square().sum(), heads)
+    assert gradient[:41].any()
+    assert not gradient[41:].any()
+
+
+def test_blocks_of_rows_come_in_few_lengths():
+    seen = {group.length for length in range(1, 97) for group in Rows([length, length], torch.device("cpu")).groups}
+    assert seen == {16, 32, 48, 64, 80, 96}
+
+
 @pytest.mark.parametrize("lengths", [[40, 33], [300]])
 def test_dropout_of_the_weights_has_the_gradient_of_what_it_computed(lengths):
     heads, _ = random_inputs(lengths)

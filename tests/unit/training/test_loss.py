@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from smolora.data.collate import collate_packed, collate_padded, collate_windows
 from smolora.data.token_dataset import build_example
+from smolora.models.row_attention import row_attention
 from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
 from tests.tiny import tiny_model
 
@@ -62,6 +63,15 @@ def test_the_gradient_is_the_softmax_less_one_at_the_target():
     assert_close(logits.grad, expected)
 
 
+def test_logits_behind_the_targets_count_nothing():
+    logits, targets = random_logits(5, 7)
+    filled = torch.cat((logits, torch.full((3, 7), NAN))).requires_grad_()
+    loss = sum_cross_entropy(filled, targets)
+    assert_close(loss, sum_cross_entropy(logits, targets))
+    loss.backward()
+    assert not filled.grad[5:].any()
+
+
 @pytest.fixture
 def examples():
     """Three rows of uneven lengths, the second half of each a target."""
@@ -93,6 +103,21 @@ def test_the_logits_of_targets_are_those_of_each_row_alone(model, examples, coll
     found = target_logits_of(model)(model, collate(examples))
     # The same sums over other shapes: float32 rounding through two layers.
     assert_close(found, one_by_one(model, examples), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_where_rows_attend_alone_batches_of_any_length_share_a_few_shapes(examples):
+    """A processor's library makes and keeps a kernel for every shape that it meets."""
+    model = tiny_model("llama")
+    seen = set()
+    model.register_forward_pre_hook(lambda _, __, kwargs: seen.add(kwargs["input_ids"].shape), with_kwargs=True)
+    with row_attention(model):
+        for chosen in (examples[:1], examples[1:], examples, examples[::-1]):
+            batch = collate_packed(chosen)
+            logits = target_logits_of(model)(model, batch)
+            assert_close(logits[: len(batch.targets)], one_by_one(tiny_model("llama"), chosen), rtol=1e-4, atol=1e-5)
+            assert len(logits) == 16
+    assert seen == {(1, 64)}
 
 
 @torch.no_grad()
