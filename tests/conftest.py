@@ -6,6 +6,6 @@ import signal
 
 
 def pytest_configure():
-    """Heed Ctrl-C even where the shell ignores it, as it does in a script's background job; runs would ignore it too."""
+    """Heed Ctrl-C even where the shell ignores it, as it does for a script's background job: runs would do so too."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,17 @@ class Example:
     def num_target_tokens(self) -> int:
         """Tokens that the loss counts."""
         return int(self.is_target.sum())
+
+
+class ExampleDataset(Protocol):
+    """Rows by index; `fingerprint` tells two datasets apart."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
 
 
 def build_example(ids: Sequence[int], target_spans: Sequence[tuple[int, int]]) -> Example:

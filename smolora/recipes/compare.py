@@ -26,7 +26,15 @@ logger = logging.getLogger(__name__)
 CONFIDENCE = 0.95
 """That all intervals of a comparison hold together (Bonferroni)."""
 
-_EQUAL = ("model.", "data.", "evaluation.split_seed", "training.max_steps", "training.eval_steps")
+_EQUAL = (
+    "model.",
+    "data.",
+    "evaluation.split_seed",
+    "training.max_steps",
+    "training.eval_steps",
+    "speed.max_tokens_per_batch",
+    "speed.group_by_length",
+)
 """What decides about rows and steps, and about how often the lowest loss is looked for."""
 
 

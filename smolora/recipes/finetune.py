@@ -36,7 +36,7 @@ from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
 from smolora.training.optim import trainable_parameters
 from smolora.training.phase_plan import build_phase_plan
-from smolora.training.plan import StepPlan
+from smolora.training.plan import StepPlan, plan_steps
 from smolora.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Tuning:
     """The base with the adapter."""
     data: TuningData
     layout: Layout
+    steps: StepPlan
     identity: RunIdentity
     machine: dict[str, str]
     """What env.json says of how the run computes."""
@@ -101,7 +102,12 @@ def finetune(
         machine = {**tuning.machine, "fast_path": fast.describe()}
         stack.enter_context(
             recorded_run(
-                run, config, resume=resume, num_rows=len(data.train), identity=tuning.identity, machine=machine
+                run,
+                config,
+                resume=resume,
+                steps=tuning.steps,
+                identity=tuning.identity,
+                machine=machine,
             )
         )
         data.rows.report.write(run.path)
@@ -115,6 +121,7 @@ def finetune(
             run_dir=run,
             identity=tuning.identity,
             callbacks=choose_callbacks(run, config, callbacks),
+            plan=tuning.steps,
         ).train(resume=resume)
         restore_best(run, bundle, state)
         _save(run, bundle)
@@ -140,9 +147,10 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
     data = prepare_data(config, base, out, dataset)
     layout = choose_layout(base)
     bundle = _adapt(base, config, data)
-    _check_phases(bundle, data, config)
+    steps = plan_steps(data.train, config.training, config.speed)
+    _check_phases(bundle, steps, config, is_evaluated=data.held_out is not None)
     machine |= {"allocator": allocator, "batches": layout}
-    return Tuning(bundle, data, layout, _identify(bundle, data, config), machine)
+    return Tuning(bundle, data, layout, steps, _identify(bundle, data, config), machine)
 
 
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
@@ -218,15 +226,15 @@ def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> Mod
     return bundle
 
 
-def _check_phases(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> None:
+def _check_phases(bundle: ModelBundle, steps: StepPlan, config: ExperimentConfig, *, is_evaluated: bool) -> None:
     """Refuse phases that this adapter and this number of steps can't have, before there is a folder."""
     if config.phases.is_on:
         build_phase_plan(
             config.phases,
             locate_tensors(trainable_parameters(bundle.model), bundle.anatomy),
             num_layers=bundle.anatomy.num_layers,
-            steps=StepPlan(len(data.train), config.training),
-            is_evaluated=data.held_out is not None,
+            steps=steps,
+            is_evaluated=is_evaluated,
         )
 
 

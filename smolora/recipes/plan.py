@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from smolora.records.staging import write_json
 REQUEST, RESULT = "request.json", "result.json"
 
 _ROWS, _PASSES = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+_TOKENS = "speed.max_tokens_per_batch"
 _SHORTEST = 32
 """Tokens; no shorter `max_length` is proposed."""
 
@@ -49,7 +50,7 @@ class TrialRequest:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings with which the run fits; an update sees as many rows."""
+    """Settings with which the run fits; an update sees as many rows (of a token budget, tokens)."""
 
     settings: Settings
     estimate: Estimate
@@ -57,8 +58,9 @@ class Proposal:
     def describe(self) -> str:
         """Return what to add to the command line, and what it leads to."""
         words = [f"{path}={str(value).lower()}" for path, value in self.settings.items() if path != _ROWS]
-        rows = f"--batch-size {int(str(self.settings[_ROWS])) * int(str(self.settings[_PASSES]))}"
-        return f"{' '.join([rows, *words])}\n{self.estimate.describe()}"
+        if _ROWS in self.settings:
+            words.insert(0, f"--batch-size {int(str(self.settings[_ROWS])) * int(str(self.settings[_PASSES]))}")
+        return f"{' '.join(words)}\n{self.estimate.describe()}"
 
 
 @dataclass(frozen=True)
@@ -146,27 +148,52 @@ def propose(
     """
     from smolora.runtime.memory import MemoryManager  # Here, since it takes torch.
 
-    rows, passes = config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
+    budget, passes = config.speed.max_tokens_per_batch, config.training.gradient_accumulation_steps
+    path, whole = (_TOKENS, budget) if budget else (_ROWS, config.training.per_device_train_batch_size)
     for change in _iter_changes(config, estimate.work):
-        found = {} if change else {rows: estimate}
-
-        def measure(size: int, change: Settings = change, found: dict[int, Estimate] = found) -> int:
-            if size not in found:
-                found[size] = try_out(apply_settings(config, _split(size, rows * passes, change)))
-            peak = found[size].memory.peak
-            return sys.maxsize if peak is None else peak
-
+        trials = _Trials(partial(_split, path, whole * passes, change), partial(_try_changed, config, try_out))
+        if not change:
+            trials.known[whole] = estimate
+        longest = change.get("data.max_length") or (estimate.work.longest_row if estimate.work else whole)
         try:
-            split = MemoryManager().optimize_batch_size(measure, rows, passes, available=estimate.memory.available)
+            fitting = MemoryManager().optimize_batch_size(
+                trials.measure,
+                whole,
+                passes,
+                available=estimate.memory.available,
+                fewest=int(str(longest)) if budget else 1,
+            )
         except errors.DataError:
             return None  # Cut this short, the rows have nothing left to learn.
-        if split:
-            return Proposal(_split(split[0], rows * passes, change), found[split[0]])
+        if fitting:
+            return Proposal(trials.settings_of(fitting[0]), trials.known[fitting[0]])
     return None
 
 
-def _split(size: int, rows: int, change: Settings) -> Settings:
-    return {_ROWS: size, _PASSES: rows // size, **change}
+@dataclass(frozen=True)
+class _Trials:
+    """Runs that differ in the size of a pass alone, each tried once."""
+
+    settings_of: Callable[[int], Settings]
+    try_out: Callable[[Settings], Estimate]
+    known: dict[int, Estimate] = field(default_factory=dict)
+
+    def measure(self, size: int) -> int:
+        """Return the peak in bytes of a run whose passes have this size."""
+        if size not in self.known:
+            self.known[size] = self.try_out(self.settings_of(size))
+        peak = self.known[size].memory.peak
+        return sys.maxsize if peak is None else peak
+
+
+def _split(path: str, whole: int, change: Settings, size: int) -> Settings:
+    return {path: size, _PASSES: whole // size, **change}
+
+
+def _try_changed(
+    config: ExperimentConfig, try_out: Callable[[ExperimentConfig], Estimate], settings: Settings
+) -> Estimate:
+    return try_out(apply_settings(config, settings))
 
 
 def _iter_changes(config: ExperimentConfig, work: Work | None) -> Iterator[Settings]:

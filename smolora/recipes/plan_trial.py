@@ -66,7 +66,7 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
     if request.available is not None:
         room = Room(room.memory, request.available)
     tuning = open_tuning(config)
-    data, plan = tuning.data, StepPlan(len(tuning.data.train), config.training)
+    data, plan = tuning.data, tuning.steps
     sizes = measure_steps(data.train, plan, layout=tuning.layout, first=request.first_step)
     if not sizes:
         raise ConfigError(f"the run has done all of its {plan.total_steps} steps: nothing is left to plan.")
@@ -101,7 +101,7 @@ def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) 
         epoch_input_tokens=data.train.num_input_tokens,
         epoch_target_tokens=data.train.num_target_tokens,
         steps=len(sizes),
-        rows_per_step=min(plan.rows_per_step, len(data.train)),
+        rows_per_step=len(plan.rows_of(0)),
         input_tokens=sum(size.tokens for size in sizes),
         longest_row=int(data.train.lengths.max()),
         longest_step_tokens=max(size.tokens for size in sizes),

@@ -32,6 +32,7 @@ from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import fingerprint_tokenizer, to_pretrained
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
+from smolora.training.plan import StepPlan
 from smolora.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
     )
     machine = {"device": f"{device} ({reason})", "allocator": allocator}
     with (
-        recorded_run(run, config, resume=resume, num_rows=len(train), identity=identity, machine=machine),
+        recorded_run(
+            run, config, resume=resume, steps=StepPlan(len(train), config.training), identity=identity, machine=machine
+        ),
         fast_linears(bundle.model),
     ):
         documents.report.write(run.path)

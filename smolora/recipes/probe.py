@@ -17,7 +17,7 @@ from smolora.recipes.probe_config import ProbePlan, describe_phases, describe_pr
 from smolora.records.staging import describe_os_error, require_writable, write_bytes, write_json, write_text
 from smolora.records.study_dir import ProbeDir
 from smolora.training.gradient_mass import GradientMass, measure_gradient_mass
-from smolora.training.plan import StepPlan
+from smolora.training.plan import plan_steps
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
     layout = choose_layout(base)
     adapter = LoRAConfig(r=_PROBED_RANK, lora_alpha=_PROBED_RANK, lora_dropout=0.0)
     bundle = attach_adapter(base, adapter, seed=config.training.seed)
-    steps = StepPlan(len(data.train), config.training)
+    steps = plan_steps(data.train, config.training, config.speed)
     with fast_path(bundle, config.speed, is_packed=layout == "packed"):
         measured = measure_gradient_mass(
             bundle, data.train, steps, collate=get_data_collator(layout), num_batches=num_batches

@@ -94,7 +94,7 @@ def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
 
 @contextmanager
 def recorded_run(
-    run: RunDir, config: RunConfig, *, resume: bool, num_rows: int, identity: RunIdentity, machine: Mapping[str, str]
+    run: RunDir, config: RunConfig, *, resume: bool, steps: StepPlan, identity: RunIdentity, machine: Mapping[str, str]
 ) -> Iterator[None]:
     """Hold the run's lock and write what it is: resolved_config.yaml and env.json.
 
@@ -102,7 +102,7 @@ def recorded_run(
         run: The run's folder.
         config: The whole run.
         resume: Whether it goes on from the newest whole checkpoint.
-        num_rows: Examples to learn from, which with `config` give the number of steps.
+        steps: The run's.
         identity: What a checkpoint must have been written with.
         machine: What env.json says of how the run computes.
 
@@ -117,7 +117,7 @@ def recorded_run(
         if resume and (checkpoint := run.newest_checkpoint()):
             # Before anything is written: a refused resume must change nothing.
             identity.require(checkpoint.path)
-            StepPlan(num_rows, config.training).require_reach(checkpoint.step)
+            steps.require_reach(checkpoint.step)
         run.sweep_leftovers()
         write_json(run.env, {**_describe_environment(), **machine})
         write_text(run.resolved_config, dump_config(config))

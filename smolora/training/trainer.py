@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from smolora.config import EvaluationConfig, TrainingConfig
 from smolora.data.collate import Batch
-from smolora.data.token_dataset import Example
+from smolora.data.token_dataset import Example, ExampleDataset
 from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
 from smolora.models.bundle import ModelBundle
 from smolora.records.metrics_log import MetricsLog
@@ -50,17 +49,6 @@ from smolora.training.state import StepRecord, TrainerState
 logger = logging.getLogger(__name__)
 
 Collator = Callable[[Sequence[Example]], Batch]
-
-
-class ExampleDataset(Protocol):
-    """Rows by index; `fingerprint` tells two datasets apart."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 class Trainer:
@@ -114,8 +102,6 @@ class Trainer:
         self._identity = identity
         self._accelerator = _build_accelerator(bundle.device)
         self.plan = plan or StepPlan(len(train_dataset), config, self._accelerator.num_processes)
-        if 0 < len(train_dataset) % self.plan.rows_per_step < self._accelerator.num_processes:
-            raise ConfigError("the last step of an epoch has fewer rows than processes: change the rows per step.")
         self.state.total_steps = self.plan.total_steps
         self.schedule = ScheduleWindow.over(0, self.state.total_steps, warmup_steps=config.warmup_steps)
         self.parameters = trainable_parameters(bundle.model)

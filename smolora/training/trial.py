@@ -83,8 +83,8 @@ class Trial:
         parts = [np.array([dataset.lengths.argmin()]), one_pass[: max(1, len(one_pass) // 4)]]
         first, second = (count_held(dataset.lengths[part], layout) for part in parts)
         whole, timed = [typical, *largest], sample_steps(sizes, max(_FEWEST, min(_MOST, len(sizes))))
-        groups = [*parts, *(plan.rows_of(size.step) for size in (*whole, *timed))]
-        chosen = ChosenSteps(plan.num_rows, plan.config, groups=groups)
+        steps = [*([part] for part in parts), *(plan.micro_batches(size.step) for size in (*whole, *timed))]
+        chosen = ChosenSteps(plan.num_rows, plan.config, steps=steps)
         return cls(parts, (first, second, max(size.held for size in largest)), whole, timed, chosen)
 
 

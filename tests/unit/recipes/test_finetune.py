@@ -92,6 +92,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, base, rows):
     assert adapter_bytes(run) == adapter_bytes(whole)
 
 
+@pytest.mark.parametrize("order", ["speed.max_tokens_per_batch=64", "speed.group_by_length=true"])
+def test_passes_by_tokens_or_by_length_learn_and_resume_to_the_same_bits(tmp_path, base, rows, order):
+    asked = config(base, rows, order)
+    whole = finetune(asked, tmp_path / "whole")
+    lines = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5
+    if asked.speed.max_tokens_per_batch:
+        assert all(32 < line["input_tokens"] <= 64 for line in lines if "input_tokens" in line)
+    with pytest.raises(StoppedBySignal):
+        finetune(asked, tmp_path / "run", callbacks=[Interrupt()])
+    assert adapter_bytes(finetune(asked, tmp_path / "run", resume=True)) == adapter_bytes(whole)
+
+
 def test_a_finished_run_resumes_by_writing_what_is_missing(tmp_path, base, rows):
     run = finetune(config(base, rows), tmp_path / "run")
     expected = adapter_bytes(run)

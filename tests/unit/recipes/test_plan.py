@@ -188,6 +188,27 @@ def test_the_change_that_costs_least_is_proposed_and_keeps_the_rows_of_an_update
     assert {changed.training.rows_per_step for changed in tried} == {16}
 
 
+def test_a_budget_of_tokens_is_divided_and_never_below_the_longest_row(base, rows):
+    asked = config(base, rows, "speed.max_tokens_per_batch=256")
+    tried = []
+
+    def estimate(changed):
+        tried.append(changed.speed.max_tokens_per_batch)
+        saved = 0 if changed.speed.packed_weights else 50
+        work = Work(**{**vars(WORK), "longest_row": 60})
+        return Estimate(Memory(300, 240 + changed.speed.max_tokens_per_batch - saved), work)
+
+    proposal = propose(asked, estimate(asked), estimate)
+    assert proposal.settings == {
+        "speed.max_tokens_per_batch": 64,
+        "training.gradient_accumulation_steps": 4,
+        "training.gradient_checkpointing": True,
+        "speed.packed_weights": False,
+    }
+    assert min(tried) == 64
+    assert proposal.describe().startswith("speed.max_tokens_per_batch=64 training.gradient_accumulation_steps=4 ")
+
+
 def test_nothing_is_proposed_where_nothing_fits_or_nothing_is_left_to_learn(base, rows):
     asked = config(base, rows)
     outgrown = Estimate(Memory(50, None), Work(**{**vars(WORK), "longest_row": 64}))

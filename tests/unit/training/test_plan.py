@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from smolora.config import TrainingConfig
-from smolora.training.plan import ChosenSteps, StepPlan
+from smolora.config import SpeedConfig, TrainingConfig
+from smolora.data.token_dataset import TokenDataset, build_example
+from smolora.errors import ConfigError
+from smolora.training.plan import ChosenSteps, StepPlan, pack_best_fit, plan_steps
 
 
 def plan(num_rows=10, processes=1, **settings):
@@ -59,7 +63,96 @@ def test_an_evaluation_comes_as_set_or_five_times_in_the_run():
 
 
 def test_chosen_steps_see_the_rows_they_are_given():
-    groups = [np.array([7]), np.array([1, 2, 3])]
-    chosen = ChosenSteps(10, plan().config, groups=groups)
+    chosen = ChosenSteps(10, plan().config, steps=[[np.array([7])], [np.array([1, 2]), np.array([3])]])
     assert chosen.total_steps == 2
     assert [list(rows) for rows in chosen.micro_batches(1)] == [[1, 2], [3]]
+    assert list(chosen.rows_of(1)) == [1, 2, 3]
+
+
+def dataset_of(lengths):
+    return TokenDataset([build_example([1] * length, [(0, length)]) for length in lengths])
+
+
+def random_lengths(count, *, seed=0):
+    return np.random.default_rng(seed).integers(1, 100, count).tolist()
+
+
+def budget_plan(lengths, *, processes=1, **settings):
+    config = TrainingConfig(gradient_accumulation_steps=2, **settings)
+    return plan_steps(dataset_of(lengths), config, SpeedConfig(max_tokens_per_batch=200), processes)
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 5))
+def test_best_fit_takes_every_row_once_and_keeps_to_the_budget(lengths, seed):
+    passes = pack_best_fit(lengths, 50, seed=seed)
+    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in rows) <= 50 for rows in passes)
+    # No two passes would fit into one: a row that starts a pass fitted into no other.
+    sums = sorted(sum(lengths[row] for row in rows) for rows in passes)
+    assert len(sums) < 2 or sums[0] + sums[1] > 50
+
+
+def test_best_fit_leaves_little_room():
+    lengths = random_lengths(2_000)
+    passes = pack_best_fit(lengths, 512, seed=0)
+    assert sum(lengths) / (512 * len(passes)) > 0.98
+
+
+def test_a_budget_of_tokens_sees_every_row_once_an_epoch():
+    lengths = random_lengths(101)
+    steps = budget_plan(lengths)
+    for epoch in range(2):
+        rows = [steps.rows_of(epoch * steps.steps_per_epoch + step) for step in range(steps.steps_per_epoch)]
+        assert sorted(np.concatenate(rows)) == list(range(101))
+    first, second = steps.rows_of(0), steps.rows_of(steps.steps_per_epoch)
+    assert sorted(first) != sorted(second)
+
+
+def test_a_step_has_as_many_passes_as_it_accumulates_and_none_exceeds_the_budget():
+    lengths = np.array(random_lengths(101))
+    steps = budget_plan(lengths)
+    passes = [steps.micro_batches(step) for step in range(steps.steps_per_epoch)]
+    assert {len(parts) for parts in passes[:-1]} == {2}
+    assert all(lengths[rows].sum() <= 200 for parts in passes for rows in parts)
+
+
+def test_processes_share_the_passes_of_a_step():
+    steps = budget_plan(random_lengths(160), processes=2)
+    parts = [steps.micro_batches(0, process) for process in range(2)]
+    assert [len(part) for part in parts] == [2, 2]
+    assert sorted(np.concatenate([*parts[0], *parts[1]])) == sorted(steps.rows_of(0))
+
+
+def test_a_row_beyond_the_budget_is_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"max_tokens_per_batch=200: a row has 201 tokens.*data\.max_length=200"):
+        budget_plan([5, 201])
+
+
+def test_rows_grouped_by_length_differ_less_within_a_step():
+    lengths = np.array(random_lengths(400))
+
+    def spread(**settings):
+        config = TrainingConfig(per_device_train_batch_size=8)
+        steps = plan_steps(dataset_of(lengths), config, SpeedConfig(**settings))
+        return np.mean([np.ptp(lengths[steps.rows_of(step)]) for step in range(50)])
+
+    assert spread(group_by_length=True) < spread() / 10
+
+
+def test_grouping_by_length_sees_every_row_once_an_epoch_in_another_order():
+    config = TrainingConfig(per_device_train_batch_size=8)
+    steps = plan_steps(dataset_of(random_lengths(403)), config, SpeedConfig(group_by_length=True))
+    epochs = [[steps.rows_of(epoch * 51 + step) for step in range(51)] for epoch in range(2)]
+    assert all(sorted(np.concatenate(rows)) == list(range(403)) for rows in epochs)
+    assert [len(rows) for rows in epochs[0]] == [8] * 50 + [3]
+    assert list(epochs[0][0]) != list(epochs[1][0])
+
+
+def test_a_process_without_a_row_is_refused():
+    with pytest.raises(ConfigError, match="less than a row for each process"):
+        plan(num_rows=9, processes=2)
+
+
+def test_passes_are_made_in_one_way():
+    with pytest.raises(ConfigError, match="give one"):
+        SpeedConfig(max_tokens_per_batch=100, group_by_length=True)
