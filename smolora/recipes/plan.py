@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,10 @@ from smolora.config import ExperimentConfig
 from smolora.recipes.estimate import Estimate, Memory, Work
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json
+from smolora.runtime.signals import deferred_signals
+
+_GLANCE = 0.1
+"""Seconds between two looks for a signal."""
 
 REQUEST, RESULT = "request.json", "result.json"
 
@@ -116,6 +121,7 @@ def run_trial(config: ExperimentConfig, *, first_step: int = 0, available: int |
     """Run the trial of a configuration in a child process.
 
     Raises:
+        StoppedBySignal: A signal arrived; the trial has ended.
         SmoloraError: As the child raised it.
     """
     with tempfile.TemporaryDirectory(prefix="smolora-plan-") as name:
@@ -125,15 +131,26 @@ def run_trial(config: ExperimentConfig, *, first_step: int = 0, available: int |
         # -P and our own path: a file named like a library in the current folder must not come before it.
         command = [sys.executable, "-P", "-m", "smolora.recipes.plan_trial", name]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False)
-        if done.returncode == -signal.SIGKILL:  # As the kernel ends a process when memory runs out.
+        code = _wait_for(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
+        if code == -signal.SIGKILL:  # As the kernel ends a process when memory runs out.
             return Estimate(Memory(available, None))
-        if done.returncode:
-            raise RuntimeError(f"the trial of the run ended with code {done.returncode}")
+        if code:
+            raise RuntimeError(f"the trial of the run ended with code {code}")
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     if "error" in result:
         raise errors.__dict__[result["error"]](result["message"])
     return Estimate.from_dict(result)
+
+
+def _wait_for(trial: subprocess.Popen[bytes]) -> int:
+    """Return the code with which the trial ends; a signal ends it at once, since nothing of it is kept."""
+    with trial, deferred_signals() as stop:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return trial.wait(timeout=_GLANCE)
+            if stop.signal_name:
+                trial.kill()
+                raise errors.StoppedBySignal(f"stopped by {stop.signal_name}. Nothing is left of the trial.")
 
 
 def propose(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import tempfile
+import threading
 
 import pytest
 
 from smolora.config import ExperimentConfig, resolve_config
-from smolora.errors import ConfigError, DataError, StorageError
+from smolora.errors import ConfigError, DataError, StoppedBySignal, StorageError
 from smolora.recipes.estimate import Estimate, Memory, Seconds, Work
 from smolora.recipes.finetune import finetune
 from smolora.recipes.plan import Plan, Proposal, apply_settings, plan, propose, run_trial
@@ -80,6 +84,14 @@ def test_phases_and_profiles_of_the_run_do_not_stop_its_trial(base, rows):
 def test_what_would_stop_the_run_stops_its_plan_with_the_same_error(base, rows):
     with pytest.raises(DataError, match="but the longest allowed is 4"):
         plan(config(base, rows, "data.max_length=4"))
+
+
+def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path, base, rows, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(StoppedBySignal, match="SIGTERM"):
+        run_trial(config(base, rows))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_expected_not_to_fit_is_not_tried(base, rows):
