@@ -132,21 +132,25 @@ class _Product(torch.autograd.Function):
         needs_x, _, _, *needs_matrices = ctx.needs_input_grad
         saved, *rest = ctx.saved_tensors  # Once: recomputed activations are gone after the first look.
         grad_x = product.frozen.backward(grad) if needs_x else None
-        gradients: list[Tensor | None] = []
-        if needs_matrices:
-            low, keep, a, b = rest
-            grad_low = grad @ b  # [N, R]
-            if grad_x is not None and keep is None:
-                grad_x.addmm_(grad_low, a)
-            elif grad_x is not None:
-                grad_x.add_((grad_low @ a).mul_(keep), alpha=product.keep_scale)
-            kept = product.drop(product.read(saved), keep) if product.gated else saved
-            grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
-            grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
-            gradients = product.split_gradients(grad_a, grad_b)
+        if not needs_matrices:
+            if grad_x is not None and product.gated:
+                grad_x, _ = gate_backward(grad_x, saved, product.gated)
+            return grad_x, None, None
+        low, keep, a, b = rest
+        grad_low = grad @ b  # [N, R]
+        if grad_x is not None and keep is None:
+            grad_x.addmm_(grad_low, a)
+        elif grad_x is not None:
+            grad_x.add_((grad_low @ a).mul_(keep), alpha=product.keep_scale)
+        kept = saved
         if grad_x is not None and product.gated:
-            grad_x = gate_backward(grad_x, saved, product.gated)
-        return grad_x, None, None, *gradients
+            grad_x, read = gate_backward(grad_x, saved, product.gated)
+            kept = product.drop(read, keep)
+        elif product.gated:
+            kept = product.drop(product.read(saved), keep)
+        grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
+        grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
+        return grad_x, None, None, *product.split_gradients(grad_a, grad_b)
 
 
 def why_not_fast(layer: nn.Module) -> str | None:

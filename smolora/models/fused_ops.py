@@ -65,14 +65,15 @@ def gate(gate_up: Tensor, activation: Activation) -> Tensor:
     return _activate(gates, activation).mul_(ups)
 
 
-def gate_backward(grad: Tensor, gate_up: Tensor, activation: Activation) -> Tensor:
-    """Return the gradient of `[g, u]`, `[N, 2 * I]`, from the one of `gate`'s result."""
+def gate_backward(grad: Tensor, gate_up: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Return the gradient of `[g, u]`, `[N, 2 * I]`, from the one of `gate`'s result, and that result once more."""
     gates, ups = gate_up.chunk(2, dim=-1)
     output = torch.empty_like(gate_up)
     grad_gates, grad_ups = output.chunk(2, dim=-1)
-    torch.mul(_activate(gates, activation), grad, out=grad_ups)
+    activated = _activate(gates, activation)
+    torch.mul(activated, grad, out=grad_ups)
     _activation_backward(grad * ups, gates, activation, out=grad_gates)
-    return output
+    return output, activated.mul_(ups)
 
 
 def draw_keep_mask(like: Tensor, probability: float) -> Tensor:
@@ -92,23 +93,24 @@ def draw_keep_mask(like: Tensor, probability: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = x.to(torch.float32, copy=True)  # Mixed types would be copied so at every operation.
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, scale)
         ctx.offset = offset
+        normed: Tensor = wide.mul_(scale)
         if offset:
-            normed: Tensor = (x * scale).mul_(weight.float() + offset)
-            return normed.to(x.dtype)
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+            return normed.mul_(weight.float() + offset).to(x.dtype)
+        return normed.to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale  # float32
-        weighted = grad.float() * (weight.float() + ctx.offset)
+        normed = x.to(torch.float32, copy=True).mul_(scale)
+        weighted = grad.to(torch.float32, copy=True).mul_(weight.float() + ctx.offset)
         share = torch.linalg.vecdot(weighted, normed).unsqueeze_(-1).div_(-x.shape[-1])
         weighted.addcmul_(normed, share)
-        return torch.mul(weighted, scale, out=torch.empty_like(x)), None, None, None
+        return weighted.mul_(scale).to(x.dtype), None, None, None
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:
