@@ -53,6 +53,11 @@ class Rotary:
         wide_cos[:, :num_rotated], wide_sin[:, :num_rotated] = cos[:, None], signed[:, None]
         return cls(wide_cos, wide_sin)
 
+    def apply(self, heads: Tensor) -> Tensor:
+        """Return `[N, H, K]` turned, with gradient."""
+        output: Tensor = _Turn.apply(heads, self)  # type: ignore[no-untyped-call]
+        return output
+
     def turn(self, heads: Tensor, *, back: bool = False) -> Tensor:
         """Return `[N, H, K]` turned, or turned back; without gradient."""
         swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
@@ -88,6 +93,18 @@ def draw_keep_mask(like: Tensor, probability: float) -> Tensor:
     draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = draws.view(torch.int16)[:count].view(like.shape)
     return numbers >= round(probability * 65_536) - 32_768
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, rotary: Rotary) -> Tensor:
+        ctx.rotary = rotary
+        return rotary.turn(heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rotary: Rotary = ctx.rotary
+        return rotary.turn(grad, back=True), None
 
 
 class _RMSNorm(torch.autograd.Function):

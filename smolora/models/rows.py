@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ class Rows:
         if key not in self._rotary:
             self._rotary[key] = (cos, Rotary.spread(cos[0], sin[0], num_rotated=num_rotated, num_heads=num_heads))
         return self._rotary[key][1]  # Kept beside it, `cos` can't give its id to another tensor.
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """[rows + 1] int32: where each row begins, and where the last one ends."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     @cached_property
     def groups(self) -> list[RowGroup]:

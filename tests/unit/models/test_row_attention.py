@@ -111,6 +111,37 @@ def test_filler_behind_the_rows_gives_and_takes_nothing():
     assert not gradient[41:].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("window", [None, 9])
+def test_on_a_gpu_the_kernel_gives_what_a_row_alone_gives(window):
+    lengths, num_tokens = [5, 70, 33], 128
+    heads, rotary = random_inputs([num_tokens])
+    heads, rotary = heads.detach().cuda().bfloat16().requires_grad_(), Angles(*(part.cuda() for part in rotary))
+    rows, how = Rows(lengths, torch.device("cuda")), AttentionSettings(0.3, window=window)
+    turns = Rotary(*(part.bfloat16() for part in (spread(rotary).cos, spread(rotary).sin)))
+    output = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=turns)
+    wide = heads.detach().float().requires_grad_()
+    angles = Angles(*(part[:108] for part in rotary))
+    expected = naive(wide[:108], lengths, scale=0.3, window=window, rotary=angles)
+    assert_close(output[:108].float(), expected, rtol=2e-2, atol=2e-2)  # bfloat16 has 8 bits.
+    assert not output[108:].any()
+    output.float().square().sum().backward()
+    expected.square().sum().backward()
+    assert_close(heads.grad.float(), wide.grad, rtol=5e-2, atol=5e-2)
+
+
+def test_turning_has_the_gradient_of_what_it_computes():
+    heads, rotary = random_inputs([7])
+    wide = heads.detach().double().requires_grad_()
+    turns = Rotary(*(part.double() for part in (spread(rotary).cos, spread(rotary).sin)))
+    assert torch.autograd.gradcheck(turns.apply, (wide,))
+
+
+def test_boundaries_are_where_rows_begin_and_the_last_one_ends():
+    assert Rows([3, 5, 2], torch.device("cpu")).boundaries.tolist() == [0, 3, 8, 10]
+
+
 def test_blocks_of_rows_come_in_few_lengths():
     seen = {group.length for length in range(1, 97) for group in Rows([length, length], torch.device("cpu")).groups}
     assert seen == {16, 32, 48, 64, 80, 96}
