@@ -26,7 +26,7 @@ from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback
-from smolora.training.plan import StepPlan
+from smolora.training.plan import StepPlan, require_reach
 from smolora.training.prefix_cache import PrefixCacheCallback
 from smolora.training.state import TrainerState
 
@@ -72,12 +72,19 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     stored = _stored_config(run)
     if ("gpt" in stored) != isinstance(config, PretrainConfig):
         raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")
-    for path, (before, now) in _changes(stored, config.model_dump(mode="json")).items():
-        if path.startswith(_FIXED):
-            raise ConfigError(
-                f"{path} can't change within a run: it was {before!r}, now {now!r}. "
-                "Resume with what the run started with, or start a new run in another folder."
-            )
+    changes = _changes(stored, config.model_dump(mode="json"))
+    fixed = next((path for path in changes if path.startswith(_FIXED)), None)
+    if fixed:
+        before, now = changes[fixed]
+        raise ConfigError(
+            f"{fixed} can't change within a run: it was {before!r}, now {now!r}. "
+            "Resume with what the run started with, or start a new run in another folder."
+        )
+    asked = config.training.max_steps  # Epochs are counted in steps later, when the rows are known.
+    if asked and any(checkpoint.step > asked for checkpoint in run.checkpoints()):
+        newest = run.newest_checkpoint()
+        require_reach(newest.step if newest else 0, asked)
+    for path, (before, now) in changes.items():
         logger.info("resuming with %s = %r (was %r)", path, now, before)
     return config
 
@@ -117,7 +124,7 @@ def recorded_run(
         if resume and (checkpoint := run.newest_checkpoint()):
             # Before anything is written: a refused resume must change nothing.
             identity.require(checkpoint.path)
-            steps.require_reach(checkpoint.step)
+            require_reach(checkpoint.step, steps.total_steps)
         run.sweep_leftovers()
         write_json(run.env, {**_describe_environment(), **machine})
         write_text(run.resolved_config, dump_config(config))

@@ -41,8 +41,8 @@ def _transformers_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Te
         # A cache would switch off the block-diagonal mask that transformers derives from restarting positions.
         logits: Tensor = model(**inputs, use_cache=False).logits
         return logits.flatten(0, 1)  # A view, whose gradient is one: [0] would copy it into zeros.
-    padded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits: Tensor = padded.logits.flatten(0, 1)  # [B*T, V]
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = logits.flatten(0, 1)  # [B*T, V]
     return logits if batch.target_positions is None else logits[batch.target_positions]
 
 

@@ -56,18 +56,6 @@ class StepPlan:
         """Updates from one evaluation to the next: as set, else a fifth of the run."""
         return self.config.eval_steps or math.ceil(self.total_steps / 5)
 
-    def require_reach(self, done: int) -> None:
-        """Raise where a run that is resumed has done more than the steps asked for.
-
-        Raises:
-            ConfigError: It has.
-        """
-        if done > self.total_steps:
-            raise ConfigError(
-                f"the run has done {done} steps, more than the {self.total_steps} asked for. "
-                "Ask for as many or more, or start a new run in another folder."
-            )
-
     def micro_batches(self, step: int, process: int = 0) -> list[np.ndarray]:
         """Return the rows of each micro-step of update `step` (from 0) on one process."""
         epoch, group = divmod(step, self.steps_per_epoch)
@@ -136,6 +124,19 @@ class TokenBudgetSteps(StepPlan):
     def micro_batches(self, step: int, process: int = 0) -> list[np.ndarray]:
         """Return the rows of each micro-step of update `step` (from 0) on one process."""
         return [self._passes[int(number)] for (number,) in super().micro_batches(step, process)]
+
+
+def require_reach(done: int, total_steps: int) -> None:
+    """Raise where a run that is resumed has done more than the steps asked for.
+
+    Raises:
+        ConfigError: It has.
+    """
+    if done > total_steps:
+        raise ConfigError(
+            f"the run has done {done} steps, more than the {total_steps} asked for. "
+            "Ask for as many or more, or start a new run in another folder."
+        )
 
 
 _STEPS_SORTED = 50

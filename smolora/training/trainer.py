@@ -42,7 +42,7 @@ from smolora.training.optim import (
     tensor_checksums,
     trainable_parameters,
 )
-from smolora.training.plan import StepPlan
+from smolora.training.plan import StepPlan, require_reach
 from smolora.training.schedules import ScheduleWindow
 from smolora.training.state import StepRecord, TrainerState
 
@@ -209,7 +209,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         assert self._run_dir is not None, "a checkpoint comes from a run"
-        self.plan.require_reach(checkpoint.step)
+        require_reach(checkpoint.step, self.plan.total_steps)
         self._require_identity().require(checkpoint.path)
         snapshot = load_checkpoint(checkpoint.path, self.bundle)
         restore_optimizer(self._optimizer.optimizer, self.parameters, snapshot.optimizer)

@@ -246,6 +246,16 @@ def test_a_resume_with_fewer_steps_than_were_done_is_refused_and_changes_nothing
     assert snapshot(run.path) == before
 
 
+def test_a_refused_resume_says_nothing_of_resuming_and_loads_no_model(run, tuning, caplog):
+    finetune(tuning(), run.path)
+    caplog.clear()
+    caplog.set_level("INFO", logger="smolora")
+    for changes in (["training.max_steps=5"], ["training.learning_rate=1e-4", "training.seed=3"]):
+        with pytest.raises(ConfigError):
+            finetune(tuning(*changes), run.path, resume=True)
+    assert caplog.text == ""
+
+
 def test_pretraining_with_fewer_steps_than_were_done_is_refused_and_changes_nothing(run, pretraining):
     pretrain(pretraining, run.path)
     before = snapshot(run.path)
