@@ -110,7 +110,9 @@ def render_config(config: ExperimentConfig, measured: GradientMass, plan: ProbeP
     return "\n".join(
         [
             _comment(*describe_probe(measured, plan, num_batches=num_batches)),
-            _comment("It is a proposal. Whether it is better than the plain one is told by smolora compare."),
+            _comment(
+                "A proposal, which was no better where it was tried: hold it against a uniform rank (smolora compare)."
+            ),
             _dump(settings),
             "adapter:",
             textwrap.indent(_dump(adapter), "  "),
