@@ -16,7 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from smolora.analysis.run_record import Array, PhaseSpan
 
@@ -205,8 +205,10 @@ def scale_values(panels: Sequence[Axes], values: Sequence[Array]) -> None:
         panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def locate_decades(low: float, high: float) -> LogLocator:
+def locate_decades(low: float, high: float) -> Locator:
     """Return the places of a logarithmic axis' numbers: powers of ten, and numbers between them where those are few."""
+    if high < 10 * low:  # Which may hold no power of ten, and one of 1, 2 and 5 times it.
+        return MaxNLocator(nbins=5, steps=_TICKS)
     between = (1, 2, 5) if high < 30 * low else (1, 3) if high < 300 * low else (1,)
     return LogLocator(subs=between, numticks=6)
 

@@ -123,7 +123,9 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
     for panel, (group, matrix) in zip(panels, matrices.items(), strict=True):
         panel.patch.set(facecolor="white", edgecolor="#b0b0b0", hatch="//////", linewidth=0)
         steps, thinned = _thin(table.steps, matrix)
-        panel.pcolormesh(_edges(steps), np.arange(count + 1) - 0.5, thinned, norm=shades, cmap=_LAYER_COLORS)
+        panel.pcolormesh(
+            _edges(steps, record.phases), np.arange(count + 1) - 0.5, thinned, norm=shades, cmap=_LAYER_COLORS
+        )
         part_phases(panel, record.phases)
         frozen = " (hatched: frozen)" if np.isnan(matrix).any() else ""
         name_panel(panel, f"{group}: gradient norm by layer{frozen}", record.phases, texts)
@@ -189,7 +191,8 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
     _stack_groups(panels[0], *_thin(table.steps, by_group), list(table.groups), record.phases)
     count = len(by_layer)
     shades = colormaps[_LAYER_COLORS].resampled(count)
-    for band in _stack(panels[1], *_thin(layers.steps, by_layer), [shades(layer) for layer in range(count)]):
+    steps, thinned = _thin(layers.steps, by_layer)
+    for band in _stack(panels[1], _edges(steps, record.phases), thinned, [shades(layer) for layer in range(count)]):
         band.set_antialiased(False)  # Else the background shows between neighbours.
     for panel, title in zip(panels, ("share of the squared gradient norm, by group", "by layer"), strict=True):
         name_panel(panel, title, record.phases, describe_phases(record))
@@ -245,15 +248,15 @@ def _draw(
     panel.lines[-1].set_clip_on(not marker)  # A dot on the border is shown whole.
 
 
-def _stack(panel: Axes, steps: Array, shares: Array, colors: Sequence[Color]) -> list[PolyCollection]:
-    edges = _edges(steps)
+def _stack(panel: Axes, edges: Array, shares: Array, colors: Sequence[Color]) -> list[PolyCollection]:
     panel.set_xlim(edges[0], edges[-1])
     return panel.stackplot(edges, np.append(shares, shares[:, -1:], axis=1), colors=colors, step="post", linewidth=0)
 
 
 def _stack_groups(panel: Axes, steps: Array, shares: Array, names: Sequence[str], phases: Sequence[PhaseSpan]) -> None:
     """Stack the groups, each named inside its band, or beside it where the band is thin."""
-    bands = _stack(panel, steps, shares, [GROUP_STYLES[name][0] for name in names])
+    edges = _edges(steps, phases)
+    bands = _stack(panel, edges, shares, [GROUP_STYLES[name][0] for name in names])
     beside = []
     for band, name, base, share in zip(bands, names, np.cumsum(shares, axis=0) - shares, shares, strict=True):
         band.set(alpha=0.45, label=name)
@@ -263,9 +266,7 @@ def _stack_groups(panel: Axes, steps: Array, shares: Array, names: Sequence[str]
         if middle is not None:
             write_inside(panel, name, (float(steps[middle]), float(base[middle] + share[middle] / 2)))
         elif share[-1] > 0:
-            beside.append(
-                LineEnd((float(_edges(steps)[-1]), float(base[-1] + share[-1] / 2)), name, GROUP_STYLES[name][0])
-            )
+            beside.append(LineEnd((float(edges[-1]), float(base[-1] + share[-1] / 2)), name, GROUP_STYLES[name][0]))
     label_ends(panel, beside)
 
 
@@ -293,12 +294,12 @@ def _thin(steps: Array, matrix: Array) -> tuple[Array, Array]:
     return np.array([steps[part].mean() for part in parts]), np.stack(columns, axis=1)
 
 
-def _edges(steps: Array) -> Array:
-    """Return the borders of the steps' columns: halfway to the neighbours."""
-    if len(steps) == 1:
-        return np.array([steps[0] - 0.5, steps[0] + 0.5])
-    middles = (steps[1:] + steps[:-1]) / 2
-    return np.concatenate([[2 * steps[0] - middles[0]], middles, [2 * steps[-1] - middles[-1]]])
+def _edges(steps: Array, phases: Sequence[PhaseSpan]) -> Array:
+    """Return the borders of the steps' columns: those of the phases, and else halfway to the neighbours."""
+    edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
+    for phase in phases[1:]:
+        edges[np.searchsorted(steps, phase.start)] = phase.start
+    return edges
 
 
 def _percentiles(matrix: Array, percents: Sequence[float]) -> Array:

@@ -10,7 +10,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,7 @@ class PhaseSpan:
     last: int
     """The last one."""
     start: float
-    """Where it is drawn from: halfway to the last logged step before it."""
+    """Where it is drawn from: halfway from the last update before it to its first, as far as those are known."""
     end: float
 
 
@@ -145,16 +145,22 @@ class RunRecord:
     def phases(self) -> list[PhaseSpan]:
         """The phases of the run in order; empty where all of it was one."""
         lines = [line for line in self.metrics if "phase" in line]
-        return find_phases(_to_array([line["step"] for line in lines]), [str(line["phase"]) for line in lines])
+        starts = self._phase_report.get("starts")
+        known = {str(number): start for number, start in enumerate(starts if isinstance(starts, list) else [], start=1)}
+        return find_phases(_to_array([line["step"] for line in lines]), [str(line["phase"]) for line in lines], known)
 
     @cached_property
-    def phase_certificates(self) -> dict[str, dict[str, object]]:
-        """What the run itself proved of each phase, by the phase's name; empty where there is no whole report."""
+    def _phase_report(self) -> dict[str, object]:
         try:
             report = json.loads(self.run.phase_report.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        phases = report.get("phases") if isinstance(report, dict) else None
+        return report if isinstance(report, dict) else {}
+
+    @cached_property
+    def phase_certificates(self) -> dict[str, dict[str, object]]:
+        """What the run itself proved of each phase, by the phase's name; empty where there is no whole report."""
+        phases = self._phase_report.get("phases")
         found = [phase for phase in phases if isinstance(phase, dict)] if isinstance(phases, list) else []
         return {str(phase.get("phase")): phase for phase in found}
 
@@ -174,8 +180,15 @@ def open_runs(runs: Sequence[RunSource]) -> list[RunRecord]:
     return [run if isinstance(run, RunRecord) else RunRecord(run) for run in runs]
 
 
-def find_phases(steps: Sequence[float] | Array, phases: Sequence[str]) -> list[PhaseSpan]:
+def find_phases(
+    steps: Sequence[float] | Array, phases: Sequence[str], starts: Mapping[str, object] | None = None
+) -> list[PhaseSpan]:
     """Return the runs of equal phase names; empty where there is only one.
+
+    Args:
+        steps: The logged ones.
+        phases: The phase of each.
+        starts: The updates done before a phase, by its name. Without it a border is halfway between logged steps.
 
     >>> [(span.name, span.first, span.last, span.end) for span in find_phases([1, 2, 3, 4], ["1", "1", "2", "2"])]
     [('1', 1, 2, 2.5), ('2', 3, 4, 4.0)]
@@ -183,12 +196,20 @@ def find_phases(steps: Sequence[float] | Array, phases: Sequence[str]) -> list[P
     runs = [(name, [int(step) for step, _ in members]) for name, members in _group_by_phase(steps, phases)]
     if len(runs) < 2:
         return []
-    middles = [(before[-1] + after[0]) / 2 for (_, before), (_, after) in itertools.pairwise(runs)]
-    edges = [float(runs[0][1][0]), *middles, float(runs[-1][1][-1])]
+    borders = [
+        _find_border(before[-1], after[0], (starts or {}).get(name))
+        for (_, before), (name, after) in itertools.pairwise(runs)
+    ]
+    edges = [float(runs[0][1][0]), *borders, float(runs[-1][1][-1])]
     return [
         PhaseSpan(name, members[0], members[-1], start, end)
         for (name, members), (start, end) in zip(runs, itertools.pairwise(edges), strict=True)
     ]
+
+
+def _find_border(before: int, after: int, start: object) -> float:
+    """Return the border between two logged steps of two phases; a start that can't be is passed over."""
+    return start + 0.5 if isinstance(start, int) and before <= start < after else (before + after) / 2
 
 
 def _group_by_phase(steps: Sequence[float] | Array, phases: Sequence[str]) -> list[tuple[str, list[tuple[float, str]]]]:

@@ -148,6 +148,8 @@ def _say_layers(shares: Array) -> str:
     order = [int(layer) for layer in np.argsort(-shares, kind="stable") if shares[layer] > 0]
     if not order:
         return "none had a gradient"
+    if len(order) == 1:
+        return f"all of it in layer {order[0]}"
     even = 1 / len(order)
     ahead = [f"{shares[layer]:.0%} in layer {layer}" for layer in order if shares[layer] >= _STANDS_OUT * even]
     if ahead:

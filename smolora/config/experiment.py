@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from smolora.config.adapter import LoRAConfig
 from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
-from smolora.config.phases import DynamicLoRAConfig
+from smolora.config.phases import DynamicLoRAConfig, resolve_starts
 from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
 from smolora.errors import ConfigError
@@ -46,6 +46,14 @@ class ExperimentConfig(Section):
 
     speed: SpeedConfig = SpeedConfig()
     """The parts of the fast path."""
+
+    @model_validator(mode="after")
+    def _phases_fit_the_steps(self) -> ExperimentConfig:
+        """Refuse a phase without an update as soon as that is known: starts in epochs wait for the data."""
+        steps = self.training.max_steps
+        if steps is not None and not any(phase.start and phase.start.epoch for phase in self.phases.phases):
+            resolve_starts(self.phases.phases, total_steps=steps, steps_per_epoch=1)
+        return self
 
     @property
     def lora(self) -> LoRAConfig:

@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Mapping, Sized
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer as HuggingFaceTrainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from smolora.adapters.tensor_places import locate_tensors, read_anatomy
 from smolora.config import DynamicLoRAConfig, PhaseConfig, TrainingConfig
@@ -31,6 +33,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     def __init__(self, norms: GradientNormCallback) -> None:
         self.norms = norms
         self.parameters: dict[str, nn.Parameter] = {}
+        self._keeps_weights = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
@@ -40,10 +43,15 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         if self.norms.log:
             self.norms.log.cut(state.global_step)
 
-    def take(self, measured: Mapping[str, Tensor]) -> None:
-        """Hand over the norms of a whole step, before the update."""
-        self.norms.take(measured)
-        self.norms.keep_weights()
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._keeps_weights = _will_log(args, state)
+
+    def take(self, measured: Mapping[str, Tensor], scaler: torch.amp.GradScaler | None) -> None:
+        """Hand over the norms of a whole step, before the update, without the scale that float16 needs."""
+        scale = scaler.get_scale() if scaler else 1.0
+        self.norms.take({name: norm / scale for name, norm in measured.items()})
+        if self._keeps_weights:
+            self.norms.keep_weights()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if control.should_log:
@@ -51,6 +59,13 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.norms.write_summary()
+
+
+def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the step that begins will be logged, as far as Hugging Face's settings tell."""
+    step = state.global_step + 1
+    is_first = step == 1 and args.logging_first_step
+    return bool(is_first or (args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0))
 
 
 class _Listener(_Recorder):
@@ -78,9 +93,15 @@ class _Listener(_Recorder):
         return measure
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: AcceleratedOptimizer,
+        **_: object,
     ) -> None:
-        self.take(self._measured)
+        self.take(self._measured, optimizer.scaler)
         self._measured = {}
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -218,5 +239,5 @@ class GradientMeasuringTrainer(HuggingFaceTrainer):  # type: ignore[misc]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             present = {name: p.grad for name, p in self._recorder.parameters.items() if p.grad is not None}
-            self._recorder.take(measure_norms(present))
+            self._recorder.take(measure_norms(present), self.accelerator.scaler)
         return loss

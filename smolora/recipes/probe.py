@@ -13,7 +13,14 @@ from smolora.data.collate import get_data_collator
 from smolora.data.sources import check_sources
 from smolora.errors import ConfigError
 from smolora.recipes.finetune import choose_layout, load_base, prepare_data
-from smolora.recipes.probe_config import ProbePlan, describe_phases, describe_probe, plan_probe, render_config
+from smolora.recipes.probe_config import (
+    RANK_SPAN,
+    ProbePlan,
+    describe_phases,
+    describe_probe,
+    plan_probe,
+    render_config,
+)
 from smolora.records.staging import describe_os_error, require_writable, write_bytes, write_json, write_text
 from smolora.records.study_dir import ProbeDir
 from smolora.training.gradient_mass import GradientMass, measure_gradient_mass
@@ -21,8 +28,8 @@ from smolora.training.plan import plan_steps
 
 logger = logging.getLogger(__name__)
 
-_PROBED_RANK = 32
-"""Random directions that each gradient is projected on; what is measured is per parameter, so no rank is favoured."""
+_FEWEST_DIRECTIONS = 32
+"""Random directions that each gradient is projected on, at least: as many as the largest rank that can be proposed."""
 
 
 def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> ProbeDir:
@@ -46,7 +53,8 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
     base, _ = load_base(config)
     data = prepare_data(config, base, None, None)
     layout = choose_layout(base)
-    adapter = LoRAConfig(r=_PROBED_RANK, lora_alpha=_PROBED_RANK, lora_dropout=0.0)
+    directions = max(_FEWEST_DIRECTIONS, RANK_SPAN * config.adapter.r)
+    adapter = LoRAConfig(r=directions, lora_alpha=directions, lora_dropout=0.0)
     bundle = attach_adapter(base, adapter, seed=config.training.seed)
     steps = plan_steps(data.train, config.training, config.speed)
     with fast_path(bundle, config.speed, is_packed=layout == "packed"):

@@ -6,7 +6,8 @@ The rules are few and stated in the file that is written. None of them proves an
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -14,11 +15,8 @@ import yaml
 from smolora.config import ExperimentConfig, PhaseConfig, PhaseStart
 from smolora.training.gradient_mass import GradientMass, ModuleMass
 
-KEPT_SHARE = 0.9
-"""Modules are adapted, the densest first, until they hold this share of the gradient."""
-
 RANK_SPAN = 4
-"""No rank is more than so many times the asked one, or less than that fraction of it."""
+"""No rank is more than so many times the asked one."""
 
 FEWEST_STEPS = 20
 """A shorter run gets no phases."""
@@ -42,55 +40,45 @@ class ProbePlan:
     groups: dict[str, float]
     """Share of the gradient by group, the largest first."""
     phases: tuple[PhaseConfig, ...]
+    """Proposed, but not switched on."""
 
-    @property
-    def kept_mass(self) -> float:
-        """The share of the gradient in what is adapted."""
-        total = sum(module.mass for module in self.ranked)
-        return sum(module.mass for module in self.ranked if module.module in self.ranks) / total
+    def held_by(self, ranks: Mapping[str, int]) -> float:
+        """Return the share of the gradient in the directions that adapters of these ranks could hold at best."""
+        held = sum(sum(module.spectrum[: ranks.get(module.module, 0)]) for module in self.ranked)
+        return held / sum(sum(module.spectrum) for module in self.ranked)
 
 
 def plan_probe(measured: GradientMass, *, r: int, total_steps: int) -> ProbePlan:
     """Return what to adapt, with as many parameters at most as rank `r` on every module has."""
     ranked = tuple(sorted(measured.modules, key=lambda module: -module.density))
-    kept = _keep(ranked)
     budget = r * sum(module.parameters_per_rank for module in ranked)
-    found = _share_ranks(kept, r=r, budget=budget)
-    ranks = {module.module: found[module.module] for module in measured.modules if module in kept}
+    found = _share_ranks(ranked, r=r, budget=budget)
+    kept = [module for module in measured.modules if found[module.module]]
+    ranks = {module.module: found[module.module] for module in kept}
     spent = sum(ranks[module.module] * module.parameters_per_rank for module in kept)
     groups = _share_groups(kept)
     phases = _plan_phases(groups) if total_steps >= FEWEST_STEPS else ()
     return ProbePlan(ranked, ranks, budget, spent, groups, phases)
 
 
-def _keep(ranked: Sequence[ModuleMass]) -> list[ModuleMass]:
-    enough, held, kept = KEPT_SHARE * sum(module.mass for module in ranked), 0.0, []
-    for module in ranked:
-        if held >= enough:
-            break
-        kept.append(module)
-        held += module.mass
-    return kept
+def _share_ranks(modules: Sequence[ModuleMass], *, r: int, budget: int) -> Counter[str]:
+    """Return the ranks that hold most of the gradient for the budget: each unit where it has most per parameter.
 
-
-def _share_ranks(kept: Sequence[ModuleMass], *, r: int, budget: int) -> dict[str, int]:
-    """Return ranks proportional to the root of the density, as large as the budget lets them be."""
-    lowest, highest = max(1, r // RANK_SPAN), r * RANK_SPAN
-
-    def ranks_at(scale: float) -> dict[str, int]:
-        return {m.module: min(m.largest_rank, highest, max(lowest, int(scale * m.density**0.5))) for m in kept}
-
-    def cost_at(scale: float) -> int:
-        ranks = ranks_at(scale)
-        return sum(ranks[module.module] * module.parameters_per_rank for module in kept)
-
-    low, high = 0.0, (highest + 1) / min(module.density for module in kept) ** 0.5
-    if cost_at(high) <= budget:
-        return ranks_at(high)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost_at(middle) <= budget else (low, middle)
-    return ranks_at(low)
+    The size of a gradient alone doesn't ask for rank: a large one may lie in a single direction, which one unit holds.
+    """
+    units = [
+        (mass / module.parameters_per_rank, module)
+        for module in modules
+        for mass in module.spectrum[: min(module.largest_rank, r * RANK_SPAN)]
+        if mass > 0
+    ]
+    ranks: Counter[str] = Counter()
+    left = budget
+    for _, module in sorted(units, key=lambda unit: -unit[0]):
+        if module.parameters_per_rank <= left:
+            ranks[module.module] += 1
+            left -= module.parameters_per_rank
+    return ranks
 
 
 def _share_groups(kept: Sequence[ModuleMass]) -> dict[str, float]:
@@ -122,7 +110,9 @@ def render_config(config: ExperimentConfig, measured: GradientMass, plan: ProbeP
     return "\n".join(
         [
             _comment(*describe_probe(measured, plan, num_batches=num_batches)),
-            _comment("It is a proposal. Whether it is better than the plain one is told by smolora compare."),
+            _comment(
+                "A proposal, which was no better where it was tried: hold it against a uniform rank (smolora compare)."
+            ),
             _dump(settings),
             "adapter:",
             textwrap.indent(_dump(adapter), "  "),
@@ -132,7 +122,7 @@ def render_config(config: ExperimentConfig, measured: GradientMass, plan: ProbeP
             "  # Alphas follow the ranks, so that every module keeps the scale lora_alpha / r.",
             textwrap.indent(_dump({"alpha_pattern": _follow(plan.ranks, config)}), "  "),
             _comment(describe_phases(plan)),
-            *([_dump({"phases": {"table": phases}})] if phases else []),
+            *([_dump({"phases": {"enabled": False, "table": phases}})] if phases else []),
             "",
         ]
     )
@@ -147,13 +137,13 @@ def describe_probe(measured: GradientMass, plan: ProbePlan, *, num_batches: int)
         f"batches agree with a cosine of {measured.agreement:.2f}."
     )
     ends = f"Most gradient per parameter: {top.module} ({_share(top, plan):.1%} of all); least: {last.module}."
-    targets = (
-        f"{len(plan.ranks)} of {len(plan.ranked)} modules hold {plan.kept_mass:.0%} of the gradient ({groups} of that) "
-        "and are adapted; the others have less of it per parameter."
-    )
+    targets = f"{len(plan.ranks)} of {len(plan.ranked)} modules are adapted ({groups} of their gradient)."
+    uniform = plan.budget // sum(module.parameters_per_rank for module in plan.ranked)
     ranks = (
-        f"Ranks grow with the root of the gradient per parameter: {plan.spent:,} parameters, where a uniform rank on "
-        f"every module has {plan.budget:,}."
+        "Each unit of rank is where one more direction of the gradient has most of it per parameter: "
+        f"{plan.spent:,} parameters, whose directions hold {plan.held_by(plan.ranks):.0%} of the gradient. "
+        f"{plan.budget:,} in a uniform rank of {uniform} could hold "
+        f"{plan.held_by({module.module: uniform for module in plan.ranked}):.0%}."
     )
     doubt = "Halves that agree so little rank by chance in part: take more batches (--batches)."
     return [measure, *([doubt] if measured.agreement < 0.5 else []), ends, targets, ranks]
@@ -162,18 +152,21 @@ def describe_probe(measured: GradientMass, plan: ProbePlan, *, num_batches: int)
 def describe_phases(plan: ProbePlan) -> str:
     """Return why the phases are as they are, or why there are none."""
     if plan.phases:
-        return "Everything for half of the run, then each group for its share of the gradient, the largest first."
+        return (
+            "Phases, switched off: everything for half of the run, then each group for its share of the gradient, the "
+            "largest first. They save time; no comparison so far found a lower loss. phases.enabled=true switches "
+            "them on."
+        )
     if len([share for share in plan.groups.values() if share >= _SMALLEST_PHASE]) < 2:
         return "No phases: one group holds nearly all of the gradient."
     return f"No phases: the run has fewer than {FEWEST_STEPS} steps."
 
 
 def _render_ranks(plan: ProbePlan) -> list[str]:
-    mean = sum(module.mass for module in plan.ranked) / sum(module.parameters_per_rank for module in plan.ranked)
     modules = {module.module: module for module in plan.ranked}
     return [
         f"    {name}: {rank}  # {_share(modules[name], plan):.1%} of the gradient, "
-        f"{modules[name].mass / modules[name].parameters_per_rank / mean:.1f} times the mean per parameter"
+        f"{modules[name].spectrum[0] / sum(modules[name].spectrum):.0%} of that in one direction"
         for name, rank in plan.ranks.items()
     ]
 

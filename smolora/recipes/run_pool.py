@@ -7,27 +7,33 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
 from smolora.errors import ConfigError, SmoloraError, StoppedBySignal, StorageError
-from smolora.runtime.signals import deferred_signals
+from smolora.runtime.signals import StopRequest, deferred_signals
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 _GLANCE = 0.2
 """Seconds between two looks for a signal."""
+
+_PATIENCE = 10.0
+"""Seconds that a cluster has to answer."""
 
 
 def run_on_processes(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int) -> Iterator[_Result]:
@@ -99,33 +105,95 @@ def _work(function: Callable[[_Job], _Result], pipe: Connection, workers: int) -
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             job = pipe.recv()
-            try:
-                pipe.send((function(job), None))
-            except SmoloraError as error:
-                pipe.send((None, error))
+            pipe.send(_attempt(function, job))
 
 
 def run_on_ray(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, address: str) -> Iterator[_Result]:
     """Yield `function(job)` of every job, computed by the Ray cluster at `address`, a core each.
 
-    Its machines must see the same files under the same paths.
+    Its machines must have this package and see the same files under the same paths.
 
     Raises:
-        ConfigError: Ray isn't installed.
+        ConfigError: Ray isn't installed, or no cluster is there.
+        StoppedBySignal: A signal arrived; the runs were told to stop, and have.
+        StorageError: A worker died.
     """
+    with deferred_signals() as early:  # Which also puts back the handler that Ray replaces.
+        ray = _join_cluster(address)
+        try:
+            yield from _spread(ray, function, jobs, early)
+        finally:
+            ray.shutdown()
+
+
+def _spread(
+    ray: Any, function: Callable[[_Job], _Result], jobs: Sequence[_Job], early: StopRequest
+) -> Iterator[_Result]:
+    """Hand the jobs to Ray and yield their results; `early` is what arrived while the cluster was joined."""
+    attempt = ray.remote(num_cpus=1, max_retries=0)(_attempt_in)
+    here = Path.cwd()
+    with deferred_signals() as stop:  # Anew, since Ray takes SIGTERM for itself when it starts.
+        pending = [attempt.remote(here, function, job) for job in jobs]
+        try:
+            while pending:
+                done, pending = ray.wait(pending, num_returns=1, timeout=_GLANCE)
+                for answer in done:
+                    yield _fetch(ray, answer)
+                if name := early.signal_name or stop.signal_name:
+                    raise StoppedBySignal(f"stopped by {name}. The same command goes on from here.")
+        finally:
+            for answer in pending:
+                ray.cancel(answer)  # Reaches a run as SIGINT does: it ends its step and saves.
+            if pending:
+                ray.wait(pending, num_returns=len(pending))
+
+
+def _join_cluster(address: str) -> Any:
+    """Return Ray, connected to the cluster at `address`; "local" starts one for as long as it is needed."""
     try:
         ray = importlib.import_module("ray")
     except ImportError:
-        raise ConfigError("--ray: Ray isn't installed. Install it (pip install ray), or use --workers.") from None
-    ray.init(address=address)
+        raise ConfigError(
+            "--ray: Ray isn't installed. Install it (pip install 'smolora[ray]'), or use --workers."
+        ) from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # A cluster that is started here reports to nobody.
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        remote = ray.remote(num_cpus=1, max_retries=0)(function)
-        pending = [remote.remote(job) for job in jobs]
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1)
-            yield ray.get(done[0])
-    finally:
-        ray.shutdown()
+        if port.isdigit():  # Ray itself needs minutes to find out that nobody is there.
+            socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--ray: no cluster at '{address}': {error}. Give host:port of one that runs, auto for the one of this "
+            "machine, or local to start one."
+        ) from None
+    return ray
+
+
+def _attempt_in(
+    folder: Path, function: Callable[[_Job], _Result], job: _Job
+) -> tuple[_Result | None, SmoloraError | None]:
+    """Do a job where the command was given, as its paths may be relative to that; a worker of Ray is elsewhere."""
+    os.chdir(folder)
+    return _attempt(function, job)
+
+
+def _attempt(function: Callable[[_Job], _Result], job: _Job) -> tuple[_Result | None, SmoloraError | None]:
+    """Return the result of a job, or the error that a person can act on."""
+    try:
+        return function(job), None
+    except SmoloraError as error:
+        return None, error
+
+
+def _fetch(ray: Any, answer: Any) -> Any:
+    try:
+        result, error = ray.get(answer)
+    except ray.exceptions.RayError as lost:
+        raise StorageError(f"a worker died: {lost}\nThe same command goes on from here.") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def _die_with_parent() -> None:

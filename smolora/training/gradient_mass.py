@@ -43,6 +43,9 @@ class ModuleMass:
     """The lesser of the two; a rank beyond it adds nothing."""
     density: float
     """Mass per parameter of the adapter, which no rank changes."""
+    spectrum: tuple[float, ...]
+    """The mass in each direction, the largest first: what one more unit of rank could hold. It sums up to the mass,
+    but for directions on which the halves disagree, which count 0."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def measure_gradient_mass(
         raise ConfigError(f"--batches: over {num_batches} batches the gradients are noise everywhere. Take more.")
     lengths = math.sqrt(math.fsum(squares.values()) * math.fsum(other_squares.values()))
     agreement = math.fsum(products.values()) / lengths
-    return GradientMass(_describe_modules(products, bundle), agreement, sum(losses) / num_batches)
+    spectra = {name: _find_directions(even[name], odd[name]) for name in matrices}
+    return GradientMass(_describe_modules(products, spectra, bundle), agreement, sum(losses) / num_batches)
 
 
 def _is_b(name: str, bundle: ModelBundle) -> bool:
@@ -103,14 +107,24 @@ def _multiply(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
     return {name: float((first[name] * second[name]).sum(dtype=torch.float64)) for name in first}
 
 
-def _describe_modules(products: Mapping[str, float], bundle: ModelBundle) -> tuple[ModuleMass, ...]:
+def _find_directions(first: Tensor, second: Tensor) -> tuple[float, ...]:
+    """Return the eigenvalues of the product of two halves [out, rank], made symmetric: the mass by direction."""
+    product = first.double().T @ second.double()
+    found = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0.0)
+    return tuple(found.flip(0).tolist())
+
+
+def _describe_modules(
+    products: Mapping[str, float], spectra: Mapping[str, tuple[float, ...]], bundle: ModelBundle
+) -> tuple[ModuleMass, ...]:
     pairs = {pair.module: pair for pair in find_lora_pairs(bundle.model)}
     modules = []
     for name, place in locate_tensors(products, bundle.anatomy).items():
         (rank, width), height = pairs[place.module].a.shape, len(pairs[place.module].b)
         mass, cost = max(products[name], 0.0), width + height
         density = mass / (cost * rank)
-        modules.append(ModuleMass(place.module, place.group, place.layer, mass, cost, min(width, height), density))
+        largest = min(width, height)
+        modules.append(ModuleMass(place.module, place.group, place.layer, mass, cost, largest, density, spectra[name]))
     return tuple(modules)
 
 

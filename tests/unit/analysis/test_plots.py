@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -144,6 +146,17 @@ def test_the_heatmap_holds_the_norms_and_leaves_frozen_layers_out(run):
         np.testing.assert_allclose(shown, layers[group])
         assert np.isnan(shown).any()
         assert panel.patch.get_hatch()
+
+
+def test_columns_of_a_sparse_log_change_at_the_borders_of_phases_and_end_with_the_run(tmp_path):
+    run = write_run(tmp_path / "run", phases=(("both", 4), ("mlp", 12)))
+    (run / "phase_report.json").write_text(json.dumps({"starts": [0, 4], "phases": []}))
+    for file in (run / "gradient_analysis.layer_norms.csv", run / "metrics.jsonl"):
+        lines = file.read_text().splitlines(keepends=True)
+        head, rows = (lines[:1], lines[1:]) if file.suffix == ".csv" else ([], lines)
+        file.write_text("".join([*head, rows[0], rows[1], rows[8], rows[11]]))
+    [mesh] = plot_layer_heatmap(run).axes[0].collections
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0.5, 1.5, 4.5, 10.5, 12.5]
 
 
 def test_a_long_run_is_averaged_to_what_can_be_seen(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,17 @@ def test_layers_are_rows_by_their_number(phased):
 def test_phases_meet_halfway_between_their_logged_steps():
     spans = find_phases([1, 10, 20, 30], ["1", "1", "2", "2"])
     assert [(span.first, span.last, span.start, span.end) for span in spans] == [(1, 10, 1, 15), (20, 30, 15, 30)]
+
+
+def test_phases_meet_where_the_run_says_however_sparse_its_log_is(tmp_path):
+    steps, names = [1, 10, 20, 30], ["1", "1", "2", "2"]
+    assert [(span.start, span.end) for span in find_phases(steps, names, {"2": 12})] == [(1, 12.5), (12.5, 30)]
+    assert find_phases(steps, names, {"2": 40}) == find_phases(steps, names), "a start outside can't be"
+    run = write_run(tmp_path / "run", phases=(("both", 4), ("mlp", 8)))
+    (run / "phase_report.json").write_text(json.dumps({"starts": [0, 4], "phases": []}))
+    lines = run.joinpath("metrics.jsonl").read_text().splitlines(keepends=True)
+    run.joinpath("metrics.jsonl").write_text(lines[0] + lines[7])
+    assert [(span.start, span.end) for span in RunRecord(run).phases] == [(1, 4.5), (4.5, 8)]
 
 
 def test_a_run_of_one_phase_has_none_to_show(tmp_path):

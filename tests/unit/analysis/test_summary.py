@@ -66,6 +66,7 @@ def test_the_layers_that_carried_the_gradient_are_named_by_phase(tmp_path):
     [
         ((30, 36, 45), "spread evenly, from 27% in layer 0 to 41% in layer 2"),
         ((30, 36, 46), "from 27% in layer 0 to 41% in layer 2"),
+        ((30,), "all of it in layer 0"),
     ],
 )
 def test_layers_are_called_even_up_to_one_and_a_half_times_the_smallest_share(tmp_path, squares, said):

@@ -105,6 +105,14 @@ def test_too_few_steps_for_equal_shares_are_refused():
         starts_of(DynamicLoRAConfig(enabled=True), total_steps=2)
 
 
+def test_too_few_steps_are_refused_before_anything_is_loaded_unless_starts_wait_for_the_data():
+    strategy = {"phases.strategy": "both,mlp,attn", "training.max_steps": 2}
+    with pytest.raises(ConfigError, match=r"^phases: phase 1 starts after 0 updates and would have none"):
+        resolve_config(ExperimentConfig, flags={"model.name_or_path": "base", **strategy})
+    table = {"phases.table": [{}, {"start": {"epoch": 3}}], "training.max_steps": 2}
+    resolve_config(ExperimentConfig, flags={"model.name_or_path": "base", **table})
+
+
 def test_recorded_starts_stay_whatever_the_run_has_become():
     config = DynamicLoRAConfig(enabled=True)
     assert starts_of(config, total_steps=90, recorded=[0, 10, 20]) == [0, 10, 20]

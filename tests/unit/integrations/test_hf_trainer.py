@@ -74,6 +74,38 @@ def test_only_logged_steps_have_a_row(trainer_of, tmp_path):
     assert [row["step"] for row in log.read_groups()] == [2, 4]
 
 
+class CountsCopies(GradientNormCallback):
+    """Counts how often the weights are copied."""
+
+    copies = 0
+
+    def keep_weights(self):
+        self.copies += 1
+        super().keep_weights()
+
+
+@pytest.mark.parametrize(("settings", "copies"), [({"logging_steps": 2}, 2), ({"logging_first_step": True}, 1)])
+def test_weights_are_copied_in_logged_steps_only(trainer_of, tmp_path, settings, copies):
+    model = setup_model_with_lora(tiny_model("llama"), LoRAConfig(r=2, lora_dropout=0.0))
+    norms = CountsCopies()
+    trainer_of(model, norms, arguments(tmp_path, max_steps=4, **{"logging_steps": 9, **settings})).train()
+    assert norms.copies == copies
+
+
+def test_norms_are_those_without_the_scale_of_float16(trainer_of, tmp_path):
+    _, plain = run_one(trainer_of, tmp_path / "plain", max_grad_norm=0.0)
+    torch.manual_seed(0)
+    model = setup_model_with_lora(tiny_model("llama"), LoRAConfig(r=2, lora_dropout=0.0))
+    norms = GradientNormCallback(GradientNormLog(tmp_path / "scaled"))
+    trainer = trainer_of(model, norms, arguments(tmp_path / "scaled", max_grad_norm=0.0))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # accelerate makes one for float16, which wants a GPU.
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**16, "no step was skipped"
+    scaled = [row["total"] for row in norms.log.read_groups()]
+    # The scale is a power of two, so that only the sum over the ranks of LoRA may round otherwise.
+    assert scaled == pytest.approx([row["total"] for row in plain.read_groups()], rel=1e-6)
+
+
 def test_both_ways_measure_the_same(tmp_path):
     first, second = (run_one(way, tmp_path / way.__name__)[1] for way in (measuring_trainer, plain_trainer))
     assert first.read_groups() == second.read_groups()

@@ -58,6 +58,18 @@ def test_the_mass_is_what_two_halves_share_of_the_full_gradient_on_the_direction
         # Two orders of summation in float32.
         assert module.mass == pytest.approx(expected, rel=1e-3, abs=1e-7)
         assert module.density == module.mass / (pair.a.numel() + pair.b.numel())
+        assert len(module.spectrum) == len(pair.a)
+        assert sum(module.spectrum) >= module.mass - 1e-7, "only directions without agreement are left out"
+
+
+def test_of_equal_halves_the_spectrum_is_that_of_the_gradient(bundle, rows):
+    twice = TokenDataset([rows[0]] * 4)
+    found = {module.module: module for module in measure(bundle, twice).modules}
+    gradients = full_gradients(bundle, twice, 0)
+    for pair in find_lora_pairs(bundle.model):
+        projected = pair.scaling * gradients[pair.module] @ pair.a.detach().T
+        squares = torch.linalg.svdvals(projected).square().tolist()
+        assert found[pair.module].spectrum == pytest.approx(squares, rel=1e-3, abs=1e-7)
 
 
 def test_measuring_changes_no_tensor_and_leaves_no_gradient(bundle, rows):
