@@ -1,4 +1,4 @@
-"""Runs every benchmark and writes what they print to benchmarks/RESULTS.md, with the machine and the versions.
+"""Runs benchmarks and writes what each prints to its section of benchmarks/RESULTS.md, with the machine and versions.
 
 python dev.py bench              # all, on a quiet machine: about an hour
 python dev.py bench tuning       # those whose command line holds a word
@@ -11,6 +11,7 @@ import importlib.util
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -31,30 +32,43 @@ RUNS = (
     "nanogpt.py --rounds 1",
     "nanogpt.py --large --steps 100 --rounds 1",
 )
+RESULTS = HERE / "RESULTS.md"
+TITLE = "# Results\n\nWritten by `python3 dev.py bench`; what a script asks and measures stands at its head.\n"
+NAMES = [f"`python benchmarks/{run}`" for run in RUNS]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl")
 
 
 def main(words: list[str]) -> int:
-    """Run the chosen benchmarks; return how many failed."""
-    chosen = [run for run in RUNS if not words or any(word in run for word in words)]
-    sections, failed = [], 0
-    for run in chosen:
+    """Run the chosen benchmarks, each into a section of its own; return how many failed."""
+    sections, failed = _read_sections(), 0
+    for run in (run for run in RUNS if not words or any(word in run for word in words)):
         print(f"\n$ python benchmarks/{run}", file=sys.stderr, flush=True)
         command = f"{sys.executable} {HERE}/{run}"
         process = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=False)
         print(process.stdout, flush=True)
-        failed += process.returncode != 0
-        sections.append(f"## `python benchmarks/{run}`\n\n```\n{process.stdout.strip()}\n```\n")
-    if failed == 0:
-        (HERE / "RESULTS.md").write_text("\n".join([_describe(), *sections]), encoding="utf-8")
+        if process.returncode:
+            failed += 1
+            continue
+        sections[NAMES[RUNS.index(run)]] = f"{_describe()}\n\n```\n{process.stdout.strip()}\n```\n"
+        # Now, so that what was measured outlives an interrupt.
+        ordered = [f"## {name}\n\n{sections[name]}" for name in NAMES if name in sections]
+        RESULTS.write_text("\n".join([TITLE, *ordered]), encoding="utf-8")
     return failed
+
+
+def _read_sections() -> dict[str, str]:
+    """Return the text of each section of RESULTS.md, by its title."""
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
+    found = (section.split("\n\n", 1) for section in text.split("\n## ")[1:])
+    return {title: body.rstrip("\n") + "\n" for title, body in found}
 
 
 def _describe() -> str:
     installed = [name for name in PACKAGES if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
+    day = datetime.now(tz=UTC).date()
     system = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
-    return f"# Results\n\nWritten by `python3 dev.py bench`: {system}; {versions}.\n"
+    return f"{day}, {system}; {versions}."
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def row_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _has_kernel(heads: Tensor, settings: AttentionSettings) -> bool:
-    """Whether torch's kernel for rows of any length takes this: half precision on a GPU, heads up to 256, no dropout."""
+    """Whether torch's kernel for rows of any length takes this: half precision on a GPU, heads to 256, no dropout."""
     is_half = heads.dtype in {torch.bfloat16, torch.float16}
     return heads.device.type == "cuda" and is_half and heads.shape[2] <= 256 and not settings.dropout
 
