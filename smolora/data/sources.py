@@ -290,7 +290,7 @@ def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
     """Open the held-out rows where they are given: by name, or beside the train.jsonl of every source."""
     if data.eval_source is not None:
         return _open_source(data.eval_source, data.replace(file_type=None), is_whole=is_whole)
-    files = [_find_validation_file(Path(source)) for source in data.sources]
+    files = [find_validation_file(Path(source)) for source in data.sources]
     return [open_file(file, "jsonl") for file in files if file is not None] if None not in files else None
 
 
@@ -312,7 +312,7 @@ def _locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileTyp
     return _find_files(path, file_type)
 
 
-def _find_validation_file(folder: Path) -> Path | None:
+def find_validation_file(folder: Path) -> Path | None:
     """Return the file of held-out rows in a folder that `prepare` wrote, or one like it."""
     if not (folder / TRAIN_FILE).is_file():
         return None
