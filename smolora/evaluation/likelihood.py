@@ -10,14 +10,13 @@ import torch
 
 from smolora.data.benchmark_rows import Prompt
 from smolora.data.chat import check_messages
-from smolora.data.collate import collate_packed, collate_padded
+from smolora.data.collate import collate_padded
 from smolora.data.encoding import encode_pairs
 from smolora.data.prompts import PromptFormat, encode_row
 from smolora.data.token_dataset import Example
 from smolora.generation.decoding import in_eval_mode
 from smolora.models.bundle import ModelBundle
 from smolora.models.end_token import choose_end_token
-from smolora.models.packing import can_pack_rows
 from smolora.training.loss import sum_cross_entropy, target_logits_of
 
 
@@ -58,16 +57,13 @@ class LikelihoodScorer:
         return found
 
     def _measure(self, examples: Sequence[Example]) -> Iterator[Likelihood]:
-        batch = (collate_packed if self._is_packed else collate_padded)(examples).to(self.bundle.device)
+        # Rows of about one length cost little padding; packed, attention would cost the square of all rows together.
+        batch = collate_padded(examples).to(self.bundle.device)
         with in_eval_mode(self.bundle.model):
             logits = target_logits_of(self.bundle.model)(self.bundle.model, batch)
             counts = [example.num_target_tokens for example in examples]
             parts = zip(torch.split(logits, counts), torch.split(batch.targets, counts), counts, strict=True)
             yield from [Likelihood(sum_cross_entropy(row, ids).item(), count) for row, ids, count in parts]
-
-    @cached_property
-    def _is_packed(self) -> bool:
-        return can_pack_rows(self.bundle.model)[0]
 
     @cached_property
     def _own_end_token(self) -> str | None:

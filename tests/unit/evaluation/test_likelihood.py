@@ -45,8 +45,9 @@ def test_the_loss_of_an_answer_in_each_form(bundle, form):
     assert (found.loss_sum, found.num_tokens) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
-def test_a_family_that_cant_be_packed_is_padded(tmp_path):
-    bundle = tiny_bundle("opt", tmp_path / "opt")
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_answers_of_different_lengths_are_measured_as_each_alone(tmp_path, family):
+    bundle = tiny_bundle(family, tmp_path / family)
     pairs = [("the cat", "sat"), ("name 12: The Eagle", "a longer answer")]
     together = LikelihoodScorer(bundle).measure(pairs)
     alone = [LikelihoodScorer(bundle).measure([pair])[0] for pair in pairs]
