@@ -10,6 +10,7 @@ import torch
 from smolora.data.chat import PLAIN_CHAT_TEMPLATE
 from smolora.data.prompts import PromptFormat, encode_row
 from smolora.evaluation.likelihood import LikelihoodScorer
+from smolora.models.gpt import GPTModel
 from tests.tiny import CONTEXT, tiny_bundle
 
 FORMS = {
@@ -65,3 +66,11 @@ def test_turns_are_measured_through_the_chat_template(bundle):
     asked = [*turns, {"role": "user", "content": "sure?"}]
     [found] = LikelihoodScorer(replace(bundle, prompt_format=fmt)).measure([(asked, "no")])
     assert found.num_tokens > 0
+
+
+def test_a_gpt_of_ours_is_measured_as_its_copy_in_transformers(tmp_path):
+    gpt2 = tiny_bundle("gpt2", tmp_path / "gpt2", activation_function="gelu")
+    ours = replace(gpt2, model=GPTModel.from_pretrained(str(tmp_path / "gpt2")).eval())
+    pairs = [("the cat", "sat"), ("name 12: The Eagle", "a longer answer")]
+    expected, found = (LikelihoodScorer(bundle).measure(pairs) for bundle in (gpt2, ours))
+    assert [one.loss_sum for one in found] == pytest.approx([one.loss_sum for one in expected], rel=1e-5)
