@@ -81,7 +81,7 @@ def parse_query(text: str, columns: Columns) -> Query | None:
     aggregation = "|".join(AGGREGATIONS[1:])
     # Lazily: a column that is called Max Weight is taken for itself before it is for the maximum of Weight.
     select = rf"select\s+(?:({aggregation})\b\s*\(?\s*)??[\"`]?({names})[\"`]?\s*\)?\s+from\s+"
-    found = re.match(rf"{select}.*?(?:\s+where\s+(.*))?$", text.strip(), re.I | re.S)
+    found = re.match(rf"{select}.*?(?:\swhere\s+(.*))?$", text.strip(), re.I | re.S)
     conditions = _parse_conditions(found[3] or "", columns) if found else None
     if found is None or conditions is None:
         return None

@@ -6,6 +6,7 @@ import io
 import json
 import sqlite3
 import tarfile
+import time
 
 import pytest
 
@@ -109,3 +110,11 @@ def test_a_row_without_a_header_is_an_error(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="no header for the table 1-10"):
         list(read_wikisql(tmp_path / "test.jsonl", "test"))
+
+
+def test_text_is_read_in_linear_time():
+    started = time.process_time()
+    for filler in (" ", "where ", "Player = a and ", "max "):
+        parse_query("select Player from t" + filler * 50_000 + "x", COLUMNS)
+    # .2 s here; where the time grew with the square, the first filler alone took 12 s.
+    assert time.process_time() - started < 4
