@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         TokenizerConfig,
         TrainingConfig,
     )
+    from smolora.data.benchmarks import DatasetType, load_and_preprocess_dataset
     from smolora.data.cleaning import TextCleaningProcessor
     from smolora.data.collate import get_data_collator
     from smolora.data.pipeline import DatasetPipeline, chunk_texts
@@ -55,6 +56,10 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         StoppedBySignal,
         StorageError,
     )
+    from smolora.evaluation.evaluator import ModelEvaluator
+    from smolora.evaluation.metrics import MetricsCalculator, get_metrics_calculator
+    from smolora.evaluation.result import EvaluationResult
+    from smolora.evaluation.tasks import evaluate_e2e, evaluate_multi_nli, evaluate_samsum, evaluate_wikisql
     from smolora.generation.sampling import SamplingSettings
     from smolora.generation.text_generator import TextGenerator
     from smolora.integrations.hf_trainer import GradientMeasuringTrainer, to_trainer_callback
@@ -90,11 +95,13 @@ __all__ = [
     "DataPreprocessor",
     "DatasetHandler",
     "DatasetPipeline",
+    "DatasetType",
     "DeviceManager",
     "DynamicLoRACallback",
     "DynamicLoRAConfig",
     "EarlyStoppingCallback",
     "EvaluationConfig",
+    "EvaluationResult",
     "ExperimentConfig",
     "FeedForward",
     "FolderInUseError",
@@ -106,9 +113,11 @@ __all__ = [
     "LoRAConfig",
     "MLP_ONLY",
     "MemoryManager",
+    "MetricsCalculator",
     "ModelBundle",
     "ModelConfig",
     "ModelError",
+    "ModelEvaluator",
     "ModelRegistry",
     "MultiHeadAttention",
     "PEFTModelWrapper",
@@ -130,10 +139,16 @@ __all__ = [
     "chunk_texts",
     "create_layerwise_lora_config",
     "create_phased_lora_config",
+    "evaluate_e2e",
+    "evaluate_multi_nli",
+    "evaluate_samsum",
+    "evaluate_wikisql",
     "generate_summary_report",
     "get_data_collator",
+    "get_metrics_calculator",
     "get_preprocessor",
     "get_scheduler",
+    "load_and_preprocess_dataset",
     "load_bundle",
     "load_dataset_from_hub",
     "load_text_data",
@@ -166,11 +181,13 @@ _HOMES = {
     "DataPreprocessor": "smolora.data.preprocessing",
     "DatasetHandler": "smolora.data.sources",
     "DatasetPipeline": "smolora.data.pipeline",
+    "DatasetType": "smolora.data.benchmarks",
     "DeviceManager": "smolora.runtime.device",
     "DynamicLoRACallback": "smolora.training.phases",
     "DynamicLoRAConfig": "smolora.config",
     "EarlyStoppingCallback": "smolora.training.callbacks",
     "EvaluationConfig": "smolora.config",
+    "EvaluationResult": "smolora.evaluation.result",
     "ExperimentConfig": "smolora.config",
     "FeedForward": "smolora.models.gpt",
     "FolderInUseError": "smolora.errors",
@@ -182,9 +199,11 @@ _HOMES = {
     "LoRAConfig": "smolora.config",
     "MLP_ONLY": "smolora.config",
     "MemoryManager": "smolora.runtime.memory",
+    "MetricsCalculator": "smolora.evaluation.metrics",
     "ModelBundle": "smolora.models.bundle",
     "ModelConfig": "smolora.config",
     "ModelError": "smolora.errors",
+    "ModelEvaluator": "smolora.evaluation.evaluator",
     "ModelRegistry": "smolora.models.registry",
     "MultiHeadAttention": "smolora.models.gpt",
     "PEFTModelWrapper": "smolora.adapters.wrapper",
@@ -206,10 +225,16 @@ _HOMES = {
     "chunk_texts": "smolora.data.pipeline",
     "create_layerwise_lora_config": "smolora.training.phases",
     "create_phased_lora_config": "smolora.training.phases",
+    "evaluate_e2e": "smolora.evaluation.tasks",
+    "evaluate_multi_nli": "smolora.evaluation.tasks",
+    "evaluate_samsum": "smolora.evaluation.tasks",
+    "evaluate_wikisql": "smolora.evaluation.tasks",
     "generate_summary_report": "smolora.analysis.summary",
     "get_data_collator": "smolora.data.collate",
+    "get_metrics_calculator": "smolora.evaluation.metrics",
     "get_preprocessor": "smolora.data.preprocessing",
     "get_scheduler": "smolora.training.schedules",
+    "load_and_preprocess_dataset": "smolora.data.benchmarks",
     "load_bundle": "smolora.adapters.store",
     "load_dataset_from_hub": "smolora.data.sources",
     "load_text_data": "smolora.data.sources",

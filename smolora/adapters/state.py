@@ -1,10 +1,12 @@
-"""Puts the weights of a checkpoint back into the adapter that a model in memory carries."""
+"""The adapter that a model in memory carries: its identity, and the weights of a checkpoint put back into it."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import peft
+import torch
 
 from smolora.adapters.adapter_files import read_adapter
 from smolora.errors import ModelError
@@ -28,3 +30,15 @@ def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
             f"{folder} holds another adapter: {len(different)} tensors differ in name or shape, first {different[0]}."
         )
     peft.set_peft_model_state_dict(bundle.model, dict(stored.tensors))
+
+
+def fingerprint_adapter(bundle: ModelBundle) -> str | None:
+    """Return the SHA-256 of the adapter's names and weights; None where the model carries none."""
+    if not isinstance(bundle.model, peft.PeftModel):
+        return None
+    digest = hashlib.sha256()
+    tensors = peft.get_peft_model_state_dict(bundle.model, save_embedding_layers=False)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ from smolora.cli.ask import chat, generate
 from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
 from smolora.cli.look import compare, report
 from smolora.cli.make import merge, prepare, pretrain, probe, train
+from smolora.cli.prove import evaluate
 from smolora.cli.start import demo, doctor
 from smolora.errors import StoppedBySignal
 
@@ -46,6 +47,7 @@ def build_app() -> App:
     app.command(merge, group=_MAKE, sort_key=6)
     app.command(generate, alias="infer", group=_ASK, sort_key=1)
     app.command(chat, group=_ASK, sort_key=2)
+    app.command(evaluate, group=_LOOK, sort_key=0)
     app.command(report, group=_LOOK, sort_key=1)
     app.command(compare, group=_LOOK, sort_key=2)
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
 from cyclopts import Parameter
@@ -146,6 +147,45 @@ class TrainFlags(FieldFlags, LoopFlags):
 
     device: Annotated[str | None, At("model.device")] = None
     """auto, cpu, cuda or mps."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class AnswerFlags:
+    """How answers are drawn; what isn't given is greedy, and as long as the benchmark's answers are."""
+
+    max_new_tokens: int | None = None
+    """Longest answer in tokens."""
+
+    temperature: float | None = None
+    """Draw answers at random: below 1 is safer, above 1 wilder."""
+
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together have this probability."""
+
+    seed: int | None = None
+    """The same seed gives the same answers."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RowFlags(FieldFlags):
+    """Which rows are answered."""
+
+    benchmark: str | None = None
+    """e2e_nlg, samsum, wikisql, multi_nli, sst2, ag_news, sick or squad."""
+
+    data_dir: Path | None = None
+    """Folder with the benchmark's files. Left out, they are downloaded."""
+
+    split: str = "test"
+    """Split of the benchmark: test, validation or train."""
+
+    data: tuple[str, ...] = ()
+    """Own rows in place of a benchmark: file, folder or hub id. May be repeated."""
+
+    num_samples: int | None = None
+    """Rows to take from the start."""
 
 
 def collect_settings(flags: TextFlags | LoopFlags) -> dict[str, object]:

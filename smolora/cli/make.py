@@ -70,6 +70,7 @@ def train(
     *words: str,
     out: OutIfAny = None,
     preset: str | None = None,
+    dataset: str | None = None,
     data_dir: Path | None = None,
     flags: TrainFlags | None = None,
     show: bool = False,
@@ -80,7 +81,8 @@ def train(
         words: A YAML file, and any setting as key.path=value.
         out: Folder of the run.
         preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
-        data_dir: Folder with the files of the preset's benchmark, in place of --data.
+        dataset: Benchmark to learn from, in place of --data: e2e_nlg, samsum, wikisql, sst2, sick and others.
+        data_dir: Folder with the files of the benchmark, of --dataset or of the preset.
         flags: What has a flag of its own.
         show: Print the first examples with what is trained in [[ ]], and stop.
     """
@@ -88,7 +90,7 @@ def train(
     terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import ExperimentConfig
 
-    config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir)
+    config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir, dataset=dataset)
     if show:
         from smolora.recipes.finetune import show_examples
 

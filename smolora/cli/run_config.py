@@ -23,6 +23,7 @@ def build_config(
     *,
     preset: str | None = None,
     data_dir: Path | None = None,
+    dataset: str | None = None,
 ) -> RunConfig:
     """Resolve the layers of a run's configuration.
 
@@ -32,7 +33,8 @@ def build_config(
         flags: What was given by flags; it beats the file, and a word beats it.
         out: The run's folder. Where it is resumed, its own configuration lies below all of this but the preset.
         preset: The name of an experiment, below everything else.
-        data_dir: A folder with the files of the preset's benchmark.
+        data_dir: A folder with the files of the preset's benchmark, or of `dataset`.
+        dataset: A benchmark to learn from.
 
     Raises:
         ConfigError: A word that is neither, an unknown key, or a value that isn't allowed.
@@ -44,7 +46,7 @@ def build_config(
 
     file, assignments = split_words(words)
     base = RunDir(out).resolved_config if flags.resume and out is not None else None
-    settings = {**_find_data(preset, data_dir, flags), **collect_settings(flags)}
+    settings = {**_find_data(preset, dataset, data_dir, flags), **collect_settings(flags)}
     start = read_preset(preset) if preset else None
     config = resolve_config(kind, preset=start, base=base, file=file, flags=settings, assignments=assignments)
     if flags.batch_size is None:
@@ -58,12 +60,21 @@ def build_config(
     return resolved
 
 
-def _find_data(preset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:
-    """Return the settings that stand for `--data-dir`."""
-    if data_dir is None:
+def _find_data(preset: str | None, dataset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:
+    """Return the settings that stand for `--data-dir`, and `--dataset` where it is given."""
+    if data_dir is None and dataset is None:
         return {}
-    if preset is None or flags.data:
-        raise ConfigError("--data-dir holds the files of a preset's benchmark: give --preset NAME, and no --data.")
+    if data_dir is None:
+        raise ConfigError(f"--dataset {dataset} needs --data-dir: the folder with its files.")
+    if flags.data or (preset is None) == (dataset is None):
+        raise ConfigError(
+            "--data-dir holds the files of a benchmark: give --preset NAME or --dataset NAME, and no --data."
+        )
+    if dataset is not None:
+        from smolora.data.benchmark_source import name_sources
+
+        return name_sources(dataset, data_dir)
+    assert preset is not None, "one of the two is given"
     from smolora.config.presets import name_benchmark
     from smolora.data.benchmarks import find_benchmark_files
 

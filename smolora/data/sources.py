@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig, FileType
+from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark, open_benchmark_source
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat
 from smolora.data.readers import check_readable, infer_type, list_files
@@ -61,6 +62,9 @@ def check_sources(data: DataConfig) -> None:
     """
     held_out = [] if data.eval_source is None else [(data.eval_source, None)]
     for source, file_type in [*((source, data.file_type) for source in _require_sources(data)), *held_out]:
+        if is_benchmark_source(source):
+            check_readable(locate_benchmark(source))
+            continue
         found = _locate(source, file_type)
         if found is None:
             load_dataset_from_hub(source)  # Once it is in the cache, reading it again costs next to nothing.
@@ -290,12 +294,14 @@ def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
     """Open the held-out rows where they are given: by name, or beside the train.jsonl of every source."""
     if data.eval_source is not None:
         return _open_source(data.eval_source, data.replace(file_type=None), is_whole=is_whole)
-    files = [_find_validation_file(Path(source)) for source in data.sources]
+    files = [find_validation_file(Path(source)) for source in data.sources]
     return [open_file(file, "jsonl") for file in files if file is not None] if None not in files else None
 
 
 def _open_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Source]:
     """Open what is learned from one source, file by file; `is_whole` reads text files as documents."""
+    if is_benchmark_source(source):
+        return [open_benchmark_source(source)]
     found = _locate(source, data.file_type)
     if found is None:
         return [_open_dataset(load_dataset_from_hub(source), source)]
@@ -312,7 +318,7 @@ def _locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileTyp
     return _find_files(path, file_type)
 
 
-def _find_validation_file(folder: Path) -> Path | None:
+def find_validation_file(folder: Path) -> Path | None:
     """Return the file of held-out rows in a folder that `prepare` wrote, or one like it."""
     if not (folder / TRAIN_FILE).is_file():
         return None

@@ -47,6 +47,7 @@ class RunDir:
         self.adapter = self.path / "adapter_checkpoint"
         self.merged = self.path / "final_merged"
         self.model = self.path / "model"
+        self.evaluations = self.path / "evaluation"
         self.plots = self.path / "plots"
         self.report = self.path / "report.html"
         self.lock_file = self.path / "run.lock"

@@ -79,6 +79,17 @@ PROMISED = {
     # Asking
     "TextGenerator",
     "SamplingSettings",
+    # Proving it
+    "DatasetType",
+    "load_and_preprocess_dataset",
+    "MetricsCalculator",
+    "get_metrics_calculator",
+    "ModelEvaluator",
+    "EvaluationResult",
+    "evaluate_e2e",
+    "evaluate_samsum",
+    "evaluate_wikisql",
+    "evaluate_multi_nli",
     # Looking at runs
     "plot_training_loss",
     "plot_gradient_norms",
@@ -146,6 +157,7 @@ HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy", "mat
         ("from smolora import generate_summary_report", ("torch", "matplotlib")),
         ("from smolora import plot_training_loss", ("torch", "transformers", "matplotlib.pyplot")),
         ("import smolora.recipes.report", ("torch", "matplotlib")),
+        ("from smolora import get_metrics_calculator", ("torch", "transformers", "datasets")),
     ],
 )
 def test_importing_loads_nothing_heavy(statement, unwanted):

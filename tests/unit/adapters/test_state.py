@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smolora.adapters.attach import attach_adapter
-from smolora.adapters.state import restore_adapter
+from smolora.adapters.state import fingerprint_adapter, restore_adapter
 from smolora.config.adapter import LoRAConfig
 from smolora.errors import ModelError
 from smolora.models.loading import load_model
@@ -32,3 +32,14 @@ def test_a_model_without_an_adapter_has_none_to_restore(save_pair, tmp_path):
     _, adapter = save_pair()
     with pytest.raises(ModelError, match="carries no adapter"):
         restore_adapter(tiny_bundle("llama", tmp_path / "other"), adapter)
+
+
+def test_an_adapters_fingerprint_is_that_of_its_weights(tmp_path):
+    base = tiny_bundle("llama", tmp_path / "base")
+    assert fingerprint_adapter(base) is None
+    adapted = attach_adapter(base, LoRAConfig(), seed=0)
+    before = fingerprint_adapter(adapted)
+    assert fingerprint_adapter(adapted) == before
+    with torch.no_grad():
+        next(parameter for parameter in adapted.model.parameters() if parameter.requires_grad)[0, 0] += 1
+    assert fingerprint_adapter(adapted) != before

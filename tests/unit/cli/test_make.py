@@ -244,3 +244,15 @@ def test_a_data_dir_without_the_files_is_3(smolora, base, tmp_path):
     code, _, err = smolora("train", *flags)
     assert code == 3
     assert "has none of train.jsonl" in err
+
+
+def test_a_benchmark_is_learned_from_by_its_name(smolora, base, tmp_path):
+    for name in ("sst2_train.jsonl", "sst2_dev.jsonl"):
+        (tmp_path / name).write_text('{"text": "fine", "label": 1}\n{"text": "bad", "label": 0}\n')
+    command = ("train", "--model", base, "--dataset", "sst2", "--quiet", "--max-steps", 1)
+    code, _, _ = smolora(*command, "--data-dir", tmp_path, "-o", tmp_path / "run")
+    assert code == 0
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert (report["train"], report["held_out"]) == (2, 2)
+    assert smolora(*command, "-o", tmp_path / "other")[0] == 2
+    assert smolora(*command, "--data-dir", tmp_path, "--data", "x.csv", "-o", tmp_path / "other")[0] == 2

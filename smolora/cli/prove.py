@@ -1,0 +1,96 @@
+"""The verb that says how good answers are: evaluate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from smolora.cli.flags import AnswerFlags, RowFlags, collect_settings
+from smolora.cli.terminal import open_terminal
+from smolora.runtime.console import print_plainly
+
+
+def evaluate(
+    model: str | None = None,
+    /,
+    *,
+    predictions: Path | None = None,
+    rows: RowFlags | None = None,
+    flags: AnswerFlags | None = None,
+    by_likelihood: bool = False,
+    batch_size: int = 16,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    device: str = "auto",
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    quiet: bool = False,
+) -> None:
+    """Score a model, or any system's predictions, on a benchmark or on rows of your own.
+
+    The same command continues an evaluation that was stopped, where predictions are kept.
+
+    Args:
+        model: A run, a model or adapter folder, or a hub id.
+        predictions: File with a prediction a line, in the order of the benchmark's rows, in place of a model.
+        rows: Which rows.
+        flags: How answers are drawn.
+        by_likelihood: Answer with the likeliest label, in place of written text.
+        batch_size: Rows that are answered at a time.
+        out: Folder to keep predictions and scores of rows in. Left out, one in the run that is evaluated.
+        device: auto, cpu, cuda or mps.
+        as_json: Print the result as one JSON object.
+        quiet: Show warnings only.
+    """
+    terminal = open_terminal(quiet=quiet)
+    rows, flags = rows or RowFlags(), flags or AnswerFlags()
+    from smolora.config import DataConfig
+    from smolora.generation.sampling import SamplingSettings
+    from smolora.recipes.evaluate import EvaluationRequest
+    from smolora.recipes.evaluate import evaluate as run_evaluate
+
+    fields = {path.removeprefix("data."): value for path, value in collect_settings(rows).items()}
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    request = EvaluationRequest(
+        model=model,
+        predictions=predictions,
+        benchmark=rows.benchmark,
+        data_dir=rows.data_dir,
+        split=rows.split,
+        data=DataConfig(sources=rows.data, **fields),
+        num_samples=rows.num_samples,
+        batch_size=batch_size,
+        settings=SamplingSettings(**given),
+        by_likelihood=by_likelihood,
+        out=out,
+        device=device,
+    )
+    with _progress(terminal) as progress_of:
+        result = run_evaluate(request, progress_of)
+    print(json.dumps(result.to_dict(), allow_nan=False) if as_json else result.describe())
+    if result.folder:
+        print_plainly(terminal, f"predictions: {result.folder / 'predictions.jsonl'}")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Yield what makes a listener: a bar on a terminal, elsewhere a plain line now and then."""
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def listen(num_rows: int) -> Callable[[int], None]:
+            task = bar.add_task("rows", total=num_rows)
+
+            def show(num_done: int) -> None:
+                bar.update(task, completed=num_done)
+                if not console.is_terminal:
+                    print_plainly(console, f"rows {num_done}/{num_rows}")
+
+            return show
+
+        yield listen

@@ -1,0 +1,1 @@
+"""Scoring answers: metrics, evaluators of models and of files of predictions, and results with intervals."""

@@ -1,0 +1,41 @@
+"""The outcome of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolora.evaluation.metric import MetricScore
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Numbers with their variants and intervals, and where the answers are kept."""
+
+    scores: Mapping[str, MetricScore]
+    num_rows: int
+    folder: Path | None = None
+    """Holds predictions.jsonl and evaluation.json; None where nothing is kept."""
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """The numbers by name; None where one can't be computed here."""
+        return {name: score.value for name, score in self.scores.items()}
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the result as plain values."""
+        details = {name: score.to_details() for name, score in self.scores.items()}
+        return {"metrics": self.metrics, "details": details, "num_rows": self.num_rows}
+
+    def describe(self) -> str:
+        """Return a line for each number: name, value, interval, variant and version; then what is missing and why."""
+        lines = [f"{self.num_rows:,} rows; in brackets 95 % of 1,000 resamplings of them"]
+        width = max(map(len, self.scores), default=0)
+        for name, score in self.scores.items():
+            if score.value is None:
+                lines.append(f"{name:<{width}}  -  {score.variant}: {score.reason}")
+                continue
+            interval = "" if score.low is None else f"[{score.low:.4f}, {score.high:.4f}]"
+            lines.append(f"{name:<{width}}  {score.value:9.4f} {interval:<20}  {score.variant} ({score.version})")
+        return "\n".join(lines)

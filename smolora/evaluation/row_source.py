@@ -1,0 +1,158 @@
+"""What a model is evaluated on: the rows of a benchmark, or a person's own, with the metrics that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smolora.config.data import DataConfig
+from smolora.data.benchmark_rows import BenchmarkRow, Prompt
+from smolora.data.benchmarks import get_benchmark
+from smolora.data.chat import check_messages
+from smolora.data.prompts import PromptFormat, render_pair
+from smolora.data.row_stream import RowStream, close_report
+from smolora.data.rows import Row
+from smolora.data.sources import check_sources, find_validation_file, stream_sources
+from smolora.errors import DataError
+from smolora.evaluation.metric import Resources
+from smolora.records.staging import hash_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANSWER_METRICS = ("bleu", "rouge", "exact_match", "distinct")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSource:
+    """Rows to be read as often as needed, and what goes with them."""
+
+    name: str
+    iter_rows: Callable[[], Iterator[BenchmarkRow]]
+    metrics: tuple[str, ...]
+    identity: dict[str, object]
+    """What decides which rows these are."""
+    resources: Resources = field(default_factory=Resources)
+    max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
+
+    def count(self) -> int:
+        """Return the number of rows, all of which are read for it.
+
+        Raises:
+            DataError: There is none, or one can't be read.
+        """
+        num_rows = sum(1 for _ in self.iter_rows())
+        if not num_rows:
+            raise DataError(f"{self.name} has no rows to evaluate on.")
+        return num_rows
+
+
+def open_benchmark(
+    name: str, data_dir: str | Path | None, *, split: str = "test", num_samples: int | None = None
+) -> RowSource:
+    """Return the rows of a benchmark's split, or the first `num_samples` of them.
+
+    Raises:
+        ConfigError: There is no such benchmark or split.
+        DataError: Its file isn't there.
+    """
+    benchmark = get_benchmark(name)
+    file = benchmark.find(split, data_dir)
+    return RowSource(
+        name=f"{benchmark.name}-{split}{_describe_limit(num_samples)}",
+        iter_rows=lambda: islice(benchmark.iter_rows(split, file), num_samples),
+        metrics=benchmark.metrics,
+        identity={"benchmark": benchmark.name, "split": split, "rows": num_samples, file.name: hash_file(file)},
+        resources=Resources(labels=benchmark.labels, file=file, split=benchmark.name_split(split)),
+        max_new_tokens=benchmark.max_new_tokens,
+        stop=benchmark.stop,
+    )
+
+
+def open_data(
+    data: DataConfig,
+    *,
+    trained: PromptFormat | None,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int | None = None,
+) -> RowSource:
+    """Return a person's own rows. Rows that follow each other with the same prompt are one row of several references.
+
+    Args:
+        data: The sources and their columns; of a folder that `prepare` wrote, the held-out rows.
+        trained: The form the model was trained in, whose columns are taken where no others are named.
+        tokenizer: Whose chat template is used for messages.
+        num_samples: Rows to take from the start.
+
+    Raises:
+        DataError: A source or a column isn't there.
+    """
+    held_out = [find_validation_file(Path(source)) for source in data.sources]
+    sources = tuple(str(file or source) for file, source in zip(held_out, data.sources, strict=True))
+    data = data.replace(sources=sources, deduplicate=False)
+    check_sources(data)
+    data = _choose_columns(data, trained, tokenizer)
+    fmt = stream_sources(data, tokenizer=tokenizer).fmt
+    files = [Path(source) for source in sources]
+    return RowSource(
+        name=f"{files[0].stem}{_describe_limit(num_samples)}",
+        iter_rows=lambda: islice(_iter_rows(stream_sources(data, tokenizer=tokenizer), data, trained), num_samples),
+        metrics=("loss",) if fmt.kind == "text" else (*_ANSWER_METRICS, "loss"),
+        identity={
+            "rows": num_samples,
+            "form": fmt.describe(),
+            "files": {str(file): hash_file(file) if file.is_file() else None for file in files},
+        },
+    )
+
+
+def _choose_columns(data: DataConfig, trained: PromptFormat | None, tokenizer: PreTrainedTokenizerBase) -> DataConfig:
+    """Return `data` with the columns that the model was trained on, where none are named and those are there."""
+    if trained is None or data.text_field or data.prompt_field or trained.kind not in ("text", "prompt_completion"):
+        return data
+    named: DataConfig = data.replace(**{f"{role}_field": column for role, column in trained.columns.items()})
+    try:
+        stream_sources(named, tokenizer=tokenizer)
+    except DataError:
+        return data
+    return named
+
+
+def _iter_rows(stream: RowStream, data: DataConfig, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
+    """Group rows by their prompts, and raise at the end where some were rejected."""
+    prompt: Prompt | None = None
+    references: list[str] = []
+    num_rows = 0
+    for row in stream.train:
+        num_rows += 1
+        asked, reference = _read_row(row, stream.fmt, trained)
+        if references and (asked != prompt or not asked):
+            yield BenchmarkRow(prompt or "", tuple(references))
+            references = []
+        prompt = asked
+        references.append(reference)
+    if references:
+        yield BenchmarkRow(prompt or "", tuple(references))
+    close_report(stream.report, data, train=num_rows, held_out=0, out=None)
+
+
+def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:
+    if fmt.kind == "messages":
+        *turns, answer = check_messages(row.values.get(fmt.columns["messages"]))
+        if answer["role"] != "assistant" or not turns:
+            raise DataError(f"{row.origin}: the last of several messages must be the assistant's, as the reference.")
+        return turns, answer["content"]
+    if fmt.kind == "instruction" and trained is not None and trained.kind == "instruction":
+        given = str(row.values.get(fmt.columns.get("input", ""), "") or "")
+        asked = str(row.values[fmt.columns["instruction"]])
+        # The generator puts an instruction into its form, in which the input is a paragraph of its own.
+        return asked + (f"\n\n### Input:\n{given}" if given.strip() else ""), render_pair(row.values, fmt)[1]
+    return render_pair(row.values, fmt)
+
+
+def _describe_limit(num_samples: int | None) -> str:
+    return "" if num_samples is None else f"-first-{num_samples}"

@@ -1,0 +1,183 @@
+"""From a model, or a file of predictions, and rows to a result: the walk of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from smolora.adapters.state import fingerprint_adapter
+from smolora.adapters.store import load_adapter, load_bundle
+from smolora.data.readers import open_text
+from smolora.data.rows import Reject, check_values
+from smolora.errors import ConfigError, DataError
+from smolora.evaluation.evaluator import ModelEvaluator, Progress, score_answers
+from smolora.evaluation.metric import Answer
+from smolora.evaluation.metrics import MetricsCalculator
+from smolora.evaluation.prediction_log import PredictionLog
+from smolora.evaluation.result import EvaluationResult
+from smolora.evaluation.row_source import RowSource, open_benchmark
+from smolora.generation.sampling import SamplingSettings
+from smolora.models.bundle import ModelBundle
+from smolora.records.run_dir import RunDir
+from smolora.records.staging import hash_file
+from smolora.runtime.device import resolve_device
+
+_PREDICTIONS_AT_ONCE = 256
+
+
+def evaluate_benchmark(
+    benchmark: str,
+    model_path: str | Path,
+    base_model_id: str | None = None,
+    num_samples: int | None = None,
+    batch_size: int = 16,
+    *,
+    data_dir: str | Path | None = None,
+    split: str = "test",
+    settings: SamplingSettings | None = None,
+    by_likelihood: bool = False,
+    out: str | Path | None = None,
+    device: str = "auto",
+) -> EvaluationResult:
+    """Evaluate a model on a benchmark.
+
+    Args:
+        benchmark: Its name, such as e2e_nlg.
+        model_path: A run, a model or adapter folder, or a hub id.
+        base_model_id: The base of an adapter, where its folder doesn't name it.
+        num_samples: Rows to take from the start; all where left out.
+        batch_size: Rows that are answered at a time.
+        data_dir: Folder with the benchmark's files. Left out, they are downloaded, where that is possible.
+        split: train, validation or test.
+        settings: How answers are drawn. What isn't set is greedy, and as long as the benchmark's answers.
+        by_likelihood: Answer with the likeliest label, in place of written text.
+        out: Folder to keep predictions in. Left out, that of a run; other models' aren't kept.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        ConfigError: There is no such benchmark or split.
+        DataError: Its files aren't there, or a prompt leaves no room in the model's context.
+        ModelError: There is no such model.
+    """
+    source = open_benchmark(benchmark, data_dir, split=split, num_samples=num_samples)
+    source.count()
+    return evaluate_model(
+        open_model(model_path, base_model_id, device=device),
+        source,
+        batch_size=batch_size,
+        settings=settings,
+        by_likelihood=by_likelihood,
+        folder=choose_folder(model_path, source, out),
+    )
+
+
+evaluate_e2e = partial(evaluate_benchmark, "e2e_nlg")
+"""`evaluate_benchmark` of E2E NLG."""
+
+evaluate_samsum = partial(evaluate_benchmark, "samsum")
+"""`evaluate_benchmark` of SAMSum."""
+
+evaluate_wikisql = partial(evaluate_benchmark, "wikisql")
+"""`evaluate_benchmark` of WikiSQL."""
+
+evaluate_multi_nli = partial(evaluate_benchmark, "multi_nli")
+"""`evaluate_benchmark` of MultiNLI."""
+
+
+def evaluate_model(
+    bundle: ModelBundle,
+    source: RowSource,
+    *,
+    batch_size: int = 16,
+    settings: SamplingSettings | None = None,
+    by_likelihood: bool = False,
+    folder: Path | None = None,
+    progress: Progress = lambda num_rows: None,
+) -> EvaluationResult:
+    """Ask a model the rows of a source; see `evaluate_benchmark`. Answers are kept in `folder`, where it is given.
+
+    Raises:
+        ConfigError: The rows have no labels to choose the likeliest of.
+    """
+    labels = source.resources.labels if by_likelihood else ()
+    if by_likelihood and not labels:
+        raise ConfigError(f"{source.name} has no labels to choose the likeliest of: leave out --by-likelihood.")
+    chosen = fill_settings(settings, source)
+    evaluator = ModelEvaluator(bundle, settings=chosen, batch_size=batch_size, labels=labels)
+    identity = {
+        **source.identity,
+        "base": bundle.fingerprint,
+        "adapter": fingerprint_adapter(bundle),
+        "form": bundle.prompt_format.describe() if bundle.prompt_format else None,
+        "settings": chosen.model_dump(mode="json"),
+        "labels": labels,
+    }
+    metrics = tuple(dict.fromkeys((*source.metrics, "loss")))
+    return evaluator.evaluate_dataset(
+        source.iter_rows(),
+        MetricsCalculator(metrics, resources=source.resources),
+        log=PredictionLog(folder, identity) if folder else None,
+        progress=progress,
+    )
+
+
+def evaluate_predictions(
+    file: Path, source: RowSource, *, folder: Path | None = None, progress: Progress = lambda num_rows: None
+) -> EvaluationResult:
+    """Score the predictions of any system: one a line, in the order of the rows; an empty line is an empty prediction.
+
+    Raises:
+        DataError: There are more or fewer lines than rows, or one isn't UTF-8.
+    """
+    num_rows, num_lines = source.count(), sum(1 for _ in _iter_lines(file))
+    if num_rows != num_lines:
+        raise DataError(
+            f"{file} has {num_lines:,} lines, and {source.name} {num_rows:,} rows. Write one prediction a line, in "
+            "the order of the rows; an empty line is an empty prediction."
+        )
+    lines = _iter_lines(file)
+    identity = {**source.identity, "predictions": hash_file(file)}
+    return score_answers(
+        lambda rows: [Answer(next(lines)) for _ in rows],
+        source.iter_rows(),
+        MetricsCalculator(source.metrics, resources=source.resources),
+        at_once=_PREDICTIONS_AT_ONCE,
+        log=PredictionLog(folder, identity, is_resumed=False) if folder else None,
+        progress=progress,
+    )
+
+
+def open_model(source: str | Path, base_model_id: str | None = None, *, device: str = "auto") -> ModelBundle:
+    """Open a model for asking, its base in the file's own number type.
+
+    Raises:
+        ModelError: There is no such model, or the adapter was trained on another base.
+    """
+    place = str(resolve_device(device).device)
+    if base_model_id is None:
+        return load_bundle(source, device=place)
+    return load_adapter(load_bundle(base_model_id, device=place), Path(source))
+
+
+def choose_folder(model_path: str | Path, source: RowSource, out: str | Path | None) -> Path | None:
+    """Return where predictions go: `out`, else a folder of the run; None where there is neither."""
+    if out is not None:
+        return Path(out)
+    return RunDir(model_path).evaluations / source.name if RunDir.is_run(model_path) else None
+
+
+def fill_settings(settings: SamplingSettings | None, source: RowSource) -> SamplingSettings:
+    """Return `settings` with what wasn't set: greedy, and as long as the answers of the source are."""
+    given = settings.model_dump(exclude_unset=True) if settings else {}
+    usual = {"temperature": 0.0, "max_new_tokens": source.max_new_tokens, "stop": source.stop}
+    return SamplingSettings(**{**usual, **given})
+
+
+def _iter_lines(file: Path) -> Iterator[str]:
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            found = check_values({"prediction": line.rstrip("\r\n")}, str(file), number)
+            if isinstance(found, Reject):
+                raise DataError(f"{found.file}:{found.line}: {found.reason}.")
+            yield str(found.values["prediction"])

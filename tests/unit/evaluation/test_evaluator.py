@@ -1,0 +1,150 @@
+"""Asking a model, keeping what it said, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from dataclasses import replace
+
+import pytest
+
+from smolora.data.benchmark_rows import BenchmarkRow
+from smolora.errors import DataError, FolderInUseError
+from smolora.evaluation.evaluator import GREEDY, ModelEvaluator, score_answers
+from smolora.evaluation.metric import Answer, Resources
+from smolora.evaluation.metrics import MetricsCalculator
+from smolora.evaluation.prediction_log import PredictionLog
+from smolora.generation.text_generator import TextGenerator
+
+SHORT = GREEDY.replace(max_new_tokens=6)
+METRICS = ("bleu", "exact_match", "distinct", "loss")
+
+
+def evaluate(bundle, rows, *, log=None, batch_size=2, progress=lambda done: None, settings=SHORT):
+    evaluator = ModelEvaluator(bundle, settings=settings, batch_size=batch_size)
+    return evaluator.evaluate_dataset(rows, MetricsCalculator(METRICS), log=log, progress=progress)
+
+
+def read(log):
+    return [json.loads(line) for line in log.predictions.read_text().splitlines()]
+
+
+class Stop(Exception):
+    """What a person who presses Ctrl-C does, in a test."""
+
+
+def stop_after(num_rows):
+    def listen(done):
+        if done >= num_rows:
+            raise Stop
+
+    return listen
+
+
+def test_answers_are_the_generators_one_by_one(bundle, rows, tmp_path):
+    log = PredictionLog(tmp_path, {})
+    evaluate(bundle, rows, log=log, batch_size=4)
+    generator = TextGenerator(bundle)
+    assert [line["prediction"] for line in read(log)] == [
+        generator.generate(row.prompt, settings=SHORT)[0] for row in rows
+    ]
+
+
+def test_numbers_dont_depend_on_the_batch(bundle, rows):
+    one, many = evaluate(bundle, rows, batch_size=1).metrics, evaluate(bundle, rows, batch_size=16).metrics
+    assert one == pytest.approx(many, rel=1e-5)  # Losses of packed rows are rounded otherwise.
+
+
+def test_rows_are_kept_with_answers_and_scores(bundle, rows, tmp_path):
+    log = PredictionLog(tmp_path, {"model": "m"})
+    result = evaluate(bundle, rows, log=log)
+    lines = read(log)
+    assert len(lines) == result.num_rows == 20
+    assert lines[1].keys() >= {"prompt", "references", "prediction", "scores", "loss_sum", "num_tokens"}
+    assert lines[1]["references"] == ["yes", "no it isn't"]
+    matches = [line["scores"]["exact_match"] for line in lines]
+    assert sum(matches) / len(matches) == result.metrics["exact_match"]
+    kept = json.loads(log.evaluation.read_text())
+    assert kept["identity"] == {"model": "m"}
+    assert kept["metrics"] == result.metrics
+
+
+def test_a_stopped_evaluation_goes_on_and_asks_nothing_again(bundle, rows, tmp_path):
+    whole, log = PredictionLog(tmp_path / "whole", {}), PredictionLog(tmp_path / "stopped", {})
+    expected = evaluate(bundle, rows, log=whole)
+    with pytest.raises(Stop):
+        evaluate(bundle, rows, log=log, progress=stop_after(16))
+    with log.predictions.open("a") as file:
+        file.write('{"prediction": "torn')
+    first, *others = log.predictions.read_text().splitlines()
+    log.predictions.write_text("\n".join([first.replace('"prediction": "', '"prediction": "kept '), *others]))
+    result = evaluate(bundle, rows, log=log)
+    assert read(log)[0]["prediction"].startswith("kept ")
+    assert [line["prediction"] for line in read(log)][1:] == [line["prediction"] for line in read(whole)][1:]
+    assert (result.num_rows, result.metrics["loss"]) == (20, pytest.approx(expected.metrics["loss"]))
+    assert result.scores["loss"].low == pytest.approx(expected.scores["loss"].low)
+
+
+def test_an_evaluation_of_something_else_begins_anew(bundle, rows, tmp_path):
+    evaluate(bundle, rows, log=PredictionLog(tmp_path, {"temperature": 0}))
+    log = PredictionLog(tmp_path, {"temperature": 1})
+    assert evaluate(bundle, rows[:3], log=log).num_rows == len(read(log)) == 3
+
+
+def test_two_evaluations_dont_write_into_one_folder(bundle, rows, tmp_path):
+    log = PredictionLog(tmp_path, {})
+    with log.locked(), pytest.raises(FolderInUseError):
+        evaluate(bundle, rows, log=log)
+
+
+def test_the_likeliest_label_is_the_answer(bundle, rows):
+    rows = [replace(row, references=("yes",)) for row in rows]
+    evaluator = ModelEvaluator(bundle, labels=("yes", "no"))
+    answers = evaluator.answer(rows)
+    for answer, row in zip(answers, rows, strict=True):
+        yes, no = evaluator._scorer.measure([(row.prompt, "yes"), (row.prompt, "no")])
+        assert answer.label == answer.text == ("yes" if yes.loss_sum <= no.loss_sum else "no")
+        assert answer.loss_sum == pytest.approx(yes.loss_sum, rel=1e-5)
+    calculator = MetricsCalculator(["labels"], resources=Resources(labels=("yes", "no")))
+    found = evaluator.evaluate_dataset(rows, calculator)
+    assert found.metrics["accuracy"] == sum(answer.label == "yes" for answer in answers) / 20
+
+
+def test_rows_without_a_prompt_have_a_loss_and_no_answer(bundle):
+    [text, asked] = ModelEvaluator(bundle, settings=SHORT).answer(
+        [BenchmarkRow("", ("the cat sat",)), BenchmarkRow("the cat", ("sat",))]
+    )
+    assert (text.text, text.num_tokens > 0) == ("", True)
+    assert asked.text == TextGenerator(bundle).generate("the cat", settings=SHORT)[0]
+
+
+def test_a_prompt_past_the_context_is_an_error(bundle):
+    with pytest.raises(DataError, match="leaves no room"):
+        evaluate(bundle, [BenchmarkRow("\n" * 100, ("yes",))])
+
+
+def test_sampled_answers_with_a_seed_are_the_same_again(bundle, rows, tmp_path):
+    drawn = SHORT.replace(temperature=1.0, seed=3)
+    logs = [PredictionLog(tmp_path / name, {}) for name in "ab"]
+    for log in logs:
+        evaluate(bundle, rows, log=log, settings=drawn)
+    assert read(logs[0]) == read(logs[1])
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    def peak(num_rows):
+        rows = (BenchmarkRow(f"question {number}", (f"answer {number}",)) for number in range(num_rows))
+        tracemalloc.start()
+        score_answers(
+            lambda part: [Answer(row.prompt) for row in part],
+            rows,
+            MetricsCalculator(["exact_match", "squad"]),
+            at_once=64,
+            log=PredictionLog(tmp_path / str(num_rows), {}),
+        )
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    few = peak(256)
+    assert peak(2048) < 1.1 * few

@@ -1,0 +1,97 @@
+"""Rows of a person's own, in every form, and of a benchmark."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from smolora.config import DataConfig
+from smolora.data.prompts import PromptFormat
+from smolora.errors import DataError
+from smolora.evaluation.row_source import open_benchmark, open_data
+from tests.tiny import tiny_tokenizer
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def open_rows(path, trained=None, num_samples=None, **fields):
+    data = DataConfig(sources=(str(path),), **fields)
+    return open_data(data, trained=trained, tokenizer=tiny_tokenizer(), num_samples=num_samples)
+
+
+def read(source):
+    return [(row.prompt, row.references) for row in source.iter_rows()]
+
+
+def test_rows_with_one_prompt_after_another_are_one_with_several_references(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("mr,ref\nA,1\nA,2\nB,3\nA,4\n")
+    source = open_rows(file, prompt_field="mr", completion_field="ref")
+    assert read(source) == read(source) == [("A", ("1", "2")), ("B", ("3",)), ("A", ("4",))]
+    assert (source.count(), source.name) == (3, "rows")
+    assert source.metrics == ("bleu", "rouge", "exact_match", "distinct", "loss")
+
+
+def test_the_columns_a_model_was_trained_on_need_no_flags(tmp_path):
+    trained = PromptFormat(kind="prompt_completion", columns={"prompt": "mr", "completion": "ref"})
+    file = write(tmp_path / "rows.jsonl", [{"mr": "A", "ref": "1"}])
+    assert read(open_rows(file, trained)) == [("A", ("1",))]
+    with pytest.raises(DataError, match="fit no form"):
+        open_rows(file)
+    named = write(tmp_path / "named.jsonl", [{"prompt": "A", "completion": "1"}])
+    assert read(open_rows(named, trained)) == [("A", ("1",))]
+
+
+def test_texts_have_no_prompt_and_are_not_grouped(tmp_path):
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    source = open_rows(tmp_path / "texts.txt")
+    assert read(source) == [("", ("one",)), ("", ("two",))]
+    assert source.metrics == ("loss",)
+
+
+def test_the_last_message_is_the_reference(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert read(open_rows(write(tmp_path / "a.jsonl", [{"messages": turns}]))) == [(turns[:1], ("yes",))]
+    with pytest.raises(DataError, match=r"b\.jsonl:1: the last of several messages must be the assistant's"):
+        open_rows(write(tmp_path / "b.jsonl", [{"messages": turns + turns[:1]}])).count()
+
+
+def test_instructions_are_rendered_once(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}])
+    rendered = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    assert read(open_rows(file)) == [(rendered, ("3",))]
+    trained = PromptFormat(kind="instruction", columns={"instruction": "instruction", "output": "output"})
+    [(asked, _)] = read(open_rows(file, trained))
+    assert f"### Instruction:\n{asked}\n\n### Response:\n" == rendered
+
+
+def test_a_prepared_folder_gives_its_held_out_rows(tmp_path):
+    write(tmp_path / "train.jsonl", [{"prompt": "A", "completion": "1"}])
+    write(tmp_path / "validation.jsonl", [{"prompt": "B", "completion": "2"}])
+    assert read(open_rows(tmp_path)) == [("B", ("2",))]
+
+
+def test_rejected_rows_end_the_evaluation_and_equal_ones_stay(tmp_path):
+    row = {"prompt": "A", "completion": "1"}
+    assert open_rows(write(tmp_path / "a.jsonl", [row, {**row, "prompt": "B"}, row])).count() == 3
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\nnonsense\n")
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be used"):
+        open_rows(tmp_path / "b.jsonl").count()
+
+
+def test_rows_are_taken_from_the_start(tmp_path):
+    rows = [{"prompt": str(number), "completion": "x"} for number in range(5)]
+    source = open_rows(write(tmp_path / "a.jsonl", rows), num_samples=2)
+    assert (source.count(), source.name) == (2, "a-first-2")
+    write(tmp_path / "sst2_test.jsonl", [{"text": "fine", "label": 1}] * 3)
+    assert open_benchmark("sst2", tmp_path, num_samples=2).count() == 2
+
+
+def test_no_rows_are_an_error(tmp_path):
+    (tmp_path / "sst2_test.jsonl").write_text("")
+    with pytest.raises(DataError, match="sst2-test has no rows"):
+        open_benchmark("sst2", tmp_path).count()

@@ -1,0 +1,82 @@
+"""A model by its path on a benchmark by its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.store import load_bundle, save_adapter
+from smolora.config import LoRAConfig
+from smolora.data.prompts import PromptFormat
+from smolora.errors import ConfigError, ModelError
+from smolora.evaluation.row_source import open_benchmark
+from smolora.evaluation.tasks import evaluate_benchmark, evaluate_e2e, evaluate_multi_nli, fill_settings
+from smolora.generation.sampling import SamplingSettings
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model("gpt2", tmp_path_factory.mktemp("tasks") / "base", n_positions=256)
+
+
+@pytest.fixture
+def nli(tmp_path):
+    rows = [
+        {"premise": f"cat {n}", "hypothesis": "the cat", "label": ("neutral", "entailment")[n % 2]} for n in range(6)
+    ]
+    folder = tmp_path / "nli"
+    folder.mkdir()
+    (folder / "multinli_1.0_dev_matched.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_e2e_is_scored_with_its_metrics(base, tmp_path):
+    (tmp_path / "testset_w_refs.csv").write_text("mr,ref\nname[A],A cat sat.\nname[A],Cats sit.\nname[B],B.\n")
+    result = evaluate_e2e(base, num_samples=2, batch_size=2, data_dir=tmp_path)
+    assert result.num_rows == 2
+    assert {"bleu", "nist", "rougeL", "meteor", "cider", "loss"} <= result.metrics.keys()
+    assert result.scores["bleu"].variant.endswith("case lc, smoothing exp")
+    assert result.folder is None
+
+
+def test_labels_are_written_or_the_likeliest(base, nli):
+    written = evaluate_multi_nli(base, data_dir=nli)
+    likeliest = evaluate_multi_nli(base, data_dir=nli, by_likelihood=True)
+    assert written.metrics["accuracy"] == 0.0  # A random model writes no label, and always prefers one.
+    assert likeliest.metrics["loss"] == pytest.approx(written.metrics["loss"])
+    assert likeliest.metrics["f1"] <= 0.5 + 1e-9
+
+
+def test_an_adapter_goes_on_its_base_and_is_part_of_the_identity(base, nli, tmp_path):
+    fmt = PromptFormat(kind="prompt_completion", columns={"prompt": "a", "completion": "b"})
+    save_adapter(
+        replace(attach_adapter(load_bundle(base), LoRAConfig(r=2), seed=0), prompt_format=fmt), tmp_path / "adapter"
+    )
+    out = tmp_path / "out"
+    named = evaluate_multi_nli(tmp_path / "adapter", str(base), data_dir=nli, out=out)
+    assert evaluate_multi_nli(tmp_path / "adapter", data_dir=nli).metrics == named.metrics
+    assert json.loads((out / "evaluation.json").read_text())["identity"]["adapter"] is not None
+
+
+def test_an_adapter_of_another_base_is_refused(base, nli, tmp_path):
+    save_adapter(attach_adapter(load_bundle(base), LoRAConfig(r=2), seed=0), tmp_path / "adapter")
+    other = save_tiny_model("gpt2", tmp_path / "other", seed=1, n_positions=256)
+    with pytest.raises(ModelError, match="other"):
+        evaluate_multi_nli(tmp_path / "adapter", str(other), data_dir=nli)
+
+
+def test_only_labels_can_be_chosen_by_likelihood(base, tmp_path):
+    (tmp_path / "testset_w_refs.csv").write_text("mr,ref\nname[A],A cat sat.\n")
+    with pytest.raises(ConfigError, match="has no labels"):
+        evaluate_benchmark("e2e_nlg", base, data_dir=tmp_path, by_likelihood=True)
+
+
+def test_what_isnt_set_is_greedy_and_as_the_benchmark_wants_it(nli):
+    source = open_benchmark("multi_nli", nli)
+    assert fill_settings(None, source) == SamplingSettings(temperature=0, max_new_tokens=8, stop=("\n",))
+    drawn = fill_settings(SamplingSettings(temperature=0.7), source)
+    assert (drawn.temperature, drawn.max_new_tokens) == (0.7, 8)
