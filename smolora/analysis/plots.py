@@ -6,7 +6,7 @@ A run is a folder. Frozen groups and layers are gaps. Norms are L2, before clipp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from matplotlib import colormaps
@@ -122,10 +122,8 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
     texts = describe_phases(record)
     for panel, (group, matrix) in zip(panels, matrices.items(), strict=True):
         panel.patch.set(facecolor="white", edgecolor="#b0b0b0", hatch="//////", linewidth=0)
-        steps, thinned = _thin(table.steps, matrix)
-        panel.pcolormesh(
-            _edges(steps, record.phases), np.arange(count + 1) - 0.5, thinned, norm=shades, cmap=_LAYER_COLORS
-        )
+        columns = _thin(table.steps, matrix, record.phases)
+        panel.pcolormesh(columns.edges, np.arange(count + 1) - 0.5, columns.values, norm=shades, cmap=_LAYER_COLORS)
         part_phases(panel, record.phases)
         frozen = " (hatched: frozen)" if np.isnan(matrix).any() else ""
         name_panel(panel, f"{group}: gradient norm by layer{frozen}", record.phases, texts)
@@ -188,11 +186,11 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
     by_layer = measure_shares(layer_totals(_layers_of(record, layers)))
     by_group = measure_shares(np.stack(list(table.groups.values())))
     panels = new_figure([0.95, 1.25], labels=[BAR_ROOM])
-    _stack_groups(panels[0], *_thin(table.steps, by_group), list(table.groups), record.phases)
+    _stack_groups(panels[0], _thin(table.steps, by_group, record.phases), list(table.groups), record.phases)
     count = len(by_layer)
     shades = colormaps[_LAYER_COLORS].resampled(count)
-    steps, thinned = _thin(layers.steps, by_layer)
-    for band in _stack(panels[1], _edges(steps, record.phases), thinned, [shades(layer) for layer in range(count)]):
+    columns = _thin(layers.steps, by_layer, record.phases)
+    for band in _stack(panels[1], columns, [shades(layer) for layer in range(count)]):
         band.set_antialiased(False)  # Else the background shows between neighbours.
     for panel, title in zip(panels, ("share of the squared gradient norm, by group", "by layer"), strict=True):
         name_panel(panel, title, record.phases, describe_phases(record))
@@ -248,15 +246,16 @@ def _draw(
     panel.lines[-1].set_clip_on(not marker)  # A dot on the border is shown whole.
 
 
-def _stack(panel: Axes, edges: Array, shares: Array, colors: Sequence[Color]) -> list[PolyCollection]:
+def _stack(panel: Axes, columns: _Columns, colors: Sequence[Color]) -> list[PolyCollection]:
+    edges, shares = columns.edges, columns.values
     panel.set_xlim(edges[0], edges[-1])
     return panel.stackplot(edges, np.append(shares, shares[:, -1:], axis=1), colors=colors, step="post", linewidth=0)
 
 
-def _stack_groups(panel: Axes, steps: Array, shares: Array, names: Sequence[str], phases: Sequence[PhaseSpan]) -> None:
+def _stack_groups(panel: Axes, columns: _Columns, names: Sequence[str], phases: Sequence[PhaseSpan]) -> None:
     """Stack the groups, each named inside its band, or beside it where the band is thin."""
-    edges = _edges(steps, phases)
-    bands = _stack(panel, edges, shares, [GROUP_STYLES[name][0] for name in names])
+    steps, edges, shares = columns
+    bands = _stack(panel, columns, [GROUP_STYLES[name][0] for name in names])
     beside = []
     for band, name, base, share in zip(bands, names, np.cumsum(shares, axis=0) - shares, shares, strict=True):
         band.set(alpha=0.45, label=name)
@@ -285,21 +284,28 @@ def _layers_of(record: RunRecord, table: NormTable) -> dict[str, Array]:
     return table.layers
 
 
-def _thin(steps: Array, matrix: Array) -> tuple[Array, Array]:
+class _Columns(NamedTuple):
+    """What is drawn of a matrix [rows, steps]."""
+
+    steps: Array
+    """[columns] middle of each."""
+    edges: Array
+    """[columns + 1] borders: those of the phases, else halfway to the neighbours; from the first step to the last."""
+    values: Array
+    """[rows, columns]"""
+
+
+def _thin(steps: Array, matrix: Array, phases: Sequence[PhaseSpan]) -> _Columns:
     """Return no more columns than can be seen, each the mean of its steps."""
-    if len(steps) <= _MOST_COLUMNS:
-        return steps, matrix
-    parts = np.array_split(np.arange(len(steps)), _MOST_COLUMNS)
-    columns = [np.ma.masked_invalid(matrix[:, part]).mean(axis=1).filled(np.nan) for part in parts]
-    return np.array([steps[part].mean() for part in parts]), np.stack(columns, axis=1)
-
-
-def _edges(steps: Array, phases: Sequence[PhaseSpan]) -> Array:
-    """Return the borders of the steps' columns: those of the phases, and else halfway to the neighbours."""
-    edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
+    middles, values = steps, matrix
+    if len(steps) > _MOST_COLUMNS:
+        parts = np.array_split(np.arange(len(steps)), _MOST_COLUMNS)
+        means = [np.ma.masked_invalid(matrix[:, part]).mean(axis=1).filled(np.nan) for part in parts]
+        middles, values = np.array([steps[part].mean() for part in parts]), np.stack(means, axis=1)
+    edges = np.concatenate([[steps[0] - 0.5], (middles[1:] + middles[:-1]) / 2, [steps[-1] + 0.5]])
     for phase in phases[1:]:
-        edges[np.searchsorted(steps, phase.start)] = phase.start
-    return edges
+        edges[np.searchsorted(middles, phase.start)] = phase.start
+    return _Columns(middles, edges, values)
 
 
 def _percentiles(matrix: Array, percents: Sequence[float]) -> Array:

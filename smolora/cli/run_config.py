@@ -40,7 +40,7 @@ def build_config(
         ConfigError: A word that is neither, an unknown key, or a value that isn't allowed.
         DataError: `data_dir` lacks a file.
     """
-    from smolora.config import resolve_config
+    from smolora.config import ExperimentConfig, resolve_config
     from smolora.config.presets import read_preset
     from smolora.records.run_dir import RunDir
 
@@ -51,6 +51,10 @@ def build_config(
     config = resolve_config(kind, preset=start, base=base, file=file, flags=settings, assignments=assignments)
     if flags.batch_size is None:
         return config
+    if isinstance(config, ExperimentConfig) and config.speed.max_tokens_per_batch:
+        raise ConfigError(
+            "--batch-size counts rows, and speed.max_tokens_per_batch tokens of a pass. Give one of them."
+        )
     if any(assignment.startswith(f"{_ROWS_PER_PASS}=") for assignment in assignments):
         raise ConfigError(
             f"--batch-size and {_ROWS_PER_PASS} both set the rows of a step. Give --batch-size alone, "

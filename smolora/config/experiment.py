@@ -22,6 +22,9 @@ from smolora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_STRATEGY = {"strategy", "phase1_end", "phase2_end"}
+"""Settings of phases that exclude a table."""
+
 
 class ExperimentConfig(Section):
     """A tuning run: a base model, data, an adapter and how to train it."""
@@ -126,8 +129,8 @@ def resolve_config(
 ) -> _Config:
     """Build a configuration from its layers; a later one wins: defaults, and the arguments in their order.
 
-    Epochs in a later layer replace `max_steps` of an earlier one, which would decide alone; flags and assignments
-    are one layer in this.
+    Epochs in a later layer replace `max_steps` of an earlier one, which would decide alone, and a strategy of phases
+    replaces an earlier table; flags and assignments are one layer in this.
 
     Args:
         kind: The configuration class.
@@ -190,6 +193,9 @@ def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         values["training"]["max_steps"] = None
         epochs = values["training"]["num_train_epochs"]
         logger.info("training.num_train_epochs = %s replaces training.max_steps = %s", epochs, steps)
+    if _section(below, "phases").get("table") and _STRATEGY & _section(above, "phases").keys():
+        values["phases"]["table"] = []
+        logger.info("a strategy replaces phases.table")
     return values
 
 

@@ -49,7 +49,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     def take(self, measured: Mapping[str, Tensor], scaler: torch.amp.GradScaler | None) -> None:
         """Hand over the norms of a whole step, before the update, without the scale that float16 needs."""
         scale = scaler.get_scale() if scaler else 1.0
-        self.norms.take({name: norm / scale for name, norm in measured.items()})
+        self.norms.take({name: norm / scale for name, norm in measured.items()} if scaler else measured)
         if self._keeps_weights:
             self.norms.keep_weights()
 

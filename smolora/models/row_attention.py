@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -134,8 +135,13 @@ def row_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _has_kernel(heads: Tensor, settings: AttentionSettings) -> bool:
     """Whether torch's kernel for rows of any length takes this: half precision on a GPU, heads to 256, no dropout."""
-    is_half = heads.dtype in {torch.bfloat16, torch.float16}
-    return heads.device.type == "cuda" and is_half and heads.shape[2] <= 256 and not settings.dropout
+    if heads.device.type != "cuda" or "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.12
+        return False
+    is_half = heads.dtype in {torch.bfloat16, torch.float16} and torch.cuda.get_device_capability(heads.device) >= (
+        8,
+        0,
+    )
+    return is_half and heads.shape[2] <= 256 and not settings.dropout
 
 
 def _attend_by_kernel(heads: Tensor, num_heads: int, rows: Rows, settings: AttentionSettings) -> Tensor:

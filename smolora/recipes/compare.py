@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from smolora.analysis.paired import PairedDifference, compare_pairs
-from smolora.config import ExperimentConfig, dump_config, flatten_settings
+from smolora.config import ExperimentConfig, flatten_settings
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.recipes.finetune import finetune
+from smolora.recipes.run_folder import changed_settings
 from smolora.recipes.run_pool import run_on_processes, run_on_ray
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
@@ -175,7 +174,10 @@ def _describe_work(config: ExperimentConfig) -> dict[str, object]:
     """Return what must be equal for runs to see the same rows in as many steps."""
     flat = flatten_settings(config.model_dump(mode="json"))
     work = {path: value for path, value in flat.items() if path.startswith(_EQUAL)}
-    work["rows per step"] = config.training.rows_per_step
+    if config.speed.max_tokens_per_batch:  # Which decides about the rows of a pass alone.
+        work["training.gradient_accumulation_steps"] = config.training.gradient_accumulation_steps
+    else:
+        work["rows per step"] = config.training.rows_per_step
     if config.training.max_steps is None:
         work["training.num_train_epochs"] = config.training.num_train_epochs
     return work
@@ -192,10 +194,8 @@ def _require_same(job: Job) -> None:
     run = RunDir(job.folder.run(job.name, job.seed))
     if not run.is_run(run.path):
         return
-    before = flatten_settings(yaml.safe_load(run.resolved_config.read_text(encoding="utf-8")))
-    now = flatten_settings(yaml.safe_load(dump_config(job.config)))
-    if differing := [path for path in before | now if before.get(path) != now.get(path)]:
-        said = "; ".join(f"{path} was {before.get(path)!r}, now {now.get(path)!r}" for path in differing)
+    if changes := changed_settings(run, job.config):
+        said = "; ".join(f"{path} was {before!r}, now {now!r}" for path, (before, now) in changes.items())
         raise ConfigError(
             f"{run.path} was started with other settings: {said}. Choose another folder, or put them back."
         )

@@ -147,7 +147,7 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
     data = prepare_data(config, base, out, dataset)
     layout = choose_layout(base)
     bundle = _adapt(base, config, data)
-    steps = plan_steps(data.train, config.training, config.speed)
+    steps = choose_steps(data, config, layout)
     _check_phases(bundle, steps, config, is_evaluated=data.held_out is not None)
     machine |= {"allocator": allocator, "batches": layout}
     return Tuning(bundle, data, layout, steps, _identify(bundle, data, config), machine)
@@ -202,6 +202,20 @@ def prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None, 
     logger.info("rows as %s", rows.fmt.describe())
     logger.info("%s", rows.report.describe())
     return TuningData(rows, encoded[0], encoded[1] if len(encoded[1]) else None)
+
+
+def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout) -> StepPlan:
+    """Return which rows every step sees.
+
+    Raises:
+        ConfigError: A budget of tokens where batches are padded, or below a row.
+    """
+    if config.speed.max_tokens_per_batch and layout == "padded":
+        raise ConfigError(
+            "speed.max_tokens_per_batch counts no padding, and this model trains on padded batches. "
+            "Leave it out; speed.group_by_length=true makes the padding small."
+        )
+    return plan_steps(data.train.lengths, config.training, config.speed)
 
 
 def choose_layout(base: ModelBundle) -> Layout:

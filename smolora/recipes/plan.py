@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -90,7 +90,8 @@ class Plan:
             return
         advice = "Nothing that was tried does: choose a smaller model."
         if self.proposal:
-            advice = f"This does, with as many rows in an update: {self.proposal.describe()}"
+            kept = "tokens" if _TOKENS in self.proposal.settings else "rows"
+            advice = f"This does, with as many {kept} in an update: {self.proposal.describe()}"
         raise errors.StorageError(f"the run doesn't fit in memory: {self.estimate.describe_memory()}. {advice}")
 
 
@@ -131,7 +132,7 @@ def run_trial(config: ExperimentConfig, *, first_step: int = 0, available: int |
         # -P and our own path: a file named like a library in the current folder must not come before it.
         command = [sys.executable, "-P", "-m", "smolora.recipes.plan_trial", name]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-        code = _wait_for(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment))
+        code = _run(command, environment)
         if code == -signal.SIGKILL:  # As the kernel ends a process when memory runs out.
             return Estimate(Memory(available, None))
         if code:
@@ -142,15 +143,22 @@ def run_trial(config: ExperimentConfig, *, first_step: int = 0, available: int |
     return Estimate.from_dict(result)
 
 
-def _wait_for(trial: subprocess.Popen[bytes]) -> int:
-    """Return the code with which the trial ends; a signal ends it at once, since nothing of it is kept."""
-    with trial, deferred_signals() as stop:
-        while True:
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Return the code with which a process ends; a signal ends it at once, since nothing of it is kept."""
+    with (
+        deferred_signals() as stop,
+        # In a session of its own a terminal's Ctrl-C doesn't reach it, which would die of it with a traceback.
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True) as process,
+    ):
+        code = None
+        while code is None and not stop.signal_name:
             with suppress(subprocess.TimeoutExpired):
-                return trial.wait(timeout=_GLANCE)
-            if stop.signal_name:
-                trial.kill()
-                raise errors.StoppedBySignal(f"stopped by {stop.signal_name}. Nothing is left of the trial.")
+                code = process.wait(timeout=_GLANCE)
+        if stop.signal_name:
+            process.kill()
+            raise errors.StoppedBySignal(f"stopped by {stop.signal_name}. Nothing is left of the trial.")
+    assert code is not None, "it has ended"
+    return code
 
 
 def propose(
@@ -171,18 +179,13 @@ def propose(
         trials = _Trials(partial(_split, path, whole * passes, change), partial(_try_changed, config, try_out))
         if not change:
             trials.known[whole] = estimate
-        longest = change.get("data.max_length") or (estimate.work.longest_row if estimate.work else whole)
         try:
             fitting = MemoryManager().optimize_batch_size(
-                trials.measure,
-                whole,
-                passes,
-                available=estimate.memory.available,
-                fewest=int(str(longest)) if budget else 1,
+                trials.measure, whole, passes, available=estimate.memory.available
             )
         except errors.DataError:
             return None  # Cut this short, the rows have nothing left to learn.
-        if fitting:
+        if fitting and fitting[0] in trials.known:
             return Proposal(trials.settings_of(fitting[0]), trials.known[fitting[0]])
     return None
 
@@ -196,9 +199,12 @@ class _Trials:
     known: dict[int, Estimate] = field(default_factory=dict)
 
     def measure(self, size: int) -> int:
-        """Return the peak in bytes of a run whose passes have this size."""
+        """Return the peak in bytes of a run whose passes have this size; none for a size that no run can have."""
         if size not in self.known:
-            self.known[size] = self.try_out(self.settings_of(size))
+            try:
+                self.known[size] = self.try_out(self.settings_of(size))
+            except errors.ConfigError:
+                return 0  # A budget below a row. The search goes on upwards.
         peak = self.known[size].memory.peak
         return sys.maxsize if peak is None else peak
 

@@ -101,7 +101,7 @@ def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) 
         epoch_input_tokens=data.train.num_input_tokens,
         epoch_target_tokens=data.train.num_target_tokens,
         steps=len(sizes),
-        rows_per_step=len(plan.rows_of(0)),
+        rows_per_step=round(plan.mean_rows),
         input_tokens=sum(size.tokens for size in sizes),
         longest_row=int(data.train.lengths.max()),
         longest_step_tokens=max(size.tokens for size in sizes),

@@ -12,7 +12,7 @@ from smolora.config import ExperimentConfig, LoRAConfig
 from smolora.data.collate import get_data_collator
 from smolora.data.sources import check_sources
 from smolora.errors import ConfigError
-from smolora.recipes.finetune import choose_layout, load_base, prepare_data
+from smolora.recipes.finetune import choose_layout, choose_steps, load_base, prepare_data
 from smolora.recipes.probe_config import (
     RANK_SPAN,
     ProbePlan,
@@ -24,7 +24,6 @@ from smolora.recipes.probe_config import (
 from smolora.records.staging import describe_os_error, require_writable, write_bytes, write_json, write_text
 from smolora.records.study_dir import ProbeDir
 from smolora.training.gradient_mass import GradientMass, measure_gradient_mass
-from smolora.training.plan import plan_steps
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
     directions = max(_FEWEST_DIRECTIONS, RANK_SPAN * config.adapter.r)
     adapter = LoRAConfig(r=directions, lora_alpha=directions, lora_dropout=0.0)
     bundle = attach_adapter(base, adapter, seed=config.training.seed)
-    steps = plan_steps(data.train, config.training, config.speed)
+    steps = choose_steps(data, config, layout)
     with fast_path(bundle, config.speed, is_packed=layout == "packed"):
         measured = measure_gradient_mass(
             bundle, data.train, steps, collate=get_data_collator(layout), num_batches=num_batches

@@ -72,7 +72,7 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     stored = _stored_config(run)
     if ("gpt" in stored) != isinstance(config, PretrainConfig):
         raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")
-    changes = _changes(stored, config.model_dump(mode="json"))
+    changes = changed_settings(run, config)
     fixed = next((path for path in changes if path.startswith(_FIXED)), None)
     if fixed:
         before, now = changes[fixed]
@@ -90,12 +90,9 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
 
 
 def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
-    """Return the SHA-256 of the settings that can't change within a run."""
-    fixed = {
-        path: value
-        for path, value in flatten_settings(config.model_dump(mode="json")).items()
-        if path.startswith(_FIXED)
-    }
+    """Return the SHA-256 of the settings that can't change within a run, defaults left out: versions add settings."""
+    chosen = flatten_settings(config.model_dump(mode="json", exclude_defaults=True))
+    fixed = {path: value for path, value in chosen.items() if path.startswith(_FIXED)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -185,9 +182,18 @@ def _stored_config(run: RunDir) -> dict[str, object]:
     return stored
 
 
-def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    old, new = flatten_settings(before), flatten_settings(now)
-    return {path: (old.get(path), new[path]) for path in new if old.get(path) != new[path]}
+def changed_settings(run: RunDir, config: RunConfig) -> dict[str, tuple[object, object]]:
+    """Return what `run` was started with and what it is now, by path; a setting that it didn't know was at its default.
+
+    Raises:
+        ModelError: The stored configuration can't be read.
+    """
+    try:
+        before = type(config)(**_stored_config(run)).model_dump(mode="json")
+    except (ConfigError, TypeError) as error:
+        raise ModelError(f"{run.resolved_config} can't be read: {error}. The run can't be resumed.") from None
+    old, new = flatten_settings(before), flatten_settings(config.model_dump(mode="json"))
+    return {path: (old.get(path), new.get(path)) for path in old | new if old.get(path) != new.get(path)}
 
 
 def _describe_environment() -> dict[str, object]:

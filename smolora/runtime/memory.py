@@ -91,13 +91,7 @@ class MemoryManager:
         return read_available_memory()
 
     def optimize_batch_size(
-        self,
-        measure: Callable[[int], int],
-        rows: int,
-        accumulation: int = 1,
-        *,
-        available: int | None = None,
-        fewest: int = 1,
+        self, measure: Callable[[int], int], rows: int, accumulation: int = 1, *, available: int | None = None
     ) -> tuple[int, int] | None:
         """Split an update into passes that fit in memory; an update sees as many rows as before.
 
@@ -106,11 +100,10 @@ class MemoryManager:
             rows: Rows in one pass, as asked for.
             accumulation: Passes summed into one update, as asked for.
             available: Bytes to fit into. Left out, what may be taken now.
-            fewest: Rows that a pass has at least.
 
         Returns:
             The most rows a pass that fit, at most `rows`, and the passes, whose product is `rows * accumulation`.
-            None where the fewest are too much.
+            None where a single row is too much.
 
         Example:
             >>> MemoryManager().optimize_batch_size(lambda rows: 100 + 30 * rows, 8, available=250)
@@ -119,7 +112,7 @@ class MemoryManager:
         limit = self.get_available_memory() if available is None else available
         if limit is None:
             return rows, accumulation
-        divisors = [size for size in range(fewest, rows + 1) if rows * accumulation % size == 0]
+        divisors = [size for size in range(1, rows + 1) if rows * accumulation % size == 0]
         fitting = bisect.bisect_right(divisors, limit, key=measure)
         return (divisors[fitting - 1], rows * accumulation // divisors[fitting - 1]) if fitting else None
 

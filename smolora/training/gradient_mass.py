@@ -95,7 +95,7 @@ def measure_gradient_mass(
         raise ConfigError(f"--batches: over {num_batches} batches the gradients are noise everywhere. Take more.")
     lengths = math.sqrt(math.fsum(squares.values()) * math.fsum(other_squares.values()))
     agreement = math.fsum(products.values()) / lengths
-    spectra = {name: _find_directions(even[name], odd[name]) for name in matrices}
+    spectra = {name: find_directions(even[name], odd[name]) for name in matrices}
     return GradientMass(_describe_modules(products, spectra, bundle), agreement, sum(losses) / num_batches)
 
 
@@ -107,11 +107,14 @@ def _multiply(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict
     return {name: float((first[name] * second[name]).sum(dtype=torch.float64)) for name in first}
 
 
-def _find_directions(first: Tensor, second: Tensor) -> tuple[float, ...]:
-    """Return the eigenvalues of the product of two halves [out, rank], made symmetric: the mass by direction."""
+def find_directions(first: Tensor, second: Tensor) -> tuple[float, ...]:
+    """Return the mass by direction: eigenvalues of the product of two halves [out, rank], made symmetric.
+
+    Noise has negative ones as large as its positive ones, so no more than what exceeds the most negative counts.
+    """
     product = first.double().T @ second.double()
-    found = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0.0)
-    return tuple(found.flip(0).tolist())
+    found = torch.linalg.eigvalsh((product + product.T) / 2)
+    return tuple(torch.where(found > -found[0], found, 0.0).clamp(min=0.0).flip(0).tolist())
 
 
 def _describe_modules(

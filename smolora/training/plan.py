@@ -11,40 +11,45 @@ import numpy as np
 
 from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
-from smolora.data.token_dataset import ExampleDataset
 from smolora.errors import ConfigError
 from smolora.runtime.seeding import permutation
 
 
 @dataclass
 class StepPlan:
-    """The order of `num_rows` rows over the steps of a run on `num_processes` processes.
+    """The order of `num_units` rows over the steps of a run on `num_processes` processes.
 
-    An epoch is a seeded permutation cut into groups of `rows_per_step`; its last group is as small as what is left.
+    An epoch is a seeded permutation cut into groups of `units_per_step`; its last group is as small as what is left.
 
     Raises:
-        ConfigError: That group can't give every process a row.
+        ConfigError: That group can't give every process one.
     """
 
-    num_rows: int
+    num_units: int
+    """Rows; whole passes where those are made by tokens."""
     config: TrainingConfig
     num_processes: int = 1
     _epoch: int = field(default=-1, init=False)
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64), init=False)
 
     def __post_init__(self) -> None:
-        if 0 < self.num_rows % self.rows_per_step < self.num_processes:
-            raise ConfigError("the last step of an epoch has less than a row for each process: change rows per step.")
+        if 0 < self.num_units % self.units_per_step < self.num_processes:
+            raise ConfigError("the last step of an epoch leaves a process without a row: change the rows per step.")
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows of a full step over all processes."""
+    def units_per_step(self) -> int:
+        """Units of a full step over all processes."""
         return self.config.rows_per_step * self.num_processes
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows of a full step; where they differ, their mean."""
+        return min(self.units_per_step, self.num_units)
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates in one pass over the rows, the last, smaller one included."""
-        return math.ceil(self.num_rows / self.rows_per_step)
+        return math.ceil(self.num_units / self.units_per_step)
 
     @property
     def total_steps(self) -> int:
@@ -61,7 +66,8 @@ class StepPlan:
         epoch, group = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._order_rows(epoch)
-        mine = self._order[group * self.rows_per_step : (group + 1) * self.rows_per_step][process :: self.num_processes]
+        units = self._order[group * self.units_per_step : (group + 1) * self.units_per_step]
+        mine = units[process :: self.num_processes]
         size = self.config.per_device_train_batch_size
         return [mine[start : start + size] for start in range(0, len(mine), size)]
 
@@ -71,7 +77,7 @@ class StepPlan:
         return np.concatenate(passes)
 
     def _order_rows(self, epoch: int) -> np.ndarray:
-        return permutation(self.num_rows, self.config.seed, "order", epoch)
+        return permutation(self.num_units, self.config.seed, "order", epoch)
 
 
 class LengthGroupedSteps(StepPlan):
@@ -88,7 +94,7 @@ class LengthGroupedSteps(StepPlan):
         self._lengths = lengths
 
     def _order_rows(self, epoch: int) -> np.ndarray:
-        order, size = super()._order_rows(epoch), self.rows_per_step
+        order, size = super()._order_rows(epoch), self.units_per_step
         ending = len(order) // size * size  # What is left fills no step and stays as it is.
         steps: list[np.ndarray] = []
         for start in range(0, ending, size * _STEPS_SORTED):
@@ -118,8 +124,12 @@ class TokenBudgetSteps(StepPlan):
                 f"Raise it, or cut rows with data.max_length={budget} data.overlong=truncate."
             )
         self._passes = pack_best_fit(lengths, budget, seed=config.seed)
-        # What is ordered and spread over steps and processes are passes here.
         super().__init__(len(self._passes), config.replace(per_device_train_batch_size=1), num_processes)
+
+    @property
+    def mean_rows(self) -> float:
+        """Mean number of rows of a step."""
+        return sum(map(len, self._passes)) / self.steps_per_epoch
 
     def micro_batches(self, step: int, process: int = 0) -> list[np.ndarray]:
         """Return the rows of each micro-step of update `step` (from 0) on one process."""
@@ -143,18 +153,17 @@ _STEPS_SORTED = 50
 """Steps whose rows are sorted together: enough for like lengths, few enough to stay random."""
 
 
-def plan_steps(dataset: ExampleDataset, config: TrainingConfig, speed: SpeedConfig, num_processes: int = 1) -> StepPlan:
-    """Return which rows every step of a run over `dataset` sees.
+def plan_steps(lengths: np.ndarray, config: TrainingConfig, speed: SpeedConfig, num_processes: int = 1) -> StepPlan:
+    """Return which rows every step of a run sees, over rows of so many tokens.
 
     Raises:
         ConfigError: A row is longer than `max_tokens_per_batch`, or a process would have no row.
     """
-    if not (speed.max_tokens_per_batch or speed.group_by_length):
-        return StepPlan(len(dataset), config, num_processes)
-    lengths = np.array([len(dataset[row]) for row in range(len(dataset))], dtype=np.int64)
     if speed.max_tokens_per_batch:
         return TokenBudgetSteps(lengths, speed.max_tokens_per_batch, config, num_processes)
-    return LengthGroupedSteps(lengths, config, num_processes)
+    if speed.group_by_length:
+        return LengthGroupedSteps(lengths, config, num_processes)
+    return StepPlan(len(lengths), config, num_processes)
 
 
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, budget: int, *, seed: int) -> list[np.ndarray]:
@@ -166,9 +175,10 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, budget: int, *, seed: int
     >>> [rows.tolist() for rows in pack_best_fit([6, 5, 4, 3], 9, seed=0)]
     [[2, 1], [3, 0]]
     """
+    shortest = min(lengths, default=0)
     passes: list[list[int]] = []
     room: list[tuple[int, int]] = []
-    """(tokens that still fit, number of the pass), ascending."""
+    """(tokens that still fit, number of the pass) of every pass that can take another row, ascending."""
     for row in permutation(len(lengths), seed, "pack"):
         length = int(lengths[row])
         place = bisect_left(room, (length, 0))
@@ -176,7 +186,8 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, budget: int, *, seed: int
         if number == len(passes):
             passes.append([])
         passes[number].append(int(row))
-        insort(room, (left - length, number))
+        if left - length >= shortest:
+            insort(room, (left - length, number))
     return [np.array(rows) for rows in passes]
 
 

@@ -102,6 +102,7 @@ class Trainer:
         self._identity = identity
         self._accelerator = _build_accelerator(bundle.device)
         self.plan = plan or StepPlan(len(train_dataset), config, self._accelerator.num_processes)
+        assert self.plan.num_processes == self._accelerator.num_processes, "the plan gives every process its own rows"
         self.state.total_steps = self.plan.total_steps
         self.schedule = ScheduleWindow.over(0, self.state.total_steps, warmup_steps=config.warmup_steps)
         self.parameters = trainable_parameters(bundle.model)

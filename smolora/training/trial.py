@@ -84,7 +84,7 @@ class Trial:
         first, second = (count_held(dataset.lengths[part], layout) for part in parts)
         whole, timed = [typical, *largest], sample_steps(sizes, max(_FEWEST, min(_MOST, len(sizes))))
         steps = [*([part] for part in parts), *(plan.micro_batches(size.step) for size in (*whole, *timed))]
-        chosen = ChosenSteps(plan.num_rows, plan.config, steps=steps)
+        chosen = ChosenSteps(plan.num_units, plan.config, steps=steps)
         return cls(parts, (first, second, max(size.held for size in largest)), whole, timed, chosen)
 
 

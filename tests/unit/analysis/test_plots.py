@@ -163,6 +163,7 @@ def test_a_long_run_is_averaged_to_what_can_be_seen(tmp_path):
     run = write_run(tmp_path / "run", phases=(("both", 1000),), num_layers=1)
     [mesh] = plot_layer_heatmap(run).axes[0].collections
     assert mesh.get_array().size == 300
+    assert mesh.get_coordinates()[0, [0, -1], 0].tolist() == [0.5, 1000.5], "all of the run"
 
 
 def test_the_comparison_shows_each_layers_median_while_it_was_trained(run):

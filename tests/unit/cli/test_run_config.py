@@ -167,3 +167,16 @@ def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):
     started = _build("training.save_steps=3", flags=PretrainFlags(layers=1), kind=PretrainConfig)
     (tmp_path / "resolved_config.yaml").write_text(dump_config(started))
     assert _build(flags=PretrainFlags(), kind=PretrainConfig, resumed=tmp_path) == started
+
+
+def test_rows_and_tokens_of_a_pass_are_not_given_together():
+    with pytest.raises(ConfigError, match="--batch-size counts rows"):
+        _build("speed.max_tokens_per_batch=512", batch_size=8)
+
+
+def test_a_strategy_by_flag_replaces_a_table_of_the_file(tmp_path):
+    file = tmp_path / "probe.yaml"
+    file.write_text("phases: {enabled: false, table: [{groups: mlp}, {start: 5}]}\n")
+    flags = TrainFlags(model="m", dynamic_lora=True, phase_strategy="early,late")
+    phases = _build(str(file), flags=flags).phases
+    assert (phases.is_on, phases.strategy, phases.table) == (True, "early,late", ())

@@ -28,6 +28,10 @@ def test_both_products_are_the_plain_ones(dtype, packed):
     assert_close(linear.backward(grad), grad @ torch.cat(weights), rtol=tolerance, atol=tolerance * 8)
 
 
+def test_a_float32_base_is_not_held_twice_more():
+    assert not FrozenLinear([draw(8, 8)], [None], packed=True)._is_packed
+
+
 def test_bfloat16_is_packed_where_the_cpu_computes_it_and_float64_never():
     assert can_pack(draw(4, 4, dtype=torch.bfloat16)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not can_pack(draw(4, 4, dtype=torch.float64))

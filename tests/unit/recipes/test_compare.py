@@ -63,6 +63,8 @@ def test_twins_show_no_difference_a_rate_near_0_is_worse_and_what_is_finished_is
         ("training.gradient_accumulation_steps=2", "rows per step is 8 and 16"),
         ("training.eval_steps=2", "training.eval_steps is None and 2"),
         ("data.max_length=30", "data.max_length is None and 30"),
+        ("speed.max_tokens_per_batch=99", "speed.max_tokens_per_batch is None and 99"),
+        ("speed.group_by_length=true", "speed.group_by_length is False and True"),
         ("evaluation.early_stopping_patience=1", "a run that stops early computes less"),
     ],
 )
@@ -70,6 +72,21 @@ def test_unequal_work_is_refused_by_name(base, rows, tmp_path, setting, message)
     with pytest.raises(ConfigError, match=message):
         compare({"a": config(base, rows), "b": config(base, rows, setting)}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_token_budget_the_passes_of_an_update_are_equal_work(base, rows, tmp_path):
+    budget, eight, four = (
+        "speed.max_tokens_per_batch=99",
+        "per_device_train_batch_size=8",
+        "per_device_train_batch_size=4",
+    )
+    twice = "training.gradient_accumulation_steps=2"
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 2 and 4"):
+        other = config(base, rows, budget, f"training.{four}", "training.gradient_accumulation_steps=4")
+        compare({"a": config(base, rows, budget, f"training.{eight}", twice), "b": other}, tmp_path / "out")
+    same = {size: config(base, rows, budget, f"training.{size}", twice) for size in (eight, four)}
+    one, other = compare(same, tmp_path / "out", num_seeds=2).standings
+    assert one.losses == other.losses
 
 
 def test_the_same_rows_a_step_in_two_passes_are_equal_work(base, rows, tmp_path):

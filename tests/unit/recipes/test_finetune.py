@@ -105,6 +105,13 @@ def test_passes_by_tokens_or_by_length_learn_and_resume_to_the_same_bits(tmp_pat
     assert adapter_bytes(finetune(asked, tmp_path / "run", resume=True)) == adapter_bytes(whole)
 
 
+def test_a_budget_of_tokens_is_refused_where_batches_are_padded(tmp_path, rows):
+    bloom = save_tiny_model("bloom", tmp_path / "bloom")
+    with pytest.raises(ConfigError, match="this model trains on padded batches"):
+        finetune(config(bloom, rows, "speed.max_tokens_per_batch=64"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_resumes_by_writing_what_is_missing(tmp_path, base, rows):
     run = finetune(config(base, rows), tmp_path / "run")
     expected = adapter_bytes(run)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from smolora.config import ExperimentConfig, PretrainConfig, resolve_config
 from smolora.errors import ConfigError, DataError, FolderInUseError, ModelError, StorageError
 from smolora.recipes.finetune import finetune
 from smolora.recipes.merge import merge
 from smolora.recipes.pretrain import pretrain
+from smolora.recipes.run_folder import fingerprint_settings
 from smolora.records.run_dir import RunDir
 from smolora.training.callback import Callback
 from tests.tiny import save_tiny_model
@@ -244,6 +246,23 @@ def test_a_resume_with_fewer_steps_than_were_done_is_refused_and_changes_nothing
     with pytest.raises(ConfigError, match="has done 6 steps, more than the 5 asked for"):
         finetune(tuning(*fewer), run.path, resume=True)
     assert snapshot(run.path) == before
+
+
+def test_a_run_of_a_version_that_lacked_a_setting_resumes_where_it_is_at_its_default(run, tuning):
+    finetune(tuning(), run.path)
+    stored = yaml.safe_load(run.resolved_config.read_text())
+    del stored["speed"]["group_by_length"]
+    run.resolved_config.write_text(yaml.safe_dump(stored))
+    finetune(tuning(), run.path, resume=True)
+    run.resolved_config.write_text(yaml.safe_dump(stored))
+    with pytest.raises(ConfigError, match=r"speed\.group_by_length can't change within a run: it was False, now True"):
+        finetune(tuning("speed.group_by_length=true"), run.path, resume=True)
+
+
+def test_settings_at_their_default_are_no_part_of_what_a_checkpoint_depends_on(tuning):
+    said = fingerprint_settings(tuning("adapter.r=2"))
+    assert fingerprint_settings(tuning("adapter.r=2", "speed.group_by_length=false")) == said
+    assert fingerprint_settings(tuning("adapter.r=2", "speed.group_by_length=true")) != said
 
 
 def test_a_refused_resume_says_nothing_of_resuming_and_loads_no_model(run, tuning, caplog):

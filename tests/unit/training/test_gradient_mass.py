@@ -12,7 +12,7 @@ from smolora.data.collate import collate_packed
 from smolora.data.encoding import build_example
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import BrokenRunError, ConfigError
-from smolora.training.gradient_mass import measure_gradient_mass
+from smolora.training.gradient_mass import find_directions, measure_gradient_mass
 from smolora.training.loss import sum_cross_entropy, target_logits_of
 from smolora.training.plan import StepPlan
 from tests.tiny import random_input_ids, tiny_bundle
@@ -70,6 +70,16 @@ def test_of_equal_halves_the_spectrum_is_that_of_the_gradient(bundle, rows):
         projected = pair.scaling * gradients[pair.module] @ pair.a.detach().T
         squares = torch.linalg.svdvals(projected).square().tolist()
         assert found[pair.module].spectrum == pytest.approx(squares, rel=1e-3, abs=1e-7)
+
+
+def test_noise_has_no_directions_and_a_signal_in_it_keeps_its_own():
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.outer(torch.randn(64, generator=generator), torch.randn(32, generator=generator)) / 4
+    halves = [torch.randn(64, 32, generator=generator) for _ in range(2)]
+    noise = find_directions(*halves)
+    found = find_directions(*(half + signal for half in halves))
+    assert sum(noise) < 0.1 * sum(torch.linalg.svdvals(halves[0]).square()), "chance alone is nearly nothing"
+    assert found[0] > 5 * max(found[1], 1.0)
 
 
 def test_measuring_changes_no_tensor_and_leaves_no_gradient(bundle, rows):

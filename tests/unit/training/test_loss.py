@@ -120,6 +120,18 @@ def test_where_rows_attend_alone_batches_of_any_length_share_a_few_shapes(exampl
     assert seen == {(1, 64)}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_filler_needs_no_place_in_the_context_and_no_token_of_its_own(family, examples):
+    model = tiny_model(family, max_position_embeddings=16, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = NAN  # Which no row holds.
+    batch = collate_packed(examples)
+    with row_attention(model):
+        loss = sum_cross_entropy(target_logits_of(model)(model, batch), batch.targets)
+    loss.backward()
+    assert torch.isfinite(model.get_input_embeddings().weight.grad[1:]).all()
+
+
 @torch.no_grad()
 def test_windows_have_a_logit_for_every_target(make_trainer):
     model = make_trainer().bundle.model.eval()
