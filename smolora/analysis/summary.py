@@ -91,8 +91,13 @@ def _say_what(record: RunRecord) -> Iterator[str]:
     goal = f" of {asked:,}" if isinstance(asked, int) else ""
     yield (
         f"Trained to step {last:,}{goal} at a peak learning rate of {settings.get('training.learning_rate')}, "
-        f"{settings.get('training.per_device_train_batch_size')} rows a pass."
+        f"{_describe_pass(settings)} a pass."
     )
+
+
+def _describe_pass(settings: Mapping[str, object]) -> str:
+    tokens = settings.get("speed.max_tokens_per_batch")
+    return f"up to {tokens} tokens" if tokens else f"{settings.get('training.per_device_train_batch_size')} rows"
 
 
 def _say_loss(record: RunRecord) -> Iterator[str]:

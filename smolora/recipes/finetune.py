@@ -215,7 +215,15 @@ def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout) -> 
             "speed.max_tokens_per_batch counts no padding, and this model trains on padded batches. "
             "Leave it out; speed.group_by_length=true makes the padding small."
         )
-    return plan_steps(data.train.lengths, config.training, config.speed)
+    steps = plan_steps(data.train.lengths, config.training, config.speed)
+    if config.speed.max_tokens_per_batch:
+        logger.info(
+            "passes of up to %s tokens: %.1f rows an update, of %d passes",
+            f"{config.speed.max_tokens_per_batch:,}",
+            steps.mean_rows,
+            config.training.gradient_accumulation_steps,
+        )
+    return steps
 
 
 def choose_layout(base: ModelBundle) -> Layout:

@@ -162,13 +162,14 @@ def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
             )
         load_checkpoint(best, bundle)
     logger.info(
-        "held-out loss %.4f before, %.4f after %d of %d steps (the lowest, kept)",
+        "held-out loss %.4f before, %.4f after %d of %d steps (%s)",
         state.base_eval_loss,
         state.best_eval_loss,
         state.best_step,
         state.step,
+        "the lowest, kept" if state.has_improved else "the lowest of those, kept though the base was no worse",
     )
-    if state.base_eval_loss is not None and state.best_eval_loss >= state.base_eval_loss:
+    if not state.has_improved:
         logger.warning("the held-out loss never fell below its start: this run has not learned")
 
 

@@ -124,7 +124,8 @@ class ProgressCallback(Callback):
 
     def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
         self._eval_loss = eval_loss
-        best = "  (lowest so far)" if trainer.state.best_step == trainer.state.step else ""
+        is_lowest = trainer.state.best_step == trainer.state.step and trainer.state.has_improved
+        best = "  (lowest so far)" if is_lowest else ""
         self._print(f"step {trainer.state.step:>6}  held-out loss {eval_loss:.4f}{best}")
 
     def on_train_end(self, trainer: Trainer) -> None:

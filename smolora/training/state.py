@@ -44,6 +44,12 @@ class TrainerState:
     checksums: dict[str, int] = field(default_factory=dict)
     """CRC-32 of each trainable tensor before the first update, to prove at the end that it moved."""
 
+    @property
+    def has_improved(self) -> bool:
+        """Whether a held-out loss was lower than the one before the first update."""
+        best, base = self.best_eval_loss, self.base_eval_loss
+        return best is not None and base is not None and best < base
+
     def to_dict(self) -> dict[str, object]:
         """Return what state.json holds."""
         return {name: value for name, value in asdict(self).items() if name not in _OF_THE_MOMENT}

@@ -18,6 +18,13 @@ def test_it_says_what_was_trained(tmp_path):
     assert "Trained to step 20 at a peak learning rate of 0.0002" in text
 
 
+def test_passes_by_tokens_are_not_told_in_rows(tmp_path):
+    settings = {**SETTINGS, "speed": {"max_tokens_per_batch": 512}}
+    text = generate_summary_report(write_run(tmp_path / "run", settings=settings))
+    assert "up to 512 tokens a pass" in text
+    assert "rows a pass" not in text
+
+
 def test_a_run_that_was_stopped_shows_what_it_was_asked(tmp_path):
     settings = {**SETTINGS, "training": {"max_steps": 1000}}
     assert "Trained to step 20 of 1,000 at" in generate_summary_report(write_run(tmp_path / "run", settings=settings))

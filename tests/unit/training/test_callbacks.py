@@ -133,6 +133,13 @@ def test_each_evaluation_is_a_line_that_says_which_is_the_lowest(make_trainer, d
     assert re.fullmatch(rf"step      6/6  {FACTS}", lines[-1]), lines[-1]
 
 
+def test_no_evaluation_above_the_start_is_called_the_lowest(make_trainer, dataset):
+    spoiled = {"eval_dataset": dataset, "eval_steps": 3, "logging_steps": 6, "learning_rate": 10.0}
+    text = progress(make_trainer, is_terminal=False, **spoiled)
+    assert text.count("held-out loss") == 3
+    assert "lowest" not in text
+
+
 def test_a_run_that_a_callback_ends_says_why(make_trainer):
     class Stop(Callback):
         def on_step_end(self, trainer, record):
