@@ -57,7 +57,20 @@ def _describe_threads() -> str:
     chosen = (
         f"OMP_NUM_THREADS={value}" if (value := os.environ.get("OMP_NUM_THREADS")) else "set OMP_NUM_THREADS to change"
     )
-    return f"{torch.get_num_threads()} of {os.cpu_count()} cores ({chosen})"
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    busy = os.getloadavg()[0] if sys.platform != "win32" else 0.0
+    return f"{threads} of {cores} cores ({chosen}){describe_load(threads, cores, busy)}"
+
+
+def describe_load(threads: int, cores: int, busy: float) -> str:
+    """Return a warning where other work keeps so many cores busy that threads must take turns, else nothing.
+
+    >>> describe_load(threads=2, cores=2, busy=0.2)
+    ''
+    """
+    if threads == 1 or threads <= cores - busy + 0.5:
+        return ""
+    return f"; other work is running (load {busy:.1f}): OMP_NUM_THREADS=1 can be many times faster until it ends"
 
 
 def _describe_memory(device: torch.device) -> str:
