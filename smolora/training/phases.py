@@ -58,6 +58,7 @@ class DynamicLoRACallback(Callback):
         self._plan: PhasePlan | None = None
         self._places: dict[str, TensorPlace] = {}
         self._recorded: Sequence[int | None] = ()
+        self._recorded_total: int | None = None
         self._index: int | None = None
         self._certificate: PhaseCertificate | None = None
         self._plateau = PlateauDetector()
@@ -83,6 +84,13 @@ class DynamicLoRACallback(Callback):
         trainer.state.kept_steps |= {start for start in plan.starts if start}
         self._index = None
         self.begin(plan)
+        if self._recorded and self._recorded_total not in (None, plan.total_steps):
+            logger.info(
+                "phases: the run had %d steps and has %d now; its phases keep their starts, after %s updates",
+                self._recorded_total,
+                plan.total_steps,
+                ", ".join(str(start) for start in plan.starts if start is not None),
+            )
 
     def begin(self, plan: PhasePlan) -> None:
         """Take the phases of a run and write that they begin; any loop can drive this and `close`."""
@@ -188,13 +196,12 @@ class DynamicLoRACallback(Callback):
         if self.report_path:
             self.report_path.parent.mkdir(parents=True, exist_ok=True)
             selects = [describe_phase(phase) for phase in self.plan.phases]
-            write_json(
-                self.report_path, {"starts": list(self.plan.starts), "selects": selects, "phases": self.reports}
-            )
+            write_json(self.report_path, {"starts": list(self.plan.starts), "selects": selects, "phases": self.reports})
 
     def state_dict(self) -> Mapping[str, object]:
         return {
             "starts": list(self.plan.starts),
+            "total_steps": self.plan.total_steps,
             "reports": self.reports,
             "plateau": self._plateau.to_state(),
             "certificate": self._certificate.to_state() if self._certificate else None,
@@ -202,6 +209,7 @@ class DynamicLoRACallback(Callback):
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         self._recorded = cast("list[int | None]", state["starts"])
+        self._recorded_total = cast("int | None", state.get("total_steps"))
         self.reports = cast("list[dict[str, object]]", state["reports"])
         self._plateau = PlateauDetector.from_state(cast("Mapping[str, float | int | None]", state["plateau"]))
         certificate = cast("Mapping[str, object] | None", state["certificate"])
