@@ -26,7 +26,6 @@ from smolora.training.phase_plan import build_phase_plan
 from smolora.training.phases import DynamicLoRACallback
 from smolora.training.plan import StepPlan
 
-
 _PHASE = "smolora_phase"
 """Where the phase at hand stands in the TrainerState, which is all that callbacks share. It isn't saved with it."""
 

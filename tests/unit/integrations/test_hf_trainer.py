@@ -173,9 +173,7 @@ def norms_first(norms, phases, folder):
 
 
 def measured_by_the_trainer(norms, phases, folder):
-    return GradientMeasuringTrainer(
-        **tuned(folder), callbacks=[to_trainer_callback(phases)], gradient_callback=norms
-    )
+    return GradientMeasuringTrainer(**tuned(folder), callbacks=[to_trainer_callback(phases)], gradient_callback=norms)
 
 
 @pytest.mark.parametrize("make", [phases_first, norms_first, measured_by_the_trainer])
