@@ -6,6 +6,7 @@ the text says so.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ _STANDS_OUT = 1.5
 
 _EVEN = 1.5
 """Shares are even where the largest is at most so many times the smallest."""
+
+_COLLAPSE = 0.01
+"""A norm this small a part of that of the phase before is said."""
 
 _FEWEST_FOR_STALL = 20
 
@@ -259,6 +263,7 @@ def _say_irregularities(record: RunRecord) -> Iterator[str]:
     yield from _say_spikes("loss", find_spikes(steps, losses, record.phases))
     if record.has_curve("grad_norm"):
         yield from _say_spikes("gradient norm", find_spikes(*record.curve("grad_norm"), record.phases))
+        yield from _say_collapses(*record.curve("grad_norm"), record.phases)
 
 
 def _say_spikes(name: str, spikes: Sequence[Spike]) -> Iterator[str]:
@@ -269,6 +274,18 @@ def _say_spikes(name: str, spikes: Sequence[Spike]) -> Iterator[str]:
     count = f"{len(spikes)} spike{'s' * (len(spikes) != 1)}"
     places = ", ".join(_place(spike) for spike in spikes[:5]) + (", and later ones" if len(spikes) > 5 else "")
     yield f"{count} of the {name}: {places}; the highest {highest.ratio:.1f} times what came before it."
+
+
+def _say_collapses(steps: Array, norms: Array, phases: Sequence[PhaseSpan]) -> Iterator[str]:
+    known = np.isfinite(norms)
+    inside = [(phase, norms[steps_within(steps, phase) & known]) for phase in phases]
+    medians = [(phase, float(np.median(values))) for phase, values in inside if len(values)]
+    for (_, before), (phase, after) in itertools.pairwise(medians):
+        if after < _COLLAPSE * before:
+            yield (
+                f"In phase {phase.name} the median gradient norm is {after:.1g}, after {before:.1g} in the phase "
+                "before: there is hardly any gradient in what it trains."
+            )
 
 
 def _place(spike: Spike) -> str:

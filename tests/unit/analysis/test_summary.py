@@ -155,6 +155,14 @@ def test_a_run_that_was_stopped_got_as_far_as_its_newest_checkpoint(tmp_path):
     assert "Trained to step 25 of 60 at" in generate_summary_report(run)
 
 
+def test_a_phase_that_has_hardly_any_gradient_is_said(tmp_path):
+    tiny = dict.fromkeys(range(11, 21), 1e-4)
+    text = generate_summary_report(write_run(tmp_path / "run", phases=(("both", 10), ("mlp", 20)), norms=tiny))
+    assert "In phase 2 the median gradient norm is 5e-05, after 2 in the phase before: there is hardly any" in text
+    calm = generate_summary_report(write_run(tmp_path / "calm", phases=(("both", 10), ("mlp", 20))))
+    assert "hardly any gradient" not in calm
+
+
 def test_a_calm_run_has_neither(tmp_path):
     text = generate_summary_report(write_run(tmp_path / "run", losses=[4 - 0.1 * step for step in range(20)]))
     assert "did not stall" in text
