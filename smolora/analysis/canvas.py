@@ -7,6 +7,7 @@ mathematics: a run's name may hold a dollar sign.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from smolora.analysis.run_record import Array, PhaseSpan
@@ -26,6 +28,7 @@ FONT_SIZE = 7.0
 INK, FAINT, SHADE = "#222222", "#595959", "#e9e9e9"
 
 Dashes = str | tuple[int, tuple[float, ...]]
+Style = tuple[str, Dashes]
 
 GROUP_STYLES: dict[str, tuple[str, Dashes]] = {
     "attention": ("#0072B2", "-"),
@@ -39,9 +42,11 @@ GROUP_STYLES: dict[str, tuple[str, Dashes]] = {
 """Colours that colour-blind people tell apart (Okabe and Ito's, one darkened), and a dash pattern each for the rest."""
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#B87800", INK)
+_DASHES: tuple[Dashes, ...] = ("-", (0, (4, 1.2)), (0, (1, 1)), (0, (6, 1.2, 1, 1.2)))
 RUN_STYLES: list[tuple[str, Dashes]] = [
-    (color, dashes) for dashes in ("-", (0, (4, 1.2)), (0, (1, 1))) for color in _COLORS
+    (_COLORS[number % len(_COLORS)], _DASHES[number % len(_DASHES)]) for number in range(len(_COLORS) * len(_DASHES))
 ]
+"""Neighbours differ in both; 7 and 4 have no common factor, so that all of them differ."""
 
 _WIDTH = 3.4
 _LEFT, _TOP, _BOTTOM = 0.4, 0.32, 0.33
@@ -50,7 +55,10 @@ _LINE = 0.13
 _CHARACTER = 0.056
 """About the width of a letter, in inches, as all lengths here."""
 
-_VEIL = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.3}
+_VEIL = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.3}
+
+_COLUMNS = 10
+"""Stacks of labels that a panel is divided into."""
 
 _TICKS = [1, 2, 5, 10]
 
@@ -59,7 +67,11 @@ BAR_ROOM = "0" * 8
 
 
 def new_figure(
-    heights: Sequence[float], *, across: str = "step", labels: Sequence[str] = (), key: Sequence[str] = ()
+    heights: Sequence[float],
+    *,
+    across: str = "step",
+    labels: Sequence[str] = (),
+    key: Mapping[str, Style | None] | None = None,
 ) -> list[Axes]:
     """Return axes one under another that share what runs across them.
 
@@ -67,8 +79,9 @@ def new_figure(
         heights: The height of each, in inches.
         across: What that is.
         labels: What will stand to the right of them: it decides their width.
-        key: Lines under them, which say what a label stands for.
+        key: Lines of text under them, each after a sample of the line that it is about.
     """
+    key = key or {}
     right = 0.12 + _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0)
     total = _TOP + sum(heights) + _GAP * (len(heights) - 1) + _BOTTOM + _LINE * len(key)
     figure = Figure(figsize=(_WIDTH, total), facecolor="white")
@@ -79,8 +92,13 @@ def new_figure(
         panels.append(figure.add_axes(box, sharex=panels[0] if panels else None))
         _style(panels[-1], across if len(panels) == len(heights) else None)
         top -= height + _GAP
-    for number, line in enumerate(reversed(key)):
-        _write(panels[-1], line, (3, 3 + number * _LINE * 72), at=(0, 0), coordinates="figure fraction")
+    for number, (line, style) in enumerate(reversed(list(key.items()))):
+        height = 3 + number * _LINE * 72
+        _write(panels[-1], line, (24 if style else 3, height), at=(0, 0), coordinates="figure fraction")
+        if style:
+            at = (height + 2.5) / 72 / total
+            sample = Line2D([3 / 72 / _WIDTH, 20 / 72 / _WIDTH], [at, at])
+            figure.add_artist(sample).set(color=style[0], linestyle=style[1], linewidth=1.1)
     return panels
 
 
@@ -146,35 +164,53 @@ class LineEnd:
 
 
 def label_ends(panel: Axes, ends: Sequence[LineEnd]) -> None:
-    """Label lines where they end: beside the axes where they reach its side, each as near as the others let it."""
-    limit = panel.get_xlim()  # Settles the scale of both axes, which until now waits for all lines.
-    side = limit[1] - 0.03 * (limit[1] - limit[0])
-    for end in ends:
-        if end.at[0] < side:
-            _write(panel, end.text, (2, 0), at=end.at, coordinates="data", va="center", color=end.color, bbox=_VEIL)
+    """Label lines where they end, each as near as the others let it; a thin line leads to a label that had to move."""
+    panel.get_xlim()  # Settles the scale of both axes, which until now waits for all lines.
     to_fraction = panel.transData + panel.transAxes.inverted()
-    height = panel.get_position().height * panel.figure.get_figheight() * 72  # type: ignore[union-attr]
-    beside = [(float(to_fraction.transform((side, end.at[1]))[1]), end) for end in ends if end.at[0] >= side]
-    beside.sort(key=lambda pair: pair[0])
-    sizes = [(end.text.count("\n") + 1) * FONT_SIZE * 1.25 / height for _, end in beside]
-    for at, (_, end) in zip(_spread([at for at, _ in beside], sizes), beside, strict=True):
-        _write(panel, end.text, (5, 0), at=(1, at), va="center", color=end.color)
+    stacks: dict[int, list[tuple[float, float, LineEnd]]] = {}
+    for end in ends:
+        x, y = map(float, to_fraction.transform(end.at))
+        stacks.setdefault(_column(x), []).append((x, y, end))
+    for column, stack in stacks.items():
+        _label_stack(panel, sorted(stack, key=lambda place: place[1]), is_beside=column == _COLUMNS)
+
+
+def _label_stack(panel: Axes, stack: Sequence[tuple[float, float, LineEnd]], *, is_beside: bool) -> None:
+    """Label line ends at (x, y) of the axes, lowest first: beside the axes, or at the ends themselves."""
+    box = panel.get_position()
+    width, height = box.width * _WIDTH * 72, box.height * panel.figure.get_figheight() * 72  # type: ignore[union-attr]
+    sizes = [(end.text.count("\n") + 1) * FONT_SIZE * 1.25 / height for _, _, end in stack]
+    for at, (x, y, end) in zip(_spread([y for _, y, _ in stack], sizes), stack, strict=True):
+        shift = ((1 - x) * width + 6 if is_beside else 4, (at - y) * height)
+        style: dict[str, object] = {} if is_beside else {"bbox": _VEIL}
+        if abs(shift[1]) > FONT_SIZE / 2:
+            leader = {"arrowstyle": "-", "color": end.color, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1}
+            style["arrowprops"] = {**leader, "relpos": (0, 0.5)}
+        _write(panel, end.text, shift, at=(x, y), coordinates="axes fraction", va="center", color=end.color, **style)
+
+
+def _column(x: float) -> int:
+    """Return which labels stand over one another: those of lines that end near each other, the last beside the axes."""
+    return _COLUMNS if x >= 0.97 else int(x * _COLUMNS)
 
 
 def _spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Return the positions in order, pushed up until none overlaps, then down from the top of the axes.
+    """Return the positions in order, moved by as little as lets none overlap, and inside the axes if there is room.
 
-    >>> _spread([0.25, 0.25], [0.5, 0.5])
-    [0.25, 0.75]
+    Less the room below each, positions must only not fall: the nearest such (isotonic regression) is a maximum of
+    minima of means.
+
+    >>> _spread([0.5, 0.5], [0.25, 0.25]), _spread([0.25, 0.25], [0.5, 0.5])
+    ([0.375, 0.625], [0.0, 0.5])
     """
-    placed = list(wanted)
-    for index in range(1, len(placed)):
-        placed[index] = max(placed[index], placed[index - 1] + (sizes[index - 1] + sizes[index]) / 2)
-    ceiling = 1.0 + sizes[-1] / 2 if sizes else 1.0
-    for index in reversed(range(len(placed))):
-        placed[index] = min(placed[index], ceiling - sizes[index] / 2)
-        ceiling = placed[index] - sizes[index] / 2
-    return placed
+    room = np.concatenate([[0.0], np.cumsum([(a + b) / 2 for a, b in itertools.pairwise(sizes)])])
+    free = np.array(wanted) - room[: len(wanted)]
+    highest = 1 - room[-1]
+    nearest = [
+        max(min(free[low : high + 1].mean() for high in range(index, len(free))) for low in range(index + 1))
+        for index in range(len(free))
+    ]
+    return [float(np.clip(at, min(0.0, highest), highest) + below) for at, below in zip(nearest, room, strict=False)]
 
 
 def write_inside(panel: Axes, text: str, at: tuple[float, float]) -> None:

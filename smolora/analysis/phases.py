@@ -1,6 +1,7 @@
-"""What each phase trained: the groups and layers that had a gradient in it, as the gradient log holds them.
+"""What each phase trained, in the words of phase_report.json.
 
-The log doesn't tell LoRA's two matrices apart; where a phase trains one alone, the configuration says which.
+Without that file they are read off the gradient log: the groups and layers that had a gradient. The log doesn't tell
+LoRA's two matrices apart; where a phase trains one alone, the configuration says which.
 """
 
 from __future__ import annotations
@@ -12,31 +13,32 @@ from smolora.errors import DataError
 
 
 def describe_phases(record: RunRecord) -> dict[str, str]:
-    """Return what each phase trained by its name, such as "both", "mlp" or "layers 0-5, B only".
+    """Return what each phase trained by its name, such as "attention and mlp", "mlp" or "layers 0 to 5, B".
 
     It is empty where it isn't known.
     """
+    said = record.phase_selections
+    return {span.name: said.get(span.name) or _read_off(record, span) for span in record.phases}
+
+
+def _read_off(record: RunRecord, span: PhaseSpan) -> str:
     try:
         groups, layers = record.group_norms, record.layer_norms
     except DataError:
-        return {span.name: "" for span in record.phases}
-    return {
-        span.name: _describe(span, groups, layers) + _describe_matrices(span, record.settings.get("phases.table"))
-        for span in record.phases
-    }
+        return ""
+    inside = steps_within(groups.steps, span)
+    trained = [name for name, column in groups.groups.items() if np.isfinite(column[inside]).any()]
+    parts = [
+        " and ".join(trained),
+        _describe_layers(steps_within(layers.steps, span), layers),
+        _find_matrix(span, record.settings.get("phases.table")),
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def steps_within(steps: Array, span: PhaseSpan) -> Mask:
     """Return which of `steps` are in the phase, as a mask."""
     return (steps >= span.first) & (steps <= span.last)
-
-
-def _describe(span: PhaseSpan, groups: NormTable, layers: NormTable) -> str:
-    inside = steps_within(groups.steps, span)
-    trained = [name for name, column in groups.groups.items() if np.isfinite(column[inside]).any()]
-    text = "both" if trained == ["attention", "mlp"] else " + ".join(trained)
-    part = _describe_layers(steps_within(layers.steps, span), layers)
-    return part if part and text == "both" else f"{text} {part}".strip()
 
 
 def _describe_layers(inside: Mask, layers: NormTable) -> str:
@@ -51,12 +53,11 @@ def _describe_layers(inside: Mask, layers: NormTable) -> str:
     if len(found) == 1:
         return f"layer {found[0]}"
     is_range = found == list(range(found[0], found[-1] + 1))
-    return f"layers {found[0]}-{found[-1]}" if is_range else f"layers {', '.join(map(str, found))}"
+    return f"layers {found[0]} to {found[-1]}" if is_range else f"layers {', '.join(map(str, found))}"
 
 
-def _describe_matrices(span: PhaseSpan, table: object) -> str:
+def _find_matrix(span: PhaseSpan, table: object) -> str:
     """Return which of LoRA's matrices a phase of the configuration's table trained, or nothing where it is both."""
     numbered = enumerate(table if isinstance(table, list) else [], start=1)
     chosen = {str(number): phase.get("matrices") for number, phase in numbered if isinstance(phase, dict)}
-    matrix = chosen.get(span.name)
-    return f", {matrix} only" if matrix else ""
+    return str(chosen.get(span.name) or "")

@@ -16,6 +16,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import BoundaryNorm, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from numpy.typing import NDArray
 
 from smolora.analysis.canvas import (
     BAR_ROOM,
@@ -23,8 +24,8 @@ from smolora.analysis.canvas import (
     GROUP_STYLES,
     INK,
     RUN_STYLES,
-    Dashes,
     LineEnd,
+    Style,
     add_color_bar,
     label_ends,
     locate_decades,
@@ -41,13 +42,15 @@ from smolora.analysis.phases import describe_phases
 from smolora.analysis.run_record import Array, NormTable, PhaseSpan, RunRecord, RunSource, open_runs
 from smolora.errors import DataError
 
-Style = tuple[str, Dashes]
 Color = str | tuple[float, float, float, float]
 
 _MOST_COLUMNS = 300
 """Steps that areas one column wide can show; more are averaged."""
 
 _LAYER_COLORS = "cividis"
+
+_SHORT = len("attention")
+"""Letters that mostly have room above a third of a run."""
 
 _NAMED_SHARE = 0.14
 """A band of this height has room for its name."""
@@ -72,14 +75,15 @@ def plot_training_loss(*runs: RunSource) -> Figure:
     if held_out and best:
         lowest = f"held-out\nlowest {best[1]:.3f}\nat step {best[0]:,.0f}"
         ends.append(_end(*held_out, lowest, RUN_STYLES[1]))
-    [panel] = new_figure([1.5], labels=[end.text for end in ends])
+    texts, key = _name_phases(record)
+    [panel] = new_figure([1.5], labels=[end.text for end in ends], key=key)
     shade_phases(panel, record.phases)
     _draw(panel, steps, losses, RUN_STYLES[0], label="training", linewidth=0.8)
     if held_out and best:
         _draw(panel, *held_out, RUN_STYLES[1], label="held-out", marker="o")
         [ring] = panel.plot(*best, marker="o", markersize=7, color=RUN_STYLES[1][0], label="lowest")
         ring.set(markerfacecolor="none", clip_on=False)
-    name_panel(panel, "loss, nats per token", record.phases, describe_phases(record))
+    name_panel(panel, "loss, nats per token", record.phases, texts)
     label_ends(panel, ends)
     return _figure_of(panel)
 
@@ -96,11 +100,12 @@ def plot_gradient_norms(*runs: RunSource) -> Figure:
     [record] = records
     table = record.group_norms
     curves = {name: table.columns[name] for name in ("total", *table.groups) if name in table.columns}
-    [panel] = new_figure([1.6], labels=list(curves))
+    texts, key = _name_phases(record)
+    [panel] = new_figure([1.6], labels=list(curves), key=key)
     shade_phases(panel, record.phases)
     for name, values in curves.items():
         _draw(panel, table.steps, values, GROUP_STYLES[name], label=name, linewidth=0.8 if name == "total" else 1.1)
-    name_panel(panel, "gradient norm (L2, before clipping)", record.phases, describe_phases(record))
+    name_panel(panel, "gradient norm (L2, before clipping)", record.phases, texts)
     scale_values([panel], list(curves.values()))
     label_ends(panel, [_end(table.steps, values, name, GROUP_STYLES[name]) for name, values in curves.items()])
     return _figure_of(panel)
@@ -118,8 +123,8 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
     low, high = _widen(*positive_range(list(matrices.values())))
     shades = LogNorm(low, high)
     count = len(next(iter(matrices.values())))
-    panels = new_figure([min(1.6, max(0.7, 0.055 * count))] * len(matrices), labels=[BAR_ROOM])
-    texts = describe_phases(record)
+    texts, key = _name_phases(record)
+    panels = new_figure([min(1.6, max(0.7, 0.055 * count))] * len(matrices), labels=[BAR_ROOM], key=key)
     for panel, (group, matrix) in zip(panels, matrices.items(), strict=True):
         panel.patch.set(facecolor="white", edgecolor="#b0b0b0", hatch="//////", linewidth=0)
         columns = _thin(table.steps, matrix, record.phases)
@@ -155,18 +160,25 @@ def plot_layer_comparison(*runs: RunSource) -> Figure:
         }
     labels = [label for lines in profiles.values() for label, _, _ in lines]
     heights = [1.4 if len(records) == 1 else 1.1] * len(profiles)
-    panels = new_figure(heights, across="layer", labels=labels, key=_key(records))
+    key = _key(records)
+    if any(len(_find_gaps(matrix)) for each in matrices for matrix in each.values()):
+        key["A line breaks where layers were trained in other steps."] = None
+    panels = new_figure(heights, across="layer", labels=labels, key=key)
     lows_and_highs = []
     ends: list[list[LineEnd]] = []
     for panel, (title, lines) in zip(panels, profiles.items(), strict=True):
-        name_panel(panel, f"median gradient norm{title}")
+        band = "; the band is the middle 80%" if len(records) == 1 else ""
+        name_panel(panel, f"median gradient norm{title}{band}")
         ends.append([])
         for label, style, matrix in lines:
             low, middle, high = _percentiles(matrix, (10, 50, 90))
             layers = np.arange(len(matrix), dtype=np.float64)
-            _draw(panel, layers, middle, style, label=label, marker="o")
+            gaps = _find_gaps(matrix)
+            across = np.insert(layers, gaps, np.nan)
+            _draw(panel, across, np.insert(middle, gaps, np.nan), style, label=label, marker="o")
             if len(records) == 1:
-                panel.fill_between(layers, low, high, color=style[0], alpha=0.15, linewidth=0)
+                band_low, band_high = np.insert(low, gaps, np.nan), np.insert(high, gaps, np.nan)
+                panel.fill_between(across, band_low, band_high, color=style[0], alpha=0.15, linewidth=0)
             lows_and_highs += [low, high] if len(records) == 1 else [middle]
             ends[-1].append(_end(layers, middle, label, style))
     scale_values(panels, lows_and_highs)
@@ -185,7 +197,8 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
     table, layers = record.group_norms, record.layer_norms
     by_layer = measure_shares(layer_totals(_layers_of(record, layers)))
     by_group = measure_shares(np.stack(list(table.groups.values())))
-    panels = new_figure([0.95, 1.25], labels=[BAR_ROOM])
+    texts, key = _name_phases(record)
+    panels = new_figure([0.95, 1.25], labels=[BAR_ROOM], key=key)
     _stack_groups(panels[0], _thin(table.steps, by_group, record.phases), list(table.groups), record.phases)
     count = len(by_layer)
     shades = colormaps[_LAYER_COLORS].resampled(count)
@@ -193,7 +206,7 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
     for band in _stack(panels[1], columns, [shades(layer) for layer in range(count)]):
         band.set_antialiased(False)  # Else the background shows between neighbours.
     for panel, title in zip(panels, ("share of the squared gradient norm, by group", "by layer"), strict=True):
-        name_panel(panel, title, record.phases, describe_phases(record))
+        name_panel(panel, title, record.phases, texts)
         part_phases(panel, record.phases)
         panel.set_ylim(0, 1)
         panel.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -226,8 +239,23 @@ def _overlay(records: Sequence[RunRecord], curves: Mapping[str, str], *, fits_sc
     return _figure_of(panels[0])
 
 
-def _key(records: Sequence[RunRecord]) -> list[str]:
-    return [f"{number}  {record.name}" for number, record in enumerate(records, start=1)] if len(records) > 1 else []
+def _name_phases(record: RunRecord) -> tuple[dict[str, str], dict[str, Style | None]]:
+    """Return what the phases trained: in few letters, to stand above the axes, and else in lines under them."""
+    texts = describe_phases(record)
+    short = {name: text for name, text in texts.items() if len(text) <= _SHORT}
+    return short, {f"phase {name}: {text}": None for name, text in texts.items() if name not in short}
+
+
+def _key(records: Sequence[RunRecord]) -> dict[str, Style | None]:
+    if len(records) == 1:
+        return {}
+    return {f"{number + 1}  {record.name}": _run_style(number) for number, record in enumerate(records)}
+
+
+def _find_gaps(matrix: Array) -> NDArray[np.int64]:
+    """Return the layers of a group [layers, steps] that were trained in other steps than the layer before."""
+    is_trained = np.isfinite(matrix)
+    return np.flatnonzero((is_trained[1:] != is_trained[:-1]).any(axis=1)) + 1
 
 
 def _run_style(number: int) -> Style:

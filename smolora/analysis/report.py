@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from smolora.analysis.canvas import render_png
-from smolora.analysis.findings import find_lowest
 from smolora.analysis.plots import (
     plot_gradient_evolution,
     plot_gradient_norms,
@@ -19,7 +17,8 @@ from smolora.analysis.plots import (
     plot_training_loss,
 )
 from smolora.analysis.run_record import RunRecord
-from smolora.analysis.summary import Section, summarise
+from smolora.analysis.run_table import Table, compare_runs, label_runs, list_settings
+from smolora.analysis.summary import Section, list_rules, summarise
 from smolora.errors import DataError
 
 _CAPTIONS = {
@@ -41,15 +40,6 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Text in rows, the first column and the head naming what is in them."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
 class Report:
     """All that is written."""
 
@@ -58,6 +48,8 @@ class Report:
     pictures: list[Picture]
     summaries: dict[str, list[Section]]
     """By the run they are of."""
+    rules: list[str]
+    """What the summaries call a stall and a spike."""
     notes: list[str]
     """What could not be drawn, and why."""
 
@@ -70,12 +62,13 @@ def build_report(records: Sequence[RunRecord]) -> Report:
             pictures.append(Picture(name, caption, render_png(draw())))
         except DataError as error:
             notes.append(str(error))
-    labels = _labels(records)
+    summaries = {label: summarise(record) for label, record in zip(label_runs(records), records, strict=True)}
     return Report(
         title=" and ".join(record.name for record in records) if len(records) < 3 else f"{len(records)} runs",
-        table=_compare(records, labels) if len(records) > 1 else _list_settings(records[0]),
+        table=compare_runs(records) if len(records) > 1 else list_settings(records[0]),
         pictures=pictures,
-        summaries={label: summarise(record) for label, record in zip(labels, records, strict=True)},
+        summaries=summaries,
+        rules=list_rules([section for sections in summaries.values() for section in sections]),
         notes=list(dict.fromkeys(notes)),
     )
 
@@ -91,38 +84,3 @@ def _choose_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, Call
             name = plot_one.__name__.removeprefix("plot_")
             suffix, of_run = (f"_{number}", f"Run {number}: ") if len(records) > 1 else ("", "")
             yield f"{name}{suffix}", of_run + _CAPTIONS[name], partial(plot_one, record)
-
-
-def _labels(records: Sequence[RunRecord]) -> list[str]:
-    if len(records) == 1:
-        return [records[0].name]
-    return [f"{number}  {record.name}" for number, record in enumerate(records, start=1)]
-
-
-def _list_settings(record: RunRecord) -> Table:
-    return Table("Settings", ["setting", "value"], [[path, str(value)] for path, value in record.settings.items()])
-
-
-def _compare(records: Sequence[RunRecord], labels: Sequence[str]) -> Table:
-    """Return the results of the runs, and the settings in which they differ."""
-    results = [_describe_results(record) for record in records]
-    rows = [[name, *(each[name] for each in results)] for name in results[0]]
-    paths = list(dict.fromkeys(path for record in records for path in record.settings))
-    for path in paths:
-        values = [str(record.settings.get(path, "-")) for record in records]
-        if len(set(values)) > 1:
-            rows.append([path, *values])
-    return Table("Results, and the settings that differ", ["", *labels], rows)
-
-
-def _describe_results(record: RunRecord) -> dict[str, str]:
-    steps, losses = record.curve("loss") if record.has_curve("loss") else (np.array([]), np.array([]))
-    best = find_lowest(*record.curve("eval_loss")) if record.has_curve("eval_loss") else None
-    speeds = record.curve("tokens_per_second")[1] if record.has_curve("tokens_per_second") else np.array([])
-    speeds = speeds[np.isfinite(speeds)]
-    return {
-        "last step": f"{steps[-1]:,.0f}" if len(steps) else "-",
-        "last training loss": f"{losses[-1]:.4f}" if len(losses) else "-",
-        "lowest held-out loss": f"{best[1]:.4f} at step {best[0]:,.0f}" if best else "-",
-        "input tokens per second, median": f"{np.median(speeds):,.0f}" if len(speeds) else "-",
-    }

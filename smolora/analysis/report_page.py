@@ -10,7 +10,8 @@ import html
 import struct
 from collections.abc import Sequence
 
-from smolora.analysis.report import Picture, Report, Table
+from smolora.analysis.report import Picture, Report
+from smolora.analysis.run_table import Table
 from smolora.analysis.summary import Section
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -45,11 +46,12 @@ def render_page(report: Report) -> str:
     summaries = "".join(_render_summary(label, sections) for label, sections in report.summaries.items())
     pictures = "".join(map(_render_picture, report.pictures))
     notes = "".join(f'<p class="note">{_escape(note)}</p>\n' for note in report.notes)
+    rules = "".join(f'<p class="note">{_escape(rule)}</p>\n' for rule in report.rules)
     table = _render_table(report.table)
     if len(report.summaries) == 1:
-        parts = [_grid(summaries), "<h2>Plots</h2>\n", _grid(pictures), notes, table]
+        parts = [_grid(summaries), rules, "<h2>Plots</h2>\n", _grid(pictures), notes, table]
     else:
-        parts = [table, "<h2>Plots</h2>\n", _grid(pictures), notes, "<h2>Each run</h2>\n", _grid(summaries)]
+        parts = [table, "<h2>Plots</h2>\n", _grid(pictures), notes, "<h2>Each run</h2>\n", _grid(summaries), rules]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_escape(_POLICY)}">\n'

@@ -108,6 +108,12 @@ class RunRecord:
         """Every line of the metrics that has a step."""
         return [line for line in MetricsLog(self.run.metrics).read() if isinstance(line.get("step"), int)]
 
+    @cached_property
+    def last_step(self) -> int:
+        """The last step that is logged, or saved after that, as in a run that was stopped."""
+        logged = [int(str(line["step"])) for line in self.metrics]
+        return max([*logged, *(saved.step for saved in self.run.checkpoints())], default=0)
+
     def curve(self, name: str) -> tuple[Array, Array]:
         """Return the steps at which `name` was logged, and its values.
 
@@ -156,6 +162,13 @@ class RunRecord:
         except (OSError, ValueError):
             return {}
         return report if isinstance(report, dict) else {}
+
+    @cached_property
+    def phase_selections(self) -> dict[str, str]:
+        """What the run itself said that each phase trains, by the phase's name; empty where there is no report."""
+        selects = self._phase_report.get("selects")
+        numbered = enumerate(selects if isinstance(selects, list) else [], start=1)
+        return {str(number): str(text) for number, text in numbered}
 
     @cached_property
     def phase_certificates(self) -> dict[str, dict[str, object]]:

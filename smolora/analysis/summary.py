@@ -6,7 +6,8 @@ the text says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,12 @@ _STANDS_OUT = 1.5
 _EVEN = 1.5
 """Shares are even where the largest is at most so many times the smallest."""
 
+_COLLAPSE = 0.01
+"""A norm this small a part of that of the phase before is said."""
+
 _FEWEST_FOR_STALL = 20
+
+_IRREGULARITIES = "Stalls and spikes"
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,24 @@ def generate_summary_report(run: RunSource) -> str:
         DataError: The run is missing.
     """
     [record] = open_runs([run])
-    parts = [
-        f"{section.title}\n" + "\n".join(f"- {line}" for line in section.sentences) for section in summarise(record)
-    ]
-    return "\n\n".join([record.name, *parts]) + "\n"
+    sections = summarise(record)
+    return render_summary(record.name, sections) + render_rules(sections)
+
+
+def render_summary(title: str, sections: Sequence[Section]) -> str:
+    """Return sections as text."""
+    parts = [f"{section.title}\n" + "\n".join(f"- {line}" for line in section.sentences) for section in sections]
+    return "\n\n".join([title, *parts]) + "\n"
+
+
+def render_rules(sections: Sequence[Section]) -> str:
+    """Return the rules of what `sections` say as text, a line each."""
+    return "".join(f"\n{rule}\n" for rule in list_rules(sections))
+
+
+def list_rules(sections: Sequence[Section]) -> list[str]:
+    """Return what `sections` call a stall and a spike; nothing where they speak of none."""
+    return [STALL_RULE, SPIKE_RULE] if any(section.title == _IRREGULARITIES for section in sections) else []
 
 
 def summarise(record: RunRecord) -> list[Section]:
@@ -67,7 +87,7 @@ def summarise(record: RunRecord) -> list[Section]:
     sections.append(Section("Where the gradient was", list(_say_where(record))))
     if record.phases:
         sections.append(Section("Phases", list(_say_phases(record))))
-    sections.append(Section("Stalls and spikes", list(_say_irregularities(record))))
+    sections.append(Section(_IRREGULARITIES, list(_say_irregularities(record))))
     return sections
 
 
@@ -86,12 +106,11 @@ def _say_what(record: RunRecord) -> Iterator[str]:
             f"targets {_list(settings.get('adapter.target_modules'))}."
         )
     yield f"Data: {_list(settings.get('data.sources'))}."
-    last = max((int(str(line["step"])) for line in record.metrics), default=0)
     asked = settings.get("training.max_steps")
     goal = f" of {asked:,}" if isinstance(asked, int) else ""
     yield (
-        f"Trained to step {last:,}{goal} at a peak learning rate of {settings.get('training.learning_rate')}, "
-        f"{_describe_pass(settings)} a pass."
+        f"Trained to step {record.last_step:,}{goal} at a peak learning rate of "
+        f"{settings.get('training.learning_rate')}, {_describe_pass(settings)} a pass."
     )
 
 
@@ -134,18 +153,27 @@ def _say_where(record: RunRecord) -> Iterator[str]:
         yield f"Not known: {error}"
         return
     columns = groups.groups
-    shares = mean_shares(measure_shares(np.array(list(columns.values())).reshape(len(columns), -1)))
-    ranked = ", ".join(
-        f"{share:.0%} in {name}" for share, name in sorted(zip(shares, columns, strict=True), reverse=True)
-    )
-    yield f"Squared gradient norm, the mean share over {len(groups.steps):,} logged steps: {ranked or 'none'}."
+    by_group = measure_shares(np.array(list(columns.values())).reshape(len(columns), -1))
+    if record.phases:  # Over the whole run, shares would tell of the schedule: what is frozen has none.
+        yield "Squared gradient norm, the mean shares of each phase by itself."
+        for period, mask in _periods(record, groups.steps):
+            yield f"{period}, by group: {_rank(mean_shares(by_group[:, mask]), columns)}."
+    else:
+        ranked = _rank(mean_shares(by_group), columns)
+        yield f"Squared gradient norm, the mean share over {len(groups.steps):,} logged steps: {ranked}."
     if not layers.layers:
         return
     by_layer = measure_shares(layer_totals(layers.layers))
-    yield f"By layer: {_say_layers(mean_shares(by_layer))}."
+    if not record.phases:
+        yield f"By layer: {_say_layers(mean_shares(by_layer))}."
     for period, mask in _periods(record, layers.steps):
         yield f"{period}: {_say_layers(mean_shares(by_layer[:, mask]))}."
     yield "A share says where the gradient was, not how far the weights moved."
+
+
+def _rank(shares: Array, names: Iterable[str]) -> str:
+    ranked = sorted(zip(shares, names, strict=True), reverse=True)
+    return ", ".join(f"{share:.0%} in {name}" for share, name in ranked if share > 0) or "none"
 
 
 def _say_layers(shares: Array) -> str:
@@ -172,7 +200,7 @@ def _periods(record: RunRecord, steps: Array) -> Iterator[tuple[str, Mask]]:
         masks = {"First third": third == 0, "Middle third": third == 1, "Last third": third == 2}
     for name, mask in masks.items():
         if mask.any():
-            yield f"{name} (steps {steps[mask][0]:,.0f}-{steps[mask][-1]:,.0f})", mask
+            yield f"{name} (logged steps {steps[mask][0]:,.0f}-{steps[mask][-1]:,.0f})", mask
 
 
 def _say_phases(record: RunRecord) -> Iterator[str]:
@@ -235,8 +263,7 @@ def _say_irregularities(record: RunRecord) -> Iterator[str]:
     yield from _say_spikes("loss", find_spikes(steps, losses, record.phases))
     if record.has_curve("grad_norm"):
         yield from _say_spikes("gradient norm", find_spikes(*record.curve("grad_norm"), record.phases))
-    yield STALL_RULE
-    yield SPIKE_RULE
+        yield from _say_collapses(*record.curve("grad_norm"), record.phases)
 
 
 def _say_spikes(name: str, spikes: Sequence[Spike]) -> Iterator[str]:
@@ -247,6 +274,18 @@ def _say_spikes(name: str, spikes: Sequence[Spike]) -> Iterator[str]:
     count = f"{len(spikes)} spike{'s' * (len(spikes) != 1)}"
     places = ", ".join(_place(spike) for spike in spikes[:5]) + (", and later ones" if len(spikes) > 5 else "")
     yield f"{count} of the {name}: {places}; the highest {highest.ratio:.1f} times what came before it."
+
+
+def _say_collapses(steps: Array, norms: Array, phases: Sequence[PhaseSpan]) -> Iterator[str]:
+    known = np.isfinite(norms)
+    inside = [(phase, norms[steps_within(steps, phase) & known]) for phase in phases]
+    medians = [(phase, float(np.median(values))) for phase, values in inside if len(values)]
+    for (_, before), (phase, after) in itertools.pairwise(medians):
+        if after < _COLLAPSE * before:
+            yield (
+                f"In phase {phase.name} the median gradient norm is {after:.1g}, after {before:.1g} in the phase "
+                "before: there is hardly any gradient in what it trains."
+            )
 
 
 def _place(spike: Spike) -> str:

@@ -25,11 +25,12 @@ def report(*runs: Path, out: Annotated[Path | None, Parameter(name=["--out", "-o
     terminal = open_terminal()
     if not runs:
         raise ConfigError("no run was named. Name the folder of one, such as smolora report my-run.")
+    from smolora.analysis.run_table import describe_runs
     from smolora.analysis.summary import generate_summary_report
     from smolora.recipes.report import report as run_report
 
     page = run_report(runs, out)
-    print("\n".join(generate_summary_report(run) for run in runs), end="")
+    print(describe_runs(runs) if len(runs) > 1 else generate_summary_report(runs[0]), end="")
     print_plainly(terminal, f"report: {page}")
 
 

@@ -222,6 +222,11 @@ def resolve_starts(
         for number, phase in enumerate(phases)
     ]
     known = [(number, start) for number, start in enumerate(starts, start=1) if start is not None]
+    if total_steps < len(known):
+        raise ConfigError(
+            f"phases: a run of {total_steps} step{'s' * (total_steps != 1)} can't hold {len(known)} phases, since each "
+            f"needs an update at least. Train for {len(known)} steps or more, or with fewer phases."
+        )
     for (number, start), (following, end) in itertools.pairwise([*known, (len(phases) + 1, total_steps)]):
         if start >= end:
             ends = f"phase {following} starts there" if following <= len(phases) else f"the run has {total_steps}"
@@ -268,5 +273,6 @@ def _require_later(before: PhaseStart, after: PhaseStart, number: int) -> None:
         earlier, later = before.__dict__[kind], after.__dict__[kind]
         if earlier is not None and later is not None and later <= earlier:
             raise ConfigError(
-                f"table.{number}.start: {kind} {later} doesn't come after {earlier}, where phase {number} starts"
+                f"table.{number}.start: phase {number + 1} starts at {kind} {later}, which doesn't come after "
+                f"{kind} {earlier}, where phase {number} starts"
             )

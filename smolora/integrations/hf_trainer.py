@@ -21,10 +21,13 @@ from smolora.config import DynamicLoRAConfig, PhaseConfig, TrainingConfig
 from smolora.errors import ConfigError
 from smolora.training.gradients import GradientNormCallback, measure_norms
 from smolora.training.optim import trainable_parameters
-from smolora.training.phase_certificate import PhaseCertificate, require_held
+from smolora.training.phase_certificate import PhaseCertificate
 from smolora.training.phase_plan import build_phase_plan
 from smolora.training.phases import DynamicLoRACallback
 from smolora.training.plan import StepPlan
+
+_PHASE = "smolora_phase"
+"""Where the phase at hand stands in the TrainerState, which is all that callbacks share. It isn't saved with it."""
 
 
 class _Recorder(TrainerCallback):  # type: ignore[misc]
@@ -55,7 +58,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if control.should_log:
-            self.norms.record(state.global_step, phase=0)
+            self.norms.record(state.global_step, phase=vars(state).get(_PHASE, 0))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.norms.write_summary()
@@ -143,6 +146,7 @@ class _Phases(TrainerCallback):  # type: ignore[misc]
             steps=StepPlan(steps_per_epoch, TrainingConfig(max_steps=state.max_steps, per_device_train_batch_size=1)),
             is_evaluated=False,
         )
+        self.callback.begin(self.plan)
 
     def on_step_begin(
         self,
@@ -158,6 +162,7 @@ class _Phases(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         index = self.plan.index_at(step)
         declared = self.plan.tensors[index]
+        vars(state)[_PHASE] = index + 1
         self.certificate = PhaseCertificate.begin(index, step, declared, self.parameters)
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in self.certificate.values)
@@ -184,10 +189,8 @@ class _Phases(TrainerCallback):  # type: ignore[misc]
 
     def _close(self, step: int) -> None:
         assert self.certificate is not None, "a phase is open"
-        report = self.certificate.close(self.parameters, self.places, step)
-        self.certificate = None
-        self.callback.reports.append(report)
-        require_held(report)
+        certificate, self.certificate = self.certificate, None
+        self.callback.close(certificate, self.parameters, self.places, step)
 
 
 def _needs_our_loop(config: DynamicLoRAConfig, phase: PhaseConfig) -> bool:
@@ -200,7 +203,8 @@ def to_trainer_callback(callback: GradientNormCallback | DynamicLoRACallback) ->
     """Return `callback` as a callback of a plain Hugging Face Trainer.
 
     Over several processes its gradient norms are those before the all-reduce; GradientMeasuringTrainer has those after
-    it. Its phases are certified in `callback.reports`.
+    it. Its phases are certified in `callback.reports` and at its `report_path`, and both callbacks together log the
+    phase of each step.
 
     Example:
         ```python

@@ -23,7 +23,7 @@ def report(runs: Sequence[str | Path], out: Path | None = None) -> Path:
         out: The folder to write into. Left out, the run's own.
 
     Raises:
-        ConfigError: Several runs, and no folder to write into.
+        ConfigError: Several runs and no folder to write into, or it is the folder of a run that isn't the only one.
         DataError: A run is missing.
         FolderInUseError: It would be written into a run that is being trained.
     """
@@ -31,6 +31,11 @@ def report(runs: Sequence[str | Path], out: Path | None = None) -> Path:
     if out is None and len(records) > 1:
         raise ConfigError("-o is missing: the folder for a report of several runs, such as -o comparison.")
     place = RunDir(out or records[0].run.path)
+    is_own = len(records) == 1 and place.path.resolve() == records[0].run.path.resolve()
+    if RunDir.is_run(place.path) and not is_own:
+        raise ConfigError(
+            f"{place.path} holds a run, whose own report would be replaced. Choose another folder for -o."
+        )
     with place.locked() if RunDir.is_run(place.path) else nullcontext():
         return write_report(records, place)
 

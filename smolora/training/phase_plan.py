@@ -124,10 +124,15 @@ def describe_phase(phase: PhaseConfig) -> str:
     >>> describe_phase(PhaseConfig(groups=("mlp",), layers="late", matrices="B"))
     'mlp, late layers, B'
     """
-    layers = {"early": "early layers", "late": "late layers", None: None}
-    said = layers[phase.layers] if not isinstance(phase.layers, tuple) else "layers {} to {}".format(*phase.layers)
-    parts = [" and ".join(phase.groups), said, phase.matrices, phase.pattern]
+    parts = [" and ".join(phase.groups), _describe_layers(phase), phase.matrices, phase.pattern]
     return ", ".join(part for part in parts if part) or "everything"
+
+
+def _describe_layers(phase: PhaseConfig) -> str | None:
+    if not isinstance(phase.layers, tuple):
+        return f"{phase.layers} layers" if phase.layers else None
+    first, last = phase.layers
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def _describe_places(places: Iterable[TensorPlace], num_layers: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from smolora.adapters.tensor_places import TensorPlace, locate_tensors
 from smolora.config.phases import DynamicLoRAConfig, PhaseConfig, PhaseGroup, PhaseStart
@@ -58,6 +58,7 @@ class DynamicLoRACallback(Callback):
         self._plan: PhasePlan | None = None
         self._places: dict[str, TensorPlace] = {}
         self._recorded: Sequence[int | None] = ()
+        self._recorded_total: int | None = None
         self._index: int | None = None
         self._certificate: PhaseCertificate | None = None
         self._plateau = PlateauDetector()
@@ -72,7 +73,7 @@ class DynamicLoRACallback(Callback):
         if trainer.state.step and self._plan is None and not self._recorded:
             raise ModelError("the checkpoint was written without phases: it can't be resumed with them. Start anew.")
         self._places = locate_tensors(trainer.parameters, trainer.bundle.anatomy)
-        self._plan = build_phase_plan(
+        plan = build_phase_plan(
             self.config,
             self._places,
             num_layers=trainer.bundle.anatomy.num_layers,
@@ -80,8 +81,20 @@ class DynamicLoRACallback(Callback):
             is_evaluated=trainer.eval_dataset is not None,
             recorded=self._recorded,
         )
-        trainer.state.kept_steps |= {start for start in self.plan.starts if start}
+        trainer.state.kept_steps |= {start for start in plan.starts if start}
         self._index = None
+        self.begin(plan)
+        if self._recorded and self._recorded_total not in (None, plan.total_steps):
+            logger.info(
+                "phases: the run had %d steps and has %d now; its phases keep their starts, after %s updates",
+                self._recorded_total,
+                plan.total_steps,
+                ", ".join(str(start) for start in plan.starts if start is not None),
+            )
+
+    def begin(self, plan: PhasePlan) -> None:
+        """Take the phases of a run and write that they begin; any loop can drive this and `close`."""
+        self._plan = plan
         self._write()
 
     def on_step_begin(self, trainer: Trainer) -> None:
@@ -158,25 +171,37 @@ class DynamicLoRACallback(Callback):
             parameter.requires_grad_(True)
 
     def _close(self, trainer: Trainer) -> None:
-        """Write the certificate of the phase at hand.
+        assert self._certificate is not None, "a phase is open"
+        certificate, self._certificate = self._certificate, None
+        self.close(certificate, trainer.parameters, self._places, trainer.state.step)
+
+    def close(
+        self,
+        certificate: PhaseCertificate,
+        parameters: Mapping[str, nn.Parameter],
+        places: Mapping[str, TensorPlace],
+        step: int,
+    ) -> None:
+        """Write the certificate of a phase that ends after update `step`.
 
         Raises:
             BrokenRunError: It doesn't hold.
         """
-        assert self._certificate is not None, "a phase is open"
-        report = self._certificate.close(trainer.parameters, self._places, trainer.state.step)
-        self._certificate = None
-        self.reports.append({**report, "selects": describe_phase(self.plan.phases[cast("int", report["phase"]) - 1])})
+        report = certificate.close(parameters, places, step)
+        self.reports.append({**report, "selects": describe_phase(self.plan.phases[certificate.index])})
         self._write()
         require_held(report)
 
     def _write(self) -> None:
         if self.report_path:
-            write_json(self.report_path, {"starts": list(self.plan.starts), "phases": self.reports})
+            self.report_path.parent.mkdir(parents=True, exist_ok=True)
+            selects = [describe_phase(phase) for phase in self.plan.phases]
+            write_json(self.report_path, {"starts": list(self.plan.starts), "selects": selects, "phases": self.reports})
 
     def state_dict(self) -> Mapping[str, object]:
         return {
             "starts": list(self.plan.starts),
+            "total_steps": self.plan.total_steps,
             "reports": self.reports,
             "plateau": self._plateau.to_state(),
             "certificate": self._certificate.to_state() if self._certificate else None,
@@ -184,6 +209,7 @@ class DynamicLoRACallback(Callback):
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         self._recorded = cast("list[int | None]", state["starts"])
+        self._recorded_total = cast("int | None", state.get("total_steps"))
         self.reports = cast("list[dict[str, object]]", state["reports"])
         self._plateau = PlateauDetector.from_state(cast("Mapping[str, float | int | None]", state["plateau"]))
         certificate = cast("Mapping[str, object] | None", state["certificate"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from smolora.analysis.canvas import FONT_SIZE, displayable, render_png
+from smolora.analysis.canvas import FONT_SIZE, RUN_STYLES, displayable, render_png
 from smolora.analysis.plots import (
     plot_gradient_evolution,
     plot_gradient_norms,
@@ -94,9 +95,11 @@ def test_phases_are_shaded_where_they_are(run, plot):
 
 
 def test_phases_are_named_with_what_they_trained_as_far_as_there_is_room(tmp_path, run):
-    assert {"phase 1: both", "phase 2: mlp", "3: attention"} <= set(texts(plot_gradient_norms(run)))
+    assert {"phase 1", "phase 2: mlp", "3: attention", "phase 1: attention and mlp"} <= set(
+        texts(plot_gradient_norms(run))
+    )
     short = write_run(tmp_path / "short", phases=(("both", 2), ("mlp", 40)))
-    assert {"1", "phase 2: mlp"} <= set(texts(plot_gradient_norms(short)))
+    assert {"1", "phase 2: mlp", "phase 1: attention and mlp"} <= set(texts(plot_gradient_norms(short)))
 
 
 def test_a_run_of_one_phase_has_no_shade(tmp_path):
@@ -106,7 +109,10 @@ def test_a_run_of_one_phase_has_no_shade(tmp_path):
 
 def test_layers_are_named_where_a_phase_trains_some(tmp_path):
     run = write_run(tmp_path / "run", phases=(("early", 10), ("late", 20)), num_layers=4)
-    assert {"phase 1: layers 0-1", "phase 2: layers 2-3"} <= set(texts(plot_gradient_norms(run)))
+    assert {
+        "phase 1: attention and mlp, layers 0 to 1",
+        "phase 2: attention and mlp, layers 2 to 3",
+    } <= set(texts(plot_gradient_norms(run)))
 
 
 def test_the_loss_is_the_logged_one_and_the_lowest_held_out_loss_is_marked(run):
@@ -207,6 +213,43 @@ def test_layers_of_several_runs_have_one_scale_and_a_panel_per_group(tmp_path, r
     assert panels[0].get_ylim() == panels[1].get_ylim()
 
 
+def test_a_phase_is_named_as_the_run_itself_said(run):
+    report = {"starts": [0, 4, 8], "selects": ["*.down_proj", "early layers", "layer 2, B"], "phases": []}
+    (run / "phase_report.json").write_text(json.dumps(report))
+    assert {f"phase {n}: {text}" for n, text in enumerate(report["selects"], 1)} <= set(texts(plot_gradient_norms(run)))
+
+
+def test_runs_differ_in_their_dashes_and_the_key_shows_them(tmp_path):
+    runs = [write_run(tmp_path / name) for name in "abc"]
+    figure = plot_training_loss(*runs)
+    shown = [(found.get_color(), found.get_linestyle()) for found in figure.artists[::-1]]
+    assert shown == [(found.get_color(), found.get_linestyle()) for found in figure.axes[0].lines]
+    assert len(shown) == 3
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(RUN_STYLES)), "the dashes of neighbours differ"
+    assert len(set(RUN_STYLES)) == len(RUN_STYLES)
+
+
+def test_labels_of_runs_that_stopped_at_one_step_do_not_overlap_and_stay_near_their_lines(tmp_path):
+    runs = [write_run(tmp_path / str(n), losses=[3 + n / 1000] * 10, phases=(("both", 10),)) for n in range(4)]
+    figure = plot_training_loss(*runs, write_run(tmp_path / "long", phases=(("both", 40),)))
+    draw(figure)
+    renderer = figure.canvas.get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in figure.axes[0].texts if text.get_text() in "1234"]
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    middle = figure.axes[0].transData.transform((10, 3))[1]
+    assert min(box.y0 for box in boxes) < middle < max(box.y1 for box in boxes)
+
+
+def test_layers_of_different_phases_are_not_joined(tmp_path):
+    run = write_run(tmp_path / "run", phases=(("early", 10), ("late", 20)), num_layers=4)
+    [panel] = plot_layer_comparison(run).axes
+    x = np.asarray(line(panel, "mlp").get_xdata())
+    np.testing.assert_array_equal(x, [0, 1, np.nan, 2, 3])
+    assert "A line breaks where layers were trained in other steps." in texts(panel.figure)
+    assert "median gradient norm; the band is the middle 80%" in texts(panel.figure)
+
+
 @pytest.mark.parametrize("plot", PLOTS)
 def test_every_figure_is_one_column_wide_with_type_of_7_points(run, plot):
     figure = plot(run)
@@ -234,7 +277,9 @@ def test_labels_at_line_ends_do_not_overlap(tmp_path):
     figure = plot_gradient_norms(run)
     draw(figure)
     total, mlp = (next(t for t in figure.findobj(Text) if t.get_text() == name) for name in ("total", "mlp"))
-    assert not total.get_window_extent().overlaps(mlp.get_window_extent())
+    assert not Text.get_window_extent(total).overlaps(Text.get_window_extent(mlp)), (
+        "without the lines that lead to them"
+    )
 
 
 def test_the_same_run_gives_the_same_picture(run):

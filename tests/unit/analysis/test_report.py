@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from smolora.analysis.report import build_report
 from smolora.analysis.run_record import RunRecord
+from smolora.analysis.run_table import describe_runs
 from tests.run_folders import SETTINGS, write_run
 
 FASTER = {**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 1e-3}}
@@ -57,6 +60,23 @@ def test_the_table_has_the_results_and_only_the_settings_that_differ(tmp_path):
         "input tokens per second, median": ["-", "-"],
         "training.learning_rate": ["0.0002", "0.001"],
     }
+
+
+def test_a_plain_run_beside_a_phased_one_has_no_phases(tmp_path):
+    runs = [
+        write_run(tmp_path / name, settings={**SETTINGS, "phases": {"strategy": strategy, "table": []}})
+        for name, strategy in (("a", None), ("b", "early,late"))
+    ]
+    assert ["phases.strategy", "no phases", "early,late"] in build(*runs).table.rows
+
+
+def test_the_text_of_several_runs_begins_with_their_table_and_says_each_rule_once(tmp_path):
+    text = describe_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", settings=FASTER)])
+    table, _, second = text.split("\nWhat was trained\n")
+    assert re.search(r"^training.learning_rate +0.0002 +0.001$", table, re.MULTILINE)
+    assert table.endswith("\n1  a\n")
+    assert (text.count("A stall is"), text.count("A spike is")) == (1, 1)
+    assert "A stall is" in second
 
 
 def test_runs_of_one_name_are_told_by_their_number(tmp_path):

@@ -61,10 +61,11 @@ def test_a_run_without_held_out_rows_is_not_praised(tmp_path):
 def test_the_layers_that_carried_the_gradient_are_named_by_phase(tmp_path):
     run = write_run(tmp_path / "run", phases=(("early", 10), ("late", 20)), num_layers=4)
     text = generate_summary_report(run)
-    assert "80% in mlp, 20% in attention" in text
-    assert "Phase 1 (steps 1-10): 80% in layer 1 (an even share is 50%)." in text
-    assert "Phase 2 (steps 11-20): from 36% in layer 2 to 64% in layer 3." in text
-    assert "Phase 1 (logged steps 1-10): layers 0-1, 400 trainable parameters; training loss 3.142 to 2.420" in text
+    assert "Phase 1 (logged steps 1-10), by group: 80% in mlp, 20% in attention." in text
+    assert "Phase 1 (logged steps 1-10): 80% in layer 1 (an even share is 50%)." in text
+    assert "Phase 2 (logged steps 11-20): from 36% in layer 2 to 64% in layer 3." in text
+    assert "Phase 1 (logged steps 1-10): attention and mlp, layers 0 to 1, 400 trainable parameters; " in text
+    assert "training loss 3.142 to 2.420" in text
     assert "(means of 5 logged steps)" in text
 
 
@@ -89,8 +90,8 @@ def test_a_phase_that_trained_one_matrix_alone_is_described_with_it(tmp_path):
     table = [{"groups": ["attention", "mlp"], "matrices": None}, {"groups": ["mlp"], "matrices": "B"}]
     settings = {**SETTINGS, "phases": {"table": table}}
     text = generate_summary_report(write_run(tmp_path / "run", phases=(("both", 10), ("mlp", 20)), settings=settings))
-    assert "Phase 1 (logged steps 1-10): both, 600 trainable parameters" in text
-    assert "Phase 2 (logged steps 11-20): mlp, B only, 300 trainable parameters" in text
+    assert "Phase 1 (logged steps 1-10): attention and mlp, 600 trainable parameters" in text
+    assert "Phase 2 (logged steps 11-20): mlp, B, 300 trainable parameters" in text
 
 
 def test_how_far_a_phase_moved_is_said_where_it_was_measured(tmp_path):
@@ -116,8 +117,8 @@ def test_a_phase_report_that_cannot_be_read_is_passed_over(tmp_path, report):
 
 def test_a_run_without_phases_is_told_by_thirds(tmp_path):
     text = generate_summary_report(write_run(tmp_path / "run", phases=(("both", 9),)))
-    assert "First third (steps 1-3): 64% in layer 2 (an even share is 33%)." in text
-    assert "Last third (steps 7-9)" in text
+    assert "First third (logged steps 1-3): 64% in layer 2 (an even share is 33%)." in text
+    assert "Last third (logged steps 7-9)" in text
     assert "\nPhases\n" not in text
 
 
@@ -130,6 +131,36 @@ def test_spikes_and_stalls_are_said_with_their_rule(tmp_path):
     assert "1 spike of the loss: step 61; the highest 3.0 times what came before it." in text
     assert "1 spike of the gradient norm: step 50" in text
     assert "6 robust standard deviations" in text
+
+
+def test_a_phase_is_named_as_the_run_itself_said(tmp_path):
+    run = write_run(tmp_path / "run", phases=(("mlp", 10), ("attention", 20)))
+    report = {"starts": [0, 10], "selects": ["*.down_proj", "B, *.v_proj"], "phases": []}
+    (run / "phase_report.json").write_text(json.dumps(report))
+    text = generate_summary_report(run)
+    assert "Phase 1 (logged steps 1-10): *.down_proj, 300 trainable" in text
+    assert "Phase 2 (logged steps 11-20): B, *.v_proj, 300 trainable" in text
+
+
+def test_shares_over_the_whole_of_a_phased_run_are_not_said(tmp_path):
+    text = generate_summary_report(write_run(tmp_path / "run", phases=(("early", 5), ("late", 20)), num_layers=4))
+    assert "By layer:" not in text
+    assert "the mean shares of each phase by itself" in text
+
+
+def test_a_run_that_was_stopped_got_as_far_as_its_newest_checkpoint(tmp_path):
+    run = write_run(tmp_path / "run", settings={**SETTINGS, "training": {"max_steps": 60}})
+    (run / "step-000010").mkdir()
+    (run / "step-000025").mkdir()
+    assert "Trained to step 25 of 60 at" in generate_summary_report(run)
+
+
+def test_a_phase_that_has_hardly_any_gradient_is_said(tmp_path):
+    tiny = dict.fromkeys(range(11, 21), 1e-4)
+    text = generate_summary_report(write_run(tmp_path / "run", phases=(("both", 10), ("mlp", 20)), norms=tiny))
+    assert "In phase 2 the median gradient norm is 5e-05, after 2 in the phase before: there is hardly any" in text
+    calm = generate_summary_report(write_run(tmp_path / "calm", phases=(("both", 10), ("mlp", 20))))
+    assert "hardly any gradient" not in calm
 
 
 def test_a_calm_run_has_neither(tmp_path):

@@ -26,7 +26,7 @@ def test_report_of_several_runs_needs_a_folder(smolora, tmp_path):
     assert "-o is missing" in err
     code, out, _ = smolora("report", *runs, "-o", tmp_path / "both")
     assert code == 0
-    assert [line for line in out.splitlines() if line in ("a", "b")] == ["a", "b"]
+    assert [line for line in out.splitlines() if line in ("1  a", "2  b")] == ["1  a", "2  b"]
     assert (tmp_path / "both" / "report.html").is_file()
 
 

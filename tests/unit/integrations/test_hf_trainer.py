@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -156,6 +157,41 @@ def test_phases_move_only_their_tensors_on_hugging_face_too(tmp_path, strategy):
         before, after = watch.weights[report["start"]], watch.weights[report["end"]]
         assert {name for name in before if not torch.equal(before[name], after[name])} == set(report["declared"])
     assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+
+
+def tuned(folder):
+    model = setup_model_with_lora(tiny_model("llama"), LoRAConfig(r=2, lora_dropout=0.0))
+    return {"model": model, "args": arguments(folder, max_steps=6), "train_dataset": ROWS}
+
+
+def phases_first(norms, phases, folder):
+    return Trainer(**tuned(folder), callbacks=[to_trainer_callback(phases), to_trainer_callback(norms)])
+
+
+def norms_first(norms, phases, folder):
+    return Trainer(**tuned(folder), callbacks=[to_trainer_callback(norms), to_trainer_callback(phases)])
+
+
+def measured_by_the_trainer(norms, phases, folder):
+    return GradientMeasuringTrainer(**tuned(folder), callbacks=[to_trainer_callback(phases)], gradient_callback=norms)
+
+
+@pytest.mark.parametrize("make", [phases_first, norms_first, measured_by_the_trainer])
+def test_each_step_is_logged_with_its_phase(tmp_path, make):
+    norms = GradientNormCallback(GradientNormLog(tmp_path))
+    make(norms, DynamicLoRACallback(DynamicLoRAConfig(strategy="both,mlp,attn")), tmp_path).train()
+    assert [row["phase"] for row in norms.log.read_groups()] == [1, 1, 2, 2, 3, 3]
+    assert [row["phase"] for row in norms.log.read_layers()] == [1, 1, 2, 2, 3, 3]
+
+
+def test_the_certificates_are_written_on_hugging_face_too(tmp_path):
+    path = tmp_path / "out" / "phase_report.json"
+    phases = DynamicLoRACallback(DynamicLoRAConfig(strategy="both,mlp,attn"), report_path=path)
+    Trainer(**tuned(tmp_path), callbacks=[to_trainer_callback(phases)]).train()
+    report = json.loads(path.read_text())
+    assert report["starts"] == [0, 2, 4]
+    assert report["phases"] == phases.reports
+    assert [phase["selects"] for phase in report["phases"]] == ["attention and mlp", "mlp", "attention"]
 
 
 def test_an_epoch_is_counted_in_updates(tmp_path):

@@ -41,6 +41,16 @@ def test_several_runs_need_a_place(tmp_path, run):
     assert not run.report.exists()
 
 
+def test_a_comparison_is_not_written_into_a_run(tmp_path, run):
+    other = write_run(tmp_path / "other")
+    own = report([run.path]).read_bytes()
+    for runs in ([run.path, other], [other]):
+        with pytest.raises(ConfigError, match="holds a run, whose own report would be replaced"):
+            report(runs, run.path)
+    assert run.report.read_bytes() == own
+    assert report([run.path], run.path) == run.report
+
+
 def test_files_of_others_in_the_place_stay(tmp_path, run):
     mine = tmp_path / "place" / "plots" / "mine.png"
     mine.parent.mkdir(parents=True)

@@ -7,6 +7,7 @@ something is frozen, groups found by a part of a name.
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -230,11 +231,14 @@ def test_a_run_that_ended_can_be_made_longer_and_is_certified_anew(make, run):
     ]
 
 
-def test_equal_shares_stay_where_they_were_when_a_run_is_made_longer(make, run):
+def test_equal_shares_stay_where_they_were_when_a_run_is_made_longer_and_that_is_said(make, run, caplog):
     thirds = DynamicLoRAConfig(enabled=True)
     with pytest.raises(ZeroDivisionError):
         make(thirds, Crash(5), run=run).train()
-    make(thirds, run=run, max_steps=30).train(resume=True)
+    with caplog.at_level(logging.INFO, logger="smolora"):
+        make(thirds, run=run, max_steps=30).train(resume=True)
+    said = "phases: the run had 9 steps and has 30 now; its phases keep their starts, after 0, 3, 6 updates"
+    assert said in caplog.messages
     assert json.loads(run.phase_report.read_text())["starts"] == [0, 3, 6]
 
 
