@@ -15,7 +15,7 @@ from smolora.evaluation.metric import Sums
 LEAST_LOSS_SHARE = 0.01
 """A loss that differs by less than this share of the base's has not changed, however sure the difference is."""
 
-FEWEST_ANSWERS = 20
+FEWEST_ANSWERS = 16
 """Answers to fewer rows are shown, and decide nothing."""
 
 
@@ -46,7 +46,12 @@ class Comparison:
         if self.name == "loss":
             is_small = abs(self.difference) < LEAST_LOSS_SHARE * abs(self.base)
             return 0 if is_small else sign_of(-self.high, -self.low)
-        return sign_of(self.low, self.high) if self.num_rows >= FEWEST_ANSWERS else 0
+        return sign_of(self.low, self.high) if self.is_counted else 0
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether there are rows enough to decide anything."""
+        return self.name == "loss" or self.num_rows >= FEWEST_ANSWERS
 
     def describe(self) -> str:
         """Return the numbers as a line."""

@@ -128,7 +128,7 @@ def _find_ruin(evidence: Evidence) -> tuple[Word, str] | None:
 
 
 def _say_votes(loss: Comparison, score: Comparison | None) -> str:
-    said = [f"{one.name} is {_WORDS[one.verdict]}" for one in (loss, score) if one is not None]
+    said = [f"{one.name} is {_WORDS[one.verdict]}" for one in (loss, score) if one and one.is_counted]
     unsure = f" (by less than {LEAST_LOSS_SHARE:.0%}, or not surely so)" if not loss.verdict else ""
     return " and ".join(said) + unsure
 

@@ -129,7 +129,7 @@ def _gather(bundle: ModelBundle, data: TuningData, config: ExperimentConfig, bud
     loss, prompt_use = compare_losses(
         bundle,
         data.held_out,
-        budget=Budget(budget.left / 2),
+        budget=Budget(budget.left / 3),
         batch_size=config.evaluation.batch_size,
         seed=config.training.seed,
     )
