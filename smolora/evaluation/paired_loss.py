@@ -16,7 +16,7 @@ from smolora.adapters.toggling import disabled_adapter
 from smolora.data.token_dataset import Example, TokenArray, TokenDataset
 from smolora.evaluation.answers import LossMetric
 from smolora.evaluation.bootstrap import Tally
-from smolora.evaluation.comparison import Budget, Comparison, bound_differences, finite
+from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Budget, Comparison, bound_differences, finite
 from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
 from smolora.evaluation.metric import Sums
 from smolora.models.bundle import ModelBundle
@@ -38,8 +38,8 @@ class PromptUse:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the right prompt surely makes the right answer likelier."""
-        return self.low is not None and self.low > 0
+        """Whether the right prompt surely makes the right answer likelier, and by more than a trace."""
+        return self.low is not None and self.low > 0 and self.other - self.own >= LEAST_LOSS_SHARE * self.own
 
     def to_dict(self) -> dict[str, object]:
         """Return the numbers as plain values."""

@@ -104,7 +104,7 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
         return "worse" if votes else "no change", found
     if use is not None and not use.is_sure:
         return "no change", (
-            f"{found}, but after another row's prompt an answer is as likely as after its own: "
+            f"{found}, but after another row's prompt an answer is as likely as after its own (to 1 %): "
             "the form of the answers was learned, not what they answer. Are prompts and answers paired rightly?"
         )
     if overlap.rows > _MANY_SEEN * overlap.num_held_out:

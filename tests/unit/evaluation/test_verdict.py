@@ -14,6 +14,7 @@ from smolora.evaluation.paired_loss import PromptUse
 from smolora.evaluation.verdict import Evidence, judge
 
 SURE, UNSURE = PromptUse(1.0, 2.0, 0.9, 1.1, 40), PromptUse(1.0, 1.01, -0.1, 0.1, 40)
+A_TRACE = PromptUse(1.661, 1.6651, 0.001, 0.007, 320)
 
 
 def loss(tuned, spread=0.1, base=2.0):
@@ -46,6 +47,7 @@ def gather(loss, *scores, use=SURE, moved=0.1, seen=0):
         (gather(loss(1.0), score(-0.3)), "no change"),
         (gather(loss(1.0), score(-0.3, num_rows=5)), "learned"),
         (gather(loss(1.0), use=UNSURE), "no change"),
+        (gather(loss(1.0), use=A_TRACE), "no change"),
         (gather(loss(1.95)), "no change"),
         (gather(loss(1.99, spread=0.001)), "no change"),
         (gather(loss(1.95), score(0.3)), "learned"),
