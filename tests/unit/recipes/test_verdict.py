@@ -115,7 +115,8 @@ def test_shuffled_answers_are_not_learned_though_the_loss_falls(tmp_path, base):
     answers = [row["completion"] for row in spoiled]
     random.Random(0).shuffle(answers)
     spoiled = [{**row, "completion": answer} for row, answer in zip(spoiled, answers, strict=True)]
-    found = read(finetune(config(base, write_rows(tmp_path / "s.jsonl", spoiled)), tmp_path / "run"))
+    few = "training.max_steps=30"
+    found = read(finetune(config(base, write_rows(tmp_path / "s.jsonl", spoiled), few), tmp_path / "run"))
     assert found["loss"]["high"] < -2
     assert found["verdict"] in ("no change", "worse")
     assert "paired rightly?" in found["reason"]
@@ -149,12 +150,9 @@ def test_a_finished_run_resumes_without_measuring_again_and_says_it_in_a_few_lin
     assert len(caplog.messages) <= 8
 
 
-@pytest.mark.parametrize("left", [None, '{"verdict": "broken", "reason": "an earlier attempt"}'])
-def test_a_verdict_that_was_not_finished_is_measured_by_a_resume(learned, base, rows, left):
+def test_a_verdict_that_was_not_finished_is_measured_by_a_resume(learned, base, rows):
     before, adapter = read(learned), hash_folder(learned.adapter)
-    learned.verdict.unlink()
-    if left is not None:
-        learned.verdict.write_text(left)
+    learned.verdict.write_text('{"verdict": "broken", "reason": "an earlier attempt"}')
     (learned.path / ".tmp-verdict.json-1").write_text("half")
     finetune(config(base, rows), learned.path, resume=True)
     found = read(learned)
