@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.evaluation.tasks import evaluate_e2e, evaluate_multi_nli, evaluate_samsum, evaluate_wikisql
     from smolora.generation.sampling import SamplingSettings
     from smolora.generation.text_generator import TextGenerator
+    from smolora.inference.pipeline import InferencePipeline
     from smolora.integrations.hf_trainer import GradientMeasuringTrainer, to_trainer_callback
     from smolora.models.bundle import ModelBundle, print_trainable_parameters
     from smolora.models.gpt import FeedForward, GPTModel, MultiHeadAttention, TransformerBlock
@@ -110,6 +111,7 @@ __all__ = [
     "GradientMeasuringTrainer",
     "GradientNormCallback",
     "GradientNormLog",
+    "InferencePipeline",
     "LoRAConfig",
     "MLP_ONLY",
     "MemoryManager",
@@ -196,6 +198,7 @@ _HOMES = {
     "GradientMeasuringTrainer": "smolora.integrations.hf_trainer",
     "GradientNormCallback": "smolora.training.gradients",
     "GradientNormLog": "smolora.records.gradient_log",
+    "InferencePipeline": "smolora.inference.pipeline",
     "LoRAConfig": "smolora.config",
     "MLP_ONLY": "smolora.config",
     "MemoryManager": "smolora.runtime.memory",

@@ -89,7 +89,7 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         adapted = peft.PeftModel.from_pretrained(
             model, str(folder), is_trainable=trainable, torch_device=str(base.device)
         )
-    _refuse_partial(adapter, adapted)
+    refuse_partial(adapter, adapted)
     adapted.train(is_training)
     return replace(base, model=adapted, prompt_format=read_prompt_format(folder) or base.prompt_format)
 
@@ -197,9 +197,9 @@ def refuse_misfit(adapter: StoredAdapter, base: ModelBundle) -> None:
             )
 
 
-def _refuse_partial(adapter: StoredAdapter, adapted: peft.PeftModel) -> None:
+def refuse_partial(adapter: StoredAdapter, adapted: peft.PeftModel, name: str = "default") -> None:
     """Raise, with the base as it was, unless the tensors on disk are exactly those that peft expects."""
-    expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    expected = set(peft.get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
     if expected != set(adapter.tensors):
         adapted.unload()
         missing, unknown = sorted(expected - set(adapter.tensors)), sorted(set(adapter.tensors) - expected)

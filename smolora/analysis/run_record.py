@@ -23,6 +23,7 @@ from smolora.config import flatten_settings
 from smolora.errors import DataError
 from smolora.records.metrics_log import MetricsLog, Scalar
 from smolora.records.run_dir import RunDir
+from smolora.records.verdict_file import read_verdict
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -146,6 +147,11 @@ class RunRecord:
             DataError: The run kept none, or the file is damaged.
         """
         return _read_norms(self.run.layer_norms)
+
+    @cached_property
+    def verdict(self) -> dict[str, object] | None:
+        """What the run said of itself at its end; None where it said nothing."""
+        return read_verdict(self.run.verdict)
 
     @cached_property
     def phases(self) -> list[PhaseSpan]:

@@ -27,6 +27,7 @@ from smolora.analysis.findings import (
 from smolora.analysis.phases import describe_phases, steps_within
 from smolora.analysis.run_record import Array, Mask, PhaseSpan, RunRecord, RunSource, open_runs
 from smolora.errors import DataError
+from smolora.records.verdict_file import describe_verdict, list_samples
 
 _STANDS_OUT = 1.5
 """A layer is named when its share is so many times an even one."""
@@ -79,7 +80,8 @@ def list_rules(sections: Sequence[Section]) -> list[str]:
 
 def summarise(record: RunRecord) -> list[Section]:
     """Return the sections of the summary."""
-    sections = [Section("What was trained", list(_say_what(record))), Section("Loss", list(_say_loss(record)))]
+    sections = [*_say_verdict(record), Section("What was trained", list(_say_what(record)))]
+    sections.append(Section("Loss", list(_say_loss(record))))
     count = len(record.curve("loss")[0]) if record.has_curve("loss") else 0
     if count < FEWEST_STEPS:
         few = f"{count} logged step{'s' * (count != 1)}: too few to say where it learned, stalled or spiked"
@@ -89,6 +91,18 @@ def summarise(record: RunRecord) -> list[Section]:
         sections.append(Section("Phases", list(_say_phases(record))))
     sections.append(Section(_IRREGULARITIES, list(_say_irregularities(record))))
     return sections
+
+
+def _say_verdict(record: RunRecord) -> Iterator[Section]:
+    if record.verdict is None:
+        return
+    yield Section("Verdict", describe_verdict(record.verdict))
+    answers = [
+        f"{sample['prompt']!r}: base {sample['base']!r}; tuned {sample['tuned']!r}; right {sample['reference']!r}."
+        for sample in list_samples(record.verdict)
+    ]
+    if answers:
+        yield Section("Answers to held-out rows", answers)
 
 
 def _say_what(record: RunRecord) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from smolora.config.base import Section
@@ -21,6 +23,12 @@ class EvaluationConfig(Section):
 
     early_stopping_threshold: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """How much lower the evaluation loss must be to count as improvement, in nats a token."""
+
+    verdict_share: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
+    """Time for the verdict at the end of `train`, as a share of that of the updates, but a second at least. 0: none."""
+
+    require: Literal["learned"] | None = None
+    """End `train` with exit code 6 where the verdict is another one. Left out, only where it is broken."""
 
     def choose_split_seed(self, seed: int) -> int:
         """Return the seed of the held-out rows of a run with this seed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from smolora.data.benchmarks import get_benchmark
+from smolora.data.benchmarks import Benchmark, get_benchmark
 from smolora.data.row_stream import Source
 from smolora.data.rows import Reject, Row, check_values
 from smolora.errors import DataError
@@ -31,6 +31,11 @@ def name_sources(name: str, folder: Path) -> dict[str, object]:
         benchmark.find(split, folder)
     learned, *held_out = (f"{_PREFIX}{benchmark.name}:{split}:{folder}" for split in splits)
     return {"data.sources": (learned,), **({"data.eval_source": held_out[0]} if held_out else {})}
+
+
+def find_benchmark(source: str) -> Benchmark | None:
+    """Return the benchmark whose rows a source names; None where it is a path or a hub id."""
+    return get_benchmark(_part(source)[0]) if is_benchmark_source(source) else None
 
 
 def locate_benchmark(source: str) -> Path:

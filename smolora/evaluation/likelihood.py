@@ -43,10 +43,12 @@ class LikelihoodScorer:
         Raises:
             DataError: A pair can't be encoded.
         """
+        return self.measure_examples(self._encode(pairs))
+
+    def measure_examples(self, examples: Sequence[Example]) -> list[Likelihood]:
+        """Do for encoded rows what `measure` does for pairs: the likelihood of each row's targets."""
         context = self.bundle.context
-        examples = [
-            Example(example.input_ids[:context], example.is_target[:context]) for example in self._encode(pairs)
-        ]
+        examples = [Example(example.input_ids[:context], example.is_target[:context]) for example in examples]
         found = [Likelihood(0.0, 0)] * len(examples)
         order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
         with_targets = [index for index in order if examples[index].num_target_tokens]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -124,12 +124,33 @@ def _choose_columns(data: DataConfig, trained: PromptFormat | None, tokenizer: P
 
 def _iter_rows(stream: RowStream, data: DataConfig, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
     """Group rows by their prompts, and raise at the end where some were rejected."""
+    num_rows = 0
+
+    def count() -> Iterator[Row]:
+        nonlocal num_rows
+        for row in stream.train:
+            num_rows += 1
+            yield row
+
+    yield from group_rows(count(), stream.fmt, trained)
+    close_report(stream.report, data, train=num_rows, held_out=0, out=None)
+
+
+def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
+    """Yield rows as they are asked; those that follow each other with the same prompt are one of several references.
+
+    Args:
+        rows: What was read.
+        fmt: Their form.
+        trained: The form the model was trained in.
+
+    Raises:
+        DataError: A conversation doesn't end with an answer.
+    """
     prompt: Prompt | None = None
     references: list[str] = []
-    num_rows = 0
-    for row in stream.train:
-        num_rows += 1
-        asked, reference = _read_row(row, stream.fmt, trained)
+    for row in rows:
+        asked, reference = _read_row(row, fmt, trained)
         if references and (asked != prompt or not asked):
             yield BenchmarkRow(prompt or "", tuple(references))
             references = []
@@ -137,7 +158,6 @@ def _iter_rows(stream: RowStream, data: DataConfig, trained: PromptFormat | None
         references.append(reference)
     if references:
         yield BenchmarkRow(prompt or "", tuple(references))
-    close_report(stream.report, data, train=num_rows, held_out=0, out=None)
 
 
 def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:

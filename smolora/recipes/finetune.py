@@ -27,6 +27,7 @@ from smolora.models.packing import can_pack_rows
 from smolora.models.quantised import describe_quantised
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
+from smolora.recipes.verdict import broken_verdict, enforce_verdict, leave_verdict, refuse_unprovable
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder, replaced_folder, retire_folder
 from smolora.runtime.device import resolve_device, resolve_dtype
@@ -90,14 +91,15 @@ def finetune(
         DataError: Rows are missing, rejected or too long.
         StorageError: A source may not be read, or `out` not be written.
         ModelError: The model or adapter can't be loaded, or a checkpoint belongs to another base.
-        BrokenRunError: The run can't have learned.
+        BrokenRunError: The run can't have learned, or hasn't and `config.evaluation.require` is set.
     """
     run = RunDir(out)
     config = settle_config(run, config, resume=resume)
     tuning = open_tuning(config, out, dataset)
     bundle, data = tuning.bundle, tuning.data
-    with ExitStack() as stack:
-        fast = stack.enter_context(fast_path(bundle, config.speed, is_packed=tuning.layout == "packed"))
+    refuse_unprovable(data, config)
+    with ExitStack() as stack, ExitStack() as training:
+        fast = training.enter_context(fast_path(bundle, config.speed, is_packed=tuning.layout == "packed"))
         logger.info("fast path: %s", fast.describe())
         machine = {**tuning.machine, "fast_path": fast.describe()}
         stack.enter_context(
@@ -110,22 +112,15 @@ def finetune(
                 machine=machine,
             )
         )
+        training.enter_context(broken_verdict(run))
         data.rows.report.write(run.path)
-        state = Trainer(
-            bundle,
-            data.train,
-            config.training,
-            collate=get_data_collator(tuning.layout),
-            eval_dataset=data.held_out,
-            evaluation=config.evaluation,
-            run_dir=run,
-            identity=tuning.identity,
-            callbacks=choose_callbacks(run, config, callbacks),
-            plan=tuning.steps,
-        ).train(resume=resume)
+        state = _build_trainer(run, config, tuning, callbacks).train(resume=resume)
         restore_best(run, bundle, state)
         _save(run, bundle)
+        training.close()  # The fast path is made for an adapter that is on.
+        leave_verdict(run, bundle, data, config)
         leave_report(run)
+        enforce_verdict(run, config)
     return run
 
 
@@ -151,6 +146,21 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
     _check_phases(bundle, steps, config, is_evaluated=data.held_out is not None)
     machine |= {"allocator": allocator, "batches": layout}
     return Tuning(bundle, data, layout, steps, _identify(bundle, data, config), machine)
+
+
+def _build_trainer(run: RunDir, config: ExperimentConfig, tuning: Tuning, callbacks: Sequence[Callback]) -> Trainer:
+    return Trainer(
+        tuning.bundle,
+        tuning.data.train,
+        config.training,
+        collate=get_data_collator(tuning.layout),
+        eval_dataset=tuning.data.held_out,
+        evaluation=config.evaluation,
+        run_dir=run,
+        identity=tuning.identity,
+        callbacks=choose_callbacks(run, config, callbacks),
+        plan=tuning.steps,
+    )
 
 
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:

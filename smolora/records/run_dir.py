@@ -44,6 +44,7 @@ class RunDir:
         self.gradient_summary = self.path / "gradient_analysis.summary.json"
         self.prefix_cache = self.path / "prefix_cache"
         self.phase_report = self.path / "phase_report.json"
+        self.verdict = self.path / "verdict.json"
         self.adapter = self.path / "adapter_checkpoint"
         self.merged = self.path / "final_merged"
         self.model = self.path / "model"

@@ -78,6 +78,7 @@ PROMISED = {
     "create_layerwise_lora_config",
     # Asking
     "TextGenerator",
+    "InferencePipeline",
     "SamplingSettings",
     # Proving it
     "DatasetType",

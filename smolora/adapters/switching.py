@@ -1,0 +1,107 @@
+"""Several adapters on one base in memory, of which one at a time is on, or none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import torch
+
+from smolora.adapters.adapter_files import read_adapter
+from smolora.adapters.attach import quiet_peft, refuse_unadaptable
+from smolora.adapters.store import find_adapter, load_adapter, refuse_misfit, refuse_partial
+from smolora.adapters.toggling import disabled_adapter
+from smolora.data.prompts import read_prompt_format
+from smolora.errors import ConfigError, did_you_mean
+from smolora.models.bundle import ModelBundle
+
+BASE = "base"
+"""The name that stands for no adapter."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class AdapterSwitch:
+    """One base with its adapters by name; the first one is on unless another is asked for."""
+
+    def __init__(self, base: ModelBundle, adapters: Mapping[str, str | Path]) -> None:
+        """Put adapters on a base, whose model is changed by it.
+
+        Args:
+            base: A model without an adapter.
+            adapters: Runs, adapter folders or hub ids by the name they get here.
+
+        Raises:
+            ConfigError: A name isn't one, or the base carries an adapter.
+            ModelError: An adapter is damaged, or was trained on another base.
+        """
+        for name in adapters:
+            if not _NAME.fullmatch(name) or name == BASE:
+                raise ConfigError(f"{name!r} names no adapter: take letters, digits, '.', '_', '-'; not {BASE!r}.")
+        if not adapters:
+            raise ConfigError("no adapter is named.")
+        refuse_unadaptable(base)
+        folders = {name: find_adapter(source) for name, source in adapters.items()}
+        for folder in folders.values():  # Before the first one is on: it would change the modules' names.
+            refuse_misfit(read_adapter(folder), base)
+        self._bundles: dict[str, ModelBundle] = {}
+        self._inner: dict[str, str] = {}
+        for number, (name, folder) in enumerate(folders.items()):
+            self._inner[name] = f"adapter_{number}" if number else "default"  # peft takes no dots in a name.
+            self._bundles[name] = self._add(folder, self._inner[name]) if number else load_adapter(base, folder)
+        self._used: str | None = None
+        self._first = next(iter(folders))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters."""
+        return tuple(self._bundles)
+
+    @contextmanager
+    def switched_to(self, name: str | None = None) -> Iterator[ModelBundle]:
+        """Yield the bundle with one adapter on, in whose form its prompts are put.
+
+        Args:
+            name: An adapter, or `base` for none, asked in the first one's form. Left out, the first.
+
+        Raises:
+            ConfigError: There is none of that name, or another one is in use.
+        """
+        name = name or self._first
+        if name not in (BASE, *self._bundles):
+            known = (*self._bundles, BASE)
+            raise ConfigError(f"no adapter {name!r}.{did_you_mean(name, known)} Adapters: {', '.join(known)}.")
+        if self._used not in (None, name):
+            raise ConfigError(f"the adapter {self._used!r} is answering. Finish or close its stream first.")
+        before, self._used = self._used, name
+        try:
+            bundle = self._bundles[self._first if name == BASE else name]
+            if name == BASE:
+                with disabled_adapter(bundle):
+                    yield bundle
+            else:
+                self._set(self._inner[name])
+                yield bundle
+        finally:
+            self._used = before
+
+    @property
+    def _model(self) -> peft.PeftModel:
+        model = next(iter(self._bundles.values())).model
+        assert isinstance(model, peft.PeftModel), "the first adapter was put on"
+        return model
+
+    def _add(self, folder: Path, inner: str) -> ModelBundle:
+        first, adapter = next(iter(self._bundles.values())), read_adapter(folder)
+        with quiet_peft(), torch.random.fork_rng():
+            self._model.load_adapter(str(folder), adapter_name=inner, torch_device=str(first.device))
+        refuse_partial(adapter, self._model, inner)
+        self._model.train(first.model.training)
+        return replace(first, prompt_format=read_prompt_format(folder))
+
+    def _set(self, inner: str) -> None:
+        self._model.set_adapter(inner, inference_mode=True)

@@ -1,0 +1,47 @@
+"""How many held-out rows were in the training rows too: what is measured on those is memory, not learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from smolora.data.prompts import PromptFormat
+from smolora.data.rows import Row
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Held-out rows that training rows equal, but for case and white space."""
+
+    num_held_out: int
+    rows: int
+    """Those with a training row's prompt and answer."""
+    prompts: int | None
+    """Those with a training row's prompt, whatever the answer; None where the form has no prompt apart."""
+
+
+_ANSWERS = {"text": (), "prompt_completion": ("completion",), "instruction": ("output",), "messages": ()}
+"""The roles that aren't asked."""
+
+
+def measure_overlap(train: Iterable[Row], held_out: Sequence[Row], fmt: PromptFormat) -> Overlap:
+    """Return how many of `held_out` are in `train`; memory is a digest for each held-out row."""
+    answers = {fmt.columns[role] for role in _ANSWERS[fmt.kind] if role in fmt.columns}
+    whole = tuple(fmt.columns.values())
+    asked = tuple(column for column in whole if column not in answers)
+    rows = _count_seen(train, held_out, whole)
+    prompts = _count_seen(train, held_out, asked) if answers else None
+    return Overlap(len(held_out), rows, prompts)
+
+
+def _count_seen(train: Iterable[Row], held_out: Sequence[Row], columns: tuple[str, ...]) -> int:
+    digests = [_digest(row, columns) for row in held_out]
+    wanted = set(digests)
+    seen = {digest for row in train if (digest := _digest(row, columns)) in wanted}
+    return sum(digest in seen for digest in digests)
+
+
+def _digest(row: Row, columns: tuple[str, ...]) -> bytes:
+    texts = (" ".join(str(row.values.get(column, "")).casefold().split()) for column in columns)
+    return blake2b("\x00".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,146 @@
+"""What base and tuned model answer to the same rows: a few side by side, and the metric of as many as there is time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from smolora.adapters.toggling import disabled_adapter
+from smolora.data.benchmark_rows import BenchmarkRow
+from smolora.evaluation.comparison import Budget, Comparison, bound_differences
+from smolora.evaluation.metric import Answer, Resources
+from smolora.evaluation.metrics import MetricsCalculator
+from smolora.generation.sampling import SamplingSettings
+from smolora.generation.text_generator import TextGenerator
+from smolora.models.bundle import ModelBundle
+
+NUM_SAMPLES = 5
+_AT_ONCE = 16
+_FEWEST_TOKENS = 8
+_PROBE_TOKENS = 4
+_MARGIN = 2.0
+"""A step of 16 rows takes at most about so many times as long as one of a single row."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row, and what both answer."""
+
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the texts by name."""
+        return asdict(self)
+
+
+@dataclass
+class PairedAnswers:
+    """The answers to some rows."""
+
+    samples: list[Sample] = field(default_factory=list)
+    scores: list[Comparison] = field(default_factory=list)
+    num_rows: int = 0
+    skipped: list[str] = field(default_factory=list)
+    """What there was no time for."""
+
+
+def compare_answers(
+    bundle: ModelBundle,
+    rows: Sequence[BenchmarkRow],
+    metrics: Sequence[str],
+    settings: SamplingSettings,
+    *,
+    budget: Budget,
+    resources: Resources | None = None,
+) -> PairedAnswers:
+    """Ask both the rows in order, until the time is up.
+
+    Args:
+        bundle: A base with an adapter, which is switched off for the base's part.
+        rows: What is asked; the first five are shown.
+        metrics: Names of metrics that are sums over rows; none for samples alone.
+        settings: How both answer.
+        budget: The time.
+        resources: What the metrics need.
+    """
+    found = PairedAnswers()
+    if not rows:
+        found.skipped.append("answers: no held-out row leaves room for one")
+        return found
+    room = _count_affordable_tokens(bundle, rows[0], settings, budget)
+    if room < min(_FEWEST_TOKENS, settings.max_new_tokens):
+        found.skipped.append("answers: there was no time for any")
+        return found
+    if room < settings.max_new_tokens:
+        found.skipped.append(f"scores of answers: there was time for {room} tokens of each")
+        settings, metrics = settings.replace(max_new_tokens=room), ()
+    rows = rows if metrics else rows[:NUM_SAMPLES]
+    calculators = [MetricsCalculator(metrics, resources=resources) for _ in range(2)]
+    for row, *answers in _ask(bundle, rows, settings, budget):
+        found.num_rows += 1
+        for calculator, answer in zip(calculators, answers, strict=True):
+            calculator.add(Answer(answer), row)
+        if len(found.samples) < NUM_SAMPLES:
+            found.samples.append(Sample(_show_prompt(row), row.references[0], *answers))
+    if left := len(rows) - found.num_rows:
+        found.skipped.append(f"answers to {left:,} of {len(rows):,} held-out rows")
+    found.scores = list(_compare_scores(calculators)) if found.num_rows else []
+    return found
+
+
+def _count_affordable_tokens(bundle: ModelBundle, row: BenchmarkRow, settings: SamplingSettings, budget: Budget) -> int:
+    """Return how long the first answers may be, by the time that a few tokens take."""
+    generator = TextGenerator(bundle)
+    generator.generate([row.prompt], settings=settings.replace(max_new_tokens=1))  # The first call looks at the model.
+    began = time.perf_counter()
+    generator.generate([row.prompt], settings=settings.replace(max_new_tokens=_PROBE_TOKENS, stop=()))
+    a_token = (time.perf_counter() - began) / _PROBE_TOKENS
+    return min(settings.max_new_tokens, int(max(0.0, budget.left) / (2 * _MARGIN * a_token)))
+
+
+def _ask(
+    bundle: ModelBundle, rows: Sequence[BenchmarkRow], settings: SamplingSettings, budget: Budget
+) -> Iterator[tuple[BenchmarkRow, str, str]]:
+    """Yield each row with the base's answer and the tuned model's, as long as there is time for more of them."""
+    generator = TextGenerator(bundle)
+    start, needed = 0, 0.0
+    while start < len(rows) and budget.left >= needed:
+        began = time.perf_counter()
+        part = rows[start : start + _AT_ONCE]
+        prompts = [row.prompt for row in part]
+        tuned = generator.generate(prompts, settings=settings, batch_size=_AT_ONCE)
+        with disabled_adapter(bundle):
+            base = generator.generate(prompts, settings=settings, batch_size=_AT_ONCE)
+        yield from zip(part, base, tuned, strict=True)
+        needed = time.perf_counter() - began
+        start += len(part)
+
+
+def _compare_scores(calculators: Sequence[MetricsCalculator]) -> Iterator[Comparison]:
+    before, after = (calculator.conclude() for calculator in calculators)
+    for name, score in before.items():
+        base, tuned = score.value, after[name].value
+        if base is None or tuned is None:
+            continue
+        values = [calculator.resample(name) for calculator in calculators]
+        low, high = bound_differences(values[0], values[1], num_rows=calculators[0].num_rows)
+        yield Comparison(
+            name=name,
+            base=base,
+            tuned=tuned,
+            low=low,
+            high=high,
+            num_rows=calculators[0].num_rows,
+            variant=score.variant,
+            version=score.version or "",
+        )
+
+
+def _show_prompt(row: BenchmarkRow) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in row.prompt)

@@ -1,0 +1,122 @@
+"""The loss of held-out rows under base and tuned model, row by row; and under the tuned one with other rows' prompts.
+
+The last tells what was learned. A model that was trained on shuffled answers learns their form and how frequent each
+is, so its loss falls; but it holds an answer as likely after another row's prompt as after its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smolora.adapters.toggling import disabled_adapter
+from smolora.data.token_dataset import Example, TokenArray, TokenDataset
+from smolora.evaluation.answers import LossMetric
+from smolora.evaluation.bootstrap import Tally
+from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Budget, Comparison, bound_differences, finite
+from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
+from smolora.evaluation.metric import Sums
+from smolora.models.bundle import ModelBundle
+
+_BATCHES_AT_ONCE = 8
+_MOST_TRIES = 32
+
+
+@dataclass(frozen=True)
+class PromptUse:
+    """Loss of the tuned model's answers after their own prompts, and after those of other rows."""
+
+    own: float
+    other: float
+    low: float | None
+    high: float | None
+    """Bounds of the interval that holds 95 % of the resampled differences, other less own."""
+    num_rows: int
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the right prompt surely makes the right answer likelier, and by more than a trace."""
+        return self.low is not None and self.low > 0 and self.other - self.own >= LEAST_LOSS_SHARE * self.own
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the numbers as plain values."""
+        values = {"own": finite(self.own), "other": finite(self.other), "difference": finite(self.other - self.own)}
+        return {**values, "low": self.low, "high": self.high, "num_rows": self.num_rows}
+
+
+def compare_losses(
+    bundle: ModelBundle, rows: TokenDataset, *, budget: Budget, batch_size: int = 8, seed: int = 0
+) -> tuple[Comparison, PromptUse | None]:
+    """Measure rows in a seeded order until the time is up, 64 in any case (of batches of 8).
+
+    Args:
+        bundle: A base with an adapter, which is switched off for the base's part.
+        rows: Encoded held-out rows.
+        budget: The time.
+        batch_size: Rows in one forward pass.
+        seed: Of the order.
+    """
+    examples = [rows[index] for index in random.Random(seed).sample(range(len(rows)), len(rows))]
+    swapped = [_swap_prompt(examples, index, bundle.context) for index in range(len(examples))]
+    scorer = LikelihoodScorer(bundle, batch_size=batch_size)
+    tally = Tally(7)
+    for start in range(0, len(examples), batch_size * _BATCHES_AT_ONCE):
+        if start and budget.left < 0:
+            break
+        part = slice(start, start + batch_size * _BATCHES_AT_ONCE)
+        tuned = scorer.measure_examples(examples[part])
+        other = iter(scorer.measure_examples([example for example in swapped[part] if example is not None]))
+        with disabled_adapter(bundle):
+            base = scorer.measure_examples(examples[part])
+        for before, after, mate in zip(base, tuned, swapped[part], strict=True):
+            tally.add(_to_sums(before, after, None if mate is None else next(other)))
+    return _conclude(tally)
+
+
+def _to_sums(base: Likelihood, tuned: Likelihood, other: Likelihood | None) -> Sums:
+    swapped = (tuned.loss_sum, other.loss_sum, other.num_tokens, 1) if other else (0, 0, 0, 0)
+    return np.array([base.loss_sum, tuned.loss_sum, base.num_tokens, *swapped], np.float64)
+
+
+def _conclude(tally: Tally) -> tuple[Comparison, PromptUse | None]:
+    with np.errstate(invalid="ignore", divide="ignore"):  # A resampling of few rows may hold none.
+        base, tuned, _, own, other, _ = tally.sums[:6] / np.repeat(tally.sums[[2, 5]], 3)
+        resampled = tally.resampled[:, :6] / np.repeat(tally.resampled[:, [2, 5]], 3, axis=1)
+    low, high = bound_differences(resampled[:, 0], resampled[:, 1], num_rows=tally.num_rows)
+    variant, version = LossMetric.variants[0], LossMetric.version
+    loss = Comparison(
+        name="loss",
+        base=float(base),
+        tuned=float(tuned),
+        low=low,
+        high=high,
+        num_rows=tally.num_rows,
+        variant=variant,
+        version=version,
+    )
+    if not tally.sums[5]:
+        return loss, None
+    low, high = bound_differences(resampled[:, 3], resampled[:, 4], num_rows=tally.num_rows)
+    return loss, PromptUse(float(own), float(other), low, high, round(tally.sums[6]))
+
+
+def _swap_prompt(examples: Sequence[Example], index: int, context: int | None) -> Example | None:
+    """Return a row's answer after the prompt of the next row that has another prompt and another answer."""
+    row = examples[index]
+    for offset in range(1, min(len(examples), _MOST_TRIES)):
+        other = examples[(index + offset) % len(examples)]
+        (prompt, answer), (other_prompt, other_answer) = _split(row), _split(other)
+        if len(other_prompt) < 2 or np.array_equal(prompt, other_prompt) or np.array_equal(answer, other_answer):
+            continue
+        if context is None or len(other_prompt) + len(answer) <= context:
+            is_target = np.concatenate([np.zeros(len(other_prompt), np.bool_), row.is_target[len(prompt) :]])
+            return Example(np.concatenate([other_prompt, answer]), is_target)
+    return None
+
+
+def _split(example: Example) -> tuple[TokenArray, TokenArray]:
+    start = int(example.is_target.argmax())
+    return example.input_ids[:start], example.input_ids[start:]

@@ -1,0 +1,136 @@
+"""Did it work? One word for a tuning run, and the measurements that it stands on.
+
+learned: loss and answers, each counted where the difference is sure, are better together than before, and the answers
+depend on the prompts. no change, worse: they aren't better, or are worse. broken: the run can't have learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from smolora.adapters.movement import Movement
+from smolora.data.overlap import Overlap
+from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Comparison, finite
+from smolora.evaluation.paired_answers import Sample
+from smolora.evaluation.paired_loss import PromptUse
+
+Word = Literal["learned", "no change", "worse", "broken"]
+
+_FEW_ROWS = 10
+_OVERWRITTEN = 10.0
+"""An update so many times as large as the weights has replaced them; usual ones are below 1."""
+
+_MANY_SEEN = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What was measured of base and tuned model."""
+
+    loss: Comparison
+    prompt_use: PromptUse | None
+    """None where rows have no prompts, or no two differ in prompt and answer."""
+    scores: Sequence[Comparison]
+    """Metrics of the answers; the first one counts."""
+    movement: Movement
+    overlap: Overlap
+    samples: Sequence[Sample] = ()
+    skipped: Sequence[str] = ()
+    """What there was no time for."""
+
+    def describe(self) -> Iterator[str]:
+        """Yield a line for each finding."""
+        yield self.loss.describe()
+        if self.scores:
+            yield self.scores[0].describe()
+        if self.prompt_use:
+            own, other = self.prompt_use.own, self.prompt_use.other
+            yield f"loss of the same answers after other rows' prompts {other:.4f}, after their own {own:.4f}"
+        yield (
+            f"weights moved by {self.movement.relative:.2%} of their norm, in {len(self.movement.modules)} modules"
+            + (f"; {self.movement.num_still} stood still" if self.movement.num_still else "")
+        )
+        if self.overlap.rows:
+            yield f"{self.overlap.rows} of {self.overlap.num_held_out} held-out rows were in the training rows too"
+        if self.loss.num_rows < _FEW_ROWS:
+            yield f"only {self.loss.num_rows} held-out rows: the intervals are rough"
+        yield from (f"skipped: {what}" for what in self.skipped)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return all of it as plain values."""
+        moved = self.movement
+        return {
+            "loss": self.loss.to_dict(),
+            "prompt_use": self.prompt_use.to_dict() if self.prompt_use else None,
+            "metric": self.scores[0].to_dict() if self.scores else None,
+            "other_metrics": [score.to_dict() for score in self.scores[1:]],
+            "movement": {
+                "relative": finite(moved.relative),
+                "modules": {name: finite(value) for name, value in moved.modules.items()},
+            },
+            "overlap": asdict(self.overlap),
+            "samples": [sample.to_dict() for sample in self.samples],
+            "skipped": list(self.skipped),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The word, why, and what it stands on."""
+
+    word: Word
+    reason: str
+    lines: Sequence[str] = ()
+    """The findings, for people."""
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """Return the verdict on what was measured."""
+    word, reason = _choose_word(evidence)
+    return Verdict(word=word, reason=reason, lines=tuple(evidence.describe()))
+
+
+def _choose_word(evidence: Evidence) -> tuple[Word, str]:
+    loss, use, overlap = evidence.loss, evidence.prompt_use, evidence.overlap
+    if ruin := _find_ruin(evidence):
+        return ruin
+    score = evidence.scores[0] if evidence.scores else None
+    votes = loss.verdict + (score.verdict if score else 0)
+    found = _say_votes(loss, score)
+    if votes <= 0:
+        return "worse" if votes else "no change", found
+    if use is not None and not use.is_sure:
+        return "no change", (
+            f"{found}, but after another row's prompt an answer is as likely as after its own (to 1 %): "
+            "the form of the answers was learned, not what they answer. Are prompts and answers paired rightly?"
+        )
+    if overlap.rows > _MANY_SEEN * overlap.num_held_out:
+        found += f"; but {overlap.rows} of {overlap.num_held_out} held-out rows were trained on, so this may be memory"
+    return "learned", found
+
+
+def _find_ruin(evidence: Evidence) -> tuple[Word, str] | None:
+    """Return what no measurement of answers can make good."""
+    moved = evidence.movement.relative
+    if not math.isfinite(evidence.loss.tuned):
+        return "broken", f"the held-out loss is {evidence.loss.tuned}"
+    if not moved or not math.isfinite(moved):
+        return "broken", "no adapted weight differs from the base's" if not moved else "the adapter isn't finite"
+    if moved > _OVERWRITTEN:
+        return "worse", (
+            f"the adapter's update is {moved:,.0f} times as large as the weights it is added to, "
+            "so nothing is left of the base. Lower the learning rate"
+        )
+    return None
+
+
+def _say_votes(loss: Comparison, score: Comparison | None) -> str:
+    said = [f"{one.name} is {_WORDS[one.verdict]}" for one in (loss, score) if one and one.is_counted]
+    unsure = f" (by less than {LEAST_LOSS_SHARE:.0%}, or not surely so)" if not loss.verdict else ""
+    return " and ".join(said) + unsure
+
+
+_WORDS = {-1: "worse", 0: "the same", 1: "better"}

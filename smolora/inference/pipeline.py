@@ -1,0 +1,226 @@
+"""`InferencePipeline`: a merged model, a base with an adapter, or a base with several, asked by task.
+
+Prompts go through the same rendering as in training, evaluation and chat, so that an adapter sees what
+it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from smolora.adapters.attach import is_adapted
+from smolora.adapters.store import load_adapter, load_bundle
+from smolora.adapters.switching import BASE, AdapterSwitch
+from smolora.adapters.toggling import disabled_adapter
+from smolora.data.chat import Message
+from smolora.errors import ConfigError
+from smolora.evaluation.likelihood import LikelihoodScorer
+from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
+from smolora.generation.text_generator import Prompt, TextGenerator
+from smolora.inference.conversation import Conversation
+from smolora.models.bundle import ModelBundle
+from smolora.runtime.device import resolve_device
+
+_GREEDY = SamplingSettings(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The likeliest of a few labels, and the share of each."""
+
+    label: str
+    shares: dict[str, float]
+    """Probabilities of the labels, made to sum to 1."""
+
+
+class InferencePipeline:
+    r"""Answers one prompt or many; one text in, one answer out, and a list for a list.
+
+    Every method takes `adapter`: the name of one of several, or `base` for the model without any.
+
+    Example:
+        pipeline = InferencePipeline.from_path("RUN")
+        pipeline.generate("name[Aromi], food[Chinese]")
+        pipeline.classify(["Review: fine.\nSentiment:"], labels=["negative", "positive"])
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        settings: SamplingSettings = DEFAULT_SAMPLING,
+        batch_size: int = 16,
+    ) -> None:
+        """Take an opened model.
+
+        Args:
+            bundle: A model, with or without an adapter; with `adapters` without.
+            adapters: Runs or adapter folders by name; the first one answers unless another is asked for.
+            settings: How answers are drawn, where a call doesn't say.
+            batch_size: Rows that are answered at a time.
+
+        Raises:
+            ConfigError: A name of an adapter isn't one, or the bundle carries an adapter already.
+            ModelError: An adapter is damaged, or was trained on another base.
+        """
+        self.settings = settings
+        self.batch_size = batch_size
+        self._bundle = bundle
+        self._switch = AdapterSwitch(bundle, adapters) if adapters else None
+        self._generators: dict[int, TextGenerator] = {}
+
+    @classmethod
+    def from_path(
+        cls,
+        path: str | Path,
+        *,
+        base: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+        device: str = "auto",
+        settings: SamplingSettings = DEFAULT_SAMPLING,
+        batch_size: int = 16,
+    ) -> InferencePipeline:
+        """Open a run, a model or adapter folder, or a hub id.
+
+        Args:
+            path: What to open.
+            base: The base of an adapter, where its folder doesn't name it.
+            adapters: Adapters by name, on `path` as their base.
+            device: auto, cpu, cuda or mps.
+            settings: How answers are drawn, where a call doesn't say.
+            batch_size: Rows that are answered at a time.
+
+        Raises:
+            ModelError: There is nothing to open, or an adapter is another base's.
+        """
+        place = str(resolve_device(device).device)
+        bundle = load_adapter(load_bundle(base, device=place), Path(path)) if base else load_bundle(path, device=place)
+        return cls(bundle, adapters=adapters, settings=settings, batch_size=batch_size)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of several adapters; empty where there is one or none."""
+        return self._switch.names if self._switch else ()
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # A text is a sequence of texts, too.
+        self, prompts: str, *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> list[str]: ...
+
+    def generate(
+        self, prompts: str | Sequence[Prompt], *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> str | list[str]:
+        """Return the answer to a text, or to each of a list of texts and conversations, without the prompt."""
+        asked = [prompts] if isinstance(prompts, str) else prompts
+        with self._opened(adapter) as generator:
+            answers = generator.generate(asked, settings=settings or self.settings, batch_size=self.batch_size)
+        return answers[0] if isinstance(prompts, str) else answers
+
+    def stream(
+        self, prompt: Prompt, *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> Iterator[str]:
+        """Yield the answer in pieces; joined they are what `generate` returns. Closing it stops the computation."""
+        with self._opened(adapter) as generator:
+            yield from generator.stream(prompt, settings=settings or self.settings)
+
+    def chat(
+        self, messages: Sequence[Message], *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> str:
+        """Return the next turn of a conversation, given as messages with role and content."""
+        return self.generate([messages], settings=settings, adapter=adapter)[0]
+
+    def start_conversation(self, settings: SamplingSettings | None = None) -> Conversation:
+        """Return a conversation that keeps its history and streams its answers.
+
+        Raises:
+            ConfigError: There are several adapters.
+        """
+        if self._switch:
+            raise ConfigError("a conversation is held with one model: open one adapter alone, or use chat().")
+        return Conversation(self._bundle, settings or self.settings)
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]
+        self, prompts: str, labels: Sequence[str], *, adapter: str | None = None
+    ) -> Classification: ...
+
+    @overload
+    def classify(
+        self, prompts: Sequence[Prompt], labels: Sequence[str], *, adapter: str | None = None
+    ) -> list[Classification]: ...
+
+    def classify(
+        self, prompts: str | Sequence[Prompt], labels: Sequence[str], *, adapter: str | None = None
+    ) -> Classification | list[Classification]:
+        """Return the likeliest label of each prompt, each label with its end token, as evaluation does.
+
+        Raises:
+            ConfigError: There are no labels.
+        """
+        if not labels:
+            raise ConfigError("classify needs labels to choose from.")
+        asked = [prompts] if isinstance(prompts, str) else prompts
+        with self._opened(adapter) as generator:
+            scorer = LikelihoodScorer(generator.bundle, batch_size=self.batch_size)
+            measured = scorer.measure([(prompt, label) for prompt in asked for label in labels])
+        losses = np.array([one.loss_sum for one in measured]).reshape(len(asked), len(labels))
+        found = [_choose(row, labels) for row in losses]
+        return found[0] if isinstance(prompts, str) else found
+
+    def answer(
+        self,
+        question: str,
+        context: str | None = None,
+        *,
+        settings: SamplingSettings | None = None,
+        adapter: str | None = None,
+    ) -> str:
+        """Answer a question, about a text where one is given; asked as the benchmark `squad` asks, greedily."""
+        prompt = question if context is None else f"Context: {context}\nQuestion: {question}\nAnswer:"
+        return self.generate(prompt, settings=settings or self._greedy, adapter=adapter).strip()
+
+    def summarise(self, text: str, *, settings: SamplingSettings | None = None, adapter: str | None = None) -> str:
+        """Summarise a text, asked as the benchmark `samsum` asks: the text alone is the prompt; greedily."""
+        return self.generate(text, settings=settings or self._greedy, adapter=adapter).strip()
+
+    @property
+    def _greedy(self) -> SamplingSettings:
+        settings: SamplingSettings = self.settings.replace(temperature=0.0)
+        return settings
+
+    @contextmanager
+    def _opened(self, adapter: str | None) -> Iterator[TextGenerator]:
+        """Yield the generator of an adapter, which is on inside the block."""
+        if self._switch:
+            with self._switch.switched_to(adapter) as bundle:
+                yield self._generator_of(bundle)
+            return
+        if adapter not in (None, BASE):
+            raise ConfigError(f"no adapter {adapter!r}: this model was opened without several. Name them in adapters=.")
+        if adapter == BASE and is_adapted(self._bundle):
+            with disabled_adapter(self._bundle):
+                yield self._generator_of(self._bundle)
+        else:
+            yield self._generator_of(self._bundle)
+
+    def _generator_of(self, bundle: ModelBundle) -> TextGenerator:
+        return self._generators.setdefault(id(bundle), TextGenerator(bundle))
+
+
+def _choose(losses: npt.NDArray[np.float64], labels: Sequence[str]) -> Classification:
+    shares = np.exp(losses.min() - losses)
+    shares /= shares.sum()
+    return Classification(labels[int(losses.argmin())], dict(zip(labels, shares.tolist(), strict=True)))

@@ -1,0 +1,39 @@
+"""How far an adapter moves weights, against the merged weights themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.movement import measure_movement
+from smolora.config import LoRAConfig
+from tests.tiny import tiny_bundle
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_norms_are_those_of_the_merged_weights(tmp_path, family):
+    bundle = attach_adapter(tiny_bundle(family, tmp_path / "base"), LoRAConfig(r=2), seed=0)
+    before = {name: value.clone() for name, value in bundle.model.get_base_model().state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in bundle.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    found = measure_movement(bundle)
+    merged = bundle.model.merge_and_unload().state_dict()
+    moved, held = 0.0, 0.0
+    for module, value in found.modules.items():
+        weight = before[f"{module}.base_layer.weight"]
+        change = merged[f"{module}.weight"] - weight
+        assert value == pytest.approx((change.norm() / weight.norm()).item(), rel=1e-3)
+        moved, held = moved + change.square().sum().item(), held + weight.square().sum().item()
+    assert found.relative == pytest.approx((moved / held) ** 0.5, rel=1e-3)
+
+
+def test_a_fresh_adapter_moves_nothing(tmp_path):
+    found = measure_movement(attach_adapter(tiny_bundle("llama", tmp_path / "base"), LoRAConfig(), seed=0))
+    assert (found.relative, found.num_still) == (0.0, 14)
+
+
+def test_a_bundle_without_an_adapter_has_no_modules(tmp_path):
+    assert measure_movement(tiny_bundle("llama", tmp_path / "base")).modules == {}

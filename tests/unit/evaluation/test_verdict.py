@@ -1,0 +1,74 @@
+"""From measurements to a word."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from smolora.adapters.movement import Movement
+from smolora.data.overlap import Overlap
+from smolora.evaluation.comparison import Comparison
+from smolora.evaluation.paired_loss import PromptUse
+from smolora.evaluation.verdict import Evidence, judge
+
+SURE, UNSURE = PromptUse(1.0, 2.0, 0.9, 1.1, 40), PromptUse(1.0, 1.01, -0.1, 0.1, 40)
+A_TRACE = PromptUse(1.661, 1.6651, 0.001, 0.007, 320)
+
+
+def loss(tuned, spread=0.1, base=2.0):
+    low, high = tuned - base - spread, tuned - base + spread
+    return Comparison(
+        name="loss", base=base, tuned=tuned, low=low, high=high, num_rows=40, variant="nats", version="smolora"
+    )
+
+
+def score(difference, num_rows=40):
+    bounds = {"low": difference - 0.1, "high": difference + 0.1}
+    return Comparison(
+        name="rougeL", base=0.5, tuned=0.5 + difference, num_rows=num_rows, variant="F", version="1", **bounds
+    )
+
+
+def gather(loss, *scores, use=SURE, moved=0.1, seen=0):
+    movement = Movement(moved, {"layers.0.q_proj": moved})
+    return Evidence(
+        loss=loss, prompt_use=use, scores=scores, movement=movement, overlap=Overlap(40, seen, 0), skipped=("this",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("evidence", "word"),
+    [
+        (gather(loss(1.0)), "learned"),
+        (gather(loss(1.0), score(0.3)), "learned"),
+        (gather(loss(1.0), use=None), "learned"),
+        (gather(loss(1.0), score(-0.3)), "no change"),
+        (gather(loss(1.0), score(-0.3, num_rows=5)), "learned"),
+        (gather(loss(1.0), use=UNSURE), "no change"),
+        (gather(loss(1.0), use=A_TRACE), "no change"),
+        (gather(loss(1.95)), "no change"),
+        (gather(loss(1.99, spread=0.001)), "no change"),
+        (gather(loss(1.95), score(0.3)), "learned"),
+        (gather(loss(3.0)), "worse"),
+        (gather(loss(1.95), score(-0.3)), "worse"),
+        (gather(loss(1.0), moved=50.0), "worse"),
+        (gather(loss(math.nan)), "broken"),
+        (gather(loss(math.inf)), "broken"),
+        (gather(loss(1.0), moved=0.0), "broken"),
+        (gather(loss(1.0), moved=math.nan), "broken"),
+    ],
+)
+def test_each_kind_of_run_has_its_word(evidence, word):
+    assert judge(evidence).word == word
+
+
+def test_held_out_rows_that_were_trained_on_are_named():
+    assert "20 of 40 held-out rows were trained on" in judge(gather(loss(1.0), seen=20)).reason
+
+
+def test_the_findings_say_what_was_skipped_and_are_valid_json():
+    evidence = gather(loss(math.nan), score(0.3))
+    assert judge(evidence).lines[-1] == "skipped: this"
+    assert json.loads(json.dumps(evidence.to_dict(), allow_nan=False))["loss"]["tuned"] is None
