@@ -129,16 +129,16 @@ def evaluate_predictions(
         ConfigError: The file is what would be written into `folder`.
         DataError: There are more or fewer lines than rows, or one isn't UTF-8.
     """
-    identity = {**_identify(source), "predictions": hash_file(file)}
-    log = PredictionLog(folder, identity, is_resumed=False) if folder else None
-    if log and log.predictions.exists() and log.predictions.samefile(file):
-        raise ConfigError(f"{file} is where the scored predictions would be written. Choose another folder with -o.")
     num_rows, num_lines = source.count(), sum(1 for _ in _iter_lines(file))
     if num_rows != num_lines:
         raise DataError(
             f"{file} has {num_lines:,} lines, and {source.name} {num_rows:,} rows. Write one prediction a line, in "
             "the order of the rows; an empty line is an empty prediction."
         )
+    identity = {**_identify(source), "predictions": hash_file(file)}
+    log = PredictionLog(folder, identity, is_resumed=False) if folder else None
+    if log and log.predictions.exists() and log.predictions.samefile(file):
+        raise ConfigError(f"{file} is where the scored predictions would be written. Choose another folder with -o.")
     lines = _iter_lines(file)
     return score_answers(
         lambda rows: [Answer(next(lines)) for _ in rows],
