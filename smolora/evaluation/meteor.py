@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from nltk import data as nltk_data
 from nltk.corpus import wordnet
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.translate.meteor_score import meteor_score
@@ -27,11 +26,11 @@ class MeteorMetric(MeanMetric):
             MissingResource: It isn't there.
         """
         try:
-            nltk_data.find("corpora/wordnet")
+            wordnet.ensure_loaded()  # It looks into wordnet.zip as well, which is what the downloader leaves.
         except LookupError:
             raise MissingResource(
                 "WordNet isn't there. Run `python -m nltk.downloader wordnet`, or set NLTK_DATA to a folder "
-                "that holds corpora/wordnet.",
+                "that holds corpora/wordnet or corpora/wordnet.zip.",
                 self.variants,
             ) from None
         self._tokenize = NLTKWordTokenizer().tokenize
