@@ -78,8 +78,7 @@ def copy_with(folder, out, name, **settings):
 
 
 def add_adapter(base, out):
-    fmt = PromptFormat(kind="prompt_completion", columns={"prompt": "a", "completion": "b"})
-    save_adapter(replace(attach_adapter(load_bundle(base), LoRAConfig(r=2), seed=0), prompt_format=fmt), out)
+    save_adapter(attach_adapter(load_bundle(base), LoRAConfig(r=2), seed=0), out)
     return {"model_path": out}
 
 
