@@ -116,7 +116,7 @@ def test_no_rows_are_no_number():
     assert [score.reason for score in calculate("exact_match", rows=[]).conclude().values()] == ["no rows"]
 
 
-def test_a_missing_resource_is_a_null_with_its_reason(monkeypatch, fresh_wordnet):
+def test_a_missing_resource_is_a_null_with_its_reason(monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
     calculator = calculate("meteor", "exact_match")
     score = calculator.conclude()["meteor"]
