@@ -6,6 +6,7 @@ downloaded stays theirs: a file that isn't the official one is used, with a warn
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -91,8 +92,11 @@ def _download(benchmark: str, url: str, file: Path) -> None:
         logger.info("downloading %s", url)
         with urllib.request.urlopen(url, timeout=_PATIENCE) as answer, staging.open("wb") as out:
             shutil.copyfileobj(answer, out)
+        found, promised = staging.stat().st_size, answer.headers["Content-Length"]
+        if promised is not None and found != int(promised):
+            raise http.client.HTTPException(f"it ends after {found:,} of {int(promised):,} bytes")
         staging.replace(file)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise DataError(
             f"{url} can't be downloaded: {error}. Name a folder that holds the files of {benchmark} with --data-dir."
         ) from error

@@ -51,14 +51,14 @@ def read_samsum(path: Path, split: str) -> Iterator[BenchmarkRow]:
 
 
 def read_nli(path: Path, split: str) -> Iterator[BenchmarkRow]:
-    """Read premise, hypothesis and label; rows on whose label the annotators disagreed ('-') are left out, as usual."""
+    """Read premise, hypothesis and label; rows on whose label the annotators disagreed (-, -1) are left out."""
     for values in iter_values(path):
-        label = get_text(values, "label", "gold_label")
-        if label == "-":
+        label = values.get("label", values.get("gold_label"))
+        if label in ("-", -1, "-1"):
             continue
         premise, hypothesis = get_text(values, "premise", "sentence1"), get_text(values, "hypothesis", "sentence2")
         prompt = f"Premise: {premise}\nHypothesis: {hypothesis}\nRelation:"
-        yield BenchmarkRow(prompt, (_check_label(label, NLI_LABELS, path),))
+        yield BenchmarkRow(prompt, (_name_label(label, NLI_LABELS, path),))
 
 
 def read_sst2(path: Path, split: str) -> Iterator[BenchmarkRow]:
@@ -76,7 +76,10 @@ def read_ag_news(path: Path, split: str) -> Iterator[BenchmarkRow]:
 
 
 def read_squad(path: Path, split: str) -> Iterator[BenchmarkRow]:
-    """Read questions about paragraphs in SQuAD's format, in the file's order; the answers given are the references."""
+    """Read questions about paragraphs in SQuAD's format, in the file's order; the answers given are the references.
+
+    The reference of a question without an answer, as SQuAD 2 has them, is empty.
+    """
     with open_text(path) as file:
         try:
             articles = json.load(file)["data"]
@@ -90,7 +93,7 @@ def _iter_questions(paragraph: Mapping[str, object]) -> Iterator[BenchmarkRow]:
     context, questions = paragraph["context"], cast("Sequence[Mapping[str, object]]", paragraph["qas"])
     for question in questions:
         answers = cast("Sequence[Mapping[str, str]]", question["answers"])
-        references = tuple(dict.fromkeys(answer["text"] for answer in answers))
+        references = tuple(dict.fromkeys(answer["text"] for answer in answers)) or ("",)
         prompt = f"Context: {context}\nQuestion: {question['question']}\nAnswer:"
         yield BenchmarkRow(prompt, references, {"id": question["id"]})
 

@@ -69,6 +69,8 @@ class Benchmark:
     """Longest answer that is asked for."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer."""
+    stand_ins: tuple[str, ...] = ()
+    """Those of the files that hold other rows than the split: a part of it, or rows like it."""
 
     def find(self, split: str, folder: str | Path | None) -> Path:
         """Return the file of a split, in `folder`, or downloaded where no folder is named.
@@ -93,6 +95,10 @@ class Benchmark:
             DataError: A row can't be read.
         """
         return self.read(file, self.name_split(split))
+
+    def is_stand_in(self, file: Path) -> bool:
+        """Whether a file holds other rows than the split that it is read for."""
+        return file.name in self.stand_ins
 
     def name_split(self, split: str) -> str:
         """Return what the benchmark's own files call a split."""
@@ -120,6 +126,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
                 "validation": (f"{_E2E}/devset.csv",),
                 "test": (f"{_E2E}/testset_w_refs.csv",),
             },
+            stand_ins=("trainset_rebuilt.csv.gz",),
             read=read_e2e,
             metrics=("bleu_lowercase", "nist", "rouge", "meteor", "distinct", "meteor_1_5", "cider"),
         ),
@@ -142,6 +149,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             },
             own_names={"validation": "dev"},
             urls=dict.fromkeys(SPLITS, (_WIKISQL,)),
+            stand_ins=("train_first1000_with_header.jsonl.gz", "test_first1000_with_header.jsonl.gz"),
             read=read_wikisql,
             metrics=("logical_form", "execution", "exact_match"),
             stop=_LINE,
@@ -153,6 +161,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
                 "validation": ("multinli_1.0_dev_mismatched.jsonl", "mnli_mismatched_textfooler1000.jsonl"),
                 "test": ("multinli_1.0_dev_matched.jsonl", "mnli_matched_textfooler1000.jsonl"),
             },
+            stand_ins=("mnli_mismatched_textfooler1000.jsonl", "mnli_matched_textfooler1000.jsonl"),
             read=read_nli,
             metrics=("labels",),
             labels=NLI_LABELS,
@@ -201,6 +210,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             name=DatasetType.SQUAD,
             files={"train": ("train-v1.1.json",), "test": ("dev-v1.1.json", "xquad.en.json")},
             urls={"train": (f"{_SQUAD}/train-v1.1.json",), "test": (f"{_SQUAD}/dev-v1.1.json",)},
+            stand_ins=("xquad.en.json",),
             read=read_squad,
             metrics=("squad",),
             max_new_tokens=32,
@@ -212,13 +222,18 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 _OTHER_NAMES = {"e2e": "e2e_nlg", "mnli": "multi_nli"}
 
 
+def resolve_name(name: str) -> str:
+    """Return the name in the table of a benchmark that presets call by a shorter one; any other name as it is."""
+    return _OTHER_NAMES.get(name, name)
+
+
 def get_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by its name; presets call e2e_nlg by the shorter e2e.
+    """Return a benchmark by its name, or by the shorter one of presets, such as e2e.
 
     Raises:
         ConfigError: There is none of that name.
     """
-    name = _OTHER_NAMES.get(name, name)
+    name = resolve_name(name)
     if name not in BENCHMARKS:
         raise ConfigError(
             f"no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} Benchmarks: {', '.join(BENCHMARKS)}."

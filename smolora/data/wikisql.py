@@ -10,7 +10,7 @@ import json
 import re
 import sqlite3
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,8 @@ def parse_query(text: str, columns: Columns) -> Query | None:
     names = _name_pattern(columns)
     aggregation = "|".join(AGGREGATIONS[1:])
     # Lazily: a column that is called Max Weight is taken for itself before it is for the maximum of Weight.
-    select = rf"select\s+(?:({aggregation})\b\s*\(?\s*)??[\"`]?({names})[\"`]?\s*\)?\s+from\s+"
+    # White space is taken whole (++, *+): given back step by step, it would cost the square of its length.
+    select = rf"select\s++(?:({aggregation})\b\s*+(?:\(\s*+)?)??[\"`]?({names})[\"`]?(?:\s*+\))?\s++from\s++"
     found = re.match(rf"{select}.*?(?:\swhere\s+(.*))?$", text.strip(), re.I | re.S)
     conditions = _parse_conditions(found[3] or "", columns) if found else None
     if found is None or conditions is None:
@@ -100,7 +101,7 @@ def _parse_conditions(text: str, columns: Columns) -> tuple[Condition, ...] | No
     """Cut the text before each AND that a known column and an operator follow: values may hold anything."""
     if not text.strip():
         return ()
-    condition = re.compile(rf"(?:^|\sand\s+)[\"`]?({_name_pattern(columns)})[\"`]?\s*([=<>])\s*", re.I)
+    condition = re.compile(rf"(?:^|\sand\s++)[\"`]?({_name_pattern(columns)})[\"`]?\s*+([=<>])\s*+", re.I)
     starts = list(condition.finditer(text.strip()))
     if not starts or starts[0].start() != 0:
         return None
@@ -121,7 +122,8 @@ def _name_pattern(columns: Columns) -> str:
 
 def _find_column(text: str, columns: Columns) -> int:
     """Return the number of a column that `_name_pattern` matched."""
-    return next(number for number, name in columns.items() if name.strip().casefold() == text.casefold())
+    # By the same rule: to a regular expression the dotless i is an i, to casefold it isn't.
+    return next(number for number, name in columns.items() if re.fullmatch(re.escape(name.strip()), text, re.I))
 
 
 def _quote(value: object) -> str:
@@ -169,13 +171,24 @@ def _iter_questions(path: Path, split: str) -> Iterator[Mapping[str, object]]:
     with _open_member(path, f"{split}.jsonl") as lines:
         if lines is None:
             raise DataError(f"{path} has no member {split}.jsonl.")
-        yield from map(json.loads, lines)
+        yield from _parse_lines(lines, f"{path}, {split}.jsonl")
 
 
 def _read_headers(path: Path, split: str) -> dict[str, Sequence[str]]:
     with _open_beside(path, f"{split}.tables.jsonl") as lines:
-        tables = map(json.loads, lines or ())
-        return {table["id"]: table["header"] for table in tables}
+        tables = _parse_lines(lines or (), f"{split}.tables.jsonl of {path}")
+        return {get_text(table, "id"): cast("Sequence[str]", table["header"]) for table in tables}
+
+
+def _parse_lines(lines: Iterable[bytes], name: str) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{name}, line {number}: malformed JSON: {error}.") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{name}, line {number}: no JSON object.")
+        yield value
 
 
 def open_database(path: Path, split: str) -> sqlite3.Connection | None:

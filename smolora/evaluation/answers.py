@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from smolora.data.benchmark_rows import BenchmarkRow
+from smolora.errors import DataError
 from smolora.evaluation.metric import Answer, CorpusMetric, MeanMetric, SummedMetric, Sums
 
 _OURS = "smolora"
@@ -35,7 +36,7 @@ class SquadMetric(MeanMetric):
 
     names = ("exact_match", "f1")
     variants = (
-        "SQuAD 1.1: equal to a reference without case, punctuation and articles, share of rows",
+        "SQuAD 1.1: equal to a reference without case, punctuation and articles, share of rows; empty where none is",
         "SQuAD 1.1: F1 of tokens with the best reference, mean over rows",
     )
     version = "rules of evaluate-v1.1.py"
@@ -43,6 +44,8 @@ class SquadMetric(MeanMetric):
     def score(self, answer: Answer, row: BenchmarkRow) -> Sequence[float]:
         """Return both of the best reference."""
         found = _normalise_squad(answer.text)
+        if "" in row.references:  # The question has no answer.
+            return [float(not found)] * 2
         references = [_normalise_squad(reference) for reference in row.references]
         return [float(found in references), max((_token_f1(found, one) for one in references), default=0.0)]
 
@@ -66,13 +69,22 @@ class LabelMetric(SummedMetric):
         return 3 * len(self.labels) + 1
 
     def measure(self, answer: Answer, row: BenchmarkRow) -> Sums:
-        """Return the counts of one row."""
+        """Return the counts of one row.
+
+        Raises:
+            DataError: Its reference is no label.
+        """
         found = answer.label or read_label(answer.text, self.labels)
         answered, given = np.zeros(len(self.labels)), np.zeros(len(self.labels))
-        given[self.labels.index(row.references[0])] = 1
+        given[self._find(row.references[0])] = 1
         if found is not None:
-            answered[self.labels.index(found)] = 1
+            answered[self._find(found)] = 1
         return np.concatenate([answered * given, answered, given, [1.0]])
+
+    def _find(self, label: str) -> int:
+        if label not in self.labels:
+            raise DataError(f"{label!r} is no label. Labels: {', '.join(self.labels) or 'none'}.")
+        return self.labels.index(label)
 
     def conclude(self, sums: Sums) -> Sequence[float]:
         """Return accuracy and macro F1."""

@@ -23,6 +23,8 @@ class Tally:
         self.num_rows = 0
         self.sums: Sums = np.zeros(width)
         self.resampled: Sums = np.zeros((num_resamplings, width))
+        self.num_resampled: Sums = np.zeros(num_resamplings)
+        """Rows in each resampling; of a few rows some have none, and no metric has a value there."""
         self._seed = seed
 
     def add(self, measured: Sums) -> None:
@@ -31,6 +33,7 @@ class Tally:
         self.num_rows += 1
         self.sums += measured
         self.resampled += weights[:, None] * measured
+        self.num_resampled += weights
 
 
 def find_interval(values: npt.NDArray[np.float64]) -> tuple[float, float] | None:

@@ -43,9 +43,9 @@ class CocoMetric(CorpusMetric):
         self._references: list[tuple[str, ...]] = []
 
     def add(self, answer: Answer, row: BenchmarkRow) -> None:
-        """Keep one row."""
-        self._answers.append(answer.text)
-        self._references.append(row.references)
+        """Keep one row, each text on one line: the tools read lines, and end them at more than a line feed."""
+        self._answers.append(_flatten(answer.text))
+        self._references.append(tuple(map(_flatten, row.references)))
 
     def conclude(self) -> Sequence[float]:
         """Run the tools over all rows.
@@ -57,7 +57,7 @@ class CocoMetric(CorpusMetric):
             return [math.nan]
         try:
             return [self._run()]
-        except (OSError, ValueError) as error:  # What comes out of a Java that has died can't be read.
+        except (OSError, ValueError, AssertionError) as error:  # What comes out of a Java that has died can't be read.
             raise MissingResource(f"java failed: {error or type(error).__name__}.", self.variants) from error
 
     def _run(self) -> float:
@@ -69,6 +69,10 @@ class CocoMetric(CorpusMetric):
             {row: [{"caption": text} for text in texts] for row, texts in enumerate(self._references)}
         )
         return _score_meteor(right, found) if self.names[0] == "meteor_1_5" else _score_cider(right, found)
+
+
+def _flatten(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _score_meteor(references: Tokens, answers: Tokens) -> float:

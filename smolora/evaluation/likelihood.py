@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from smolora.data.benchmark_rows import Prompt
 from smolora.data.chat import check_messages
-from smolora.data.collate import collate_padded
+from smolora.data.collate import Batch, collate_padded
 from smolora.data.encoding import encode_pairs
 from smolora.data.prompts import PromptFormat, encode_row
 from smolora.data.token_dataset import Example
@@ -19,6 +21,9 @@ from smolora.models.bundle import ModelBundle
 from smolora.models.end_token import choose_end_token
 from smolora.training.loss import sum_cross_entropy, target_logits_of
 
+_MOST_LOGITS = 2**27
+"""Of one forward pass: half a GiB in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
@@ -26,6 +31,8 @@ class Likelihood:
 
     loss_sum: float
     num_tokens: int
+    is_whole: bool = True
+    """Whether all of the answer fits into the model's context."""
 
 
 class LikelihoodScorer:
@@ -48,24 +55,60 @@ class LikelihoodScorer:
     def measure_examples(self, examples: Sequence[Example]) -> list[Likelihood]:
         """Do for encoded rows what `measure` does for pairs: the likelihood of each row's targets."""
         context = self.bundle.context
-        examples = [Example(example.input_ids[:context], example.is_target[:context]) for example in examples]
-        found = [Likelihood(0.0, 0)] * len(examples)
-        order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
-        with_targets = [index for index in order if examples[index].num_target_tokens]
-        for start in range(0, len(with_targets), self.batch_size):
-            batch = with_targets[start : start + self.batch_size]
-            for index, likelihood in zip(batch, self._measure([examples[i] for i in batch]), strict=True):
-                found[index] = likelihood
-        return found
+        cut = [Example(example.input_ids[:context], example.is_target[:context]) for example in examples]
+        losses = [0.0] * len(cut)
+        order = sorted(range(len(cut)), key=lambda index: len(cut[index]))
+        for batch in self._group([index for index in order if cut[index].num_target_tokens], cut):
+            for index, loss in zip(batch, self._measure([cut[i] for i in batch]), strict=True):
+                losses[index] = loss
+        return [
+            Likelihood(loss, kept.num_target_tokens, kept.num_target_tokens == example.num_target_tokens)
+            for loss, kept, example in zip(losses, cut, examples, strict=True)
+        ]
 
-    def _measure(self, examples: Sequence[Example]) -> Iterator[Likelihood]:
+    def _group(self, order: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
+        """Yield what is measured at a time, of about one length: few enough rows, and few enough logits."""
+        group: list[int] = []
+        for index in order:
+            num_positions = len(examples[index]) - min(_find_first(examples[one]) for one in [*group, index])
+            num_logits = (len(group) + 1) * num_positions * len(self.bundle.tokenizer)
+            if group and (len(group) == self.batch_size or num_logits > _MOST_LOGITS):
+                yield group
+                group = []
+            group.append(index)
+        if group:
+            yield group
+
+    def _measure(self, examples: Sequence[Example]) -> list[float]:
         # Rows of about one length cost little padding; packed, attention would cost the square of all rows together.
         batch = collate_padded(examples).to(self.bundle.device)
         with in_eval_mode(self.bundle.model):
-            logits = target_logits_of(self.bundle.model)(self.bundle.model, batch)
+            logits = self._compute_logits(batch, first=min(map(_find_first, examples)))
             counts = [example.num_target_tokens for example in examples]
-            parts = zip(torch.split(logits, counts), torch.split(batch.targets, counts), counts, strict=True)
-            yield from [Likelihood(sum_cross_entropy(row, ids).item(), count) for row, ids, count in parts]
+            parts = zip(torch.split(logits, counts), torch.split(batch.targets, counts), strict=True)
+            return [sum_cross_entropy(row, ids).item() for row, ids in parts]
+
+    def _compute_logits(self, batch: Batch, *, first: int) -> Tensor:
+        """Return the logits of the targets, [N, V]; those of positions before `first` are never computed."""
+        model = self.bundle.model
+        if not self._keeps_logits:
+            return target_logits_of(model)(model, batch)
+        assert batch.target_positions is not None, "padded batches have them"
+        width = batch.input_ids.shape[1]
+        logits: Tensor = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            logits_to_keep=width - first,
+        ).logits  # [B, width - first, V]
+        rows, columns = batch.target_positions // width, batch.target_positions % width
+        return logits[rows, columns - width]
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        """Whether the model can be asked for the logits of its last positions; nearly all of transformers can."""
+        modules = self.bundle.model.modules()  # The outermost may be an adapter's.
+        return any("logits_to_keep" in inspect.signature(module.forward).parameters for module in modules)
 
     @cached_property
     def _own_end_token(self) -> str | None:
@@ -78,6 +121,11 @@ class LikelihoodScorer:
             texts = [(str(prompt), answer) for prompt, answer in pairs]
             return encode_pairs(texts, tokenizer, end_token=fmt.end_token if fmt else self._own_end_token)
         return [encode_row(*_render(prompt, answer, fmt), tokenizer) for prompt, answer in pairs]
+
+
+def _find_first(example: Example) -> int:
+    """Return the position whose logits predict the first target."""
+    return int(example.is_target.argmax()) - 1
 
 
 def _render(prompt: Prompt, answer: str, fmt: PromptFormat | None) -> tuple[dict[str, object], PromptFormat]:

@@ -13,6 +13,9 @@ from nltk.translate.meteor_score import meteor_score
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.evaluation.metric import Answer, MeanMetric, MissingResource
 
+_PLACES = ("corpora/wordnet", "corpora/wordnet.zip")
+"""Where nltk reads WordNet from; its downloader leaves the zip alone."""
+
 
 class MeteorMetric(MeanMetric):
     """nltk's METEOR of each row's best reference, and the mean."""
@@ -26,14 +29,12 @@ class MeteorMetric(MeanMetric):
         Raises:
             MissingResource: It isn't there.
         """
-        try:
-            nltk_data.find("corpora/wordnet")
-        except LookupError:
+        if not any(map(_is_there, _PLACES)):
             raise MissingResource(
                 "WordNet isn't there. Run `python -m nltk.downloader wordnet`, or set NLTK_DATA to a folder "
-                "that holds corpora/wordnet.",
+                "that holds corpora/wordnet or corpora/wordnet.zip.",
                 self.variants,
-            ) from None
+            )
         self._tokenize = NLTKWordTokenizer().tokenize
         self.version = f"nltk {version('nltk')}, WordNet {wordnet.get_version()}"
 
@@ -41,3 +42,11 @@ class MeteorMetric(MeanMetric):
         """Return the score of the best reference."""
         references = [self._tokenize(reference) for reference in row.references]
         return [float(meteor_score(references, self._tokenize(answer.text)))]
+
+
+def _is_there(place: str) -> bool:
+    try:
+        nltk_data.find(place)
+    except LookupError:
+        return False
+    return True

@@ -10,7 +10,7 @@ from itertools import accumulate
 import numpy as np
 
 from smolora.data.benchmark_rows import BenchmarkRow
-from smolora.data.benchmarks import BENCHMARKS, get_benchmark
+from smolora.data.benchmarks import BENCHMARKS, get_benchmark, resolve_name
 from smolora.errors import ConfigError, DataError, did_you_mean
 from smolora.evaluation.answers import DistinctMetric, ExactMatch, LabelMetric, LossMetric, SquadMetric
 from smolora.evaluation.bootstrap import Tally, find_interval
@@ -80,9 +80,10 @@ class MetricsCalculator:
         """Choose metrics of `METRICS`.
 
         Raises:
-            ConfigError: There is none of a name.
+            ConfigError: There is none of a name, or two give numbers of one name.
         """
         self.metrics = tuple(metrics)
+        _check_names(self.metrics)
         self._resources = resources or Resources()
         self._seed = seed
         self._summed: list[SummedMetric] = []
@@ -135,19 +136,17 @@ class MetricsCalculator:
         """Score predictions against their references, apart from what was added before.
 
         Raises:
-            DataError: There are not as many references as predictions.
+            DataError: There are not as many references as predictions, or a reference is no label where one is needed.
         """
+        found, given = list(predictions), list(references)
+        if len(found) != len(given):
+            raise DataError(f"{len(found):,} predictions and {len(given):,} references: there must be as many.")
         fresh = MetricsCalculator(self.metrics, resources=self._resources, seed=self._seed)
-        try:
-            for prediction, right in zip(predictions, references, strict=True):
-                fresh.add(Answer(prediction), BenchmarkRow("", (right,) if isinstance(right, str) else tuple(right)))
-        except ValueError as error:
-            raise DataError(f"predictions and references must be as many: {error}.") from error
+        for prediction, right in zip(found, given, strict=True):
+            fresh.add(Answer(prediction), BenchmarkRow("", (right,) if isinstance(right, str) else tuple(right)))
         return {name: score.value for name, score in fresh.conclude().items()}
 
     def _make(self, name: str) -> None:
-        if name not in METRICS:
-            raise ConfigError(f"no metric {name!r}.{did_you_mean(name, METRICS)} Metrics: {', '.join(METRICS)}.")
         names, make = METRICS[name]
         try:
             metric = make(self._resources)
@@ -177,7 +176,9 @@ class MetricsCalculator:
 
     def _conclude_resampled(self, metric: SummedMetric, part: slice) -> Sums:
         with np.errstate(invalid="ignore", divide="ignore"):  # A resampling of few rows may hold none.
-            return np.array([metric.conclude(sums) for sums in self._tally.resampled[:, part]])
+            values = np.array([metric.conclude(sums) for sums in self._tally.resampled[:, part]])
+        values[self._tally.num_resampled == 0] = np.nan
+        return values
 
 
 def get_metrics_calculator(
@@ -190,12 +191,23 @@ def get_metrics_calculator(
     """
     if name in METRICS:
         return MetricsCalculator([name], resources=resources, seed=seed)
-    if name not in BENCHMARKS:
+    if resolve_name(name) not in BENCHMARKS:
         known = (*BENCHMARKS, *METRICS)
         raise ConfigError(f"no benchmark or metric {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     benchmark = get_benchmark(name)
     metrics = (*benchmark.metrics, *(("loss",) if with_loss else ()))
     return MetricsCalculator(metrics, resources=resources or Resources(labels=benchmark.labels), seed=seed)
+
+
+def _check_names(metrics: Sequence[str]) -> None:
+    giver: dict[str, str] = {}
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ConfigError(f"no metric {metric!r}.{did_you_mean(metric, METRICS)} Metrics: {', '.join(METRICS)}.")
+        for name in METRICS[metric][0]:
+            if name in giver:
+                raise ConfigError(f"{giver[name]!r} and {metric!r} both give {name}: choose one of the two.")
+            giver[name] = metric
 
 
 def _score_whole(metric: CorpusMetric) -> dict[str, MetricScore]:

@@ -6,14 +6,19 @@ A stopped evaluation goes on where it was: the answers that are there are scored
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from smolora.data.benchmark_rows import BenchmarkRow
+from smolora.errors import ConfigError
 from smolora.evaluation.metric import Answer
 from smolora.evaluation.result import EvaluationResult
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import describe_os_error, write_json
+
+logger = logging.getLogger(__name__)
 
 Scored = tuple[BenchmarkRow, Answer, Mapping[str, object]]
 
@@ -33,11 +38,19 @@ class PredictionLog:
         """Yield the answers that are here, then cut off a line that was torn.
 
         Raises:
+            ConfigError: There is a predictions.jsonl that no evaluation wrote.
             StorageError: The folder can't be written.
         """
+        kept = self._read_evaluation()
+        if "identity" not in kept and self.predictions.exists():
+            raise ConfigError(
+                f"{self.predictions} is no evaluation's (there is no {self.evaluation.name} beside it), and would be "
+                "written over. Choose another folder with -o, or move it."
+            )
         try:
             whole = 0
-            if not self._is_resumed or self._read_identity() != self._identity:
+            if not self._is_resumed or kept.get("identity") != self._identity:
+                self._warn_of_loss(kept)
                 self.predictions.unlink(missing_ok=True)
                 write_json(self.evaluation, {"identity": self._identity})
             self.predictions.touch()
@@ -69,11 +82,20 @@ class PredictionLog:
         """Write the result into evaluation.json."""
         write_json(self.evaluation, {"identity": self._identity, **result.to_dict()})
 
-    def _read_identity(self) -> object:
+    def _read_evaluation(self) -> dict[str, object]:
         try:
-            return json.loads(self.evaluation.read_text(encoding="utf-8"))["identity"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            found = json.loads(self.evaluation.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _warn_of_loss(self, kept: Mapping[str, object]) -> None:
+        """Say so where a finished evaluation of something else is about to be discarded."""
+        before = cast("Mapping[str, object]", kept.get("identity", {}))
+        missing = object()
+        names = [n for n in {**before, **self._identity} if before.get(n, missing) != self._identity.get(n, missing)]
+        if names and "metrics" in kept:
+            logger.warning("%s held another evaluation, which is discarded: other %s.", self.folder, ", ".join(names))
 
 
 def _to_json(row: BenchmarkRow, answer: Answer, scores: Mapping[str, object]) -> dict[str, object]:

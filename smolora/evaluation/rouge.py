@@ -24,7 +24,7 @@ class RougeMetric(MeanMetric):
         self._scorer = RougeScorer(list(self.names), tokenizer=DefaultTokenizer(use_stemmer=True))
         self.version = f"rouge-score {version('rouge-score')}"
         self.variants = tuple(
-            f"{name}, F1 with Porter stemmer, best reference, mean over rows"
+            f"{name}, F1 with Porter stemmer, tokens of a-z and 0-9 alone, best reference, mean over rows"
             + (", sentences by line" if name == "rougeLsum" else "")
             for name in self.names
         )

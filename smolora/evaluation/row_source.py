@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +20,14 @@ from smolora.data.prompts import PromptFormat, render_pair
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
 from smolora.data.sources import check_sources, find_validation_file, stream_sources
-from smolora.errors import DataError
+from smolora.errors import ConfigError, DataError
 from smolora.evaluation.metric import Resources
 from smolora.records.staging import hash_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _ANSWER_METRICS = ("bleu", "rouge", "exact_match", "distinct")
 
@@ -34,21 +40,44 @@ class RowSource:
     iter_rows: Callable[[], Iterator[BenchmarkRow]]
     metrics: tuple[str, ...]
     identity: dict[str, object]
-    """What decides which rows these are."""
+    """What was asked for; `digest` is of what was found."""
     resources: Resources = field(default_factory=Resources)
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
+    stand_in: Path | None = None
+    """A file that is read where the benchmark's own isn't there."""
 
     def count(self) -> int:
-        """Return the number of rows, all of which are read for it.
+        """Return the number of rows, all of which are read for it, once.
 
         Raises:
             DataError: There is none, or one can't be read.
         """
-        num_rows = sum(1 for _ in self.iter_rows())
+        return self._read_through[0]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all prompts and references: whatever changes them, answers to the old ones aren't these rows'."""
+        return self._read_through[1]
+
+    @cached_property
+    def _read_through(self) -> tuple[int, str]:
+        """Number and digest of the rows."""
+        digest, num_rows = hashlib.sha256(), 0
+        for row in self.iter_rows():
+            digest.update(json.dumps([row.prompt, row.references]).encode() + b"\n")
+            num_rows += 1
         if not num_rows:
             raise DataError(f"{self.name} has no rows to evaluate on.")
-        return num_rows
+        if self.stand_in:
+            logger.warning(
+                "%s (%s rows) stands in for %s, whose own file isn't there: scores on it can't be held against "
+                "published ones.",
+                self.stand_in,
+                f"{num_rows:,}",
+                self.name,
+            )
+        return num_rows, digest.hexdigest()
 
 
 def open_benchmark(
@@ -57,19 +86,21 @@ def open_benchmark(
     """Return the rows of a benchmark's split, or the first `num_samples` of them.
 
     Raises:
-        ConfigError: There is no such benchmark or split.
+        ConfigError: There is no such benchmark or split, or no rows are asked for.
         DataError: Its file isn't there.
     """
+    limit = _describe_limit(num_samples)
     benchmark = get_benchmark(name)
     file = benchmark.find(split, data_dir)
     return RowSource(
-        name=f"{benchmark.name}-{split}{_describe_limit(num_samples)}",
+        name=f"{benchmark.name}-{split}{limit}",
         iter_rows=lambda: islice(benchmark.iter_rows(split, file), num_samples),
         metrics=benchmark.metrics,
         identity={"benchmark": benchmark.name, "split": split, "rows": num_samples, file.name: hash_file(file)},
         resources=Resources(labels=benchmark.labels, file=file, split=benchmark.name_split(split)),
         max_new_tokens=benchmark.max_new_tokens,
         stop=benchmark.stop,
+        stand_in=file if benchmark.is_stand_in(file) else None,
     )
 
 
@@ -89,8 +120,10 @@ def open_data(
         num_samples: Rows to take from the start.
 
     Raises:
+        ConfigError: No rows are asked for.
         DataError: A source or a column isn't there.
     """
+    limit = _describe_limit(num_samples)
     held_out = [find_validation_file(Path(source)) for source in data.sources]
     sources = tuple(str(file or source) for file, source in zip(held_out, data.sources, strict=True))
     data = data.replace(sources=sources, deduplicate=False)
@@ -99,8 +132,8 @@ def open_data(
     fmt = stream_sources(data, tokenizer=tokenizer).fmt
     files = [Path(source) for source in sources]
     return RowSource(
-        name=f"{files[0].stem}{_describe_limit(num_samples)}",
-        iter_rows=lambda: islice(_iter_rows(stream_sources(data, tokenizer=tokenizer), data, trained), num_samples),
+        name=f"{files[0].stem}{limit}",
+        iter_rows=lambda: _iter_rows(stream_sources(data, tokenizer=tokenizer), data, trained, num_samples),
         metrics=("loss",) if fmt.kind == "text" else (*_ANSWER_METRICS, "loss"),
         identity={
             "rows": num_samples,
@@ -122,8 +155,10 @@ def _choose_columns(data: DataConfig, trained: PromptFormat | None, tokenizer: P
     return named
 
 
-def _iter_rows(stream: RowStream, data: DataConfig, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
-    """Group rows by their prompts, and raise at the end where some were rejected."""
+def _iter_rows(
+    stream: RowStream, data: DataConfig, trained: PromptFormat | None, num_samples: int | None
+) -> Iterator[BenchmarkRow]:
+    """Group rows by their prompts, the first ones or all, and raise at the end where some were rejected."""
     num_rows = 0
 
     def count() -> Iterator[Row]:
@@ -132,8 +167,14 @@ def _iter_rows(stream: RowStream, data: DataConfig, trained: PromptFormat | None
             num_rows += 1
             yield row
 
-    yield from group_rows(count(), stream.fmt, trained)
-    close_report(stream.report, data, train=num_rows, held_out=0, out=None)
+    grouped = group_rows(count(), stream.fmt, trained)
+    yield from islice(grouped, num_samples)
+    if num_samples is None or next(grouped, None) is None:
+        close_report(stream.report, data, train=num_rows, held_out=0, out=None)
+        return
+    # What was read so far need not add up: a row may be cut into several.
+    stream.report.train = num_rows
+    stream.report.check_rejects(data.max_rejects, None)
 
 
 def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
@@ -175,4 +216,6 @@ def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tupl
 
 
 def _describe_limit(num_samples: int | None) -> str:
+    if num_samples is not None and num_samples < 1:
+        raise ConfigError(f"num_samples must be at least 1, found {num_samples}.")
     return "" if num_samples is None else f"-first-{num_samples}"

@@ -9,11 +9,15 @@ from typing import cast
 
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.wikisql import AGGREGATIONS, OPERATORS, Columns, Query, open_database, parse_query
+from smolora.errors import DataError
 from smolora.evaluation.metric import Answer, MeanMetric, MissingResource, Resources
 
 _VERSION = "rules of WikiSQL's evaluate.py"
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
-_DECIMAL = re.compile(r"[-+]?[\d,]*\.?\d*(?:[eE][-+]?\d+)?")
+_DECIMAL = re.compile(r"[-+]?[\d,]*(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_FAILURES = (sqlite3.Error, ValueError, IndexError, KeyError, TypeError, OverflowError)
+"""What a query may raise: it is a prediction, and may hold anything."""
+
 _COLUMN_TYPE = re.compile(r"(col\d+) (\w+)")
 
 
@@ -55,22 +59,31 @@ class Execution(MeanMetric):
         self._database = database
 
     def score(self, answer: Answer, row: BenchmarkRow) -> Sequence[float]:
-        """Return 1 or 0."""
+        """Return 1 or 0.
+
+        Raises:
+            DataError: The reference can't be run on the tables.
+        """
         found, expected, table = _read(answer, row)
+        try:
+            right = execute_query(self._database, table, expected)
+        except _FAILURES as error:
+            raise DataError(
+                f"the reference can't be run on the table {table}: {error!r}. Is it in the file?"
+            ) from error
         if found is None:
             return [0.0]
         try:
-            ours = execute_query(self._database, table, found)
-        except (sqlite3.Error, ValueError, IndexError, KeyError, TypeError):
+            return [float(execute_query(self._database, table, found) == right)]
+        except _FAILURES:
             return [0.0]  # A query that can't be run gives no result.
-        return [float(ours == execute_query(self._database, table, expected))]
 
 
 def execute_query(database: sqlite3.Connection, table: str, query: Query) -> list[object]:
     """Return the results of a query, its values lower-cased as the tables' are.
 
     Raises:
-        sqlite3.Error, ValueError, IndexError, KeyError, TypeError: It can't be run.
+        sqlite3.Error, ValueError, IndexError, KeyError, TypeError, OverflowError: It can't be run.
     """
     name = f"table_{table.replace('-', '_')}"
     schema = database.execute("SELECT sql FROM sqlite_master WHERE tbl_name = ?", (name,)).fetchone()[0]

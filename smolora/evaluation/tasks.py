@@ -22,6 +22,7 @@ from smolora.models.bundle import ModelBundle
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file
 from smolora.runtime.device import resolve_device
+from smolora.tokenizers.pretrained import fingerprint_tokenizer
 
 _PREDICTIONS_AT_ONCE = 256
 
@@ -105,19 +106,16 @@ def evaluate_model(
         raise ConfigError(f"{source.name} has no labels to choose the likeliest of: leave out --by-likelihood.")
     chosen = fill_settings(settings, source)
     evaluator = ModelEvaluator(bundle, settings=chosen, batch_size=batch_size, labels=labels)
-    identity = {
-        **source.identity,
-        "base": bundle.fingerprint,
-        "adapter": fingerprint_adapter(bundle),
-        "form": bundle.prompt_format.describe() if bundle.prompt_format else None,
-        "settings": chosen.model_dump(mode="json"),
-        "labels": labels,
-    }
+    log = None
+    if folder:
+        asked = {"settings": chosen.model_dump(mode="json"), "labels": labels}
+        is_repeatable = bool(labels) or chosen.is_greedy or chosen.seed is not None
+        log = PredictionLog(folder, {**_identify(source), **_identify_model(bundle), **asked}, is_resumed=is_repeatable)
     metrics = tuple(dict.fromkeys((*source.metrics, "loss")))
     return evaluator.evaluate_dataset(
         source.iter_rows(),
         MetricsCalculator(metrics, resources=source.resources),
-        log=PredictionLog(folder, identity) if folder else None,
+        log=log,
         progress=progress,
     )
 
@@ -128,6 +126,7 @@ def evaluate_predictions(
     """Score the predictions of any system: one a line, in the order of the rows; an empty line is an empty prediction.
 
     Raises:
+        ConfigError: The file is what would be written into `folder`.
         DataError: There are more or fewer lines than rows, or one isn't UTF-8.
     """
     num_rows, num_lines = source.count(), sum(1 for _ in _iter_lines(file))
@@ -136,14 +135,17 @@ def evaluate_predictions(
             f"{file} has {num_lines:,} lines, and {source.name} {num_rows:,} rows. Write one prediction a line, in "
             "the order of the rows; an empty line is an empty prediction."
         )
+    identity = {**_identify(source), "predictions": hash_file(file)}
+    log = PredictionLog(folder, identity, is_resumed=False) if folder else None
+    if log and log.predictions.exists() and log.predictions.samefile(file):
+        raise ConfigError(f"{file} is where the scored predictions would be written. Choose another folder with -o.")
     lines = _iter_lines(file)
-    identity = {**source.identity, "predictions": hash_file(file)}
     return score_answers(
         lambda rows: [Answer(next(lines)) for _ in rows],
         source.iter_rows(),
         MetricsCalculator(source.metrics, resources=source.resources),
         at_once=_PREDICTIONS_AT_ONCE,
-        log=PredictionLog(folder, identity, is_resumed=False) if folder else None,
+        log=log,
         progress=progress,
     )
 
@@ -168,10 +170,43 @@ def choose_folder(model_path: str | Path, source: RowSource, out: str | Path | N
 
 
 def fill_settings(settings: SamplingSettings | None, source: RowSource) -> SamplingSettings:
-    """Return `settings` with what wasn't set: greedy, and as long as the answers of the source are."""
+    """Return `settings` with what wasn't set: greedy, and as long as the answers of the source are.
+
+    Raises:
+        ConfigError: As `check_drawing`.
+    """
+    check_drawing(settings)
     given = settings.model_dump(exclude_unset=True) if settings else {}
     usual = {"temperature": 0.0, "max_new_tokens": source.max_new_tokens, "stop": source.stop}
     return SamplingSettings(**{**usual, **given})
+
+
+def check_drawing(settings: SamplingSettings | None) -> None:
+    """Raise where settings shape what is drawn at random, and nothing is.
+
+    Raises:
+        ConfigError: They do.
+    """
+    given = settings.model_fields_set if settings else set()
+    if "temperature" not in given and (idle := sorted(given & {"top_k", "top_p", "seed"})):
+        raise ConfigError(f"answers are greedy, so {' and '.join(idle)} would change nothing: set temperature too.")
+
+
+def _identify(source: RowSource) -> dict[str, object]:
+    return {**source.identity, "digest": source.digest}
+
+
+def _identify_model(bundle: ModelBundle) -> dict[str, object]:
+    """Return all of a model that its answers depend on."""
+    return {
+        "base": bundle.fingerprint,
+        "adapter": fingerprint_adapter(bundle),
+        "form": bundle.prompt_format.model_dump(mode="json") if bundle.prompt_format else None,
+        "tokenizer": fingerprint_tokenizer(bundle.tokenizer),
+        "generation": bundle.generation_settings,
+        "quantization": bundle.quantization,
+        "dtype": str(bundle.dtype),
+    }
 
 
 def _iter_lines(file: Path) -> Iterator[str]:

@@ -60,7 +60,7 @@ class TextGenerator:
         """Return an answer, without its prompt, for each prompt.
 
         Greedy answers don't depend on the prompts beside them. Nor do sampled ones with a seed: only a prompt that is
-        asked again in the same call gets another answer.
+        asked again in the same call, with the same seed, gets another answer.
 
         Args:
             prompts: Texts or conversations; one text is one prompt.
@@ -136,12 +136,12 @@ class TextGenerator:
         encoded = [self._encode(prompt) for prompt in prompts]
         self._check_context(encoded, each)
         chance = secrets.randbits(63)
-        asked: Counter[tuple[int, ...]] = Counter()
+        asked: Counter[tuple[int, ...]] = Counter()  # By seed and prompt.
         rows = []
         for ids, own in zip(encoded, each, strict=True):
             seed = chance if own.seed is None else own.seed
-            rows.append(self._build_row(ids, own, _build_key(seed, asked[tuple(ids)], ids)))
-            asked[tuple(ids)] += 1
+            rows.append(self._build_row(ids, own, _build_key(seed, asked[seed, *ids], ids)))
+            asked[seed, *ids] += 1
         return rows
 
     def _check_context(self, encoded: Sequence[list[int]], settings: Sequence[SamplingSettings]) -> None:

@@ -60,6 +60,13 @@ class ModelBundle:
         return tuple(dict.fromkeys(id for id in (*found, self.tokenizer.eos_token_id) if id is not None))
 
     @property
+    def generation_settings(self) -> dict[str, object]:
+        """What the model's own generation config sets; nothing where it has none."""
+        found = None if isinstance(self.model, GPTModel) else self.model.generation_config
+        own = found.to_diff_dict() if isinstance(found, GenerationConfig) else {}
+        return {name: value for name, value in own.items() if name != "transformers_version"}
+
+    @property
     def num_parameters(self) -> int:
         """Parameters (scalars, not tensors), tied ones once."""
         return count_parameters(self.model)[1]

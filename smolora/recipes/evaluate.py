@@ -12,7 +12,7 @@ from smolora.errors import ConfigError
 from smolora.evaluation.evaluator import Progress
 from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark, open_data
-from smolora.evaluation.tasks import choose_folder, evaluate_model, evaluate_predictions, open_model
+from smolora.evaluation.tasks import check_drawing, choose_folder, evaluate_model, evaluate_predictions, open_model
 from smolora.generation.sampling import SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,27 @@ class EvaluationRequest:
             raise ConfigError("name the rows with --benchmark NAME (and its --data-dir), or with --data FILE.")
         if self.predictions is not None and self.benchmark is None:
             raise ConfigError("--predictions are of a benchmark's rows: name it with --benchmark NAME --data-dir DIR.")
+        for name, number in (("--num-samples", self.num_samples), ("--batch-size", self.batch_size)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be at least 1, found {number}.")
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Raise where something is named that changes nothing beside the rest."""
+        usual = vars(EvaluationRequest())
+        given = {name for name, value in vars(self).items() if value != usual[name]} | self.data.model_fields_set
+        drawing = self.settings.model_fields_set if self.settings else set()
+        idle_beside = {
+            "--predictions": {"by_likelihood", "batch_size", "device", *drawing} if self.predictions else set(),
+            "--benchmark": set(DataConfig.model_fields) - {"sources"} if self.benchmark else set(),
+            "--data": {"data_dir", "split"} if self.data.sources else set(),
+            "--by-likelihood": drawing if self.by_likelihood else set(),
+        }
+        for flag, idle in idle_beside.items():
+            if found := sorted(idle & (given | drawing)):
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in found)
+                raise ConfigError(f"{names} would change nothing beside {flag}: leave it out.")
+        check_drawing(self.settings)
 
 
 def evaluate(

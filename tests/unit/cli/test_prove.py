@@ -83,6 +83,19 @@ def test_a_run_keeps_its_evaluations(smolora, base, rows, tmp_path):
         (("m",), (2, "--benchmark NAME")),
         (("m", "--benchmark", "squad", "--data", "x.csv"), (2, "--benchmark NAME")),
         (("--predictions", "p.txt", "--data", "x.csv"), (2, "--predictions are of a benchmark's rows")),
+        (("m", "--data", "x.csv", "--batch-size", 0), (2, "--batch-size must be at least 1")),
+        (("m", "--data", "x.csv", "--num-samples=-1"), (2, "--num-samples must be at least 1")),
+        (("m", "--data", "x.csv", "--seed", 1), (2, "seed would change nothing: set temperature")),
+        (("m", "--data", "x.csv", "--split", "train"), (2, "--split would change nothing beside --data")),
+        (("m", "--benchmark", "squad", "--text-field", "x"), (2, "--text-field would change nothing beside")),
+        (
+            ("m", "--benchmark", "sick", "--by-likelihood", "--temperature", 1),
+            (2, "--temperature would change"),
+        ),
+        (
+            ("--predictions", "p.txt", "--benchmark", "sick", "--seed", 1, "--by-likelihood"),
+            (2, "--by-likelihood, --seed would change nothing beside --predictions"),
+        ),
         (("m", "--benchmark", "squid", "--data-dir", "."), (2, "Did you mean 'squad'")),
         (("m", "--benchmark", "squad", "--data-dir", "none"), (3, "none has none of dev-v1.1.json")),
         (("no-such-model", "--data", "no-such-file.csv"), (4, "no-such-model")),
@@ -92,6 +105,19 @@ def test_what_cant_be_evaluated_is_said(smolora, arguments, expected, hub):
     code, out, err = smolora("evaluate", *arguments)
     assert (code, out) == (expected[0], "")
     assert expected[1] in err
+
+
+def test_a_persons_predictions_stay_where_they_are(smolora, e2e):
+    out = e2e / "kept"
+    out.mkdir()
+    file = (e2e / "right.txt").rename(out / "predictions.jsonl")
+    command = ("evaluate", "--benchmark", "e2e_nlg", "--data-dir", e2e, "-o", out, "--predictions")
+    code, _, err = smolora(*command, file)
+    assert (code, "Choose another folder with -o" in err) == (2, True)
+    assert file.read_text().startswith("A is a pub.")
+    (e2e / "others.txt").write_bytes(file.read_bytes())
+    assert smolora(*command, e2e / "others.txt")[0] == 2
+    assert file.read_text().startswith("A is a pub.")
 
 
 def test_missing_predictions_and_bad_bytes_are_3(smolora, e2e):

@@ -59,6 +59,36 @@ def test_a_download_under_a_pinned_name_must_be_the_official_file(site, tmp_path
         fetch_file("e2e_nlg", [f"{address}/devset.csv"], tmp_path / "cache")
 
 
+@pytest.fixture
+def torn():
+    """A server that promises more bytes than it sends, or no answer that is one."""
+
+    class Torn(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/rows.csv":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+            self.wfile.write(b"a\n1\n")
+
+        def log_message(self, *_):
+            """Say nothing on stderr."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Torn) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("rows.csv", "it ends after 4 of 1,000 bytes"), ("none.csv", "")])
+def test_a_download_that_breaks_off_is_not_kept(torn, tmp_path, name, reason):
+    with pytest.raises(DataError, match=f"can't be downloaded: {reason}"):
+        fetch_file("e2e_nlg", [f"{torn}/{name}"], tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_without_a_network_the_folder_is_asked_for(site, tmp_path):
     _, address = site
     with pytest.raises(DataError, match=r"can't be downloaded: HTTP Error 404.*--data-dir"):

@@ -38,6 +38,15 @@ def test_both_namings_of_nli_are_read_and_undecided_rows_left_out(tmp_path):
     assert [row.references for row in rows] == [("neutral",), ("contradiction",)]
 
 
+def test_nli_labels_may_be_numbers(tmp_path):
+    rows = [{"premise": "P", "hypothesis": "H", "label": label} for label in (0, 1, 2, -1, "2")]
+    found = [row.references for row in read_nli(write(tmp_path / "a.jsonl", *rows), "test")]
+    assert found == [("entailment",), ("neutral",), ("contradiction",), ("contradiction",)]
+    for row in ({**rows[0], "label": 3}, {"premise": "P", "hypothesis": "H"}):
+        with pytest.raises(DataError, match="is none of entailment, neutral, contradiction"):
+            list(read_nli(write(tmp_path / "b.jsonl", row), "test"))
+
+
 def test_labels_are_words_where_the_file_has_numbers(tmp_path):
     [row] = read_sst2(write(tmp_path / "a.jsonl", {"text": "fine", "label": 1}), "test")
     assert row.references == ("positive",)
@@ -68,6 +77,9 @@ def test_squad_questions_come_with_each_different_answer_once(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
     [row] = read_squad(tmp_path / "a.json", "test")
     assert (row.references, row.facts) == (("May", "in May"), {"id": "q1"})
+    paragraph["qas"][0]["answers"] = []
+    (tmp_path / "c.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    assert [row.references for row in read_squad(tmp_path / "c.json", "test")] == [("",)]
     (tmp_path / "b.json").write_text("[]")
     with pytest.raises(DataError, match="isn't in SQuAD's format"):
         list(read_squad(tmp_path / "b.json", "test"))

@@ -62,6 +62,13 @@ def test_text_of_other_systems_is_read(text, query):
     assert parse_query(text, COLUMNS) == query
 
 
+@pytest.mark.parametrize(
+    ("name", "written"), [("\u0130stanbul", "istanbul"), ("Winner", "w\u0131nner"), ("Kelvin", "\u212aelvin")]
+)
+def test_letters_that_fold_in_several_ways_name_their_column(name, written):
+    assert parse_query(f"select {written} from t where {written} = 3", {4: name}) == Query(4, 0, ((4, 0, "3"),))
+
+
 def add(archive, name, data):
     member = tarfile.TarInfo(name)
     member.size = len(data)
@@ -105,6 +112,18 @@ def test_a_damaged_archive_is_an_error(archive):
         list(read_wikisql(archive, "test"))
 
 
+@pytest.mark.parametrize(("line", "reason"), [(b'{"table_id"', "malformed JSON"), (b"[]", "no JSON object")])
+def test_broken_lines_are_named(tmp_path, line, reason):
+    with tarfile.open(tmp_path / "data.tar.bz2", "w:bz2") as made:
+        add(made, "data/dev.jsonl", line + b"\n")
+    with pytest.raises(DataError, match=rf"dev\.jsonl, line 1: {reason}"):
+        list(read_wikisql(tmp_path / "data.tar.bz2", "dev"))
+    (tmp_path / "dev.jsonl").write_text("{}\n")
+    (tmp_path / "dev.tables.jsonl").write_bytes(b'{"id": "1", "header": []}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"dev\.tables\.jsonl of .*, line 2: {reason}"):
+        list(read_wikisql(tmp_path / "dev.jsonl", "dev"))
+
+
 def test_a_row_without_a_header_is_an_error(tmp_path):
     row = {"table_id": "1-10", "question": "who?", "sql": {"sel": 0, "agg": 0, "conds": []}}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
@@ -116,5 +135,7 @@ def test_text_is_read_in_linear_time():
     started = time.process_time()
     for filler in (" ", "where ", "Player = a and ", "max "):
         parse_query("select Player from t" + filler * 50_000 + "x", COLUMNS)
+    for start in ("select", "select max", "select max(", "select Player", "select Player from t where Player"):
+        parse_query(start + " " * 50_000 + "x", COLUMNS)
     # .2 s here; where the time grew with the square, the first filler alone took 12 s.
     assert time.process_time() - started < 4

@@ -31,6 +31,11 @@ def test_resamplings_are_a_function_of_seed_and_row():
     assert (tally(values, seed=1).resampled != tally(values).resampled).any()
 
 
+def test_rows_of_each_resampling_are_counted():
+    made = tally([1.0, 1.0, 0.0])
+    np.testing.assert_array_equal(made.num_resampled, made.resampled[:, 1])
+
+
 def test_what_is_mostly_no_number_has_no_interval():
     assert find_interval(np.array([np.nan, np.nan, 1.0])) is None
     assert find_interval(np.array([1.0, 1.0, np.nan])) == (1.0, 1.0)

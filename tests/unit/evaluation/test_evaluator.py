@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import tracemalloc
 from dataclasses import replace
 
 import pytest
 
 from smolora.data.benchmark_rows import BenchmarkRow
-from smolora.errors import DataError, FolderInUseError
+from smolora.errors import ConfigError, DataError, FolderInUseError
 from smolora.evaluation.evaluator import GREEDY, ModelEvaluator, score_answers
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
 from smolora.generation.text_generator import TextGenerator
+from tests.tiny import CONTEXT
 
 SHORT = GREEDY.replace(max_new_tokens=6)
 METRICS = ("bleu", "exact_match", "distinct", "loss")
@@ -91,6 +93,23 @@ def test_an_evaluation_of_something_else_begins_anew(bundle, rows, tmp_path):
     assert evaluate(bundle, rows[:3], log=log).num_rows == len(read(log)) == 3
 
 
+def test_a_finished_evaluation_of_something_else_is_discarded_with_a_warning(bundle, rows, tmp_path, caplog):
+    evaluate(bundle, rows[:1], log=PredictionLog(tmp_path, {"temperature": 0, "rows": 1}))
+    with caplog.at_level(logging.WARNING, logger="smolora.evaluation"):
+        evaluate(bundle, rows[:1], log=PredictionLog(tmp_path, {"temperature": 0, "rows": 1}))
+        assert caplog.text == ""
+        evaluate(bundle, rows[:1], log=PredictionLog(tmp_path, {"temperature": 1, "rows": 1}))
+    assert "held another evaluation, which is discarded: other temperature." in caplog.text
+
+
+def test_predictions_of_a_persons_own_are_not_written_over(bundle, rows, tmp_path):
+    log = PredictionLog(tmp_path, {})
+    log.predictions.write_text("mine\n")
+    with pytest.raises(ConfigError, match="is no evaluation's"):
+        evaluate(bundle, rows, log=log)
+    assert log.predictions.read_text() == "mine\n"
+
+
 def test_two_evaluations_dont_write_into_one_folder(bundle, rows, tmp_path):
     log = PredictionLog(tmp_path, {})
     with log.locked(), pytest.raises(FolderInUseError):
@@ -131,6 +150,39 @@ def test_sampled_answers_with_a_seed_are_the_same_again(bundle, rows, tmp_path):
     assert read(logs[0]) == read(logs[1])
 
 
+def test_sampled_answers_depend_neither_on_the_batch_nor_on_a_stop(bundle, tmp_path):
+    rows = [BenchmarkRow("the cat" if number % 2 else f"name {number}", ("sat",)) for number in range(24)]
+    drawn = SHORT.replace(temperature=1.0, seed=3)
+    one, many, stopped = (PredictionLog(tmp_path / name, {}) for name in ("one", "many", "stopped"))
+    evaluate(bundle, rows, log=one, settings=drawn, batch_size=1)
+    evaluate(bundle, rows, log=many, settings=drawn, batch_size=16)
+    with pytest.raises(Stop):
+        evaluate(bundle, rows, log=stopped, settings=drawn, batch_size=1, progress=stop_after(8))
+    evaluate(bundle, rows, log=stopped, settings=drawn, batch_size=16)
+    answers = [[line["prediction"] for line in read(log)] for log in (one, many, stopped)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0][1::2])) > 1  # Rows with one prompt are drawn apart.
+
+
+def test_a_label_past_the_context_is_an_error(bundle):
+    row = BenchmarkRow("\n" * CONTEXT, ("yes",))
+    with pytest.raises(DataError, match="leaves no room for the labels"):
+        ModelEvaluator(bundle, labels=("yes", "no")).answer([row])
+
+
+def test_references_past_the_context_are_counted_and_said_once(bundle, caplog):
+    rows = [BenchmarkRow("", ("\n" * (CONTEXT + 9), "sat"))] * 5
+    with caplog.at_level(logging.WARNING, logger="smolora.evaluation"):
+        evaluate(bundle, rows, batch_size=1)
+    assert [record.getMessage()[:21] for record in caplog.records] == ["5 references are cut "]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_at_least_a_row_is_answered_at_a_time(bundle, batch_size):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        ModelEvaluator(bundle, batch_size=batch_size)
+
+
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     def peak(num_rows):
         rows = (BenchmarkRow(f"question {number}", (f"answer {number}",)) for number in range(num_rows))
@@ -138,7 +190,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         score_answers(
             lambda part: [Answer(row.prompt) for row in part],
             rows,
-            MetricsCalculator(["exact_match", "squad"]),
+            MetricsCalculator(["squad", "loss"]),
             at_once=64,
             log=PredictionLog(tmp_path / str(num_rows), {}),
         )

@@ -9,9 +9,10 @@ import torch
 
 from smolora.data.chat import PLAIN_CHAT_TEMPLATE
 from smolora.data.prompts import PromptFormat, encode_row
+from smolora.evaluation import likelihood
 from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.models.gpt import GPTModel
-from tests.tiny import CONTEXT, tiny_bundle
+from tests.tiny import CONTEXT, FAMILIES, tiny_bundle
 
 FORMS = {
     "plain": None,
@@ -58,6 +59,35 @@ def test_answers_of_different_lengths_are_measured_as_each_alone(tmp_path, famil
 def test_what_is_past_the_context_is_not_measured(bundle):
     [none, some] = LikelihoodScorer(bundle).measure([("\n" * CONTEXT, "sat"), ("\n" * (CONTEXT - 4), "x" * 40)])
     assert (none.num_tokens, some.num_tokens) == (0, 4)
+
+
+def test_an_answer_knows_whether_it_is_whole(bundle):
+    found = LikelihoodScorer(bundle).measure([("the cat", "sat"), ("\n" * (CONTEXT - 4), "x" * 40)])
+    assert [one.is_whole for one in found] == [True, False]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_before_the_first_target_are_not_computed(tmp_path, family):
+    bundle = tiny_bundle(family, tmp_path / family)
+    shapes = []
+    head = bundle.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _inputs, logits: shapes.append(logits.shape))
+    [long, short] = LikelihoodScorer(bundle).measure([("the cat " * 8, "sat"), ("the dog " * 8, "sat there")])
+    [(num_rows, num_positions, _)] = shapes
+    assert num_rows == 2
+    assert short.num_tokens <= num_positions < 2 * (long.num_tokens + short.num_tokens)
+
+
+def test_a_batch_holds_no_more_logits_than_it_may(bundle, monkeypatch):
+    pairs = [(f"name {number}", "yes") for number in range(6)]
+    expected = LikelihoodScorer(bundle).measure(pairs)
+    num_rows = []
+    handle = bundle.model.lm_head.register_forward_hook(lambda _m, _i, logits: num_rows.append(len(logits)))
+    monkeypatch.setattr(likelihood, "_MOST_LOGITS", 2 * 8 * len(bundle.tokenizer))
+    found = LikelihoodScorer(bundle).measure(pairs)
+    handle.remove()
+    assert 0 < max(num_rows) < 6
+    assert [one.loss_sum for one in found] == pytest.approx([one.loss_sum for one in expected], rel=1e-5)
 
 
 def test_turns_are_measured_through_the_chat_template(bundle):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
 from smolora.config import DataConfig
 from smolora.data.prompts import PromptFormat
-from smolora.errors import DataError
+from smolora.errors import ConfigError, DataError
 from smolora.evaluation.row_source import open_benchmark, open_data
 from tests.tiny import tiny_tokenizer
 
@@ -89,6 +90,46 @@ def test_rows_are_taken_from_the_start(tmp_path):
     assert (source.count(), source.name) == (2, "a-first-2")
     write(tmp_path / "sst2_test.jsonl", [{"text": "fine", "label": 1}] * 3)
     assert open_benchmark("sst2", tmp_path, num_samples=2).count() == 2
+
+
+def test_rejects_before_the_last_row_that_is_taken_are_errors(tmp_path):
+    rows = "".join(json.dumps({"prompt": str(number), "completion": "x"}) + "\n" for number in range(4))
+    (tmp_path / "a.jsonl").write_text("nonsense\n" + rows)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: malformed JSON"):
+        open_rows(tmp_path / "a.jsonl", num_samples=2).count()
+    assert open_rows(tmp_path / "a.jsonl", num_samples=2, max_rejects=1).count() == 2
+
+
+def test_the_digest_is_of_what_is_asked_and_answered(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "a.jsonl", [{"prompt": "The cat", "completion": "sat"}])
+    before = open_rows(folder).digest
+    assert open_rows(folder).digest == before != open_rows(folder, clean=("lowercase",)).digest
+    for changed in ({"prompt": "The dog", "completion": "sat"}, {"prompt": "The cat", "completion": "ran"}):
+        write(folder / "a.jsonl", [changed])
+        assert open_rows(folder).digest != before
+
+
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_at_least_a_row_is_asked_for(tmp_path, num_samples):
+    write(tmp_path / "sst2_test.jsonl", [{"text": "fine", "label": 1}])
+    with pytest.raises(ConfigError, match="num_samples must be at least 1"):
+        open_benchmark("sst2", tmp_path, num_samples=num_samples)
+    with pytest.raises(ConfigError, match="num_samples must be at least 1"):
+        open_rows(write(tmp_path / "a.jsonl", [{"prompt": "A", "completion": "1"}]), num_samples=num_samples)
+
+
+def test_a_file_that_stands_in_for_the_benchmarks_own_is_named_once(tmp_path, caplog):
+    row = {"premise": "P", "hypothesis": "H", "label": 1}
+    for name in ("mnli_matched_textfooler1000.jsonl", "multinli_1.0_dev_mismatched.jsonl"):
+        write(tmp_path / name, [row, row])
+    with caplog.at_level(logging.WARNING, logger="smolora.evaluation"):
+        source = open_benchmark("multi_nli", tmp_path)
+        assert source.count() == source.count() == 2
+        assert open_benchmark("multi_nli", tmp_path, split="validation").count() == 2
+    [record] = caplog.records
+    assert "mnli_matched_textfooler1000.jsonl (2 rows) stands in for multi_nli-test" in record.getMessage()
 
 
 def test_no_rows_are_an_error(tmp_path):

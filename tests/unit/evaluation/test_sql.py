@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 
 import pytest
 
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.wikisql import Query
+from smolora.errors import DataError
 from smolora.evaluation.metric import Answer, MissingResource, Resources
 from smolora.evaluation.sql import Execution, LogicalForm
 
@@ -56,6 +58,7 @@ def test_logical_form(prediction, unordered, ordered):
         ("SELECT Player FROM t WHERE No. = 'none'", False),
         (json.dumps({"sel": 9, "agg": 0, "conds": []}), False),
         (json.dumps({"sel": 0, "agg": 0, "conds": [[2, 3, "x"]]}), False),
+        (json.dumps({"sel": 0, "agg": 0, "conds": [[0, 0, 10**30]]}), False),
     ],
 )
 def test_execution(execution, prediction, is_right):
@@ -67,6 +70,20 @@ def test_numbers_are_read_as_the_official_script_reads_them(execution):
     row = BenchmarkRow("", ("",), {**ROW.facts, "query": right})
     assert execution.score(Answer("SELECT Player FROM t WHERE Player = 'cid'"), row) == [1.0]
     assert execution.score(Answer("SELECT Player FROM t WHERE No. = 'about 1200.5 or so'"), row) == [1.0]
+
+
+def test_a_reference_that_cant_be_run_is_no_bad_prediction(execution):
+    elsewhere = BenchmarkRow("", ("",), {**ROW.facts, "table": "9-9"})
+    for prediction in ("SELECT Player FROM t", "nonsense"):
+        with pytest.raises(DataError, match="can't be run on the table 9-9"):
+            execution.score(Answer(prediction), elsewhere)
+
+
+def test_numbers_are_read_in_linear_time(execution):
+    started = time.process_time()
+    execution.score(Answer("SELECT Player FROM t WHERE No. = " + "1" * 50_000 + "x"), ROW)
+    # .01 s here; where the time grew with the square, 6 s.
+    assert time.process_time() - started < 2
 
 
 def test_without_tables_there_is_no_execution(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,13 @@ from smolora.config import LoRAConfig
 from smolora.data.prompts import PromptFormat
 from smolora.errors import ConfigError, ModelError
 from smolora.evaluation.row_source import open_benchmark
-from smolora.evaluation.tasks import evaluate_benchmark, evaluate_e2e, evaluate_multi_nli, fill_settings
+from smolora.evaluation.tasks import (
+    evaluate_benchmark,
+    evaluate_e2e,
+    evaluate_multi_nli,
+    evaluate_predictions,
+    fill_settings,
+)
 from smolora.generation.sampling import SamplingSettings
 from tests.tiny import save_tiny_model
 
@@ -62,6 +69,66 @@ def test_an_adapter_goes_on_its_base_and_is_part_of_the_identity(base, nli, tmp_
     assert json.loads((out / "evaluation.json").read_text())["identity"]["adapter"] is not None
 
 
+def copy_with(folder, out, name, **settings):
+    """Copy a model, with other settings in one of its files."""
+    shutil.copytree(folder, out)
+    file = out / name
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.is_file() else {}), **settings}))
+    return {"model_path": out}
+
+
+def add_adapter(base, out):
+    save_adapter(attach_adapter(load_bundle(base), LoRAConfig(r=2), seed=0), out)
+    return {"model_path": out}
+
+
+def change_rows(nli):
+    file = nli / "multinli_1.0_dev_matched.jsonl"
+    file.write_text(file.read_text().replace("cat", "dog"))
+    return {}
+
+
+CHANGES = {
+    "nothing": lambda base, nli, out: {},
+    "weights": lambda base, nli, out: {"model_path": save_tiny_model("gpt2", out, seed=1, n_positions=256)},
+    "adapter": lambda base, nli, out: add_adapter(base, out),
+    "tokenizer": lambda base, nli, out: copy_with(base, out, "tokenizer_config.json", chat_template="{{ messages }}"),
+    "generation": lambda base, nli, out: copy_with(base, out, "generation_config.json", repetition_penalty=5.0),
+    "settings": lambda base, nli, out: {"settings": SamplingSettings(max_new_tokens=3)},
+    "labels": lambda base, nli, out: {"by_likelihood": True},
+    "file": lambda base, nli, out: change_rows(nli),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_answers_depend_on_has_them_asked_anew(base, nli, tmp_path, change):
+    arguments = {"model_path": base, "data_dir": nli, "num_samples": 2, "out": tmp_path / "out"}
+    evaluate_multi_nli(**arguments)
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace('"prediction": "', '"prediction": "kept '))
+    evaluate_multi_nli(**{**arguments, **CHANGES[change](base, nli, tmp_path / "other")})
+    assert ("kept " in predictions.read_text()) == (change == "nothing")
+
+
+@pytest.mark.parametrize(("seed", "is_kept"), [({"seed": 1}, True), ({}, False)])
+def test_what_was_drawn_without_a_seed_is_drawn_anew(base, nli, tmp_path, seed, is_kept):
+    settings = SamplingSettings(temperature=1.0, max_new_tokens=2, **seed)
+    arguments = {"data_dir": nli, "num_samples": 1, "out": tmp_path / "out", "settings": settings}
+    evaluate_multi_nli(base, **arguments)
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace('"prediction": "', '"prediction": "kept '))
+    evaluate_multi_nli(base, **arguments)
+    assert ("kept " in predictions.read_text()) == is_kept
+
+
+def test_the_file_of_predictions_is_not_written_over(nli):
+    file = nli / "predictions.jsonl"
+    file.write_text("neutral\n" * 6)
+    with pytest.raises(ConfigError, match="is where the scored predictions would be written"):
+        evaluate_predictions(file, open_benchmark("multi_nli", nli), folder=nli)
+    assert file.read_text() == "neutral\n" * 6
+
+
 def test_an_adapter_of_another_base_is_refused(base, nli, tmp_path):
     save_adapter(attach_adapter(load_bundle(base), LoRAConfig(r=2), seed=0), tmp_path / "adapter")
     other = save_tiny_model("gpt2", tmp_path / "other", seed=1, n_positions=256)
@@ -80,3 +147,5 @@ def test_what_isnt_set_is_greedy_and_as_the_benchmark_wants_it(nli):
     assert fill_settings(None, source) == SamplingSettings(temperature=0, max_new_tokens=8, stop=("\n",))
     drawn = fill_settings(SamplingSettings(temperature=0.7), source)
     assert (drawn.temperature, drawn.max_new_tokens) == (0.7, 8)
+    with pytest.raises(ConfigError, match="seed and top_p would change nothing: set temperature too"):
+        fill_settings(SamplingSettings(top_p=0.9, seed=1), source)
