@@ -271,8 +271,8 @@ def _say_irregularities(record: RunRecord) -> Iterator[str]:
     else:
         yield (
             "The training loss did not stall."
-            if len(steps) >= 20
-            else f"{len(steps)} logged steps are too few to see a stall (20 at least)."
+            if len(steps) >= _FEWEST_FOR_STALL
+            else f"{len(steps)} logged steps are too few to see a stall ({_FEWEST_FOR_STALL} at least)."
         )
     yield from _say_spikes("loss", find_spikes(steps, losses, record.phases))
     if record.has_curve("grad_norm"):

@@ -28,8 +28,6 @@ from smolora.inference.conversation import Conversation
 from smolora.models.bundle import ModelBundle
 from smolora.runtime.device import resolve_device
 
-_GREEDY = SamplingSettings(temperature=0.0)
-
 
 @dataclass(frozen=True)
 class Classification:

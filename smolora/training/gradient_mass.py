@@ -91,12 +91,13 @@ def measure_gradient_mass(
     products, squares, other_squares = _multiply(even, odd), _multiply(even, even), _multiply(odd, odd)
     if not all(map(math.isfinite, (*losses, *products.values()))):
         raise BrokenRunError("loss or gradients aren't finite before the first update. Use model.dtype=float32.")
-    if max(products.values()) <= 0:
+    spectra = {name: find_directions(even[name], odd[name]) for name in matrices}
+    modules = _describe_modules(products, spectra, bundle)
+    if not any(sum(module.spectrum) for module in modules):
         raise ConfigError(f"--batches: over {num_batches} batches the gradients are noise everywhere. Take more.")
     lengths = math.sqrt(math.fsum(squares.values()) * math.fsum(other_squares.values()))
     agreement = math.fsum(products.values()) / lengths
-    spectra = {name: find_directions(even[name], odd[name]) for name in matrices}
-    return GradientMass(_describe_modules(products, spectra, bundle), agreement, sum(losses) / num_batches)
+    return GradientMass(modules, agreement, sum(losses) / num_batches)
 
 
 def _is_b(name: str, bundle: ModelBundle) -> bool:
@@ -127,7 +128,8 @@ def _describe_modules(
         mass, cost = max(products[name], 0.0), width + height
         density = mass / (cost * rank)
         largest = min(width, height)
-        modules.append(ModuleMass(place.module, place.group, place.layer, mass, cost, largest, density, spectra[name]))
+        spectrum = spectra[name] if mass else (0.0,) * rank  # What the halves don't share is noise in any direction.
+        modules.append(ModuleMass(place.module, place.group, place.layer, mass, cost, largest, density, spectrum))
     return tuple(modules)
 
 

@@ -100,6 +100,13 @@ def test_equal_halves_agree_fully(bundle, rows):
     assert measure(bundle, twice).agreement == pytest.approx(1.0)
 
 
+def test_without_any_direction_that_the_batches_share_nothing_is_proposed(bundle, rows):
+    with torch.no_grad():
+        bundle.model.get_output_embeddings().weight.zero_()  # So no gradient reaches a module.
+    with pytest.raises(ConfigError, match="the gradients are noise everywhere"):
+        measure(bundle, rows)
+
+
 def test_gradients_that_are_not_finite_end_the_probe(bundle, rows):
     with torch.no_grad():
         next(iter(find_lora_pairs(bundle.model))).a.fill_(float("nan"))
