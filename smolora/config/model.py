@@ -11,6 +11,7 @@ from smolora.config.base import Section
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Quantization = Literal["none", "8bit", "4bit"]
+TaskType = Literal["causal_lm", "classification", "token_classification", "qa", "seq2seq"]
 
 
 class ModelConfig(Section):
@@ -22,7 +23,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
 
-    task_type: Literal["causal_lm"] = "causal_lm"
+    task_type: TaskType = "causal_lm"
     """What the model is asked to do."""
 
     dtype: DTypeName = "auto"

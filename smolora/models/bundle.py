@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from smolora.config.model import Quantization
+from smolora.config.model import Quantization, TaskType
 from smolora.data.prompts import PromptFormat
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
@@ -34,6 +34,8 @@ class ModelBundle:
     """Branch, tag or commit of a hub id."""
     quantization: Quantization = "none"
     """How the base's linear layers are held."""
+    task: TaskType = "causal_lm"
+    """What the model's head answers."""
 
     @property
     def context(self) -> int | None:
