@@ -64,7 +64,7 @@ def print_certificates(run: RunDir) -> None:
     print("phase  steps      trains                 tensors  how far each group moved, of its length")
     for phase in json.loads(run.phase_report.read_text(encoding="utf-8"))["phases"]:
         moved = ", ".join(
-            f"{name} {group['relative_distance']:.1%}" if group["trained"] else f"{name} not at all"
+            f"{name} {100 * group['relative_distance']:.1f} %" if group["trained"] else f"{name} not at all"
             for name, group in phase["groups"].items()
         )
         steps = f"{phase['start'] + 1}-{phase['end']}"

@@ -19,7 +19,7 @@ SPIKE_RULE = (
 )
 STALL_RULE = (
     "A stall is a fifth of the logged steps or more (10 at least) in which the training loss, as the median of up to "
-    "10 logged values, reached no new low by 1%."
+    "10 logged values, reached no new low by 1 %."
 )
 
 _WINDOW = 10

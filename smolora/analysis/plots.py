@@ -141,7 +141,7 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
 
 
 def plot_layer_comparison(*runs: RunSource) -> Figure:
-    """Plot each layer's median gradient norm by group, the middle 80% shaded; of several runs, a panel per group.
+    """Plot each layer's median gradient norm by group, the middle 80 % shaded; of several runs, a panel per group.
 
     Steps at which a layer was frozen don't count.
 
@@ -167,7 +167,7 @@ def plot_layer_comparison(*runs: RunSource) -> Figure:
     lows_and_highs = []
     ends: list[list[LineEnd]] = []
     for panel, (title, lines) in zip(panels, profiles.items(), strict=True):
-        band = "; the band is the middle 80%" if len(records) == 1 else ""
+        band = "; the band is the middle 80 %" if len(records) == 1 else ""
         name_panel(panel, f"median gradient norm{title}{band}")
         ends.append([])
         for label, style, matrix in lines:
@@ -209,7 +209,7 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
         name_panel(panel, title, record.phases, texts)
         part_phases(panel, record.phases)
         panel.set_ylim(0, 1)
-        panel.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     bar = add_color_bar(panels[1], ScalarMappable(norm=BoundaryNorm(np.arange(count + 1) - 0.5, count), cmap=shades))
     bar.set_ticks(sorted({0, count // 2, count - 1}))
     bar.minorticks_off()

@@ -25,7 +25,7 @@ _CAPTIONS = {
     "training_loss": "Loss over the steps; the ring is the lowest held-out loss.",
     "gradient_norms": "Gradient norm over the steps, before clipping; a gap is a frozen group.",
     "layer_heatmap": "Gradient norm of every layer at every step; hatched is frozen.",
-    "layer_comparison": "Median gradient norm of each layer while it was trained; the shade is the middle 80%.",
+    "layer_comparison": "Median gradient norm of each layer while it was trained; the shade is the middle 80 %.",
     "gradient_evolution": "Where the gradient was: shares of the squared norm by group and by layer.",
 }
 

@@ -157,7 +157,7 @@ def _say_held_out(steps: Array, values: Array, best: tuple[float, float]) -> Ite
         yield "It never fell below its start: this run has not learned what the held-out rows ask for."
     elif last > best[1] * 1.01:
         rise = last / best[1] - 1
-        yield f"After step {best[0]:,.0f} it rose by {rise:.1%}: the later steps did not help on held-out rows."
+        yield f"After step {best[0]:,.0f} it rose by {100 * rise:.1f} %: the later steps did not help on held-out rows."
 
 
 def _say_where(record: RunRecord) -> Iterator[str]:
@@ -187,7 +187,7 @@ def _say_where(record: RunRecord) -> Iterator[str]:
 
 def _rank(shares: Array, names: Iterable[str]) -> str:
     ranked = sorted(zip(shares, names, strict=True), reverse=True)
-    return ", ".join(f"{share:.0%} in {name}" for share, name in ranked if share > 0) or "none"
+    return ", ".join(f"{100 * share:.0f} % in {name}" for share, name in ranked if share > 0) or "none"
 
 
 def _say_layers(shares: Array) -> str:
@@ -198,11 +198,11 @@ def _say_layers(shares: Array) -> str:
     if len(order) == 1:
         return f"all of it in layer {order[0]}"
     even = 1 / len(order)
-    ahead = [f"{shares[layer]:.0%} in layer {layer}" for layer in order if shares[layer] >= _STANDS_OUT * even]
+    ahead = [f"{100 * shares[layer]:.0f} % in layer {layer}" for layer in order if shares[layer] >= _STANDS_OUT * even]
     if ahead:
-        return f"{', '.join(ahead[:4])} (an even share is {even:.0%})"
+        return f"{', '.join(ahead[:4])} (an even share is {100 * even:.0f} %)"
     low, high = order[-1], order[0]
-    extremes = f"from {shares[low]:.0%} in layer {low} to {shares[high]:.0%} in layer {high}"
+    extremes = f"from {100 * shares[low]:.0f} % in layer {low} to {100 * shares[high]:.0f} % in layer {high}"
     return f"spread evenly, {extremes}" if shares[high] <= _EVEN * shares[low] else extremes
 
 
@@ -255,7 +255,9 @@ def _say_movement(certificate: Mapping[str, object]) -> str:
         for name, group in (groups.items() if isinstance(groups, dict) else ())
         if isinstance(group, dict)
     }
-    moved = [f"{name} by {way:.1%}" for name, way in distances.items() if isinstance(way, float | int) and way > 0]
+    moved = [
+        f"{name} by {100 * way:.1f} %" for name, way in distances.items() if isinstance(way, float | int) and way > 0
+    ]
     text = f"; moved, of its length: {', '.join(moved)}" if moved else ""
     problems = certificate.get("problems")
     return f"{text}; the certificate failed: {_list(problems)}" if problems else text

@@ -50,7 +50,8 @@ class Evidence:
             own, other = self.prompt_use.own, self.prompt_use.other
             yield f"loss of the same answers after other rows' prompts {other:.4f}, after their own {own:.4f}"
         yield (
-            f"weights moved by {self.movement.relative:.2%} of their norm, in {len(self.movement.modules)} modules"
+            f"weights moved by {100 * self.movement.relative:.2f} % of their norm, "
+            f"in {len(self.movement.modules)} modules"
             + (f"; {self.movement.num_still} stood still" if self.movement.num_still else "")
         )
         if self.overlap.rows:
@@ -129,7 +130,7 @@ def _find_ruin(evidence: Evidence) -> tuple[Word, str] | None:
 
 def _say_votes(loss: Comparison, score: Comparison | None) -> str:
     said = [f"{one.name} is {_WORDS[one.verdict]}" for one in (loss, score) if one and one.is_counted]
-    unsure = f" (by less than {LEAST_LOSS_SHARE:.0%}, or not surely so)" if not loss.verdict else ""
+    unsure = f" (by less than {100 * LEAST_LOSS_SHARE:.0f} %, or not surely so)" if not loss.verdict else ""
     return " and ".join(said) + unsure
 
 

@@ -269,5 +269,7 @@ def describe_comparison(comparison: Comparison) -> str:
         if (pair := standing.against_first) is not None:
             line += f"  {pair.mean:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]  {pair.verdict}"
         lines.append(line)
-    lines.append(f"Differences to {first} by seed, with {comparison.confidence_of_each:.1%} intervals of paired t.")
+    lines.append(
+        f"Differences to {first} by seed, with {100 * comparison.confidence_of_each:.1f} % intervals of paired t."
+    )
     return "\n".join(lines)

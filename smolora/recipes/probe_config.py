@@ -131,19 +131,19 @@ def render_config(config: ExperimentConfig, measured: GradientMass, plan: ProbeP
 def describe_probe(measured: GradientMass, plan: ProbePlan, *, num_batches: int) -> list[str]:
     """Return what was measured and what follows from it, a sentence each."""
     top, last = plan.ranked[0], plan.ranked[-1]
-    groups = ", ".join(f"{group} {share:.0%}" for group, share in plan.groups.items())
+    groups = ", ".join(f"{group} {100 * share:.0f} %" for group, share in plan.groups.items())
     measure = (
         f"Measured over {num_batches} batches without an update: loss {measured.loss:.4f}; the two halves of the "
         f"batches agree with a cosine of {measured.agreement:.2f}."
     )
-    ends = f"Most gradient per parameter: {top.module} ({_share(top, plan):.1%} of all); least: {last.module}."
+    ends = f"Most gradient per parameter: {top.module} ({100 * _share(top, plan):.1f} % of all); least: {last.module}."
     targets = f"{len(plan.ranks)} of {len(plan.ranked)} modules are adapted ({groups} of their gradient)."
     uniform = plan.budget // sum(module.parameters_per_rank for module in plan.ranked)
     ranks = (
         "Each unit of rank is where one more direction of the gradient has most of it per parameter: "
-        f"{plan.spent:,} parameters, whose directions hold {plan.held_by(plan.ranks):.0%} of the gradient. "
+        f"{plan.spent:,} parameters, whose directions hold {100 * plan.held_by(plan.ranks):.0f} % of the gradient. "
         f"{plan.budget:,} in a uniform rank of {uniform} could hold "
-        f"{plan.held_by({module.module: uniform for module in plan.ranked}):.0%}."
+        f"{100 * plan.held_by({module.module: uniform for module in plan.ranked}):.0f} %."
     )
     doubt = "Halves that agree so little rank by chance in part: take more batches (--batches)."
     return [measure, *([doubt] if measured.agreement < 0.5 else []), ends, targets, ranks]
@@ -165,8 +165,8 @@ def describe_phases(plan: ProbePlan) -> str:
 def _render_ranks(plan: ProbePlan) -> list[str]:
     modules = {module.module: module for module in plan.ranked}
     return [
-        f"    {name}: {rank}  # {_share(modules[name], plan):.1%} of the gradient, "
-        f"{modules[name].spectrum[0] / sum(modules[name].spectrum):.0%} of that in one direction"
+        f"    {name}: {rank}  # {100 * _share(modules[name], plan):.1f} % of the gradient, "
+        f"{100 * modules[name].spectrum[0] / sum(modules[name].spectrum):.0f} % of that in one direction"
         for name, rank in plan.ranks.items()
     ]
 

@@ -247,7 +247,7 @@ def test_layers_of_different_phases_are_not_joined(tmp_path):
     x = np.asarray(line(panel, "mlp").get_xdata())
     np.testing.assert_array_equal(x, [0, 1, np.nan, 2, 3])
     assert "A line breaks where layers were trained in other steps." in texts(panel.figure)
-    assert "median gradient norm; the band is the middle 80%" in texts(panel.figure)
+    assert "median gradient norm; the band is the middle 80 %" in texts(panel.figure)
 
 
 @pytest.mark.parametrize("plot", PLOTS)

@@ -46,7 +46,7 @@ def test_a_lost_configuration_is_said(tmp_path):
 def test_the_best_step_and_what_came_after_are_said(tmp_path):
     text = generate_summary_report(write_run(tmp_path / "run", eval_losses={0: 4.0, 10: 2.0, 20: 2.5}))
     assert "Held-out loss 4.000 at step 0, lowest 2.000 at step 10, 2.500 at the end (step 20)." in text
-    assert "After step 10 it rose by 25.0%" in text
+    assert "After step 10 it rose by 25.0 %" in text
 
 
 def test_a_run_that_has_not_learned_is_called_that(tmp_path):
@@ -61,9 +61,9 @@ def test_a_run_without_held_out_rows_is_not_praised(tmp_path):
 def test_the_layers_that_carried_the_gradient_are_named_by_phase(tmp_path):
     run = write_run(tmp_path / "run", phases=(("early", 10), ("late", 20)), num_layers=4)
     text = generate_summary_report(run)
-    assert "Phase 1 (logged steps 1-10), by group: 80% in mlp, 20% in attention." in text
-    assert "Phase 1 (logged steps 1-10): 80% in layer 1 (an even share is 50%)." in text
-    assert "Phase 2 (logged steps 11-20): from 36% in layer 2 to 64% in layer 3." in text
+    assert "Phase 1 (logged steps 1-10), by group: 80 % in mlp, 20 % in attention." in text
+    assert "Phase 1 (logged steps 1-10): 80 % in layer 1 (an even share is 50 %)." in text
+    assert "Phase 2 (logged steps 11-20): from 36 % in layer 2 to 64 % in layer 3." in text
     assert "Phase 1 (logged steps 1-10): attention and mlp, layers 0 to 1, 400 trainable parameters; " in text
     assert "training loss 3.142 to 2.420" in text
     assert "(means of 5 logged steps)" in text
@@ -72,8 +72,8 @@ def test_the_layers_that_carried_the_gradient_are_named_by_phase(tmp_path):
 @pytest.mark.parametrize(
     ("squares", "said"),
     [
-        ((30, 36, 45), "spread evenly, from 27% in layer 0 to 41% in layer 2"),
-        ((30, 36, 46), "from 27% in layer 0 to 41% in layer 2"),
+        ((30, 36, 45), "spread evenly, from 27 % in layer 0 to 41 % in layer 2"),
+        ((30, 36, 46), "from 27 % in layer 0 to 41 % in layer 2"),
         ((30,), "all of it in layer 0"),
     ],
 )
@@ -104,8 +104,8 @@ def test_how_far_a_phase_moved_is_said_where_it_was_measured(tmp_path):
     ]
     (run / "phase_report.json").write_text(json.dumps({"starts": [0, 10], "phases": phases}))
     text = generate_summary_report(run)
-    assert "; moved, of its length: attention by 12.5%, mlp by 50.0%.\n" in text
-    assert "mlp by 25.0%; the certificate failed: 2 tensors moved though frozen, first a.\n" in text
+    assert "; moved, of its length: attention by 12.5 %, mlp by 50.0 %.\n" in text
+    assert "mlp by 25.0 %; the certificate failed: 2 tensors moved though frozen, first a.\n" in text
 
 
 @pytest.mark.parametrize("report", ["", "[]", "{}", '{"phases": 3}', '{"phases": [1, {"phase": 1, "groups": [2]}]}'])
@@ -117,7 +117,7 @@ def test_a_phase_report_that_cannot_be_read_is_passed_over(tmp_path, report):
 
 def test_a_run_without_phases_is_told_by_thirds(tmp_path):
     text = generate_summary_report(write_run(tmp_path / "run", phases=(("both", 9),)))
-    assert "First third (logged steps 1-3): 64% in layer 2 (an even share is 33%)." in text
+    assert "First third (logged steps 1-3): 64 % in layer 2 (an even share is 33 %)." in text
     assert "Last third (logged steps 7-9)" in text
     assert "\nPhases\n" not in text
 
