@@ -41,6 +41,7 @@ def build_config(
         DataError: `data_dir` lacks a file.
     """
     from smolora.config import ExperimentConfig, resolve_config
+    from smolora.config.aliases import find_own_path
     from smolora.config.presets import read_preset
     from smolora.records.run_dir import RunDir
 
@@ -55,7 +56,7 @@ def build_config(
         raise ConfigError(
             "--batch-size counts rows, and speed.max_tokens_per_batch tokens of a pass. Give one of them."
         )
-    if any(assignment.startswith(f"{_ROWS_PER_PASS}=") for assignment in assignments):
+    if any(find_own_path(kind, word.partition("=")[0].strip()) == _ROWS_PER_PASS for word in assignments):
         raise ConfigError(
             f"--batch-size and {_ROWS_PER_PASS} both set the rows of a step. Give --batch-size alone, "
             "with training.gradient_accumulation_steps=N to split it into N passes."

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from smolora.config.adapter import LoRAConfig
+from smolora.config.aliases import rename_aliases
 from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
@@ -136,7 +137,7 @@ def resolve_config(
         kind: The configuration class.
         preset: Nested settings to start from.
         base: The configuration that a run was started with, where it is resumed; without that file, one is started.
-        file: A YAML file with the sections of `kind`.
+        file: A YAML file with the sections of `kind`; other tools' names are read too, as in assignments.
         flags: Values by dotted path; None means not given.
         assignments: Strings such as `training.learning_rate=1e-4`; the value is read as YAML.
 
@@ -148,8 +149,8 @@ def resolve_config(
         values["training"] = _pretraining_defaults().model_dump(exclude_unset=True)
     is_afresh = base is not None and not base.is_file()
     for layer in (None if is_afresh else base, file):
-        values = _lay_over(values, _read_yaml(layer)) if layer else values
-    values = _lay_over(values, _read_command(flags or {}, assignments))
+        values = _lay_over(values, rename_aliases(kind, _read_yaml(layer))) if layer else values
+    values = _lay_over(values, _read_command(kind, flags or {}, assignments))
     if base is not None and is_afresh:
         _require_start(kind, values, base.parent)
     if kind is ExperimentConfig and not values.get("model"):
@@ -159,7 +160,7 @@ def resolve_config(
     return kind(**values)
 
 
-def _read_command(flags: Mapping[str, object], assignments: Iterable[str]) -> dict[str, Any]:
+def _read_command(kind: type[Section], flags: Mapping[str, object], assignments: Iterable[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for path, value in flags.items():
         if value is not None:
@@ -169,6 +170,7 @@ def _read_command(flags: Mapping[str, object], assignments: Iterable[str]) -> di
         if not separator:
             raise ConfigError(f"'{assignment}' isn't key.path=value.")
         _assign(values, path.strip(), _parse_value(assignment, text))
+    values = rename_aliases(kind, values)
     training = _section(values, "training")
     if training.get("max_steps") is not None and "num_train_epochs" in training:
         logger.warning(

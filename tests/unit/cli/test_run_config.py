@@ -117,6 +117,8 @@ def test_a_batch_size_that_cant_be_split_is_refused():
 def test_two_settings_of_the_rows_of_a_step_are_refused():
     with pytest.raises(ConfigError, match="--batch-size and training.per_device_train_batch_size both"):
         _build("training.per_device_train_batch_size=4", batch_size=8)
+    with pytest.raises(ConfigError, match="--batch-size and training.per_device_train_batch_size both"):
+        _build("micro_batch_size=4", batch_size=8)
 
 
 @pytest.fixture
