@@ -1,16 +1,22 @@
-"""The adapter that a model in memory carries: its identity, and the weights of a checkpoint put back into it."""
+"""The adapter that a model in memory carries: its identity, and other weights put into it, for good or for a while."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
 import torch
+from torch import Tensor
 
 from smolora.adapters.adapter_files import read_adapter
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
+
+AdapterWeights = Mapping[str, Tensor]
+"""Tensors by their names in a peft folder."""
 
 
 def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
@@ -30,6 +36,23 @@ def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
             f"{folder} holds another adapter: {len(different)} tensors differ in name or shape, first {different[0]}."
         )
     peft.set_peft_model_state_dict(bundle.model, dict(stored.tensors))
+
+
+def copy_weights(bundle: ModelBundle) -> AdapterWeights:
+    """Return the adapter's weights as they are now; nothing that is done to the model changes them."""
+    tensors = peft.get_peft_model_state_dict(bundle.model, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def replaced_weights(bundle: ModelBundle, weights: AdapterWeights) -> Iterator[None]:
+    """Compute with other weights of the same adapter inside the block."""
+    own = copy_weights(bundle)
+    peft.set_peft_model_state_dict(bundle.model, dict(weights))
+    try:
+        yield
+    finally:
+        peft.set_peft_model_state_dict(bundle.model, dict(own))
 
 
 def fingerprint_adapter(bundle: ModelBundle) -> str | None:

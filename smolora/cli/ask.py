@@ -34,6 +34,9 @@ class SamplingFlags:
     top_p: float | None = None
     """Choose among the likeliest tokens that together have this probability."""
 
+    num_beams: int | None = None
+    """Look for the likeliest whole answer among so many beginnings at a time."""
+
     seed: int | None = None
     """The same seed gives the same answer."""
 
@@ -43,14 +46,10 @@ class SamplingFlags:
 
         if self.greedy and self.temperature:
             raise ConfigError(f"--greedy and --temperature {self.temperature:g} contradict each other; give one.")
-        temperature = 0.0 if self.greedy else 1.0 if self.temperature is None else self.temperature
-        return SamplingSettings(
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-        )
+        if self.greedy and self.num_beams is not None:
+            raise ConfigError(f"--greedy and --num-beams {self.num_beams} contradict each other; give one.")
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "greedy"}
+        return SamplingSettings(**({**given, "temperature": 0.0} if self.greedy else given))
 
 
 def generate(

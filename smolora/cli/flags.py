@@ -163,6 +163,9 @@ class AnswerFlags:
     top_p: float | None = None
     """Choose among the likeliest tokens that together have this probability."""
 
+    num_beams: int | None = None
+    """Look for the likeliest whole answer among so many beginnings at a time."""
+
     seed: int | None = None
     """The same seed gives the same answers."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +13,10 @@ import numpy as np
 
 from smolora.evaluation.bootstrap import find_interval
 from smolora.evaluation.metric import Sums
+from smolora.models.bundle import ModelBundle
+
+Before = Callable[[ModelBundle], AbstractContextManager[None]]
+"""Makes a tuned model, for a while, what it is held against."""
 
 LEAST_LOSS_SHARE = 0.01
 """A loss that differs by less than this share of the base's has not changed, however sure the difference is."""

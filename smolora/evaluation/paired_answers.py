@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.benchmark_rows import BenchmarkRow
-from smolora.evaluation.comparison import Budget, Comparison, bound_differences
+from smolora.evaluation.comparison import Before, Budget, Comparison, bound_differences
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.generation.sampling import SamplingSettings
@@ -54,16 +54,18 @@ def compare_answers(
     metrics: Sequence[str],
     settings: SamplingSettings,
     *,
+    before: Before = disabled_adapter,
     budget: Budget,
     resources: Resources | None = None,
 ) -> PairedAnswers:
     """Ask both the rows in order, until the time is up.
 
     Args:
-        bundle: A base with an adapter, which is switched off for the base's part.
+        bundle: A base with an adapter.
         rows: What is asked; the first five are shown.
         metrics: Names of metrics that are sums over rows; none for samples alone.
         settings: How both answer.
+        before: Makes it the base of the comparison.
         budget: The time.
         resources: What the metrics need.
     """
@@ -80,7 +82,7 @@ def compare_answers(
         settings, metrics = settings.replace(max_new_tokens=room), ()
     rows = rows if metrics else rows[:NUM_SAMPLES]
     calculators = [MetricsCalculator(metrics, resources=resources) for _ in range(2)]
-    for row, *answers in _ask(bundle, rows, settings, budget):
+    for row, *answers in _ask(bundle, rows, settings, before=before, budget=budget):
         found.num_rows += 1
         for calculator, answer in zip(calculators, answers, strict=True):
             calculator.add(Answer(answer), row)
@@ -103,7 +105,7 @@ def _count_affordable_tokens(bundle: ModelBundle, row: BenchmarkRow, settings: S
 
 
 def _ask(
-    bundle: ModelBundle, rows: Sequence[BenchmarkRow], settings: SamplingSettings, budget: Budget
+    bundle: ModelBundle, rows: Sequence[BenchmarkRow], settings: SamplingSettings, *, before: Before, budget: Budget
 ) -> Iterator[tuple[BenchmarkRow, str, str]]:
     """Yield each row with the base's answer and the tuned model's, as long as there is time for more of them."""
     generator = TextGenerator(bundle)
@@ -113,7 +115,7 @@ def _ask(
         part = rows[start : start + _AT_ONCE]
         prompts = [row.prompt for row in part]
         tuned = generator.generate(prompts, settings=settings, batch_size=_AT_ONCE)
-        with disabled_adapter(bundle):
+        with before(bundle):
             base = generator.generate(prompts, settings=settings, batch_size=_AT_ONCE)
         yield from zip(part, base, tuned, strict=True)
         needed = time.perf_counter() - began

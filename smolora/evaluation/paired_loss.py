@@ -16,7 +16,7 @@ from smolora.adapters.toggling import disabled_adapter
 from smolora.data.token_dataset import Example, TokenArray, TokenDataset
 from smolora.evaluation.answers import LossMetric
 from smolora.evaluation.bootstrap import Tally
-from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Budget, Comparison, bound_differences, finite
+from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Before, Budget, Comparison, bound_differences, finite
 from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
 from smolora.evaluation.metric import Sums
 from smolora.models.bundle import ModelBundle
@@ -48,13 +48,20 @@ class PromptUse:
 
 
 def compare_losses(
-    bundle: ModelBundle, rows: TokenDataset, *, budget: Budget, batch_size: int = 8, seed: int = 0
+    bundle: ModelBundle,
+    rows: TokenDataset,
+    *,
+    before: Before = disabled_adapter,
+    budget: Budget,
+    batch_size: int = 8,
+    seed: int = 0,
 ) -> tuple[Comparison, PromptUse | None]:
     """Measure rows in a seeded order until the time is up, 64 in any case (of batches of 8).
 
     Args:
-        bundle: A base with an adapter, which is switched off for the base's part.
+        bundle: A base with an adapter.
         rows: Encoded held-out rows.
+        before: Makes it the base of the comparison.
         budget: The time.
         batch_size: Rows in one forward pass.
         seed: Of the order.
@@ -69,10 +76,10 @@ def compare_losses(
         part = slice(start, start + batch_size * _BATCHES_AT_ONCE)
         tuned = scorer.measure_examples(examples[part])
         other = iter(scorer.measure_examples([example for example in swapped[part] if example is not None]))
-        with disabled_adapter(bundle):
+        with before(bundle):
             base = scorer.measure_examples(examples[part])
-        for before, after, mate in zip(base, tuned, swapped[part], strict=True):
-            tally.add(_to_sums(before, after, None if mate is None else next(other)))
+        for earlier, later, mate in zip(base, tuned, swapped[part], strict=True):
+            tally.add(_to_sums(earlier, later, None if mate is None else next(other)))
     return _conclude(tally)
 
 

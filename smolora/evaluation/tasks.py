@@ -109,7 +109,7 @@ def evaluate_model(
     log = None
     if folder:
         asked = {"settings": chosen.model_dump(mode="json"), "labels": labels}
-        is_repeatable = bool(labels) or chosen.is_greedy or chosen.seed is not None
+        is_repeatable = bool(labels) or not chosen.is_drawn or chosen.seed is not None
         log = PredictionLog(folder, {**_identify(source), **_identify_model(bundle), **asked}, is_resumed=is_repeatable)
     metrics = tuple(dict.fromkeys((*source.metrics, "loss")))
     return evaluator.evaluate_dataset(

@@ -40,20 +40,23 @@ class Evidence:
     samples: Sequence[Sample] = ()
     skipped: Sequence[str] = ()
     """What there was no time for."""
+    started_from: str | None = None
+    """The adapter that the run continued, which is then on in the base of every comparison."""
 
     def describe(self) -> Iterator[str]:
         """Yield a line for each finding."""
+        if self.started_from:
+            yield f"base here is the base with the adapter of {self.started_from}, where the run started"
         yield self.loss.describe()
         if self.scores:
             yield self.scores[0].describe()
         if self.prompt_use:
             own, other = self.prompt_use.own, self.prompt_use.other
             yield f"loss of the same answers after other rows' prompts {other:.4f}, after their own {own:.4f}"
-        yield (
-            f"weights moved by {100 * self.movement.relative:.2f} % of their norm, "
-            f"in {len(self.movement.modules)} modules"
-            + (f"; {self.movement.num_still} stood still" if self.movement.num_still else "")
-        )
+        of_norm = f"{100 * self.movement.relative:.2f} % of their norm"
+        moved = f"are {of_norm} away from the plain base" if self.started_from else f"moved by {of_norm}"
+        still = f"; {self.movement.num_still} stood still" if self.movement.num_still else ""
+        yield f"weights {moved}, in {len(self.movement.modules)} modules{still}"
         if self.overlap.rows:
             yield f"{self.overlap.rows} of {self.overlap.num_held_out} held-out rows were in the training rows too"
         if self.loss.num_rows < _FEW_ROWS:
@@ -64,6 +67,7 @@ class Evidence:
         """Return all of it as plain values."""
         moved = self.movement
         return {
+            "started_from": self.started_from,
             "loss": self.loss.to_dict(),
             "prompt_use": self.prompt_use.to_dict() if self.prompt_use else None,
             "metric": self.scores[0].to_dict() if self.scores else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -54,6 +54,11 @@ class Row:
         self.is_done = len(self.ids) >= self.room or (self.stops is not None and self.stops(self.ids))
 
     @property
+    def penalty(self) -> float:
+        """What the settings divide the logits of tokens by that the row holds; 1 for none."""
+        return self.settings.repetition_penalty or 1.0
+
+    @property
     def last_id(self) -> int:
         """The token that the next one follows."""
         return self.ids[-1] if self.ids else self.prompt_ids[-1]
@@ -71,11 +76,11 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         BrokenRunError: A row's logits hold no finite maximum, so nothing can be chosen.
     """
     logits = logits.float()
-    penalized = [number for number, row in enumerate(rows) if row.settings.repetition_penalty not in {None, 1.0}]
-    if penalized:
+    if any(row.penalty != 1.0 for row in rows):
         logits = logits.clone()
-        for number in penalized:
-            _penalize(logits[number], rows[number])
+        for number, row in enumerate(rows):
+            if row.penalty != 1.0:
+                penalise(logits[number], {*row.prompt_ids, *row.ids}, row.penalty)
     peaks, likeliest = _find_peaks(logits)
     if not peaks.isfinite().all():
         raise BrokenRunError("the model's logits are not finite, so no next token can be chosen. Check its weights.")
@@ -101,11 +106,10 @@ def _find_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
     return peaks, part * width + place
 
 
-def _penalize(logits: Tensor, row: Row) -> None:
-    """Divide a row's positive logits of the tokens it holds, and multiply the negative ones (CTRL, Keskar 2019)."""
-    assert row.settings.repetition_penalty is not None
-    seen = torch.tensor(sorted({*row.prompt_ids, *row.ids}), device=logits.device)
-    values, penalty = logits[seen], row.settings.repetition_penalty
+def penalise(logits: Tensor, held: Collection[int], penalty: float) -> None:
+    """Divide the positive logits [V] of the tokens that a row holds, and multiply the negative (CTRL, Keskar 2019)."""
+    seen = torch.tensor(sorted(held), device=logits.device)
+    values = logits[seen]
     logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
 
 
@@ -113,7 +117,7 @@ def _group_sampled(rows: Sequence[Row]) -> dict[tuple[float, int | None, float |
     """Return the numbers of rows that draw, by the settings that shape what they draw from."""
     groups = defaultdict(list)
     for number, row in enumerate(rows):
-        if not row.settings.is_greedy:
+        if row.settings.is_drawn:
             groups[row.settings.temperature, row.settings.top_k, row.settings.top_p].append(number)
     return groups
 

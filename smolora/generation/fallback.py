@@ -50,25 +50,34 @@ def _generate_batch(model: nn.Module, rows: Sequence[Row]) -> Iterator[None]:
 
 
 def _generate(model: nn.Module, rows: Sequence[Row], steps: SimpleQueue[bool], is_stopped: Event) -> None:
-    device = next(model.parameters()).device
+    def are_done(input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
+        return torch.tensor([row.is_done or is_stopped.is_set() for row in rows], device=input_ids.device)
+
+    model.generate(  # type: ignore[operator]
+        **pad_prompts(rows, next(model.parameters()).device),
+        generation_config=build_neutral_config(max_new_tokens=max(row.room for row in rows)),
+        logits_processor=LogitsProcessorList([_RowChooser(rows, steps)]),
+        stopping_criteria=StoppingCriteriaList([are_done]),
+    )
+
+
+def pad_prompts(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
+    """Return the prompts, padded on their left to one length, as the arguments of `generate`: [B, T] each."""
     width = max(len(row.prompt_ids) for row in rows)
     padding = [width - len(row.prompt_ids) for row in rows]
     input_ids = [[_PAD_ID] * pad + row.prompt_ids for pad, row in zip(padding, rows, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
-    def are_done(input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
-        return torch.tensor([row.is_done or is_stopped.is_set() for row in rows], device=input_ids.device)
 
-    config = GenerationConfig(max_new_tokens=max(row.room for row in rows), num_beams=1, pad_token_id=_PAD_ID)
-    # The neutral values of transformers; left out, the model's own file would fill them in.
+def build_neutral_config(*, max_new_tokens: int, num_beams: int = 1) -> GenerationConfig:
+    """Return settings by which `generate` draws and penalises nothing; left out, the model's own file would."""
+    config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, pad_token_id=_PAD_ID)
     config.update(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
-    model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(input_ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([_RowChooser(rows, steps)]),
-        stopping_criteria=StoppingCriteriaList([are_done]),
-    )
+    return config
 
 
 class _RowChooser(LogitsProcessor):  # type: ignore[misc]

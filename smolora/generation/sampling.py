@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from smolora.config.base import Section
 
@@ -12,8 +12,8 @@ from smolora.config.base import Section
 class SamplingSettings(Section):
     """Length and randomness of an answer.
 
-    >>> SamplingSettings(temperature=0).is_greedy
-    True
+    >>> SamplingSettings(temperature=0).is_drawn, SamplingSettings(num_beams=4).is_drawn
+    (False, False)
     """
 
     max_new_tokens: int = Field(default=200, ge=1)
@@ -28,6 +28,9 @@ class SamplingSettings(Section):
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """Choose among the likeliest tokens that together have this probability."""
 
+    num_beams: int = Field(default=1, ge=1)
+    """Above 1: keep so many beginnings at each token, and answer with the likeliest whole text; nothing is drawn."""
+
     repetition_penalty: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """Above 1 makes tokens of the prompt and the answer so far less likely. Left out, the model's own setting."""
 
@@ -38,9 +41,19 @@ class SamplingSettings(Section):
     """The same seed gives the same answer to a prompt, whatever it is asked with. Left out, every answer is new."""
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether nothing is drawn at random."""
-        return self.temperature == 0.0
+    def is_drawn(self) -> bool:
+        """Whether chance has a part in the answer."""
+        return self.temperature > 0.0 and self.num_beams == 1
+
+    @model_validator(mode="after")
+    def _refuse_chance_in_beams(self) -> Self:
+        given = {name for name in ("temperature", "top_k", "top_p", "seed") if name in self.model_fields_set}
+        if self.num_beams > 1 and (idle := given - ({"temperature"} if self.temperature == 0.0 else set())):
+            raise ValueError(
+                f"num_beams={self.num_beams} looks for the likeliest answer and draws nothing, so "
+                f"{' and '.join(sorted(idle))} would change nothing: give one or the other"
+            )
+        return self
 
 
 DEFAULT_SAMPLING = SamplingSettings()

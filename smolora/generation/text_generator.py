@@ -19,6 +19,7 @@ from smolora.data.chat import Message
 from smolora.data.prompts import encode_prompt
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.generation.answer_text import cut_at_stop, decode_answer, ends_at_stop, iter_pieces
+from smolora.generation.beams import search_rows
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import decode
 from smolora.generation.fallback import generate_rows
@@ -65,7 +66,8 @@ class TextGenerator:
         Args:
             prompts: Texts or conversations; one text is one prompt.
             settings: For all prompts, or a sequence with one for each.
-            batch_size: Rows that are answered at a time; one that is done makes room for the next.
+            batch_size: Rows that are answered at a time; one that is done makes room for the next. A row counts
+                as often as it has beams.
 
         Raises:
             DataError: A prompt leaves no room in the model's context.
@@ -79,7 +81,8 @@ class TextGenerator:
     def stream(self, prompt: Prompt, *, settings: SamplingSettings = DEFAULT_SAMPLING) -> Iterator[str]:
         """Yield the answer in pieces as they are computed; joined they are what `generate` returns.
 
-        Closing the iterator stops the computation after the token at hand.
+        Closing the iterator stops the computation after the token at hand. An answer of beams comes in one piece:
+        which of them wins isn't known before.
 
         Raises:
             DataError: The prompt leaves no room in the model's context.
@@ -117,11 +120,13 @@ class TextGenerator:
 
     def _answer(self, rows: Sequence[Row], batch_size: int) -> Iterator[None]:
         """Yield after each step, until all rows are done."""
-        if not rows:
-            return iter(())
-        if self._is_decoded_in_slots:
-            return decode(self._model, rows, num_slots=batch_size)
-        return generate_rows(self._model, rows, batch_size=batch_size)
+        searched = [row for row in rows if row.settings.num_beams > 1]
+        others = [row for row in rows if row.settings.num_beams == 1]
+        yield from search_rows(self._model, searched, batch_size=batch_size)
+        if others and self._is_decoded_in_slots:
+            yield from decode(self._model, others, num_slots=batch_size)
+        elif others:
+            yield from generate_rows(self._model, others, batch_size=batch_size)
 
     def _iter_tokens(self, row: Row) -> Iterator[int]:
         num_shown = 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
+from smolora.adapters.state import AdapterWeights, copy_weights
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
 from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
@@ -67,6 +68,8 @@ class Tuning:
     identity: RunIdentity
     machine: dict[str, str]
     """What env.json says of how the run computes."""
+    start: AdapterWeights | None
+    """What a continued adapter begins with."""
 
 
 def finetune(
@@ -118,7 +121,7 @@ def finetune(
         restore_best(run, bundle, state)
         _save(run, bundle)
         training.close()  # The fast path is made for an adapter that is on.
-        leave_verdict(run, bundle, data, config)
+        leave_verdict(run, bundle, data, config, start=tuning.start)
         leave_report(run)
         enforce_verdict(run, config)
     return run
@@ -145,7 +148,8 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
     steps = choose_steps(data, config, layout)
     _check_phases(bundle, steps, config, is_evaluated=data.held_out is not None)
     machine |= {"allocator": allocator, "batches": layout}
-    return Tuning(bundle, data, layout, steps, _identify(bundle, data, config), machine)
+    start = copy_weights(bundle) if config.adapter.path else None
+    return Tuning(bundle, data, layout, steps, _identify(bundle, data, config), machine, start)
 
 
 def _build_trainer(run: RunDir, config: ExperimentConfig, tuning: Tuning, callbacks: Sequence[Callback]) -> Trainer:

@@ -6,10 +6,13 @@ import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
 from smolora.adapters.movement import measure_movement
+from smolora.adapters.state import AdapterWeights, replaced_weights
+from smolora.adapters.toggling import disabled_adapter
 from smolora.config import ExperimentConfig
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.benchmark_source import find_benchmark
@@ -19,7 +22,7 @@ from smolora.data.overlap import measure_overlap
 from smolora.data.prompts import render_pair
 from smolora.data.rows import Row
 from smolora.errors import BrokenRunError, ConfigError, StorageError
-from smolora.evaluation.comparison import Budget
+from smolora.evaluation.comparison import Before, Budget
 from smolora.evaluation.metric import Resources
 from smolora.evaluation.paired_answers import PairedAnswers, compare_answers
 from smolora.evaluation.paired_loss import compare_losses
@@ -67,8 +70,17 @@ def broken_verdict(run: RunDir) -> Iterator[None]:
         raise
 
 
-def leave_verdict(run: RunDir, bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -> None:
+def leave_verdict(
+    run: RunDir,
+    bundle: ModelBundle,
+    data: TuningData,
+    config: ExperimentConfig,
+    *,
+    start: AdapterWeights | None = None,
+) -> None:
     """Measure base against tuned and write verdict.json, unless the one of this adapter is there; say what it is.
+
+    Of a continued adapter, `start` are the weights it began with: with them on, the model is the base that counts.
 
     Nothing is measured without held-out rows, or where `evaluation.verdict_share` is 0.
     """
@@ -81,7 +93,8 @@ def leave_verdict(run: RunDir, bundle: ModelBundle, data: TuningData, config: Ex
     if found.get("identity") != identity:
         run_seconds = _measure_run(run)
         budget = Budget(max(_LEAST_SECONDS, share * run_seconds))
-        evidence = _gather(bundle, data, config, budget)
+        before = partial(replaced_weights, weights=start) if start else disabled_adapter
+        evidence = _gather(bundle, data, config, before=before, budget=budget)
         verdict = judge(evidence)
         found = {
             "verdict": verdict.word,
@@ -123,17 +136,20 @@ def enforce_verdict(run: RunDir, config: ExperimentConfig) -> None:
         raise BrokenRunError(f"the verdict is {word}{asked}: {found.get('reason')}. The run is kept in {run.path}.")
 
 
-def _gather(bundle: ModelBundle, data: TuningData, config: ExperimentConfig, budget: Budget) -> Evidence:
+def _gather(
+    bundle: ModelBundle, data: TuningData, config: ExperimentConfig, *, before: Before, budget: Budget
+) -> Evidence:
     assert data.held_out is not None, "without held-out rows there is no verdict"
     rows = data.rows
     loss, prompt_use = compare_losses(
         bundle,
         data.held_out,
+        before=before,
         budget=Budget(budget.left / 3),
         batch_size=config.evaluation.batch_size,
         seed=config.training.seed,
     )
-    answers = _ask(bundle, data, config, budget)
+    answers = _ask(bundle, data, config, before=before, budget=budget)
     missed = len(data.held_out) - loss.num_rows
     return Evidence(
         loss=loss,
@@ -143,10 +159,13 @@ def _gather(bundle: ModelBundle, data: TuningData, config: ExperimentConfig, bud
         overlap=measure_overlap(rows.train, rows.held_out, rows.fmt),
         samples=answers.samples,
         skipped=[*([f"the loss of {missed:,} held-out rows"] if missed else []), *answers.skipped],
+        started_from=config.adapter.path,
     )
 
 
-def _ask(bundle: ModelBundle, data: TuningData, config: ExperimentConfig, budget: Budget) -> PairedAnswers:
+def _ask(
+    bundle: ModelBundle, data: TuningData, config: ExperimentConfig, *, before: Before, budget: Budget
+) -> PairedAnswers:
     """Ask both models some held-out rows, as a benchmark is asked where the rows are one's."""
     assert data.held_out is not None, "without held-out rows nothing is asked"
     rows = list(_iter_askable(data.rows.held_out, data))
@@ -155,7 +174,7 @@ def _ask(bundle: ModelBundle, data: TuningData, config: ExperimentConfig, budget
     chosen = [row for row in chosen if bundle.context is None or generator.count_tokens(row.prompt) < bundle.context]
     if data.rows.fmt.kind == "text":
         settings = SamplingSettings(temperature=0.0, max_new_tokens=_CONTINUATION_TOKENS)
-        return compare_answers(bundle, chosen, (), settings, budget=budget)
+        return compare_answers(bundle, chosen, (), settings, before=before, budget=budget)
     benchmark = find_benchmark(config.data.eval_source or "".join(config.data.sources[:1]))
     longest = max(example.num_target_tokens for example in data.held_out)
     return compare_answers(
@@ -167,6 +186,7 @@ def _ask(bundle: ModelBundle, data: TuningData, config: ExperimentConfig, budget
             max_new_tokens=benchmark.max_new_tokens if benchmark else min(longest, _MOST_TOKENS),
             stop=benchmark.stop if benchmark else (),
         ),
+        before=before,
         budget=budget,
         resources=Resources(labels=benchmark.labels if benchmark else ()),
     )

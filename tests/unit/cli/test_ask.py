@@ -23,6 +23,15 @@ def test_a_seed_repeats_the_answer(smolora, base):
     assert first == again != other
 
 
+def test_beams_are_searched_and_go_with_no_other_choice(smolora, base):
+    answer = generate(str(base), "the cat", SamplingSettings(num_beams=3, max_new_tokens=8))
+    assert smolora("generate", base, "the cat", "--num-beams", 3, *FEW) == (0, f"{answer}\n", "")
+    for choice in (("--greedy",), ("--seed", 1), ("--temperature", 0.7)):
+        code, out, err = smolora("generate", base, "the cat", "--num-beams", 3, *choice)
+        assert (code, out) == (2, "")
+        assert choice[0].strip("-") in err
+
+
 def test_a_prompt_may_begin_with_a_dash(smolora, base):
     assert smolora("generate", base, "- the cat", *FEW)[0] == 0
 

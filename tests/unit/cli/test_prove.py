@@ -86,6 +86,11 @@ def test_a_run_keeps_its_evaluations(smolora, base, rows, tmp_path):
         (("m", "--data", "x.csv", "--batch-size", 0), (2, "--batch-size must be at least 1")),
         (("m", "--data", "x.csv", "--num-samples=-1"), (2, "--num-samples must be at least 1")),
         (("m", "--data", "x.csv", "--seed", 1), (2, "seed would change nothing: set temperature")),
+        (("m", "--data", "x.csv", "--num-beams", 2, "--seed", 1), (2, "num_beams=2 looks for the likeliest answer")),
+        (
+            ("--predictions", "p.txt", "--benchmark", "sick", "--num-beams", 2),
+            (2, "--num-beams would change nothing beside --predictions"),
+        ),
         (("m", "--data", "x.csv", "--split", "train"), (2, "--split would change nothing beside --data")),
         (("m", "--benchmark", "squad", "--text-field", "x"), (2, "--text-field would change nothing beside")),
         (

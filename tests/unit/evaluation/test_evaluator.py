@@ -43,12 +43,13 @@ def stop_after(num_rows):
     return listen
 
 
-def test_answers_are_the_generators_one_by_one(bundle, rows, tmp_path):
+@pytest.mark.parametrize("settings", [SHORT, SHORT.replace(num_beams=2)], ids=["greedy", "beams"])
+def test_answers_are_the_generators_one_by_one(bundle, rows, tmp_path, settings):
     log = PredictionLog(tmp_path, {})
-    evaluate(bundle, rows, log=log, batch_size=4)
+    evaluate(bundle, rows, log=log, batch_size=4, settings=settings)
     generator = TextGenerator(bundle)
     assert [line["prediction"] for line in read(log)] == [
-        generator.generate(row.prompt, settings=SHORT)[0] for row in rows
+        generator.generate(row.prompt, settings=settings)[0] for row in rows
     ]
 
 

@@ -95,6 +95,7 @@ CHANGES = {
     "tokenizer": lambda base, nli, out: copy_with(base, out, "tokenizer_config.json", chat_template="{{ messages }}"),
     "generation": lambda base, nli, out: copy_with(base, out, "generation_config.json", repetition_penalty=5.0),
     "settings": lambda base, nli, out: {"settings": SamplingSettings(max_new_tokens=3)},
+    "beams": lambda base, nli, out: {"settings": SamplingSettings(num_beams=2)},
     "labels": lambda base, nli, out: {"by_likelihood": True},
     "file": lambda base, nli, out: change_rows(nli),
 }

@@ -44,6 +44,7 @@ def config(base, rows, *assignments):
         "training.learning_rate": 1e-2,
         "training.max_steps": 60,
         "training.per_device_train_batch_size": 16,
+        "evaluation.verdict_share": 1000,  # However busy the machine is, all rows are measured.
     }
     return resolve_config(
         ExperimentConfig, assignments=[*(f"{name}={value}" for name, value in settings.items()), *assignments]
@@ -208,3 +209,15 @@ def test_conversations_are_asked_up_to_their_last_answer(tmp_path, base):
     found = read(finetune(config(base, write_rows(tmp_path / "m.jsonl", talks), few), tmp_path / "run"))
     assert found["samples"][0]["prompt"].startswith("user: ")
     assert found["prompt_use"]["num_rows"] == 43
+
+
+def test_a_continued_adapter_is_held_against_the_one_it_started_from(tmp_path, base, rows, learned):
+    went_on = config(base, rows, f"adapter.path={learned.path}", "training.max_steps=4", "training.learning_rate=1e-5")
+    run = finetune(went_on, tmp_path / "run")
+    found, before = read(run), read(learned)
+    assert found["loss"]["base"] == pytest.approx(before["loss"]["tuned"], rel=1e-3)
+    assert found["verdict"] == "no change"
+    assert found["started_from"] == str(learned.path)
+    assert f"the adapter of {learned.path}, where the run started" in found["findings"][0]
+    assert found["samples"][0]["base"] == before["samples"][0]["tuned"]
+    assert before["started_from"] is None

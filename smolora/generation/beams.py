@@ -1,0 +1,90 @@
+"""Beam search, by transformers' own `generate`: the likeliest whole answers that a few beginnings at a time lead to.
+
+Its length penalty and early stopping are the model's generation_config.json's, else transformers' defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+from smolora.errors import BrokenRunError
+from smolora.generation.choosing import Row, penalise
+from smolora.generation.decoding import in_eval_mode
+from smolora.generation.fallback import build_neutral_config, pad_prompts
+
+
+def search_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> Iterator[None]:
+    """Answer `rows`, whose settings have beams, `batch_size` beams at a time; yield after each batch.
+
+    Raises:
+        BrokenRunError: The model's logits aren't finite.
+    """
+    alike = sorted(rows, key=lambda row: (*_shape(row), len(row.prompt_ids)))
+    for (num_beams, _), group in groupby(alike, key=_shape):
+        waiting = list(group)
+        at_once = max(1, batch_size // num_beams)
+        for start in range(0, len(waiting), at_once):
+            with in_eval_mode(model):
+                _search(model, waiting[start : start + at_once])
+            yield
+
+
+def _shape(row: Row) -> tuple[int, int]:
+    """Return what rows of one batch have in common."""
+    return row.settings.num_beams, row.room
+
+
+def _search(model: nn.Module, rows: Sequence[Row]) -> None:
+    inputs = pad_prompts(rows, next(model.parameters()).device)
+    width = inputs["input_ids"].shape[1]
+    config = build_neutral_config(max_new_tokens=rows[0].room, num_beams=rows[0].settings.num_beams)
+    config.eos_token_id = sorted(rows[0].end_ids) or None
+
+    def are_done(input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
+        return torch.tensor([_is_stopped(*one) for one in _pair(input_ids, rows, width)], device=input_ids.device)
+
+    found: Tensor = model.generate(  # type: ignore[operator]
+        **inputs,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([_RowPenalty(rows, width)]),
+        stopping_criteria=StoppingCriteriaList([are_done]),
+    )
+    for row, ids in zip(rows, found[:, width:].tolist(), strict=True):
+        for token in ids:  # What is past the end is padding, with an id that may be any token's.
+            if not row.is_done:
+                row.take(token)
+
+
+def _pair(input_ids: Tensor, rows: Sequence[Row], width: int) -> Iterator[tuple[Row, list[int]]]:
+    """Yield each beginning's row, and its tokens after the prompt."""
+    num_each = len(input_ids) // len(rows)
+    for number, ids in enumerate(input_ids[:, width:].tolist()):
+        yield rows[number // num_each], ids
+
+
+def _is_stopped(row: Row, ids: list[int]) -> bool:
+    return row.stops is not None and row.stops(ids)
+
+
+class _RowPenalty(LogitsProcessor):  # type: ignore[misc]
+    """Each row's repetition penalty; that of transformers would punish the padding's token, too."""
+
+    def __init__(self, rows: Sequence[Row], width: int) -> None:
+        self._rows = rows
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return log-probabilities [beginnings, V] with those of tokens that a beginning holds made smaller."""
+        if scores.isnan().any():
+            raise BrokenRunError(
+                "the model's logits are not finite, so no answer can be looked for. Check its weights."
+            )
+        for own, (row, ids) in zip(scores, _pair(input_ids, self._rows, self._width), strict=True):
+            if row.penalty != 1.0:
+                penalise(own, {*row.prompt_ids, *ids}, row.penalty)
+        return scores
