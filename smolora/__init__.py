@@ -78,12 +78,14 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.training.gradients import GradientNormCallback, measure_gradient_norms
     from smolora.training.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
     from smolora.training.schedules import get_scheduler
+    from smolora.training.strategies import AdaptiveLRStrategy, EarlyStoppingStrategy, TrainingStrategy
     from smolora.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ATTENTION_ONLY",
+    "AdaptiveLRStrategy",
     "BOTH",
     "BPETokenizer",
     "BaseModelWrapper",
@@ -101,6 +103,7 @@ __all__ = [
     "DynamicLoRACallback",
     "DynamicLoRAConfig",
     "EarlyStoppingCallback",
+    "EarlyStoppingStrategy",
     "EvaluationConfig",
     "EvaluationResult",
     "ExperimentConfig",
@@ -137,6 +140,7 @@ __all__ = [
     "TokenizerConfig",
     "Trainer",
     "TrainingConfig",
+    "TrainingStrategy",
     "TransformerBlock",
     "chunk_texts",
     "create_layerwise_lora_config",
@@ -171,6 +175,7 @@ __all__ = [
 
 _HOMES = {
     "ATTENTION_ONLY": "smolora.config",
+    "AdaptiveLRStrategy": "smolora.training.strategies",
     "BOTH": "smolora.config",
     "BPETokenizer": "smolora.tokenizers.bpe",
     "BaseModelWrapper": "smolora.models.wrapper",
@@ -188,6 +193,7 @@ _HOMES = {
     "DynamicLoRACallback": "smolora.training.phases",
     "DynamicLoRAConfig": "smolora.config",
     "EarlyStoppingCallback": "smolora.training.callbacks",
+    "EarlyStoppingStrategy": "smolora.training.strategies",
     "EvaluationConfig": "smolora.config",
     "EvaluationResult": "smolora.evaluation.result",
     "ExperimentConfig": "smolora.config",
@@ -224,6 +230,7 @@ _HOMES = {
     "TokenizerConfig": "smolora.config",
     "Trainer": "smolora.training.trainer",
     "TrainingConfig": "smolora.config",
+    "TrainingStrategy": "smolora.training.strategies",
     "TransformerBlock": "smolora.models.gpt",
     "chunk_texts": "smolora.data.pipeline",
     "create_layerwise_lora_config": "smolora.training.phases",

@@ -24,6 +24,12 @@ class EvaluationConfig(Section):
     early_stopping_threshold: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """How much lower the evaluation loss must be to count as improvement, in nats a token."""
 
+    plateau_patience: int | None = Field(default=None, ge=1)
+    """Lower the learning rate after so many evaluations in a row without improvement. Left out: never."""
+
+    plateau_factor: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """What the learning rate is multiplied by there, for the rest of the run."""
+
     verdict_share: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
     """Time for the verdict at the end of `train`, as a share of that of the updates, but a second at least. 0: none."""
 

@@ -27,7 +27,14 @@ from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
 from smolora.models.quantised import describe_quantised
 from smolora.recipes.report import leave_report
-from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
+from smolora.recipes.run_folder import (
+    choose_callbacks,
+    fingerprint_settings,
+    recorded_run,
+    refuse_unmeasurable,
+    restore_best,
+    settle_config,
+)
 from smolora.recipes.verdict import broken_verdict, enforce_verdict, leave_verdict, refuse_unprovable
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder, replaced_folder, retire_folder
@@ -39,6 +46,7 @@ from smolora.training.checkpoint import RunIdentity
 from smolora.training.optim import trainable_parameters
 from smolora.training.phase_plan import build_phase_plan
 from smolora.training.plan import StepPlan, plan_steps
+from smolora.training.strategies import TrainingStrategy
 from smolora.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -79,6 +87,7 @@ def finetune(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     dataset: Dataset | None = None,
+    strategy: TrainingStrategy | None = None,
 ) -> RunDir:
     """Tune `config.model` on its data; return the run's folder, whose `adapter_checkpoint/` is a PEFT adapter.
 
@@ -88,6 +97,7 @@ def finetune(
         resume: Go on from the newest whole checkpoint.
         callbacks: Listeners of the loop.
         dataset: Rows in memory, in place of `config.data.sources`.
+        strategy: A learning-rate curve and listeners.
 
     Raises:
         ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
@@ -96,11 +106,14 @@ def finetune(
         ModelError: The model or adapter can't be loaded, or a checkpoint belongs to another base.
         BrokenRunError: The run can't have learned, or hasn't and `config.evaluation.require` is set.
     """
-    run = RunDir(out)
+    run, strategy = RunDir(out), strategy or TrainingStrategy()
+    config = strategy.configure(config)
     config = settle_config(run, config, resume=resume)
     tuning = open_tuning(config, out, dataset)
     bundle, data = tuning.bundle, tuning.data
     refuse_unprovable(data, config)
+    refuse_unmeasurable(config, is_evaluated=data.held_out is not None)
+    strategy.require_held_out(is_evaluated=data.held_out is not None)
     with ExitStack() as stack, ExitStack() as training:
         fast = training.enter_context(fast_path(bundle, config.speed, is_packed=tuning.layout == "packed"))
         logger.info("fast path: %s", fast.describe())
@@ -117,7 +130,9 @@ def finetune(
         )
         training.enter_context(broken_verdict(run))
         data.rows.report.write(run.path)
-        state = _build_trainer(run, config, tuning, callbacks).train(resume=resume)
+        trainer = _build_trainer(run, config, tuning, callbacks)
+        strategy.prepare_trainer(trainer)
+        state = trainer.train(resume=resume)
         restore_best(run, bundle, state)
         _save(run, bundle)
         training.close()  # The fast path is made for an adapter that is on.

@@ -132,7 +132,7 @@ def _build_trainer(
     run.path.mkdir()
     plan = watch.trial.plan
     plan.config = config.training.replace(profile_steps=None, eval_steps=plan.total_steps, save_steps=plan.total_steps)
-    evaluation = config.evaluation.replace(early_stopping_patience=None)
+    evaluation = config.evaluation.replace(early_stopping_patience=None, plateau_patience=None)
     config = config.replace(training=plan.config, evaluation=evaluation, phases=DynamicLoRAConfig())
     return Trainer(
         tuning.bundle,

@@ -21,7 +21,14 @@ from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
 from smolora.models.trained_linear import fast_linears
 from smolora.recipes.report import leave_report
-from smolora.recipes.run_folder import choose_callbacks, fingerprint_settings, recorded_run, restore_best, settle_config
+from smolora.recipes.run_folder import (
+    choose_callbacks,
+    fingerprint_settings,
+    recorded_run,
+    refuse_unmeasurable,
+    restore_best,
+    settle_config,
+)
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import replaced_folder
 from smolora.runtime.device import resolve_device
@@ -63,6 +70,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
     documents = _split_documents(read_source_documents(config.data, out=out), config)
     tokenizer = _train_tokenizer(config, documents)
     train, held_out = _build_datasets(config, documents, tokenizer)
+    refuse_unmeasurable(config, is_evaluated=held_out is not None)
     bundle = build_gpt(config.gpt, tokenizer, seed=config.training.seed, device=device)
     logger.info("device: %s (%s)", device, reason)
     logger.info("text: %s", _describe_text(documents, train, held_out))

@@ -22,7 +22,7 @@ from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, require_writable, write_json, write_text
 from smolora.training.callback import Callback
-from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback
+from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback
@@ -141,9 +141,25 @@ def choose_callbacks(
     if config.evaluation.early_stopping_patience is not None:
         patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
         chosen.append(EarlyStoppingCallback(patience, threshold))
+    if config.evaluation.plateau_patience is not None:
+        chosen.append(PlateauRateCallback(config.evaluation.plateau_patience, config.evaluation.plateau_factor))
     if config.training.profile_steps is not None:
         chosen.append(ProfileCallback(config.training.profile_steps, run.profile))
     return chosen
+
+
+def refuse_unmeasurable(config: ExperimentConfig | PretrainConfig, *, is_evaluated: bool) -> None:
+    """Raise where a setting waits for held-out losses that will never come.
+
+    Raises:
+        ConfigError: So it is.
+    """
+    for name in ("early_stopping_patience", "plateau_patience"):
+        if not is_evaluated and vars(config.evaluation)[name] is not None:
+            raise ConfigError(
+                f"evaluation.{name} looks at the held-out loss, and no rows are held out. Name some with "
+                "data.eval_source (--eval-data), give more rows, or leave it out."
+            )
 
 
 def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:

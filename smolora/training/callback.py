@@ -42,6 +42,11 @@ class Callback:
     def on_train_end(self, trainer: Trainer) -> None:
         """The loop has ended, whether by its last step, a callback, a signal or an error."""
 
+    @property
+    def learning_rate_factor(self) -> float:
+        """What the learning rate of the curve is multiplied by, asked before every update."""
+        return 1.0
+
     def state_dict(self) -> Mapping[str, object]:
         """Return what must survive a resume, as JSON can hold it."""
         return {}

@@ -1,7 +1,8 @@
-"""Callbacks that every run can use: early stopping, a profile of a few steps, and the progress line."""
+"""Callbacks that every run can use: early stopping, a lower rate on a plateau, a profile, and the progress line."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -12,11 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.profiler import profile
 
+from smolora.config.phases import PlateauConfig
 from smolora.training.callback import Callback
+from smolora.training.plateau import PlateauDetector
 
 if TYPE_CHECKING:
     from smolora.training.state import StepRecord
     from smolora.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class EarlyStoppingCallback(Callback):
@@ -58,6 +63,45 @@ class EarlyStoppingCallback(Callback):
         assert isinstance(count, int), "the checkpoint's manifest vouches for what state_dict wrote"
         self.best = best if isinstance(best, float) else math.inf
         self.evaluations_without_improvement = count
+
+
+class PlateauRateCallback(Callback):
+    """Multiply the learning rate by `factor` after `patience` evaluations in a row that are not below the best one.
+
+    It counts anew from there, and the rate stays lowered for the rest of the run, through a resume too.
+    """
+
+    def __init__(self, patience: int = 2, factor: float = 0.5) -> None:
+        self.plateau = PlateauConfig(patience=patience)
+        self.factor = factor
+        self._detector = PlateauDetector()
+        self._scale = 1.0
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What every plateau so far has made of the rate."""
+        return self._scale
+
+    def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
+        if self._detector.is_reached(eval_loss, self.plateau):
+            self._detector.without_improvement = 0
+            self._scale *= self.factor
+            logger.info(
+                "step %d: no held-out loss below %s in %d evaluations; the learning rate is now %.3g of its curve",
+                trainer.state.step,
+                self._detector.best,
+                self.plateau.patience,
+                self._scale,
+            )
+
+    def state_dict(self) -> Mapping[str, object]:
+        return {"detector": self._detector.to_state(), "scale": self._scale}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        detector, scale = state["detector"], state["scale"]
+        assert isinstance(detector, dict), "the checkpoint's manifest vouches for what state_dict wrote"
+        assert isinstance(scale, float), "the checkpoint's manifest vouches for what state_dict wrote"
+        self._detector, self._scale = PlateauDetector.from_state(detector), scale
 
 
 class ProfileCallback(Callback):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from smolora.config import EvaluationConfig, TrainingConfig
+from smolora.config.training import ScheduleName
 from smolora.data.collate import Batch
 from smolora.data.token_dataset import Example, ExampleDataset
 from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
@@ -123,6 +124,11 @@ class Trainer:
     def active_parameters(self) -> dict[str, nn.Parameter]:
         """What the step at hand trains: all of `parameters`, or those of its phase."""
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    def use_schedule(self, name: ScheduleName, *, warmup_steps: float) -> None:
+        """Train along another learning-rate curve; call it before `train`. Warm-up below 1 is a fraction of the run."""
+        self.config = self.config.replace(lr_scheduler_type=name, warmup_steps=warmup_steps)
+        self.schedule = ScheduleWindow.over(0, self.state.total_steps, warmup_steps=warmup_steps)
 
     def reset_moments(self, names: Iterable[str]) -> None:
         """Make the optimiser forget what it knows of these tensors."""
@@ -338,6 +344,7 @@ class Trainer:
 
     def _set_learning_rate(self, step: int) -> float:
         factor = self.schedule.factor(self.config.lr_scheduler_type, step)
+        factor *= math.prod(callback.learning_rate_factor for callback in self.callbacks)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
         return self.config.learning_rate * factor

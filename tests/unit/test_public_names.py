@@ -67,6 +67,9 @@ PROMISED = {
     "Callback",
     "EarlyStoppingCallback",
     "get_scheduler",
+    "AdaptiveLRStrategy",
+    "EarlyStoppingStrategy",
+    "TrainingStrategy",
     # Seeing inside, and steering
     "measure_gradient_norms",
     "GradientNormCallback",

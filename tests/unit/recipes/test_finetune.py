@@ -20,6 +20,7 @@ from smolora.recipes.finetune import finetune, show_examples
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import retire_folder
 from smolora.training.callback import Callback
+from smolora.training.strategies import AdaptiveLRStrategy, EarlyStoppingStrategy
 from tests.tiny import save_tiny_model
 
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
@@ -258,3 +259,27 @@ def test_phases_that_cannot_be_are_refused_without_a_folder(tmp_path, base, rows
     with pytest.raises(ConfigError, match=message):
         finetune(config(base, rows, *settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", ["early_stopping_patience", "plateau_patience"])
+def test_a_setting_that_waits_for_held_out_losses_needs_held_out_rows(tmp_path, base, rows, setting):
+    asked = config(base, rows, "data.validation_fraction=0", f"evaluation.{setting}=1")
+    with pytest.raises(ConfigError, match=rf"evaluation.{setting} looks at the held-out loss, and no rows are held"):
+        finetune(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_strategy_needs_held_out_rows_before_there_is_a_folder(tmp_path, base, rows):
+    with pytest.raises(ConfigError, match="EarlyStoppingStrategy looks at the held-out loss"):
+        finetune(config(base, rows, "data.validation_fraction=0"), tmp_path / "run", strategy=EarlyStoppingStrategy())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_strategy_trains_as_the_settings_it_stands_for(tmp_path, base, rows):
+    short = ["training.max_steps=4", "training.eval_steps=1", "evaluation.verdict_share=0"]
+    words = ["training.lr_scheduler_type=cosine", "training.warmup_steps=1", "evaluation.plateau_patience=1"]
+    asked = finetune(config(base, rows, *short, *words), tmp_path / "settings")
+    strategy = AdaptiveLRStrategy(warmup_steps=1, patience=1)
+    given = finetune(config(base, rows, *short), tmp_path / "strategy", strategy=strategy)
+    assert adapter_bytes(given) == adapter_bytes(asked)
+    assert given.resolved_config.read_text() == asked.resolved_config.read_text()
