@@ -132,8 +132,8 @@ class SmoLoRA:
         Raises:
             ModelError: There is no such model.
         """
+        from smolora.adapters.store import open_model
         from smolora.generation.text_generator import TextGenerator
-        from smolora.recipes.generate import open_model
 
         self._generator = TextGenerator(open_model(str(path)))
         return self._generator.bundle.model, self._generator.bundle.tokenizer

@@ -27,6 +27,7 @@ from smolora.models.loading import load_model, resolve_model_folder
 from smolora.models.structure import is_linear, read_shape
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json
+from smolora.runtime.device import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,23 @@ def load_bundle(
     if not is_adapter_folder(folder):
         return load_model(path_or_id, dtype=dtype, device=device, quantization=quantization)
     return load_adapter(load_base(read_adapter(folder), dtype=dtype, device=device), folder)
+
+
+def open_model(source: str | Path, base: str | Path | None = None, *, device: str = "auto") -> ModelBundle:
+    """Open a model for asking: on the device that `device` resolves to, its base in the file's own number type.
+
+    Args:
+        source: What `load_bundle` opens; with `base`, a run or an adapter folder.
+        base: The base of an adapter, where its folder doesn't name it.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        ModelError: There is no such model, or the adapter was trained on another base.
+    """
+    place = str(resolve_device(device).device)
+    if base is None:
+        return load_bundle(source, device=place)
+    return load_adapter(load_bundle(base, device=place), find_adapter(source))
 
 
 def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, device: str = "cpu") -> ModelBundle:

@@ -37,6 +37,12 @@ class SamplingFlags:
     num_beams: int | None = None
     """Look for the likeliest whole answer among so many beginnings at a time."""
 
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens of the prompt and the answer so far less likely."""
+
+    stop: tuple[str, ...] = ()
+    """Text that ends the answer where it begins. May be repeated."""
+
     seed: int | None = None
     """The same seed gives the same answer."""
 
@@ -48,7 +54,7 @@ class SamplingFlags:
             raise ConfigError(f"--greedy and --temperature {self.temperature:g} contradict each other; give one.")
         if self.greedy and self.num_beams is not None:
             raise ConfigError(f"--greedy and --num-beams {self.num_beams} contradict each other; give one.")
-        given = {name: value for name, value in vars(self).items() if value is not None and name != "greedy"}
+        given = {name: value for name, value in vars(self).items() if value not in (None, ()) and name != "greedy"}
         return SamplingSettings(**({**given, "temperature": 0.0} if self.greedy else given))
 
 
@@ -85,7 +91,7 @@ def chat(model: str, /, *, flags: SamplingFlags | None = None, device: str = "au
     """
     open_terminal()
     settings = (flags or SamplingFlags()).to_settings()
+    from smolora.adapters.store import open_model
     from smolora.inference.chat import run_chat
-    from smolora.recipes.generate import open_model
 
     run_chat(open_model(model, device=device), settings)

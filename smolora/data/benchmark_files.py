@@ -42,9 +42,9 @@ def find_file(benchmark: str, folder: Path, names: Sequence[str]) -> Path:
     """
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
+        lack = f"{folder} has none of" if folder.is_dir() else f"there is no folder {folder} with one of"
         raise DataError(
-            f"{folder} has none of {', '.join(names)}, which {benchmark} needs. "
-            "Name the folder that holds them with --data-dir, or the files with --data and --eval-data."
+            f"{lack} {', '.join(names)}, which {benchmark} needs. Name the folder that holds it with --data-dir."
         )
     return found
 

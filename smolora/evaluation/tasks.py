@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from smolora.adapters.state import fingerprint_adapter
-from smolora.adapters.store import load_adapter, load_bundle
+from smolora.adapters.store import open_model
 from smolora.data.readers import open_text
 from smolora.data.rows import Reject, check_values
 from smolora.errors import ConfigError, DataError
@@ -21,7 +21,6 @@ from smolora.generation.sampling import SamplingSettings
 from smolora.models.bundle import ModelBundle
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file
-from smolora.runtime.device import resolve_device
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 
 _PREDICTIONS_AT_ONCE = 256
@@ -148,18 +147,6 @@ def evaluate_predictions(
         log=log,
         progress=progress,
     )
-
-
-def open_model(source: str | Path, base_model_id: str | None = None, *, device: str = "auto") -> ModelBundle:
-    """Open a model for asking, its base in the file's own number type.
-
-    Raises:
-        ModelError: There is no such model, or the adapter was trained on another base.
-    """
-    place = str(resolve_device(device).device)
-    if base_model_id is None:
-        return load_bundle(source, device=place)
-    return load_adapter(load_bundle(base_model_id, device=place), Path(source))
 
 
 def choose_folder(model_path: str | Path, source: RowSource, out: str | Path | None) -> Path | None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smolora.adapters.attach import is_adapted
-from smolora.adapters.store import load_adapter, load_bundle
+from smolora.adapters.store import open_model
 from smolora.adapters.switching import BASE, AdapterSwitch
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.chat import Message
@@ -26,7 +26,6 @@ from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import Prompt, TextGenerator
 from smolora.inference.conversation import Conversation
 from smolora.models.bundle import ModelBundle
-from smolora.runtime.device import resolve_device
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ class InferencePipeline:
         Raises:
             ModelError: There is nothing to open, or an adapter is another base's.
         """
-        place = str(resolve_device(device).device)
-        bundle = load_adapter(load_bundle(base, device=place), Path(path)) if base else load_bundle(path, device=place)
+        bundle = open_model(path, base, device=device)
         return cls(bundle, adapters=adapters, settings=settings, batch_size=batch_size)
 
     @property
@@ -178,26 +176,70 @@ class InferencePipeline:
         found = [_choose(row, labels) for row in losses]
         return found[0] if isinstance(prompts, str) else found
 
-    def answer(
+    @overload
+    def answer(  # type: ignore[overload-overlap]
         self,
-        question: str,
-        context: str | None = None,
+        questions: str,
+        contexts: str | None = None,
         *,
         settings: SamplingSettings | None = None,
         adapter: str | None = None,
-    ) -> str:
-        """Answer a question, about a text where one is given; asked as the benchmark `squad` asks, greedily."""
-        prompt = question if context is None else f"Context: {context}\nQuestion: {question}\nAnswer:"
-        return self.generate(prompt, settings=settings or self._greedy, adapter=adapter).strip()
+    ) -> str: ...
 
-    def summarise(self, text: str, *, settings: SamplingSettings | None = None, adapter: str | None = None) -> str:
-        """Summarise a text, asked as the benchmark `samsum` asks: the text alone is the prompt; greedily."""
-        return self.generate(text, settings=settings or self._greedy, adapter=adapter).strip()
+    @overload
+    def answer(
+        self,
+        questions: Sequence[str],
+        contexts: str | Sequence[str] | None = None,
+        *,
+        settings: SamplingSettings | None = None,
+        adapter: str | None = None,
+    ) -> list[str]: ...
 
-    @property
-    def _greedy(self) -> SamplingSettings:
-        settings: SamplingSettings = self.settings.replace(temperature=0.0)
-        return settings
+    def answer(
+        self,
+        questions: str | Sequence[str],
+        contexts: str | Sequence[str] | None = None,
+        *,
+        settings: SamplingSettings | None = None,
+        adapter: str | None = None,
+    ) -> str | list[str]:
+        """Answer a question or several, each about its text or all about one; asked as `squad` asks, greedily.
+
+        Raises:
+            ConfigError: There are not as many texts as questions.
+        """
+        asked = [questions] if isinstance(questions, str) else questions
+        about = [contexts] * len(asked) if contexts is None or isinstance(contexts, str) else contexts
+        if len(about) != len(asked):
+            raise ConfigError(f"{len(about)} contexts for {len(asked)} questions: give one for all, or one for each.")
+        prompts = [_ask_about(question, context) for question, context in zip(asked, about, strict=True)]
+        answers = self._answer_greedily(prompts, settings, adapter)
+        return answers[0] if isinstance(questions, str) else answers
+
+    @overload
+    def summarise(  # type: ignore[overload-overlap]
+        self, texts: str, *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> str: ...
+
+    @overload
+    def summarise(
+        self, texts: Sequence[str], *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> list[str]: ...
+
+    def summarise(
+        self, texts: str | Sequence[str], *, settings: SamplingSettings | None = None, adapter: str | None = None
+    ) -> str | list[str]:
+        """Summarise a text or several, asked as the benchmark `samsum` asks: a text is the prompt; greedily."""
+        answers = self._answer_greedily([texts] if isinstance(texts, str) else texts, settings, adapter)
+        return answers[0] if isinstance(texts, str) else answers
+
+    def _answer_greedily(
+        self, prompts: Sequence[str], settings: SamplingSettings | None, adapter: str | None
+    ) -> list[str]:
+        """Return answers without white space around them; greedy ones, where the call has no settings of its own."""
+        settings = settings or self.settings.replace(temperature=0.0)
+        return [answer.strip() for answer in self.generate(prompts, settings=settings, adapter=adapter)]
 
     @contextmanager
     def _opened(self, adapter: str | None) -> Iterator[TextGenerator]:
@@ -215,7 +257,13 @@ class InferencePipeline:
             yield self._generator_of(self._bundle)
 
     def _generator_of(self, bundle: ModelBundle) -> TextGenerator:
-        return self._generators.setdefault(id(bundle), TextGenerator(bundle))
+        if id(bundle) not in self._generators:
+            self._generators[id(bundle)] = TextGenerator(bundle)
+        return self._generators[id(bundle)]
+
+
+def _ask_about(question: str, context: str | None) -> str:
+    return question if context is None else f"Context: {context}\nQuestion: {question}\nAnswer:"
 
 
 def _choose(losses: npt.NDArray[np.float64], labels: Sequence[str]) -> Classification:

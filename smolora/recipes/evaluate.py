@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from smolora.adapters.store import open_model
 from smolora.config.data import DataConfig
 from smolora.errors import ConfigError
 from smolora.evaluation.evaluator import Progress
 from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark, open_data
-from smolora.evaluation.tasks import check_drawing, choose_folder, evaluate_model, evaluate_predictions, open_model
+from smolora.evaluation.tasks import check_drawing, choose_folder, evaluate_model, evaluate_predictions
 from smolora.generation.sampling import SamplingSettings
 
 logger = logging.getLogger(__name__)

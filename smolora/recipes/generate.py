@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from smolora.adapters.store import load_bundle
+from smolora.adapters.store import open_model
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import TextGenerator
-from smolora.runtime.device import resolve_device
-
-if TYPE_CHECKING:
-    from smolora.models.bundle import ModelBundle
 
 
 def generate(source: str, prompt: str, settings: SamplingSettings = DEFAULT_SAMPLING, *, device: str = "auto") -> str:
@@ -22,8 +16,3 @@ def generate(source: str, prompt: str, settings: SamplingSettings = DEFAULT_SAMP
     """
     generator = TextGenerator(open_model(source, device=device))
     return generator.generate(prompt, settings=settings)[0]
-
-
-def open_model(source: str, *, device: str = "auto") -> ModelBundle:
-    """Open a model for asking: on the device that `device` resolves to, its base in the file's own number type."""
-    return load_bundle(source, device=str(resolve_device(device).device))

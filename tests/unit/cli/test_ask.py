@@ -23,6 +23,15 @@ def test_a_seed_repeats_the_answer(smolora, base):
     assert first == again != other
 
 
+def test_a_stop_text_and_a_penalty_are_taken(smolora, base):
+    whole = smolora("generate", base, "the cat", "--greedy", *FEW)[1]
+    stopped = smolora("generate", base, "the cat", "--greedy", *FEW, "--stop", "never", "--stop", whole[3:5])[1]
+    assert stopped == whole[: whole.index(whole[3:5])] + "\n"
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=8, repetition_penalty=9.0)
+    penalised = smolora("generate", base, "the cat", "--greedy", *FEW, "--repetition-penalty", 9)[1]
+    assert penalised == generate(str(base), "the cat", settings) + "\n" != whole
+
+
 def test_beams_are_searched_and_go_with_no_other_choice(smolora, base):
     answer = generate(str(base), "the cat", SamplingSettings(num_beams=3, max_new_tokens=8))
     assert smolora("generate", base, "the cat", "--num-beams", 3, *FEW) == (0, f"{answer}\n", "")

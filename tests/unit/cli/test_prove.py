@@ -102,7 +102,7 @@ def test_a_run_keeps_its_evaluations(smolora, base, rows, tmp_path):
             (2, "--by-likelihood, --seed would change nothing beside --predictions"),
         ),
         (("m", "--benchmark", "squid", "--data-dir", "."), (2, "Did you mean 'squad'")),
-        (("m", "--benchmark", "squad", "--data-dir", "none"), (3, "none has none of dev-v1.1.json")),
+        (("m", "--benchmark", "squad", "--data-dir", "none"), (3, "no folder none with one of dev-v1.1.json")),
         (("no-such-model", "--data", "no-such-file.csv"), (4, "no-such-model")),
     ],
 )

@@ -22,6 +22,7 @@ from smolora.evaluation.tasks import (
     fill_settings,
 )
 from smolora.generation.sampling import SamplingSettings
+from smolora.records.run_dir import RunDir
 from tests.tiny import save_tiny_model
 
 
@@ -67,6 +68,15 @@ def test_an_adapter_goes_on_its_base_and_is_part_of_the_identity(base, nli, tmp_
     named = evaluate_multi_nli(tmp_path / "adapter", str(base), data_dir=nli, out=out)
     assert evaluate_multi_nli(tmp_path / "adapter", data_dir=nli).metrics == named.metrics
     assert json.loads((out / "evaluation.json").read_text())["identity"]["adapter"] is not None
+
+
+def test_a_run_is_evaluated_on_a_base_that_is_named(base, nli, tmp_path):
+    run = RunDir(tmp_path / "run")
+    save_adapter(attach_adapter(load_bundle(base), LoRAConfig(r=2), seed=0), run.adapter)
+    run.resolved_config.write_text("{}")
+    result = evaluate_multi_nli(run.path, str(base), 2, data_dir=nli)
+    assert result.metrics == evaluate_multi_nli(base, num_samples=2, data_dir=nli).metrics  # A fresh adapter is none.
+    assert result.folder == run.path / "evaluation" / "multi_nli-test-first-2"
 
 
 def copy_with(folder, out, name, **settings):

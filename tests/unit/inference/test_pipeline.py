@@ -119,6 +119,11 @@ def test_questions_texts_and_turns_are_prompts_like_any_other(several):
     assert several.answer("who?", "it sat") == several.generate(asked).strip()
     assert several.answer("who?") == several.generate("who?").strip()
     assert several.summarise("a: hello") == several.generate("a: hello").strip()
+    assert several.answer(["who?", "where?"], "it sat") == [several.answer(q, "it sat") for q in ("who?", "where?")]
+    assert several.answer(["who?"], ["it sat"]) == [several.answer("who?", "it sat")]
+    assert several.summarise(["a: hello", "b: no"]) == [several.summarise(text) for text in ("a: hello", "b: no")]
+    with pytest.raises(ConfigError, match="2 contexts for 1 questions"):
+        several.answer(["who?"], ["it", "sat"])
     turns = [{"role": "user", "content": "hello"}]
     assert several.chat(turns, adapter="talk.v2") == several.generate("hello", adapter="talk.v2")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from smolora.adapters.store import open_model
 from smolora.errors import DataError, ModelError
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.loading import load_model
-from smolora.recipes.generate import generate, open_model
+from smolora.recipes.generate import generate
 from tests.tiny import CONTEXT, save_tiny_model
 
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=8)
