@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         PretrainConfig,
         TokenizerConfig,
         TrainingConfig,
+        optimize_for_dataset_size,
     )
     from smolora.data.benchmarks import DatasetType, load_and_preprocess_dataset
     from smolora.data.cleaning import TextCleaningProcessor
@@ -159,6 +160,7 @@ __all__ = [
     "load_dataset_from_hub",
     "load_text_data",
     "measure_gradient_norms",
+    "optimize_for_dataset_size",
     "plot_gradient_evolution",
     "plot_gradient_norms",
     "plot_layer_comparison",
@@ -249,6 +251,7 @@ _HOMES = {
     "load_dataset_from_hub": "smolora.data.sources",
     "load_text_data": "smolora.data.sources",
     "measure_gradient_norms": "smolora.training.gradients",
+    "optimize_for_dataset_size": "smolora.config",
     "plot_gradient_evolution": "smolora.analysis.plots",
     "plot_gradient_norms": "smolora.analysis.plots",
     "plot_layer_comparison": "smolora.analysis.plots",

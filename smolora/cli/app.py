@@ -16,6 +16,7 @@ from smolora.cli.exit_codes import INTERRUPTED, MISTAKE, UNEXPECTED, explain
 from smolora.cli.look import compare, report
 from smolora.cli.make import merge, prepare, pretrain, probe, train
 from smolora.cli.prove import evaluate
+from smolora.cli.settings import config, init
 from smolora.cli.start import demo, doctor
 from smolora.errors import StoppedBySignal
 
@@ -41,10 +42,12 @@ def build_app() -> App:
     app.command(doctor, group=_START, sort_key=2)
     app.command(prepare, group=_MAKE, sort_key=1)
     app.command(pretrain, group=_MAKE, sort_key=2)
-    app.command(plan, group=_MAKE, sort_key=3)
-    app.command(train, group=_MAKE, sort_key=4)
-    app.command(probe, group=_MAKE, sort_key=5)
-    app.command(merge, group=_MAKE, sort_key=6)
+    app.command(init, group=_MAKE, sort_key=3)
+    app.command(config, group=_MAKE, sort_key=4)
+    app.command(plan, group=_MAKE, sort_key=5)
+    app.command(train, group=_MAKE, sort_key=6)
+    app.command(probe, group=_MAKE, sort_key=7)
+    app.command(merge, group=_MAKE, sort_key=8)
     app.command(generate, alias="infer", group=_ASK, sort_key=1)
     app.command(chat, group=_ASK, sort_key=2)
     app.command(evaluate, group=_LOOK, sort_key=0)

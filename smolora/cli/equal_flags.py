@@ -12,6 +12,7 @@ _KINDS: dict[str, tuple[type[TextFlags | LoopFlags], type[Section]]] = {
     "pretrain": (PretrainFlags, PretrainConfig),
     "train": (TrainFlags, ExperimentConfig),
     "plan": (TrainFlags, ExperimentConfig),
+    "init": (TrainFlags, ExperimentConfig),
 }
 
 

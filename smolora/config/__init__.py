@@ -2,6 +2,7 @@
 
 from smolora.config.adapter import ATTENTION_ONLY, BOTH, MLP_ONLY, LoRAConfig
 from smolora.config.data import DataConfig
+from smolora.config.dataset_size import optimize_for_dataset_size
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.experiment import (
     ExperimentConfig,
@@ -41,5 +42,6 @@ __all__ = [
     "TrainingConfig",
     "dump_config",
     "flatten_settings",
+    "optimize_for_dataset_size",
     "resolve_config",
 ]

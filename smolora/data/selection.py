@@ -137,10 +137,14 @@ def choose_held_out(num_rows: int, data: DataConfig, *, seed: int) -> set[int]:
 
     The choice depends on the seed and the number of rows only.
     """
+    return set(random.Random(seed).sample(range(num_rows), count_held_out(num_rows, data)))
+
+
+def count_held_out(num_rows: int, data: DataConfig) -> int:
+    """Return how many of so many rows are held out."""
     if num_rows < FEWEST_ROWS_TO_SPLIT:
-        return set()
-    count = min(int(num_rows * data.validation_fraction), data.max_validation_rows)
-    return set(random.Random(seed).sample(range(num_rows), count))
+        return 0
+    return min(int(num_rows * data.validation_fraction), data.max_validation_rows)
 
 
 def split_validation(rows: Sequence[Row], data: DataConfig, *, seed: int) -> tuple[list[Row], list[Row]]:

@@ -72,6 +72,7 @@ PROMISED = {
     "TrainingStrategy",
     # Seeing inside, and steering
     "measure_gradient_norms",
+    "optimize_for_dataset_size",
     "GradientNormCallback",
     "GradientNormLog",
     "GradientMeasuringTrainer",

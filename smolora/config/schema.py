@@ -1,0 +1,12 @@
+"""JSON Schema of configuration files, for editors that complete and check YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smolora.config.base import Section
+
+
+def describe_schema(kind: type[Section]) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a kind of configuration; descriptions are the fields' own."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
