@@ -8,10 +8,8 @@ nothing.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import cast, get_args
 
@@ -28,7 +26,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 IDENTITY_FILE = "base_identity.json"
 
-_LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_OPENED = ("LORA", "ADALORA", "IA3", "VERA", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+"""Methods as peft spells them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class StoredAdapter:
     """An adapter as it lies on disk."""
 
     folder: Path
-    config: peft.LoraConfig
+    config: peft.PeftConfig
     tensors: Mapping[str, Tensor]
     identity: Mapping[str, str | None]
     """`fingerprint`, `source`, `revision` and `quantization` of the base; empty for a folder that plain peft wrote."""
@@ -56,20 +55,6 @@ class StoredAdapter:
                 f"{', '.join(get_args(Quantization))}. It is from a newer version, or damaged."
             )
         return cast("Quantization", found)
-
-    @cached_property
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Matrices A [r, in] and B [out, r] by the path of their module in the plain model."""
-        sides: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in self.tensors.items():
-            if match := _LORA_KEY.fullmatch(key):
-                sides.setdefault(match["module"], {})[match["side"]] = tensor
-        for module, found in sides.items():
-            if len(found) != 2:
-                raise ModelError(
-                    f"{self.folder} has only matrix {''.join(found)} of {module}: it is damaged. Copy it again."
-                )
-        return {module: (found["A"], found["B"]) for module, found in sides.items()}
 
     def refuse_other_base(self, fingerprint: str, source: str) -> None:
         """Raise if the adapter says that it was trained on other weights.
@@ -94,7 +79,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """Read an adapter folder.
 
     Raises:
-        ModelError: It isn't one, is pickled or damaged, isn't LoRA, or holds numbers that aren't finite.
+        ModelError: It isn't one, is pickled or damaged, of a method that can't be opened, or not finite.
     """
     if not is_adapter_folder(folder):
         raise ModelError(f"{folder} holds no adapter: there is no {CONFIG_FILE}. Name an adapter folder, or a run.")
@@ -102,22 +87,18 @@ def read_adapter(folder: Path) -> StoredAdapter:
     for key, tensor in adapter.tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity. Take an earlier checkpoint of its run.")
-    if not adapter.pairs:
-        raise ModelError(
-            f"{folder} holds no LoRA matrix that peft would load, such as base_model.model.MODULE.lora_A.weight."
-        )
     return adapter
 
 
-def _read_config(folder: Path) -> peft.LoraConfig:
+def _read_config(folder: Path) -> peft.PeftConfig:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} can't be read: {error}. Copy the adapter again.") from None
     if config.peft_type is None:
         raise ModelError(f"{folder / CONFIG_FILE} can't be read: it names no peft_type. Copy the adapter again.")
-    if not isinstance(config, peft.LoraConfig):
-        raise ModelError(f"{folder} is a {config.peft_type} adapter; LoRA is what can be opened.")
+    if config.peft_type not in _OPENED:
+        raise ModelError(f"{folder} is a {config.peft_type.value} adapter; {', '.join(_OPENED)} can be opened.")
     return config
 
 

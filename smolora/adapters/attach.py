@@ -1,4 +1,4 @@
-"""Puts a fresh adapter on a base model: float32, seeded, and changing no logit until it is trained."""
+"""Puts a fresh adapter on a base model: float32 and seeded, and of most methods one that changes no logit yet."""
 
 from __future__ import annotations
 
@@ -9,61 +9,88 @@ from dataclasses import replace
 
 import peft
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from torch import Tensor, nn
 
-from smolora.adapters.targets import resolve_pattern, resolve_target_modules
-from smolora.config.adapter import LoRAConfig
+from smolora.adapters.methods import Ground, build_peft_config
+from smolora.config.adapter import LoRAConfig, PEFTConfig
 from smolora.errors import ConfigError, ModelError
-from smolora.models.anatomy import Anatomy, build_anatomy
+from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.structure import PreTrainedModel
 
 
-def attach_adapter(bundle: ModelBundle, config: LoRAConfig, *, seed: int) -> ModelBundle:
+def attach_adapter(
+    bundle: ModelBundle, config: PEFTConfig, *, seed: int, total_steps: int | None = None
+) -> ModelBundle:
     """Freeze the base and put a new adapter on it; `bundle.model` itself is changed.
 
-    The adapter's weights are float32 over a base of any type (AdamW in half precision doesn't move, or overflows).
-    Matrix B starts at 0, so no logit changes; A is drawn from `seed`, and the global random generator stays as it
-    was.
+    The adapter's weights are float32 over a base of any type (AdamW in half precision doesn't move, or overflows), are
+    drawn from `seed`, and the global random generator stays as it was. No logit changes before the first update, except
+    by soft prompts (prompt, prefix and P-tuning), and by loftq, which takes back what quantising lost.
+
+    Args:
+        bundle: The base.
+        config: The method's section.
+        seed: Of what is drawn.
+        total_steps: Updates of the run; adalora needs them.
 
     Raises:
         ConfigError: A target that the model doesn't have, or a model that carries an adapter already.
         ModelError: A GPTModel, which is adapted in its saved form.
     """
     model = refuse_unadaptable(bundle)
-    peft_config = _build_peft_config(config, bundle.anatomy, source=bundle.source, revision=bundle.revision)
-    return replace(bundle, model=_adapt(model, peft_config, seed=seed))
+    width = model.get_input_embeddings().weight.shape[1]
+    ground = Ground(bundle.anatomy, width=width, seed=seed, total_steps=total_steps)
+    peft_config = build_peft_config(config, ground)
+    peft_config.task_type = "CAUSAL_LM"
+    adapted = adapt(model, peft_config, source=bundle.source, revision=bundle.revision, seed=seed)
+    return replace(bundle, model=adapted)
 
 
-def setup_model_with_lora(model: PreTrainedModel, config: LoRAConfig | None = None, *, seed: int = 0) -> peft.PeftModel:
+def setup_model_with_lora(model: PreTrainedModel, config: PEFTConfig | None = None, *, seed: int = 0) -> peft.PeftModel:
     """Put a fresh adapter on a plain model that is in memory already, without a bundle; `model` itself is changed."""
-    peft_config = _build_peft_config(config or LoRAConfig(), build_anatomy(model), source=model.name_or_path or None)
-    return _adapt(model, peft_config, seed=seed)
+    width = model.get_input_embeddings().weight.shape[1]
+    peft_config = build_peft_config(config or LoRAConfig(), Ground(build_anatomy(model), width=width, seed=seed))
+    peft_config.task_type = "CAUSAL_LM"
+    return adapt(model, peft_config, source=model.name_or_path or None, revision=None, seed=seed)
 
 
-def _build_peft_config(
-    config: LoRAConfig, anatomy: Anatomy, *, source: str | None, revision: str | None = None
-) -> peft.LoraConfig:
-    targets = resolve_target_modules(anatomy, config.target_modules)
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        rank_pattern=resolve_pattern(anatomy, targets, config.rank_pattern, field="rank_pattern"),
-        alpha_pattern=resolve_pattern(anatomy, targets, config.alpha_pattern, field="alpha_pattern"),
-        base_model_name_or_path=source,
-        revision=revision,
-    )
-
-
-def _adapt(model: PreTrainedModel, peft_config: peft.LoraConfig, *, seed: int) -> peft.PeftModel:
+def adapt(
+    model: PreTrainedModel, peft_config: peft.PeftConfig, *, source: str | None, revision: str | None, seed: int = 0
+) -> peft.PeftModel:
+    """Put what `peft_config` says on `model`, in the mode and with the global random generator as they were."""
     is_training = model.training
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), quiet_peft():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft_config, autocast_adapter_dtype=True)
     assert isinstance(adapted, peft.PeftModel)
+    peft_config.base_model_name_or_path, peft_config.revision = source, revision
+    for layer in adapted.modules():
+        if isinstance(layer, LNTuningLayer):
+            _compute_in_float32(layer)
+        elif isinstance(layer, AdaLoraLayer):
+            layer.ranknum.requires_grad_(False)  # peft unfreezes this constant where it widens it to float32.
     return adapted.train(is_training)  # peft's new dropout layers would drop in an eval model.
+
+
+def _compute_in_float32(layer: LNTuningLayer) -> None:
+    """Let float32 norms stand in a base of another type: they read in float32, and answer in the base's type."""
+    layer.ln_tuning_layers.float()
+    if next(layer.get_base_layer().parameters()).dtype == torch.float32:
+        return
+    for norm in layer.ln_tuning_layers.values():
+        norm.register_forward_pre_hook(_widen)
+    layer.register_forward_hook(_narrow)
+
+
+def _widen(_norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].float(), *inputs[1:])
+
+
+def _narrow(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(inputs[0].dtype)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smolora.adapters.attach import plain_model
@@ -140,7 +141,11 @@ class _Installer:
             done |= self._install_attention(layer, fused) | self._install_mlp(layer)
         for part in self._anatomy.parts:
             if part.group == "norm" or part.name.endswith(("q_norm", "k_norm")):
-                self._install_norm(self._model.get_submodule(part.name), fused)
+                norm = self._model.get_submodule(part.name)
+                if isinstance(norm, BaseTunerLayer):
+                    self._fallbacks.setdefault("norms are trained", set()).add(part.name)
+                else:
+                    self._install_norm(norm, fused)
         self._parts.used.append("fused blocks" if done else "fused norms")
         return done
 

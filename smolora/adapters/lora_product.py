@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
@@ -155,6 +157,8 @@ class _Product(torch.autograd.Function):
 
 def why_not_fast(layer: nn.Module) -> str | None:
     """Return why a layer can't be part of a LoRAProduct, or None where it can."""
+    if isinstance(layer, BaseTunerLayer) and (isinstance(layer, AdaLoraLayer) or not isinstance(layer, LoraLayer)):
+        return f"{type(layer).__module__.split('.')[2]} isn't LoRA"  # peft.tuners.<method>.layer
     base = _base_of(layer)
     if is_quantised(base):
         return f"{type(base).__name__} holds its weight quantised"

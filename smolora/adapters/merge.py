@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter into a plain model folder: read from the base's files, proved on a probe, whole or not there.
+"""Merges an adapter into a plain model folder: read from the base's files, proved on a probe, whole or not there.
 
 The base's files keep their types, names and shards. peft's own merge loads the model in one type, and with a NaN in
 the adapter it either merges the NaN or stops half way.
@@ -6,7 +6,6 @@ the adapter it either merges the NaN or stops half way.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,19 +13,17 @@ from pathlib import Path
 
 import peft
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
 
-from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
+from smolora.adapters.adapter_files import StoredAdapter, read_adapter
+from smolora.adapters.changes import base_of, find_changes
 from smolora.adapters.merge_probe import HALF_DTYPES, probe_adapter, verify_merged
 from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
-from smolora.adapters.store import load_base, refuse_misfit, resolve_base_folder
+from smolora.adapters.store import load_adapter, load_base, resolve_base_folder
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ConfigError, ModelError
-from smolora.models.bundle import ModelBundle
+from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
-from smolora.models.structure import PreTrainedModel, is_quantised, is_stored_transposed, read_shape
+from smolora.models.structure import is_quantised, is_stored_transposed
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
 from smolora.records.staging import staged_folder, write_json
 
@@ -51,7 +48,7 @@ _COPIED = (
 # adds later.
 _BOOKKEEPING = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
-_SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, "inference_mode", "lora_dropout", "init_lora_weights"}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
 
@@ -84,7 +81,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     """Write base and adapter as one plain model folder, with merge_report.json.
 
     Args:
-        adapter_folder: The adapter: ours, or plain peft's LoRA.
+        adapter_folder: The adapter: ours, or plain peft's.
         out: The new folder; it appears when all is written and verified.
         base: The base's folder or hub id, where the adapter's own record doesn't lead to it.
 
@@ -101,12 +98,10 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
     dtype = _choose_dtype(stored)
-    bundle = _open_base(adapter, base, dtype)
-    refuse_misfit(adapter, bundle)
-    _refuse_partial(adapter, bundle)
+    bundle = load_adapter(_open_base(adapter, base, dtype), adapter_folder)
     _refuse_tied_head(adapter, bundle)
     updates = _build_updates(adapter, bundle)
-    probe = probe_adapter(bundle, updates)
+    probe = probe_adapter(bundle)
     source, fingerprint = bundle.source, bundle.fingerprint
     del bundle  # Its mapped files, before the merged ones are.
     matched = match_updates(updates, stored)
@@ -135,26 +130,23 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     return report
 
 
-def read_scaling(config: peft.LoraConfig, module: str) -> float:
-    """Return what peft multiplies B A by on one module: alpha / r, or alpha / sqrt(r) with rslora."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
-
-
 def _refuse_unmergeable(adapter: StoredAdapter) -> None:
+    config = adapter.config
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"{adapter.folder} holds virtual tokens ({config.peft_type.value}), which are no change of weights and "
+            "can't be merged. Keep base and adapter side by side."
+        )
+    if not isinstance(config, peft.LoraConfig) or isinstance(config, peft.AdaLoraConfig):
+        return
     defaults = peft.LoraConfig().to_dict()
-    for name, value in adapter.config.to_dict().items():
+    for name, value in config.to_dict().items():
         if name not in _UNDERSTOOD and value != defaults[name]:
             raise ModelError(f"{adapter.folder} uses {name}={value!r}, which can't be merged yet. Plain LoRA can.")
-    if adapter.config.init_lora_weights not in _PLAIN_STARTS:
+    if config.init_lora_weights not in _PLAIN_STARTS:
         raise ModelError(
-            f"{adapter.folder} started with init_lora_weights={adapter.config.init_lora_weights!r}, which changes "
+            f"{adapter.folder} started with init_lora_weights={config.init_lora_weights!r}, which changes "
             "the base. Convert it to plain LoRA with peft (path_initial_model_for_weight_conversion), then merge that."
-        )
-    if len(adapter.tensors) != 2 * len(adapter.pairs):
-        raise ModelError(
-            f"{adapter.folder} holds tensors that aren't LoRA's A and B, which can't be merged yet. Plain LoRA can."
         )
 
 
@@ -172,22 +164,12 @@ def _choose_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
     return only or torch.float32
 
 
-def _refuse_partial(adapter: StoredAdapter, bundle: ModelBundle) -> None:
-    """Raise unless the tensors on disk are those of every module that the adapter's config targets."""
-    paths = [path for path, _ in bundle.model.named_modules()] if adapter.config.target_modules else []
-    expected = {path for path in paths if check_target_module_exists(adapter.config, path)}
-    if different := sorted(expected ^ adapter.pairs.keys()):
-        raise ModelError(
-            f"{adapter.folder} doesn't hold what its {CONFIG_FILE} promises: {len(different)} modules have matrices "
-            f"or are targeted, but not both, first {different[0]}. Copy the adapter again."
-        )
-
-
 def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
-    heads = [path for path in adapter.pairs if bundle.anatomy.part_of(f"{path}.weight").group == "head"]
-    if heads and isinstance(bundle.model, PreTrainedModel) and bundle.model.config.tie_word_embeddings:
+    head = next((name for name in find_changes(bundle.model) if bundle.anatomy.part_of(name).group == "head"), None)
+    if head and read_config(bundle.model).tie_word_embeddings:
         raise ModelError(
-            f"{adapter.folder} adapts {heads[0]}, whose weight is the token embedding's: merged, it would change both."
+            f"{adapter.folder} adapts {head.rpartition('.')[0]}, whose weight is the token embedding's: merged, it "
+            "would change both."
         )
 
 
@@ -200,24 +182,19 @@ def _open_base(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dty
 
 
 def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Update]:
-    modules = dict(bundle.model.named_modules())
-    quantised = {path: module for path, module in modules.items() if is_quantised(module)}
-    unchanged = {path: _rank_zero(module) for path, module in quantised.items()}
+    """Return what becomes of each parameter, by its name in the plain model."""
+    assert isinstance(bundle.model, peft.PeftModel), "an adapter was put on"
+    changes, plain = find_changes(bundle.model), bundle.model.get_base_model()
+    layers = {part.name: base_of(plain.get_submodule(part.name)) for part in bundle.anatomy.parts}
+    held = [f"{path}.weight" for path, layer in layers.items() if is_quantised(layer)]
     return {
-        path: Update(
-            a,
-            b,
-            read_scaling(adapter.config, path),
-            is_transposed=is_stored_transposed(modules[path]),
-            quantization=adapter.quantization if path in quantised else "none",
+        name: Update(
+            changes.get(name),
+            is_transposed=name.endswith(".weight") and is_stored_transposed(layers[name.rpartition(".")[0]]),
+            quantization=adapter.quantization if name in held else "none",
         )
-        for path, (a, b) in {**unchanged, **adapter.pairs}.items()
+        for name in dict.fromkeys([*held, *changes])
     }
-
-
-def _rank_zero(linear: nn.Module) -> tuple[Tensor, Tensor]:
-    inputs, outputs = read_shape(linear)
-    return torch.zeros(0, inputs), torch.zeros(outputs, 0)
 
 
 def _copy_settings(base: Path, adapter: Path, target: Path) -> None:

@@ -1,21 +1,20 @@
 """Proves a merge on a few tokens: the merged files' logits against those of base and adapter, all in float32.
 
 Weights stay mapped from their files, in the files' type: each operation widens its own for as long as it runs. The
-adapter is added by hooks, in the words of LoRA's definition and not by what was merged. So the proof takes three short
-forward passes and the memory of one float32 weight.
+adapter's logits are peft's own, and so don't rest on what was merged. The proof takes three short forward passes and
+the memory of one float32 weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from smolora.adapters.merged_weights import Update
+from smolora.adapters.toggling import disabled_adapter
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
 
@@ -35,19 +34,14 @@ class Probe:
     """Largest change of a logit by the adapter."""
 
 
-def probe_adapter(base: ModelBundle, updates: Mapping[str, Update]) -> Probe:
-    """Return the logits of base and adapter on a few fixed tokens.
-
-    Args:
-        base: The plain base.
-        updates: What the adapter adds, by the path of the module.
-    """
-    num_tokens = min(base.context or _TOKENS, _TOKENS)
-    vocab_size = next(p for p in base.model.parameters() if p.ndim == 2).shape[0]
+def probe_adapter(bundle: ModelBundle) -> Probe:
+    """Return the logits of base and adapter on a few fixed tokens."""
+    num_tokens = min(bundle.context or _TOKENS, _TOKENS)
+    vocab_size = next(p for p in bundle.model.parameters() if p.ndim == 2).shape[0]
     input_ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
-    plain = _compute_logits(base, input_ids)
-    with _added(base.model, updates):
-        logits = _compute_logits(base, input_ids)
+    with disabled_adapter(bundle):
+        plain = _compute_logits(bundle, input_ids)
+    logits = _compute_logits(bundle, input_ids)
     return Probe(input_ids, logits, (logits - plain).abs().max().item())
 
 
@@ -81,25 +75,6 @@ def _compute_logits(bundle: ModelBundle, input_ids: Tensor) -> Tensor:
     with Widened():
         logits: Tensor = bundle.model(input_ids=input_ids, use_cache=False).logits
     return logits
-
-
-@contextmanager
-def _added(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[None]:
-    """Add scaling * B A x to what the named modules give, inside the block."""
-    hooks = [model.get_submodule(path).register_forward_hook(_adder(update)) for path, update in updates.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _adder(update: Update) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        low = nn.functional.linear(inputs[0], update.a)
-        return output + update.scaling * nn.functional.linear(low, update.b)
-
-    return add
 
 
 class Widened(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Adds LoRA updates to safetensors files, one tensor in memory at a time.
+"""Writes what an adapter makes of a base into safetensors files, one tensor in memory at a time.
 
 A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte, and
 the tensors follow in the same order: updated ones computed in float32 and cast back, all others copied.
@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from smolora.adapters.changes import Change
 from smolora.config.model import Quantization
 from smolora.errors import ModelError
 from smolora.models.quantised import round_trip
@@ -26,27 +27,20 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Update:
-    """What becomes of one weight: the rounding of a quantised base, then scaling * B A of LoRA on top.
+    """What becomes of one stored parameter: the rounding of a quantised base, then what the adapter makes of it."""
 
-    Rank 0 is a layer that is quantised and not adapted.
-    """
-
-    a: Tensor
-    """[r, in]"""
-    b: Tensor
-    """[out, r]"""
-    scaling: float
-    is_transposed: bool
+    change: Change | None
+    """None is a layer that is quantised and not adapted."""
+    is_transposed: bool = False
     """The weight is stored [in, out] (GPT-2's Conv1D)."""
     quantization: Quantization = "none"
     """How the layer was held while the adapter was trained."""
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the updated weight in its own type, computed in float32."""
-        a, b, how = self.a.float(), self.scaling * self.b.float(), self.quantization
-        updated = a.T @ b.T if self.is_transposed else b @ a
-        held = round_trip(weight.T, how).T if self.is_transposed else round_trip(weight, how)
-        return updated.add_(held).to(weight.dtype)  # In place: adding a 16-bit weight widens it on the way.
+        stored = round_trip(weight.T if self.is_transposed else weight, self.quantization)
+        updated = self.change.apply(stored) if self.change else stored
+        return (updated.T if self.is_transposed else updated).to(weight.dtype).contiguous()
 
 
 def match_updates(
@@ -55,21 +49,19 @@ def match_updates(
     """Return the updates by the name of the stored tensor they go on.
 
     Args:
-        updates: By the path of the module in memory.
+        updates: By the name of the parameter in memory.
         stored: Every tensor of the base.
 
     Raises:
-        ModelError: A module's weight isn't in the files, or isn't of a type that can be added to.
+        ModelError: A parameter isn't in the files, or isn't of a type that can be added to.
     """
     by_name = {tensor.name: tensor for tensor in stored}
     matched = {}
     for path, update in updates.items():
-        names = (f"{path}.weight", f"{path}.weight".partition(".")[2])  # Older files leave the first part away.
+        names = (path, path.partition(".")[2])  # Older files leave the first part away.
         tensor = next((by_name[name] for name in names if name in by_name), None)
         if tensor is None:
-            raise ModelError(
-                f"the base's files hold no {path}.weight to merge into. Merge into another copy of the base."
-            )
+            raise ModelError(f"the base's files hold no {path} to merge into. Merge into another copy of the base.")
         if tensor.dtype not in _DTYPES:
             raise ModelError(
                 f"{tensor.name} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} can be merged into. "

@@ -1,17 +1,18 @@
-"""How far an adapter moves the weights it is on: the norm of scaling * B A, held against the weight's own."""
+"""How far an adapter moves the weights it is on: the norm of the change, held against the weight's own."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from smolora.adapters.changes import base_of, find_changes
 from smolora.models.bundle import ModelBundle
 from smolora.models.quantised import dequantise
-from smolora.models.structure import is_quantised
+from smolora.models.structure import is_quantised, is_stored_transposed
 
 
 @dataclass(frozen=True)
@@ -31,27 +32,28 @@ class Movement:
 
 @torch.no_grad()
 def measure_movement(bundle: ModelBundle) -> Movement:
-    """Return how far each adapted weight is from the base's; a bundle without an adapter moves nothing."""
-    norms = {
-        name.removeprefix("base_model.model."): (_norm_of_update(module), _norm_of_weight(module.get_base_layer()))
-        for name, module in bundle.model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    """Return how far each adapted parameter is from the base's; a bundle without an adapter moves nothing."""
+    if not isinstance(bundle.model, peft.PeftModel):
+        return Movement(0.0, {})
+    plain = bundle.model.get_base_model()
+    norms: dict[str, tuple[float, float]] = {}
+    for name, change in find_changes(bundle.model).items():
+        module, _, own = name.rpartition(".")
+        weight = _read_weight(base_of(plain.get_submodule(module)), own)
+        moved, held = norms.get(module, (0.0, 0.0))  # A module may have a bias too.
+        norms[module] = math.hypot(moved, change.measure(weight)), math.hypot(held, _length(weight))
     moved, held = (math.hypot(*(pair[side] for pair in norms.values())) for side in (0, 1))
     return Movement(_divide(moved, held), {name: _divide(*pair) for name, pair in norms.items()})
 
 
-def _norm_of_update(layer: LoraLayer) -> float:
-    """Return the norm of scaling * B A by two products of rank size: |B A|^2 = sum(B^T B * A A^T)."""
-    name = layer.active_adapters[0]
-    a, b = (matrices[name].weight.double() for matrices in (layer.lora_A, layer.lora_B))
-    squared = float(((b.T @ b) * (a @ a.T)).sum())
-    scaling: float = layer.scaling[name]
-    return abs(scaling) * math.sqrt(0.0 if squared < 0 else squared)  # Rounding may leave it below zero; a NaN stays.
+def _read_weight(base: nn.Module, name: str) -> Tensor:
+    if name == "weight" and is_quantised(base):
+        return dequantise(base, torch.float32)
+    weight = base.get_parameter(name)
+    return weight.T if name == "weight" and is_stored_transposed(base) else weight
 
 
-def _norm_of_weight(base: nn.Module) -> float:
-    weight: Tensor = dequantise(base, torch.float32) if is_quantised(base) else base.get_parameter("weight")
+def _length(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""The adapter that a model in memory carries: its identity, and other weights put into it, for good or for a while."""
+"""The adapter that a model in memory carries: its tensors, its identity, and other weights put into it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,45 @@ import peft
 import torch
 from torch import Tensor
 
-from smolora.adapters.adapter_files import read_adapter
+from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
+from smolora.adapters.attach import quiet_peft
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
 
 AdapterWeights = Mapping[str, Tensor]
 """Tensors by their names in a peft folder."""
+
+
+def adapter_tensors(model: peft.PeftModel, name: str = "default") -> dict[str, Tensor]:
+    """Return what peft saves of an adapter, by the names it has on disk."""
+    with quiet_peft():
+        tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        )
+    return tensors
+
+
+def fill_adapter(model: peft.PeftModel, stored: StoredAdapter, name: str = "default") -> None:
+    """Give an adapter in memory the weights on disk, which must be exactly those that peft expects.
+
+    Raises:
+        ModelError: Tensors are missing, unknown or of another shape; nothing was changed.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in stored.tensors.items()}
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        raise ModelError(
+            f"{stored.folder} doesn't hold what its {CONFIG_FILE} promises on this base: {len(missing)} tensors are "
+            f"missing {missing[:1]}, {len(unknown)} are not expected {unknown[:1]}. It is damaged, or another model's."
+        )
+    if different := next((key for key in expected if expected[key] != found[key]), None):
+        raise ModelError(
+            f"{stored.folder}: {different} is {list(found[different])}, and this base takes "
+            f"{list(expected[different])}. It is for another model."
+        )
+    with quiet_peft():
+        peft.set_peft_model_state_dict(model, dict(stored.tensors), adapter_name=name)
 
 
 def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
@@ -27,21 +60,13 @@ def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
     """
     if not isinstance(bundle.model, peft.PeftModel):
         raise ModelError(f"{bundle.source} carries no adapter to restore.")
-    stored = read_adapter(folder)
-    own = peft.get_peft_model_state_dict(bundle.model, save_embedding_layers=False)
-    shapes, found = ({name: t.shape for name, t in tensors.items()} for tensors in (own, stored.tensors))
-    if shapes != found:
-        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise ModelError(
-            f"{folder} holds another adapter: {len(different)} tensors differ in name or shape, first {different[0]}."
-        )
-    peft.set_peft_model_state_dict(bundle.model, dict(stored.tensors))
+    fill_adapter(bundle.model, read_adapter(folder))
 
 
 def copy_weights(bundle: ModelBundle) -> AdapterWeights:
     """Return the adapter's weights as they are now; nothing that is done to the model changes them."""
-    tensors = peft.get_peft_model_state_dict(bundle.model, save_embedding_layers=False)
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    assert isinstance(bundle.model, peft.PeftModel), "an adapter is on"
+    return {name: tensor.detach().clone() for name, tensor in adapter_tensors(bundle.model).items()}
 
 
 @contextmanager
@@ -60,8 +85,7 @@ def fingerprint_adapter(bundle: ModelBundle) -> str | None:
     if not isinstance(bundle.model, peft.PeftModel):
         return None
     digest = hashlib.sha256()
-    tensors = peft.get_peft_model_state_dict(bundle.model, save_embedding_layers=False)
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(adapter_tensors(bundle.model).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import peft
 import torch
+from safetensors.torch import save_file
 
 from smolora.adapters.adapter_files import (
     CONFIG_FILE,
@@ -18,18 +21,22 @@ from smolora.adapters.adapter_files import (
     is_adapter_folder,
     read_adapter,
 )
-from smolora.adapters.attach import quiet_peft, refuse_unadaptable
+from smolora.adapters.attach import adapt, refuse_unadaptable
+from smolora.adapters.state import adapter_tensors, fill_adapter
 from smolora.config.model import Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, resolve_model_folder
-from smolora.models.structure import is_linear, read_shape
+from smolora.models.structure import PreTrainedModel
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json
 from smolora.runtime.device import resolve_device
 
 logger = logging.getLogger(__name__)
+
+_METADATA = {"format": "pt"}
+"""What transformers and peft write into a file's header."""
 
 
 def save_adapter(bundle: ModelBundle, folder: Path) -> None:
@@ -43,10 +50,10 @@ def save_adapter(bundle: ModelBundle, folder: Path) -> None:
     if not isinstance(bundle.model, peft.PeftModel):
         raise ConfigError("there is no adapter to save: the model has none. Attach one with attach_adapter.")
     folder.mkdir(parents=True, exist_ok=True)
-    bundle.model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is a form that nobody has filled in.
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter_tensors(bundle.model).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE, _METADATA)
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600, which nobody else can read.
-    _sort_targets(folder / CONFIG_FILE)
+    _write_config(bundle.model.peft_config["default"], folder)
     write_json(
         folder / IDENTITY_FILE,
         {
@@ -74,9 +81,8 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         takes.
     """
     model = refuse_unadaptable(base)
-    is_training = model.training
     adapter = read_adapter(folder)
-    refuse_misfit(adapter, base)
+    adapter.refuse_other_base(base.fingerprint, base.source)
     if adapter.identity and adapter.quantization != base.quantization:
         logger.warning(
             "%s was trained on its base with quantization %s, and goes on it with %s: it answers somewhat differently",
@@ -84,15 +90,26 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
             adapter.quantization,
             base.quantization,
         )
-    # peft warns of missing keys and goes on; they are checked below. It draws weights before it reads them; with its
-    # low_cpu_mem_usage it would not, but then a float32 adapter is rounded to the type of a bfloat16 base.
-    with quiet_peft(), torch.random.fork_rng():
-        adapted = peft.PeftModel.from_pretrained(
-            model, str(folder), is_trainable=trainable, torch_device=str(base.device)
-        )
-    refuse_partial(adapter, adapted)
-    adapted.train(is_training)
+    peft_config = copy.deepcopy(adapter.config)
+    peft_config.inference_mode = not trainable
+    try:
+        adapted = adapt(model, peft_config, source=adapter.base, revision=peft_config.revision)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        reason = textwrap.shorten(str(error), 160).rstrip(".")
+        raise ModelError(f"{folder} doesn't fit this base: {reason}. It is for another model.") from None
+    try:
+        fill_adapter(adapted, adapter)
+    except ModelError:
+        take_off(adapted)
+        raise
     return replace(base, model=adapted, prompt_format=read_prompt_format(folder) or base.prompt_format)
+
+
+def take_off(adapted: peft.PeftModel) -> PreTrainedModel:
+    """Return the plain model under an adapter, which is forgotten; soft prompts leave the model as it is anyway."""
+    plain = adapted.get_base_model() if adapted.active_peft_config.is_prompt_learning else adapted.unload()
+    assert isinstance(plain, PreTrainedModel)
+    return plain
 
 
 def load_bundle(
@@ -194,42 +211,11 @@ def _find_result(run: RunDir) -> Path:
     raise ModelError(f"the run {run.path} has no model or adapter yet. Finish it with --resume.")
 
 
-def refuse_misfit(adapter: StoredAdapter, base: ModelBundle) -> None:
-    """Raise unless the adapter was trained on this base, and each pair of matrices fits a linear layer of it.
-
-    Raises:
-        ModelError: It was trained on other weights, or a layer isn't there or has other features in or out.
-    """
-    adapter.refuse_other_base(base.fingerprint, base.source)
-    modules = dict(base.model.named_modules())
-    for path, (a, b) in adapter.pairs.items():
-        if path not in modules or not is_linear(modules[path]):
-            raise ModelError(
-                f"{adapter.folder} adapts {path}, and this base has no such linear layer. It is for another model."
-            )
-        expected, found = read_shape(modules[path]), (a.shape[1], b.shape[0])
-        if found != expected:
-            raise ModelError(
-                f"{adapter.folder} adapts {path} from {found[0]} to {found[1]} features, and this base's goes "
-                f"from {expected[0]} to {expected[1]}. It is for another model."
-            )
-
-
-def refuse_partial(adapter: StoredAdapter, adapted: peft.PeftModel, name: str = "default") -> None:
-    """Raise, with the base as it was, unless the tensors on disk are exactly those that peft expects."""
-    expected = set(peft.get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
-    if expected != set(adapter.tensors):
-        adapted.unload()
-        missing, unknown = sorted(expected - set(adapter.tensors)), sorted(set(adapter.tensors) - expected)
-        raise ModelError(
-            f"{adapter.folder} doesn't hold what its {CONFIG_FILE} promises: {len(missing)} tensors are missing "
-            f"{missing[:1]}, {len(unknown)} are not expected {unknown[:1]}. Copy the adapter again."
-        )
-
-
-def _sort_targets(config_file: Path) -> None:
-    """Give the targets a fixed order: peft keeps them in a set, so the same run would write other bytes each time."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
-    write_json(config_file, config)
+def _write_config(peft_config: peft.PeftConfig, folder: Path) -> None:
+    """Write adapter_config.json, its sets in a fixed order: else the same run would write other bytes each time."""
+    settings = copy.deepcopy(peft_config)
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+    written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    is_set = {name for name, value in settings.to_dict().items() if isinstance(value, set)}
+    write_json(folder / CONFIG_FILE, {name: sorted(v) if name in is_set else v for name, v in written.items()})

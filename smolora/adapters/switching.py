@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ import torch
 
 from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.attach import quiet_peft, refuse_unadaptable
-from smolora.adapters.store import find_adapter, load_adapter, refuse_misfit, refuse_partial
+from smolora.adapters.state import fill_adapter
+from smolora.adapters.store import find_adapter, load_adapter
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.prompts import read_prompt_format
-from smolora.errors import ConfigError, did_you_mean
+from smolora.errors import ConfigError, ModelError, did_you_mean
 from smolora.models.bundle import ModelBundle
 
 BASE = "base"
@@ -46,8 +48,8 @@ class AdapterSwitch:
             raise ConfigError("no adapter is named.")
         refuse_unadaptable(base)
         folders = {name: find_adapter(source) for name, source in adapters.items()}
-        for folder in folders.values():  # Before the first one is on: it would change the modules' names.
-            refuse_misfit(read_adapter(folder), base)
+        for folder in folders.values():
+            read_adapter(folder).refuse_other_base(base.fingerprint, base.source)
         self._bundles: dict[str, ModelBundle] = {}
         self._inner: dict[str, str] = {}
         for number, (name, folder) in enumerate(folders.items()):
@@ -97,9 +99,14 @@ class AdapterSwitch:
 
     def _add(self, folder: Path, inner: str) -> ModelBundle:
         first, adapter = next(iter(self._bundles.values())), read_adapter(folder)
-        with quiet_peft(), torch.random.fork_rng():
-            self._model.load_adapter(str(folder), adapter_name=inner, torch_device=str(first.device))
-        refuse_partial(adapter, self._model, inner)
+        peft_config = copy.deepcopy(adapter.config)
+        peft_config.inference_mode = True
+        try:
+            with quiet_peft(), torch.random.fork_rng():
+                self._model.add_adapter(inner, peft_config)
+        except (ValueError, TypeError) as error:  # Such as another method than the first one's.
+            raise ModelError(f"{folder} can't be beside the other adapters: {error}") from None
+        fill_adapter(self._model, adapter, inner)
         self._model.train(first.model.training)
         return replace(first, prompt_format=read_prompt_format(folder))
 

@@ -15,7 +15,9 @@ _Number = TypeVar("_Number", int, float)
 _LLAMA_LISTS = {frozenset(ATTENTION_ONLY): "attention_only", frozenset(MLP_ONLY): "mlp_only", frozenset(BOTH): "both"}
 
 
-def resolve_target_modules(anatomy: Anatomy, target_modules: str | Sequence[str]) -> list[str]:
+def resolve_target_modules(
+    anatomy: Anatomy, target_modules: str | Sequence[str], *, layers: Sequence[int] | None = None
+) -> list[str]:
     """Return the full paths of the linear layers to adapt, in the order of the model.
 
     Args:
@@ -23,10 +25,41 @@ def resolve_target_modules(anatomy: Anatomy, target_modules: str | Sequence[str]
         target_modules: `attention_only` (query and value, or the fused module), `mlp_only`, `both`, `all` (every
         linear layer but the
             head), or names: the last part of a path (`q_proj`), its last parts (`mlp.c_proj`), or all of it.
+            For IA3 also `default` (key, value and the last module of the MLP).
+        layers: Layers to take modules of; None takes all, and those outside of the layers.
 
     Raises:
-        ConfigError: A name matches no linear layer, or a named group has none in this model.
+        ConfigError: A name matches no linear layer, or a named group or the layers have none in this model.
     """
+    return _in_layers(anatomy, _resolve_names(anatomy, target_modules), layers)
+
+
+def resolve_norms(anatomy: Anatomy, *, layers: Sequence[int] | None = None) -> list[str]:
+    """Return the full paths of the norms, in the order of the model.
+
+    Raises:
+        ConfigError: The model, or these layers, have none.
+    """
+    norms = [part.name for part in anatomy.parts if part.group == "norm"]
+    if not norms:
+        raise ConfigError(f"adapter.method: '{anatomy.family}' has no norm with weights to train.")
+    return _in_layers(anatomy, norms, layers)
+
+
+def _in_layers(anatomy: Anatomy, paths: list[str], layers: Sequence[int] | None) -> list[str]:
+    if layers is None:
+        return paths
+    if unknown := [layer for layer in layers if layer >= anatomy.num_layers]:
+        raise ConfigError(
+            f"adapter.layers: there is no layer {unknown[0]}; '{anatomy.family}' has 0 to {anatomy.num_layers - 1}."
+        )
+    chosen = [path for path in paths if anatomy.part_of(f"{path}.weight").layer in layers]
+    if not chosen:
+        raise ConfigError("adapter.layers: none of the target modules is in them. Name other layers, or other modules.")
+    return chosen
+
+
+def _resolve_names(anatomy: Anatomy, target_modules: str | Sequence[str]) -> list[str]:
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     named = names[0] if len(names) == 1 else _LLAMA_LISTS.get(frozenset(names))
     group = _modules_of_group(anatomy, named) if named else None
@@ -43,6 +76,8 @@ def resolve_target_modules(anatomy: Anatomy, target_modules: str | Sequence[str]
 def _modules_of_group(anatomy: Anatomy, named: str) -> list[str] | None:
     if named == "all":
         return anatomy.linear_modules()
+    if named == "default":
+        return anatomy.modules_with_role("key", "value", "query_key_value", "down")
     if named == "attention_only":
         return anatomy.modules_with_role("query", "value", "query_key_value")
     if named == "mlp_only":

@@ -11,6 +11,8 @@ from typing import Literal
 
 import peft
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from smolora.models.anatomy import Anatomy, Group, build_anatomy
@@ -74,7 +76,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
             layer.get_base_layer().weight,
         )
         for path, layer in model.named_modules()
-        if isinstance(layer, peft.tuners.lora.LoraLayer)
+        if isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer)
         for adapter in layer.active_adapters
         if adapter in layer.lora_A
     ]

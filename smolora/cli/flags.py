@@ -112,6 +112,9 @@ class TrainFlags(FieldFlags, LoopFlags):
     model: Annotated[str | None, At("model.name_or_path")] = None
     """Base model: a folder, a run or a hub id."""
 
+    method: Annotated[str | None, At("adapter.method")] = None
+    """lora, rslora, dora, pissa, loftq, adalora, ia3, vera, layernorm, prompt_tuning, p_tuning, prefix_tuning, full."""
+
     adapter: Annotated[str | None, At("adapter.path")] = None
     """Adapter, or the run that holds it, to continue from."""
 

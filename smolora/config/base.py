@@ -28,27 +28,41 @@ class Section(BaseModel):
             f"Use config.model_copy(update={{{name!r}: ...}}) or config.replace({name}=...) to get a changed one."
         )
 
+    @classmethod
+    def describe_setting(cls) -> str:
+        """Return what a field of this section is called in messages."""
+        return "setting"
+
     def replace(self, **values: Any) -> Any:
         """Return a copy with `values` changed, validated again (`model_copy` of pydantic validates nothing)."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
 
 
-def _describe(section: type[BaseModel], error: ValidationError) -> str:
+def _describe(section: type[Section], error: ValidationError) -> str:
     return "\n".join(_describe_one(section, dict(item)) for item in error.errors())
 
 
-def _describe_one(section: type[BaseModel], item: dict[str, Any]) -> str:
-    location = [str(part) for part in item["loc"] if not str(part).startswith("function-")]
+def _describe_one(section: type[Section], item: dict[str, Any]) -> str:
+    location = _leave_out_tags(section, [str(part) for part in item["loc"] if not str(part).startswith("function-")])
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
         allowed = _fields_at(section, location[:-1])
-        return f"{path}: no such setting.{did_you_mean(location[-1], allowed)} Known: {', '.join(sorted(allowed))}."
+        hint = did_you_mean(location[-1], allowed)
+        return f"{path}: no such {section.describe_setting()}.{hint} Known: {', '.join(sorted(allowed))}."
     inner = item.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):  # A nested section has already said what is wrong with its own field.
         return "\n".join(f"{path}.{line}" if path else line for line in str(inner).splitlines())
     message = str(inner) if inner is not None else item["msg"][:1].lower() + item["msg"][1:]
-    found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+    is_whole = item["type"] == "missing" or isinstance(item["input"], dict)
+    found = "" if is_whole else f" (found {item['input']!r})"
     return f"{path}: {message}{found}" if path else f"{message}"
+
+
+def _leave_out_tags(section: type[BaseModel], location: list[str]) -> list[str]:
+    """Leave out pydantic's name of the member of a union, which stands behind the name of a field."""
+    field = section.model_fields.get(location[0]) if location else None
+    is_union = field is not None and field.discriminator is not None
+    return [location[0], *location[2:]] if is_union else location
 
 
 def _fields_at(section: type[BaseModel], location: list[str]) -> list[str]:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, model_validator
 
-from smolora.config.adapter import LoRAConfig
+from smolora.config.adapter import AdapterConfig, LoRAConfig, keep_fitting
 from smolora.config.aliases import rename_aliases
 from smolora.config.base import Section
+from smolora.config.compatibility import find_obstacle
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
@@ -36,8 +37,8 @@ class ExperimentConfig(Section):
     data: DataConfig = DataConfig()
     """Training and held-out rows."""
 
-    adapter: LoRAConfig = LoRAConfig()
-    """What is trained on top of the base."""
+    adapter: AdapterConfig = LoRAConfig()
+    """What is trained on the base, by one of the methods."""
 
     training: TrainingConfig = TrainingConfig()
     """The training loop."""
@@ -59,8 +60,19 @@ class ExperimentConfig(Section):
             resolve_starts(self.phases.phases, total_steps=steps, steps_per_epoch=1)
         return self
 
+    @model_validator(mode="after")
+    def _method_fits(self) -> ExperimentConfig:
+        """Refuse what can't work before a model is loaded."""
+        method, task, quantization = self.adapter.method, self.model.task_type, self.model.quantization
+        checkpointing = self.training.gradient_checkpointing
+        found = find_obstacle(method=method, task=task, quantization=quantization, gradient_checkpointing=checkpointing)
+        if found and self.adapter.path is None:  # An adapter to continue has a method of its own.
+            more = f" ({found.link})" if found.link else ""
+            raise ValueError(f"adapter.method: {method} can't be used here: {found.reason}{more}. {found.advice}")
+        return self
+
     @property
-    def lora(self) -> LoRAConfig:
+    def lora(self) -> AdapterConfig:
         """The section `adapter` under its older name."""
         return self.adapter
 
@@ -131,7 +143,8 @@ def resolve_config(
     """Build a configuration from its layers; a later one wins: defaults, and the arguments in their order.
 
     Epochs in a later layer replace `max_steps` of an earlier one, which would decide alone, and a strategy of phases
-    replaces an earlier table; flags and assignments are one layer in this.
+    replaces an earlier table; flags and assignments are one layer in this. A later method keeps what it reads of an
+    earlier method's settings.
 
     Args:
         kind: The configuration class.
@@ -185,7 +198,7 @@ def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for name, section in above.items():
         if isinstance(section, dict) and not isinstance(below.get(name, {}), dict):
             raise ConfigError(f"{name}: expected settings, found {below[name]!r}.")
-    values = _merge(below, above)
+    values = _merge(_without_other_method(below, above), above)
     steps = _section(below, "training").get("max_steps")
     if (
         steps is not None
@@ -199,6 +212,14 @@ def _lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         values["phases"]["table"] = []
         logger.info("a strategy replaces phases.table")
     return values
+
+
+def _without_other_method(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of `below` what only its own method reads, where a later layer names another one."""
+    before, method = _section(below, "adapter"), _section(above, "adapter").get("method")
+    if method is None or method == before.get("method", "lora"):
+        return below
+    return {**below, "adapter": keep_fitting(before, method)} if before else below
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

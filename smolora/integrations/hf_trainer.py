@@ -175,7 +175,7 @@ class _Phases(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         assert self.certificate is not None, "a step has begun"
-        self.certificate.check_gradients(self.parameters, self.places, state.global_step + 1)
+        self.certificate.check_gradients(self.parameters, state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.certificate and self.plan.next_start(self.certificate.index) == state.global_step:

@@ -1,4 +1,4 @@
-"""`smolora train`: a LoRA adapter on a causal language model, from rows to a PEFT folder."""
+"""`smolora train`: an adapter on a causal language model, from rows to a PEFT folder."""
 
 from __future__ import annotations
 
@@ -159,8 +159,8 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
     base, machine = load_base(config)
     data = prepare_data(config, base, out, dataset)
     layout = choose_layout(base)
-    bundle = _adapt(base, config, data)
     steps = choose_steps(data, config, layout)
+    bundle = _adapt(base, config, data, total_steps=steps.total_steps)
     _check_phases(bundle, steps, config, is_evaluated=data.held_out is not None)
     machine |= {"allocator": allocator, "batches": layout}
     start = copy_weights(bundle) if config.adapter.path else None
@@ -263,10 +263,10 @@ def choose_layout(base: ModelBundle) -> Layout:
     return "packed" if is_packable else "padded"
 
 
-def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData) -> ModelBundle:
+def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData, *, total_steps: int) -> ModelBundle:
     base = replace(base, prompt_format=data.rows.fmt)
     if config.adapter.path is None:
-        bundle = attach_adapter(base, config.adapter, seed=config.training.seed)
+        bundle = attach_adapter(base, config.adapter, seed=config.training.seed, total_steps=total_steps)
     else:
         if config.model.name_or_path == config.adapter.path:
             raise ConfigError("adapter.path and model.name_or_path are the same: name the base as the model.")

@@ -19,6 +19,7 @@ from smolora.recipes.probe_config import (
     describe_phases,
     describe_probe,
     plan_probe,
+    read_lora,
     render_config,
 )
 from smolora.records.staging import describe_os_error, require_writable, write_bytes, write_json, write_text
@@ -47,12 +48,13 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
         raise ConfigError(f"{out} already holds a probe. Choose another output folder, or remove it first.")
     if config.adapter.path is not None:
         raise ConfigError("adapter.path: a probe looks for where to put a new adapter, so there is none to continue.")
+    asked = read_lora(config)
     require_writable(out)
     check_sources(config.data)
     base, _ = load_base(config)
     data = prepare_data(config, base, None, None)
     layout = choose_layout(base)
-    directions = max(_FEWEST_DIRECTIONS, RANK_SPAN * config.adapter.r)
+    directions = max(_FEWEST_DIRECTIONS, RANK_SPAN * asked.r)
     adapter = LoRAConfig(r=directions, lora_alpha=directions, lora_dropout=0.0)
     bundle = attach_adapter(base, adapter, seed=config.training.seed)
     steps = choose_steps(data, config, layout)
@@ -60,7 +62,7 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
         measured = measure_gradient_mass(
             bundle, data.train, steps, collate=get_data_collator(layout), num_batches=num_batches
         )
-    plan = plan_probe(measured, r=config.adapter.r, total_steps=steps.total_steps)
+    plan = plan_probe(measured, r=asked.r, total_steps=steps.total_steps)
     for sentence in (*describe_probe(measured, plan, num_batches=num_batches), describe_phases(plan)):
         logger.info("%s", sentence)
     _write(folder, config, measured, plan, num_batches)

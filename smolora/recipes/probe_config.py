@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from smolora.config import ExperimentConfig, PhaseConfig, PhaseStart
+from smolora.config import ExperimentConfig, LoRAConfig, PhaseConfig, PhaseStart
+from smolora.errors import ConfigError
 from smolora.training.gradient_mass import GradientMass, ModuleMass
 
 RANK_SPAN = 4
@@ -46,6 +47,17 @@ class ProbePlan:
         """Return the share of the gradient in the directions that adapters of these ranks could hold at best."""
         held = sum(sum(module.spectrum[: ranks.get(module.module, 0)]) for module in self.ranked)
         return held / sum(sum(module.spectrum) for module in self.ranked)
+
+
+def read_lora(config: ExperimentConfig) -> LoRAConfig:
+    """Return the adapter that a probe shares out.
+
+    Raises:
+        ConfigError: It isn't plain LoRA's.
+    """
+    if not isinstance(config.adapter, LoRAConfig):
+        raise ConfigError(f"adapter.method: a probe proposes ranks of lora, and {config.adapter.method} was asked for.")
+    return config.adapter
 
 
 def plan_probe(measured: GradientMass, *, r: int, total_steps: int) -> ProbePlan:
@@ -102,7 +114,8 @@ def _plan_phases(groups: dict[str, float]) -> tuple[PhaseConfig, ...]:
 def render_config(config: ExperimentConfig, measured: GradientMass, plan: ProbePlan, *, num_batches: int) -> str:
     """Return the YAML that `smolora train` takes: `config` with the plan in it, and the reasons as comments."""
     settings = config.model_dump(mode="json", exclude_unset=True)
-    adapter = settings.pop("adapter", {}) | {"r": config.adapter.r, "lora_alpha": config.adapter.lora_alpha}
+    asked = read_lora(config)
+    adapter = settings.pop("adapter", {}) | {"r": asked.r, "lora_alpha": asked.lora_alpha}
     for name in ("target_modules", "rank_pattern", "alpha_pattern"):
         adapter.pop(name, None)
     settings.pop("phases", None)
@@ -120,7 +133,7 @@ def render_config(config: ExperimentConfig, measured: GradientMass, plan: ProbeP
             "  rank_pattern:",
             *_render_ranks(plan),
             "  # Alphas follow the ranks, so that every module keeps the scale lora_alpha / r.",
-            textwrap.indent(_dump({"alpha_pattern": _follow(plan.ranks, config)}), "  "),
+            textwrap.indent(_dump({"alpha_pattern": _follow(plan.ranks, asked)}), "  "),
             _comment(describe_phases(plan)),
             *([_dump({"phases": {"enabled": False, "table": phases}})] if phases else []),
             "",
@@ -175,8 +188,8 @@ def _share(module: ModuleMass, plan: ProbePlan) -> float:
     return module.mass / sum(other.mass for other in plan.ranked)
 
 
-def _follow(ranks: dict[str, int], config: ExperimentConfig) -> dict[str, float]:
-    return {name: rank * config.adapter.lora_alpha / config.adapter.r for name, rank in ranks.items()}
+def _follow(ranks: dict[str, int], asked: LoRAConfig) -> dict[str, float]:
+    return {name: rank * asked.lora_alpha / asked.r for name, rank in ranks.items()}
 
 
 def _comment(*sentences: str) -> str:

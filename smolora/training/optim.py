@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +70,17 @@ def tensor_checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: zlib.crc32(memoryview(_bytes_of(tensor))) for name, tensor in parameters.items()}
 
 
-def require_movement(parameters: Mapping[str, Tensor], before: Mapping[str, int], num_updates: int) -> None:
+def require_movement(
+    parameters: Mapping[str, Tensor], before: Mapping[str, int], num_updates: int, *, waiting: Collection[str] = ()
+) -> None:
     """Raise unless every trainable tensor differs from its checksum before the first update.
 
-    A LoRA A has an exactly zero gradient while its B is still zero, so after a single update it may stand still.
+    Args:
+        parameters: The trainable tensors.
+        before: Their checksums.
+        num_updates: Updates since.
+        waiting: Tensors whose gradient was exactly zero in the first update, as a factor beside them was zero; after a
+            single update they may stand still.
 
     Raises:
         BrokenRunError: Tensors that were declared trainable did not move.
@@ -81,7 +88,7 @@ def require_movement(parameters: Mapping[str, Tensor], before: Mapping[str, int]
     after = tensor_checksums(parameters)
     still = [name for name in after if after[name] == before.get(name)]
     if num_updates == 1:
-        still = [name for name in still if ".lora_A." not in name]
+        still = [name for name in still if name not in waiting]
     if still:
         raise BrokenRunError(
             f"{len(still)} of {len(after)} trainable tensors did not move in {num_updates} updates, "

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from smolora.adapters.factors import find_waiting
 from smolora.adapters.tensor_places import TensorPlace
 from smolora.errors import BrokenRunError
 from smolora.training.gradients import measure_norms, to_floats
@@ -40,9 +41,7 @@ class PhaseCertificate:
         certificate.values = {name: parameters[name].detach().clone() for name in certificate.declared}
         return certificate
 
-    def check_gradients(
-        self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, TensorPlace], step: int
-    ) -> None:
+    def check_gradients(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Look at the gradients of update `step`.
 
         Raises:
@@ -60,7 +59,7 @@ class PhaseCertificate:
         norms = to_floats(measure_norms(gradients))
         self._pulled |= {name for name, norm in norms.items() if norm}
         zero = [name for name, norm in norms.items() if not norm]
-        self._excused = _waiting_for_b(zero, parameters, places)
+        self._excused = set(zero) & find_waiting(parameters)
 
     def close(
         self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, TensorPlace], end: int
@@ -153,16 +152,6 @@ def require_held(report: Mapping[str, object]) -> None:
             f"train what it declared: {'; '.join(problems)}. Check the learning rate, the selector, and that "
             "nothing else writes to the adapter."
         )
-
-
-def _waiting_for_b(
-    names: Iterable[str], parameters: Mapping[str, nn.Parameter], places: Mapping[str, TensorPlace]
-) -> set[str]:
-    """Return those of `names` that are a LoRA A whose B is still zero: their gradient is exactly zero."""
-    partners = {place.module: name for name, place in places.items() if place.matrix == "B"}
-    return {
-        name for name in names if places[name].matrix == "A" and not parameters[partners[places[name].module]].any()
-    }
 
 
 def _length(tensors: Mapping[str, Tensor]) -> float:

@@ -135,7 +135,7 @@ class DynamicLoRACallback(Callback):
 
     def on_gradients(self, trainer: Trainer) -> None:
         assert self._certificate is not None, "a step has begun"
-        self._certificate.check_gradients(trainer.parameters, self._places, trainer.state.step + 1)
+        self._certificate.check_gradients(trainer.parameters, trainer.state.step + 1)
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self._look_for_plateau(trainer, "loss", record.loss)

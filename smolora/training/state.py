@@ -44,6 +44,9 @@ class TrainerState:
     checksums: dict[str, int] = field(default_factory=dict)
     """CRC-32 of each trainable tensor before the first update, to prove at the end that it moved."""
 
+    waiting: list[str] = field(default_factory=list)
+    """Trainable tensors that the first update can't move: a factor beside them is still zero."""
+
     @property
     def has_improved(self) -> bool:
         """Whether a held-out loss was lower than the one before the first update."""

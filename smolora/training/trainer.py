@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from smolora.adapters.factors import find_waiting
 from smolora.config import EvaluationConfig, TrainingConfig
 from smolora.config.training import ScheduleName
 from smolora.data.collate import Batch
@@ -164,7 +165,7 @@ class Trainer:
                 logger.info("the run is finished already, at step %d of %d", self.state.step, self.state.total_steps)
             while not self._is_over:
                 self._finish_step(self._train_step(), stop)
-            require_movement(self.active_parameters, self.state.checksums, self.state.step)
+            require_movement(self.active_parameters, self.state.checksums, self.state.step, waiting=self.state.waiting)
             self._tell(lambda callback: callback.on_finish(self))
         return self.state
 
@@ -209,6 +210,7 @@ class Trainer:
             self._restore(checkpoint)
         elif self.state.step == 0:
             self.state.checksums = tensor_checksums(self.parameters)
+            self.state.waiting = sorted(find_waiting(self.parameters))
         self._first_step = self.state.step
         if self._run_dir and self.is_main_process:
             # Without a checkpoint the run starts afresh, and so does its curve, the line of step 0 included.

@@ -34,6 +34,7 @@ PROMISED = {
     "MemoryManager",
     # Configuration
     "LoRAConfig",
+    "PEFTConfig",
     "ATTENTION_ONLY",
     "MLP_ONLY",
     "BOTH",

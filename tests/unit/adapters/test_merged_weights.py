@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from smolora.adapters.changes import LowRank
 from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
 from smolora.errors import ModelError
 from smolora.models.weight_files import read_stored_tensors
@@ -18,18 +19,18 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 
 def update_of(inputs, outputs, *, scaling=0.5, is_transposed=False):
-    return Update(draw(2, inputs, seed=1), draw(outputs, 2, seed=2), scaling, is_transposed)
+    return Update(LowRank(draw(2, inputs, seed=1), draw(outputs, 2, seed=2), scaling), is_transposed)
 
 
 def test_an_update_is_scaling_times_b_a():
     weight, update = draw(3, 5), update_of(5, 3)
-    expected = weight + 0.5 * torch.einsum("or,ri->oi", update.b, update.a)
+    expected = weight + 0.5 * torch.einsum("or,ri->oi", update.change.b, update.change.a)
     torch.testing.assert_close(update.apply(weight), expected)
 
 
 def test_a_transposed_weight_gets_the_transposed_update():
     weight, update = draw(4, 4), update_of(4, 4)
-    transposed = Update(update.a, update.b, update.scaling, is_transposed=True)
+    transposed = Update(update.change, is_transposed=True)
     assert torch.equal(transposed.apply(weight.T.contiguous()), update.apply(weight).T)
 
 
@@ -38,7 +39,7 @@ def test_a_half_precision_weight_is_added_to_in_float32_and_rounded_once(dtype):
     weight, update = draw(8, 8, dtype=dtype), update_of(8, 8, scaling=1e-2)
     merged = update.apply(weight)
     assert merged.dtype == dtype
-    assert torch.equal(merged, (weight.float() + 1e-2 * (update.b @ update.a)).to(dtype))
+    assert torch.equal(merged, (weight.float() + 1e-2 * (update.change.b @ update.change.a)).to(dtype))
 
 
 def test_a_merged_file_differs_in_the_updated_tensors_only(tmp_path):
@@ -75,12 +76,12 @@ def test_a_merged_tensor_that_overflows_is_refused(tmp_path):
 def test_an_update_finds_its_tensor_also_without_the_first_part_of_its_name(tmp_path):
     save_file({"h.0.c_attn.weight": draw(4, 4), "h.10.c_attn.weight": draw(4, 4)}, tmp_path / "in")
     stored = read_stored_tensors(tmp_path / "in")
-    assert list(match_updates({"transformer.h.0.c_attn": update_of(4, 4)}, stored)) == ["h.0.c_attn.weight"]
+    assert list(match_updates({"transformer.h.0.c_attn.weight": update_of(4, 4)}, stored)) == ["h.0.c_attn.weight"]
     with pytest.raises(ModelError, match=r"hold no transformer\.h\.1\.c_attn\.weight"):
-        match_updates({"transformer.h.1.c_attn": update_of(4, 4)}, stored)
+        match_updates({"transformer.h.1.c_attn.weight": update_of(4, 4)}, stored)
 
 
 def test_a_quantised_tensor_is_refused(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "in")
     with pytest.raises(ModelError, match="stored as U8"):
-        match_updates({"a": update_of(4, 4)}, read_stored_tensors(tmp_path / "in"))
+        match_updates({"a.weight": update_of(4, 4)}, read_stored_tensors(tmp_path / "in"))

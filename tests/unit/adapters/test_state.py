@@ -24,7 +24,7 @@ def test_a_fresh_adapter_gets_the_saved_weights_and_stays_trainable(save_pair):
 @pytest.mark.parametrize("other", [{"r": 4}, {"target_modules": "attention_only"}])
 def test_an_adapter_of_another_shape_is_refused(save_pair, other):
     base, adapter = save_pair()
-    with pytest.raises(ModelError, match="holds another adapter"):
+    with pytest.raises(ModelError, match="and this base takes|0 tensors are missing"):
         restore_adapter(attach_adapter(load_model(base), LoRAConfig(**other), seed=0), adapter)
 
 

@@ -124,20 +124,20 @@ def test_a_base_that_changed_on_disk_is_another_base(save_pair, tmp_path):
 
 def test_a_plain_peft_adapter_for_another_architecture_is_refused(save_peft_pair, tmp_path):
     _, adapter = save_peft_pair("llama", target_modules="all-linear")
-    with pytest.raises(ModelError, match="this base has no such linear layer"):
+    with pytest.raises(ModelError, match="doesn't fit this base"):
         load_adapter(tiny_bundle("gpt2", tmp_path / "other"), adapter)
 
 
 def test_a_plain_peft_adapter_of_another_width_is_refused(save_peft_pair, tmp_path):
     _, adapter = save_peft_pair("llama", target_modules="all-linear")
-    with pytest.raises(ModelError, match="from 48 to 32 features, and this base's goes from 40 to 32"):
+    with pytest.raises(ModelError, match=r"gate_proj\.lora_B\.weight is \[48, 8\], and this base takes \[40, 8\]"):
         load_adapter(tiny_bundle("llama", tmp_path / "other", intermediate_size=40), adapter)
 
 
 def test_an_adapter_whose_keys_match_nothing_is_refused(save_pair):
     base, adapter = save_pair()
     change_tensors(adapter, lambda tensors: {name.replace("base_model.model.", ""): t for name, t in tensors.items()})
-    with pytest.raises(ModelError, match="holds no LoRA matrix that peft would load"):
+    with pytest.raises(ModelError, match="28 tensors are missing .* 28 are not expected"):
         load_adapter(load_model(base), adapter)
 
 
@@ -153,11 +153,11 @@ def test_an_adapter_that_lacks_tensors_is_refused_and_the_base_is_as_before(save
 
 
 def test_half_a_pair_of_matrices_is_refused(save_pair):
-    _, adapter = save_pair()
+    base, adapter = save_pair()
     lonely = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     change_tensors(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lonely})
-    with pytest.raises(ModelError, match=r"only matrix A of model\.layers\.0\.mlp\.up_proj"):
-        read_adapter(adapter)
+    with pytest.raises(ModelError, match=r"1 tensors are missing .*layers\.0\.mlp\.up_proj\.lora_B"):
+        load_adapter(load_model(base), adapter)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -197,10 +197,10 @@ def test_a_broken_adapter_config_is_refused(save_pair, text):
         read_adapter(adapter)
 
 
-def test_another_method_than_lora_is_refused(save_pair):
+def test_a_method_that_is_not_ours_is_refused(save_pair):
     _, adapter = save_pair()
-    (adapter / "adapter_config.json").write_text(json.dumps(peft.IA3Config().to_dict()))
-    with pytest.raises(ModelError, match="IA3 adapter; LoRA is what can be opened"):
+    (adapter / "adapter_config.json").write_text(json.dumps(peft.LoHaConfig().to_dict()))
+    with pytest.raises(ModelError, match="is a LOHA adapter; LORA, ADALORA, IA3"):
         read_adapter(adapter)
 
 

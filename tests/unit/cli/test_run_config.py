@@ -33,6 +33,7 @@ def test_every_train_flag_reaches_its_path():
         prompt_field="mr",
         completion_field="ref",
         text_field="t",
+        method="dora",
         adapter="run",
         epochs=2.0,
         max_steps=3,
@@ -58,6 +59,7 @@ def test_every_train_flag_reaches_its_path():
     phases = config.phases
     assert (phases.enabled, phases.strategy) == (True, "both,mlp,attn")
     assert (phases.phase1_end, phases.phase2_end) == (1, 2)
+    assert config.adapter.method == "dora"
     assert (config.adapter.path, config.adapter.r, config.adapter.target_modules) == ("run", 2, "both")
     assert (config.training.num_train_epochs, config.training.max_steps) == (2.0, 3)
     assert (config.training.learning_rate, config.training.seed) == (1e-3, 4)

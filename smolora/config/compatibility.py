@@ -1,0 +1,53 @@
+"""Which methods can't go with which task, number of bits or checkpointing: a table, with the reason of every row.
+
+Whatever it doesn't name works. The configuration is checked against it before a model is loaded, and the page on
+methods is written from it. Each row was found by trying it on tiny models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from smolora.config.model import Quantization, TaskType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obstacle:
+    """A combination that can't work. A field that is left empty fits anything."""
+
+    methods: tuple[str, ...]
+    tasks: tuple[TaskType, ...] = ()
+    quantizations: tuple[Quantization, ...] = ()
+    gradient_checkpointing: bool | None = None
+    reason: str
+    """Why, as the end of a sentence."""
+    advice: str
+    """What to do instead, as a sentence."""
+    link: str | None = None
+    """Where others found it too."""
+
+
+OBSTACLES: tuple[Obstacle, ...] = (
+    Obstacle(
+        methods=("adalora", "pissa", "loftq", "full", "prompt_tuning", "p_tuning", "prefix_tuning"),
+        reason="it isn't there yet",
+        advice="Choose another method.",
+    ),
+)
+
+
+def find_obstacle(
+    *, method: str, task: TaskType, quantization: Quantization, gradient_checkpointing: bool
+) -> Obstacle | None:
+    """Return the first row of the table that a combination meets, or None where it works."""
+    return next(
+        (
+            row
+            for row in OBSTACLES
+            if method in row.methods
+            and task in (row.tasks or (task,))
+            and quantization in (row.quantizations or (quantization,))
+            and row.gradient_checkpointing in (None, gradient_checkpointing)
+        ),
+        None,
+    )

@@ -1,0 +1,83 @@
+"""One section a method: what each reads, and what is said of what it doesn't."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from smolora.config import METHODS, ExperimentConfig, LoRAConfig, PEFTConfig, dump_config, resolve_config
+from smolora.config.compatibility import OBSTACLES, find_obstacle
+from smolora.errors import ConfigError
+
+USABLE = [name for name in METHODS if not any(name in row.methods for row in OBSTACLES)]
+
+
+def resolve(*assignments, **layers):
+    return resolve_config(ExperimentConfig, assignments=["model.name_or_path=x", *assignments], **layers)
+
+
+def test_without_a_method_it_is_lora_with_its_promised_defaults():
+    assert resolve().adapter == LoRAConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all")
+    assert resolve("adapter.r=4").adapter == LoRAConfig(r=4)
+
+
+@pytest.mark.parametrize("method", USABLE)
+def test_every_method_comes_back_from_its_yaml(method):
+    config = resolve(f"adapter.method={method}")
+    assert type(config.adapter) is METHODS[method]
+    assert ExperimentConfig(**yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["adapter.method=ia33"], "adapter.method: no method 'ia33'. Did you mean 'ia3'? Methods: lora, rslora"),
+        (["adapter.method=vera", "adapter.rr=3"], "adapter.rr: no such setting of vera. Did you mean 'r'? Known:"),
+        (["adapter.method=ia3", "adapter.r=3"], "adapter.r: no such setting of ia3. Known: layers, method, path"),
+        (["adapter.r=0"], "adapter.r: input should be greater than or equal to 1 (found 0)"),
+        (["adapter.layers=x"], "adapter.layers: expected layers from 0, such as 4-11 or [0, 5] (found 'x')"),
+        (["adapter.layers=5-3"], "adapter.layers: expected layers from 0, such as 4-11 or [0, 5] (found '5-3')"),
+        (["adapter.method=dora", "adapter.target_modules=[]"], "adapter.target_modules: name at least one module"),
+        (["adapter.method=full", "adapter.path=x"], "adapter.path: full trains the model itself"),
+        (["adapter.method=adalora", "adapter.init_r=4"], "target_r must be below init_r = 4"),
+    ],
+)
+def test_a_mistake_names_the_method_and_what_is_nearest(assignments, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}|{re.escape(message)}"):
+        resolve(*assignments)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("4-6", (4, 5, 6)), ("[0, 5]", (0, 5)), ("3", (3,)), ("'0-1,7'", (0, 1, 7)), ("null", None)]
+)
+def test_layers_are_written_as_a_range_or_a_list(written, meant):
+    assert resolve(f"adapter.layers={written}").adapter.layers == meant
+
+
+def test_a_later_method_keeps_what_it_reads_of_an_earlier_one():
+    preset = {"adapter": {"r": 4, "lora_dropout": 0.1, "target_modules": "both"}}
+    assert resolve("adapter.method=vera", preset=preset).adapter == METHODS["vera"](r=4, target_modules="both")
+    assert resolve("adapter.method=lora", preset=preset).adapter.lora_dropout == 0.1
+
+
+@pytest.mark.parametrize(("name", "target"), [("lora_attention", "attention_only"), ("lora_mlp", "mlp_only")])
+def test_predefined_configurations_are_lora_on_a_part(name, target):
+    assert PEFTConfig.predefined(name) == LoRAConfig(target_modules=target)
+
+
+def test_every_method_is_a_predefined_configuration_and_an_unknown_one_names_the_nearest():
+    assert [PEFTConfig.predefined(name).method for name in METHODS] == list(METHODS)
+    with pytest.raises(ConfigError, match="no configuration 'lora_mpl'. Did you mean 'lora_mlp'?"):
+        PEFTConfig.predefined("lora_mpl")
+
+
+def test_an_obstacle_is_said_before_a_model_is_loaded():
+    row = OBSTACLES[0]
+    method = row.methods[0]
+    found = find_obstacle(method=method, task="causal_lm", quantization="none", gradient_checkpointing=False)
+    assert found is row
+    with pytest.raises(ConfigError, match=f"adapter.method: {method} can't be used here: {re.escape(row.reason)}"):
+        resolve(f"adapter.method={method}")
+    assert find_obstacle(method="lora", task="causal_lm", quantization="4bit", gradient_checkpointing=True) is None
