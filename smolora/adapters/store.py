@@ -76,7 +76,7 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         trainable: Whether to train it further; otherwise it is frozen.
 
     Raises:
-        ConfigError: The base carries an adapter already.
+        ConfigError: The base carries an adapter already, or one of this method can't be trained further.
         ModelError: The adapter is damaged, was trained on another base, or its tensors aren't exactly those the base
         takes.
     """
@@ -90,6 +90,8 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
             adapter.quantization,
             base.quantization,
         )
+    if trainable:
+        _refuse_continuation(adapter)
     peft_config = copy.deepcopy(adapter.config)
     peft_config.inference_mode = not trainable
     try:
@@ -103,6 +105,18 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         take_off(adapted)
         raise
     return replace(base, model=adapted, prompt_format=read_prompt_format(folder) or base.prompt_format)
+
+
+def _refuse_continuation(adapter: StoredAdapter) -> None:
+    """Raise where what is saved is less than what was trained."""
+    config = adapter.config
+    reason = None
+    if isinstance(config, peft.AdaLoraConfig):
+        reason = "AdaLoRA spreads its ranks over one run. Merge it, and adapt the merged model"
+    elif config.peft_type == "P_TUNING" or (isinstance(config, peft.PrefixTuningConfig) and config.prefix_projection):
+        reason = "the network that made its virtual tokens isn't saved with them. Start anew"
+    if reason:
+        raise ConfigError(f"adapter.path: {adapter.folder} can't be trained further: {reason}.")
 
 
 def take_off(adapted: peft.PeftModel) -> PreTrainedModel:

@@ -6,6 +6,7 @@ methods is written from it. Each row was found by trying it on tiny models.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from smolora.config.model import Quantization, TaskType
@@ -29,11 +30,21 @@ class Obstacle:
 
 OBSTACLES: tuple[Obstacle, ...] = (
     Obstacle(
-        methods=("adalora", "pissa", "loftq", "full", "prompt_tuning", "p_tuning", "prefix_tuning"),
+        methods=("pissa", "loftq", "full", "prompt_tuning", "p_tuning", "prefix_tuning"),
         reason="it isn't there yet",
         advice="Choose another method.",
     ),
 )
+
+
+PHASELESS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("prompt_tuning", "p_tuning", "prefix_tuning"),
+        "virtual tokens belong to no layer and to neither attention nor MLP",
+    ),
+    "adalora": "it weighs all modules against each other, so all of them must train",
+}
+"""Methods that can't train in phases, and why."""
 
 
 def find_obstacle(

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 import torch
 import yaml
 
-from smolora.config import ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
+from smolora.config import AdaLoRAConfig, ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, require_writable, write_json, write_text
+from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback, ProfileCallback
 from smolora.training.checkpoint import RunIdentity, load_checkpoint
@@ -133,6 +134,8 @@ def choose_callbacks(
 ) -> list[Callback]:
     """Return the caller's callbacks, and those that the configuration asks for."""
     chosen = list(callbacks)
+    if isinstance(config, ExperimentConfig) and isinstance(config.adapter, AdaLoRAConfig):
+        chosen.insert(0, AdaLoRACallback())  # First, so that others see the gradients with its penalty.
     if isinstance(config, ExperimentConfig) and config.phases.is_on:
         chosen.append(DynamicLoRACallback(config.phases, report_path=run.phase_report))
     if isinstance(config, ExperimentConfig) and config.speed.prefix_cache_gib:

@@ -24,6 +24,9 @@ class Callback:
     def on_gradients(self, trainer: Trainer) -> None:
         """Gradients of the whole step are summed over micro-steps and processes, and not clipped yet."""
 
+    def on_optimizer_step(self, trainer: Trainer) -> None:
+        """The optimiser has changed the weights, and the gradients (clipped) are still there."""
+
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         """The update is done. Set `trainer.state.should_stop` to end the run here."""
 

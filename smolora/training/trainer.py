@@ -252,6 +252,7 @@ class Trainer:
         if self.config.max_grad_norm:
             clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, torch.tensor(grad_norm))
         self._optimizer.step()
+        self._tell(lambda callback: callback.on_optimizer_step(self))
         self._optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         seconds = time.perf_counter() - started

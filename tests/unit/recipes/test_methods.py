@@ -1,0 +1,128 @@
+"""Runs of every method: what they learn and leave, and that a stop changes no bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from smolora.adapters.store import load_bundle
+from smolora.config import ExperimentConfig, resolve_config
+from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
+from smolora.recipes.finetune import finetune
+from smolora.training.adalora import AdaLoRACallback
+from smolora.training.callback import Callback
+from tests.tiny import random_input_ids, save_tiny_model
+
+NUMBERS = ["one", "two", "three", "four", "five", "six"]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    pairs = [(f"{a} and {b}", f"{b} {a}") for a in NUMBERS for b in NUMBERS]
+    file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return file
+
+
+@pytest.fixture
+def tune(tmp_path, rows):
+    """Return a function that makes a run of a method, or resumes it."""
+    base = save_tiny_model("llama", tmp_path / "base")
+    fixed = [
+        f"model.name_or_path={base}",
+        f"data.sources={rows}",
+        "training.learning_rate=1e-2",
+        "training.save_steps=2",
+    ]
+
+    def run(method, name, *assignments, **options):
+        assignments = [*fixed, f"adapter.method={method}", "training.max_steps=12", *assignments]
+        return finetune(resolve_config(ExperimentConfig, assignments=assignments), tmp_path / name, **options)
+
+    return run
+
+
+class StopIn(Callback):
+    """Asks the run to stop in a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, trainer):
+        if trainer.state.step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def losses_of(run):
+    return [line["loss"] for line in map(json.loads, run.metrics.read_text().splitlines()) if "loss" in line]
+
+
+def weights_of(run):
+    file = run.adapter / "adapter_model.safetensors" if run.adapter.is_dir() else run.model / "model.safetensors"
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora"])
+def test_a_run_lowers_the_loss(tune, method):
+    losses = losses_of(tune(method, "run", "training.learning_rate=3e-2"))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera", "layernorm"])
+def test_a_run_of_a_single_update_is_whole(tune, method):
+    assert tune(method, "run", "training.max_steps=1").adapter.is_dir()
+
+
+@pytest.mark.parametrize("step", [3, 10])  # While ranks are moved, and after the last time.
+def test_a_stopped_adalora_run_resumes_to_the_same_bits(tune, step):
+    whole = tune("adalora", "whole")
+    with pytest.raises(StoppedBySignal):
+        tune("adalora", "run", callbacks=[StopIn(step)])
+    assert weights_of(tune("adalora", "run", resume=True)) == weights_of(whole)
+
+
+def test_adalora_takes_ranks_away_as_many_as_asked_for(tune, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    run = tune("adalora", "run", "adapter.init_r=4", "adapter.target_r=2")
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    ranks = [int(tensor.count_nonzero()) for name, tensor in tensors.items() if name.endswith(".lora_E")]
+    assert sum(ranks) == 2 * len(ranks) == 28
+    assert max(ranks) <= 4
+    assert "28 of 56 are left" in caplog.text
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.path.parent / "base"), run.adapter)
+    ids = random_input_ids(9)
+    assert torch.equal(plain.eval()(ids).logits, load_bundle(run.path, dtype=torch.float32).model(ids).logits)
+
+
+class Forgetful(AdaLoRACallback):
+    """What happens elsewhere: nobody calls the allocator."""
+
+    def on_optimizer_step(self, trainer):
+        pass
+
+
+def test_an_adalora_run_that_took_no_rank_away_is_broken(tune, monkeypatch):
+    monkeypatch.setattr("smolora.recipes.run_folder.AdaLoRACallback", Forgetful)
+    with pytest.raises(BrokenRunError, match="AdaLoRA took no rank away: all 14 modules still have 12"):
+        tune("adalora", "run")
+
+
+def test_adalora_refuses_a_run_that_is_too_short_and_phases(tune, tmp_path):
+    with pytest.raises(ConfigError, match="leave no update to reallocate ranks in a run of 2"):
+        tune("adalora", "run", "training.max_steps=2")
+    with pytest.raises(ConfigError, match="phases: adalora can't be trained in phases"):
+        tune("adalora", "run", "phases.enabled=true")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adalora_adapter_is_not_continued(tune):
+    run = tune("adalora", "run")
+    with pytest.raises(ConfigError, match="AdaLoRA spreads its ranks over one run"):
+        tune("lora", "more", f"adapter.path={run.path}")
