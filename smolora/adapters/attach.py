@@ -13,7 +13,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import Tensor, nn
 
-from smolora.adapters.methods import Ground, build_peft_config
+from smolora.adapters.methods import Ground, build_peft_config, count_virtual_tokens
 from smolora.config.adapter import LoRAConfig, PEFTConfig
 from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
@@ -46,7 +46,7 @@ def attach_adapter(
     peft_config = build_peft_config(config, ground)
     peft_config.task_type = "CAUSAL_LM"
     adapted = adapt(model, peft_config, source=bundle.source, revision=bundle.revision, seed=seed)
-    return replace(bundle, model=adapted)
+    return replace(bundle, model=adapted, num_virtual_tokens=count_virtual_tokens(peft_config))
 
 
 def setup_model_with_lora(model: PreTrainedModel, config: PEFTConfig | None = None, *, seed: int = 0) -> peft.PeftModel:

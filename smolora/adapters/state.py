@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
 from smolora.adapters.attach import quiet_peft
+from smolora.adapters.changes import is_soft_prompt
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
 
@@ -61,6 +62,33 @@ def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
     if not isinstance(bundle.model, peft.PeftModel):
         raise ModelError(f"{bundle.source} carries no adapter to restore.")
     fill_adapter(bundle.model, read_adapter(folder))
+
+
+def training_tensors(bundle: ModelBundle) -> dict[str, Tensor]:
+    """Return what a checkpoint needs beside the saved adapter, by parameter: nothing, for most methods.
+
+    The network behind virtual tokens isn't part of a saved adapter.
+    """
+    if not is_soft_prompt(bundle.model):
+        return {}
+    return {
+        name: parameter for name, parameter in bundle.model.named_parameters() if name.startswith("prompt_encoder.")
+    }
+
+
+@torch.no_grad()
+def restore_training(bundle: ModelBundle, tensors: AdapterWeights, folder: Path) -> None:
+    """Take back what `training_tensors` gave.
+
+    Raises:
+        ModelError: They are another adapter's.
+    """
+    own = training_tensors(bundle)
+    shapes, found = ({name: tuple(t.shape) for name, t in kept.items()} for kept in (own, tensors))
+    if shapes != found:
+        raise ModelError(f"{folder} holds another adapter: {sorted(shapes.items() ^ found.items())[:2]}.")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
 
 
 def copy_weights(bundle: ModelBundle) -> AdapterWeights:

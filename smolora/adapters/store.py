@@ -22,7 +22,9 @@ from smolora.adapters.adapter_files import (
     read_adapter,
 )
 from smolora.adapters.attach import adapt, refuse_unadaptable
+from smolora.adapters.methods import count_virtual_tokens
 from smolora.adapters.state import adapter_tensors, fill_adapter
+from smolora.config.adapter import PEFTConfig, SoftPromptConfig
 from smolora.config.model import Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
@@ -104,7 +106,30 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     except ModelError:
         take_off(adapted)
         raise
-    return replace(base, model=adapted, prompt_format=read_prompt_format(folder) or base.prompt_format)
+    return replace(
+        base,
+        model=adapted,
+        prompt_format=read_prompt_format(folder) or base.prompt_format,
+        num_virtual_tokens=count_virtual_tokens(peft_config),
+    )
+
+
+def reserve_virtual_tokens(base: ModelBundle, config: PEFTConfig) -> ModelBundle:
+    """Return the base with the context that is left once an adapter of `config` is on.
+
+    Raises:
+        ConfigError: Nothing is.
+        ModelError: The adapter to continue can't be read.
+    """
+    count = config.num_virtual_tokens if isinstance(config, SoftPromptConfig) else 0
+    if config.path:
+        count = count_virtual_tokens(read_adapter(find_adapter(config.path)).config)
+    reserved = replace(base, num_virtual_tokens=count)
+    if count and reserved.context is not None and reserved.context < 2:
+        raise ConfigError(
+            f"adapter.num_virtual_tokens = {count} leaves no room in the model's context of {base.context} tokens."
+        )
+    return reserved
 
 
 def _refuse_continuation(adapter: StoredAdapter) -> None:

@@ -30,9 +30,15 @@ class Obstacle:
 
 OBSTACLES: tuple[Obstacle, ...] = (
     Obstacle(
-        methods=("pissa", "loftq", "full", "prompt_tuning", "p_tuning", "prefix_tuning"),
+        methods=("pissa", "loftq", "full"),
         reason="it isn't there yet",
         advice="Choose another method.",
+    ),
+    Obstacle(
+        methods=("prefix_tuning",),
+        gradient_checkpointing=True,
+        reason="its keys and values come in the cache, which is off where activations are recomputed",
+        advice="Leave training.gradient_checkpointing off, or choose prompt_tuning.",
     ),
 )
 

@@ -53,15 +53,20 @@ class Evidence:
         if self.prompt_use:
             own, other = self.prompt_use.own, self.prompt_use.other
             yield f"loss of the same answers after other rows' prompts {other:.4f}, after their own {own:.4f}"
-        of_norm = f"{100 * self.movement.relative:.2f} % of their norm"
-        moved = f"are {of_norm} away from the plain base" if self.started_from else f"moved by {of_norm}"
-        still = f"; {self.movement.num_still} stood still" if self.movement.num_still else ""
-        yield f"weights {moved}, in {len(self.movement.modules)} modules{still}"
+        yield self._describe_movement()
         if self.overlap.rows:
             yield f"{self.overlap.rows} of {self.overlap.num_held_out} held-out rows were in the training rows too"
         if self.loss.num_rows < _FEW_ROWS:
             yield f"only {self.loss.num_rows} held-out rows: the intervals are rough"
         yield from (f"skipped: {what}" for what in self.skipped)
+
+    def _describe_movement(self) -> str:
+        if not self.movement.modules:
+            return "virtual tokens were trained; no weight of the base moved"
+        of_norm = f"{100 * self.movement.relative:.2f} % of their norm"
+        moved = f"are {of_norm} away from the plain base" if self.started_from else f"moved by {of_norm}"
+        still = f"; {self.movement.num_still} stood still" if self.movement.num_still else ""
+        return f"weights {moved}, in {len(self.movement.modules)} modules{still}"
 
     def to_dict(self) -> dict[str, object]:
         """Return all of it as plain values."""
@@ -119,10 +124,10 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
 
 def _find_ruin(evidence: Evidence) -> tuple[Word, str] | None:
     """Return what no measurement of answers can make good."""
-    moved = evidence.movement.relative
+    moved, has_moved_weights = evidence.movement.relative, bool(evidence.movement.modules)
     if not math.isfinite(evidence.loss.tuned):
         return "broken", f"the held-out loss is {evidence.loss.tuned}"
-    if not moved or not math.isfinite(moved):
+    if has_moved_weights and (not moved or not math.isfinite(moved)):
         return "broken", "no adapted weight differs from the base's" if not moved else "the adapter isn't finite"
     if moved > _OVERWRITTEN:
         return "worse", (

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from smolora.errors import BrokenRunError
 from smolora.generation.choosing import Row, penalise
 from smolora.generation.decoding import in_eval_mode
-from smolora.generation.fallback import build_neutral_config, pad_prompts
+from smolora.generation.fallback import build_neutral_config, pad_prompts, quiet_positions
 
 
 def search_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> Iterator[None]:
@@ -48,12 +48,13 @@ def _search(model: nn.Module, rows: Sequence[Row]) -> None:
     def are_done(input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         return torch.tensor([_is_stopped(*one) for one in _pair(input_ids, rows, width)], device=input_ids.device)
 
-    found: Tensor = model.generate(  # type: ignore[operator]
-        **inputs,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([_RowPenalty(rows, width)]),
-        stopping_criteria=StoppingCriteriaList([are_done]),
-    )
+    with quiet_positions():
+        found: Tensor = model.generate(  # type: ignore[operator]
+            **inputs,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_RowPenalty(rows, width)]),
+            stopping_criteria=StoppingCriteriaList([are_done]),
+        )
     for row, ids in zip(rows, found[:, width:].tolist(), strict=True):
         for token in ids:  # What is past the end is padding, with an id that may be any token's.
             if not row.is_done:

@@ -5,8 +5,10 @@ It calls back, in a thread of its own, for each token; the choice is the same fu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Event
 
@@ -53,12 +55,21 @@ def _generate(model: nn.Module, rows: Sequence[Row], steps: SimpleQueue[bool], i
     def are_done(input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         return torch.tensor([row.is_done or is_stopped.is_set() for row in rows], device=input_ids.device)
 
-    model.generate(  # type: ignore[operator]
-        **pad_prompts(rows, next(model.parameters()).device),
-        generation_config=build_neutral_config(max_new_tokens=max(row.room for row in rows)),
-        logits_processor=LogitsProcessorList([_RowChooser(rows, steps)]),
-        stopping_criteria=StoppingCriteriaList([are_done]),
-    )
+    with quiet_positions():
+        model.generate(  # type: ignore[operator]
+            **pad_prompts(rows, next(model.parameters()).device),
+            generation_config=build_neutral_config(max_new_tokens=max(row.room for row in rows)),
+            logits_processor=LogitsProcessorList([_RowChooser(rows, steps)]),
+            stopping_criteria=StoppingCriteriaList([are_done]),
+        )
+
+
+@contextmanager
+def quiet_positions() -> Iterator[None]:
+    """Silence peft's word, for virtual tokens, that it counts positions itself: rows are never padded with them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
+        yield
 
 
 def pad_prompts(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:

@@ -113,6 +113,9 @@ class TextGenerator:
     @cached_property
     def _is_decoded_in_slots(self) -> bool:
         """Whether `decoding` can answer; else, with a word on why, transformers' `generate` does."""
+        if self.bundle.num_virtual_tokens:
+            logger.info("this model is asked through transformers' generate: virtual tokens stand before every row.")
+            return False
         obstacle = find_obstacle(self._model)
         if obstacle is not None:
             logger.warning("this model is asked through transformers' generate, which is slower: %s.", obstacle)
@@ -120,6 +123,11 @@ class TextGenerator:
 
     def _answer(self, rows: Sequence[Row], batch_size: int) -> Iterator[None]:
         """Yield after each step, until all rows are done."""
+        if self.bundle.num_virtual_tokens and len({len(row.prompt_ids) for row in rows}) > 1:
+            # Padding would stand between the virtual tokens and the prompt, and move it away from them.
+            for length in sorted({len(row.prompt_ids) for row in rows}):
+                yield from self._answer([row for row in rows if len(row.prompt_ids) == length], batch_size)
+            return
         searched = [row for row in rows if row.settings.num_beams > 1]
         others = [row for row in rows if row.settings.num_beams == 1]
         yield from search_rows(self._model, searched, batch_size=batch_size)

@@ -36,14 +36,17 @@ class ModelBundle:
     """How the base's linear layers are held."""
     task: TaskType = "causal_lm"
     """What the model's head answers."""
+    num_virtual_tokens: int = 0
+    """Positions before every row that an adapter of virtual tokens takes."""
 
     @property
     def context(self) -> int | None:
-        """Longest sequence in tokens; None where the model sets no bound."""
+        """Longest sequence in tokens, virtual ones left out; None where the model sets no bound."""
         if isinstance(self.model, GPTModel):
             return self.model.config.context
         values = read_config(self.model).get_text_config().to_dict()
-        return next((int(values[name]) for name in _CONTEXT_NAMES if values.get(name)), None)
+        positions = next((int(values[name]) for name in _CONTEXT_NAMES if values.get(name)), None)
+        return None if positions is None else positions - self.num_virtual_tokens
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.state import AdapterWeights, copy_weights
-from smolora.adapters.store import find_adapter, load_adapter, load_bundle, save_adapter
+from smolora.adapters.store import find_adapter, load_adapter, load_bundle, reserve_virtual_tokens, save_adapter
 from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.data.collate import Layout, get_data_collator
@@ -157,6 +157,7 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
         check_sources(config.data)
     allocator = keep_large_blocks()
     base, machine = load_base(config)
+    base = reserve_virtual_tokens(base, config.adapter)
     data = prepare_data(config, base, out, dataset)
     layout = choose_layout(base)
     steps = choose_steps(data, config, layout)
@@ -258,6 +259,8 @@ def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout) -> 
 def choose_layout(base: ModelBundle) -> Layout:
     """Return how batches are laid out: packed where the model keeps rows apart."""
     is_packable, reason = can_pack_rows(base.model)
+    if base.num_virtual_tokens:
+        is_packable, reason = False, f"{base.num_virtual_tokens} virtual tokens stand before every row"
     if not is_packable:
         logger.info("batches are padded: %s", reason)
     return "packed" if is_packable else "padded"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smolora.adapters.attach import is_adapted
-from smolora.adapters.state import restore_adapter
+from smolora.adapters.state import restore_adapter, restore_training, training_tensors
 from smolora.adapters.store import save_adapter
 from smolora.errors import DataError, ModelError
 from smolora.models.bundle import ModelBundle
@@ -74,6 +74,8 @@ def save_checkpoint(folder: Path, bundle: ModelBundle, snapshot: TrainingSnapsho
     with staged_folder(folder) as staging:
         if is_adapted(bundle):
             save_adapter(bundle, staging)
+            if tensors := training_tensors(bundle):
+                save_file(_contiguous(tensors), staging / _MODEL)
         else:
             save_file(_contiguous(dict(bundle.model.named_parameters())), staging / _MODEL)
         save_file(_contiguous(snapshot.optimizer), staging / _OPTIMIZER)
@@ -94,7 +96,10 @@ def load_checkpoint(folder: Path, bundle: ModelBundle) -> TrainingSnapshot:
         ModelError: The checkpoint's tensors aren't those of `bundle`.
     """
     if is_adapted(bundle):
-        restore_adapter(bundle, folder)
+        if (folder / _MODEL).is_file():
+            restore_training(bundle, load_file(folder / _MODEL), folder)
+        else:
+            restore_adapter(bundle, folder)
     else:
         _restore_parameters(bundle, load_file(folder / _MODEL), folder)
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))

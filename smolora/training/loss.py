@@ -42,6 +42,7 @@ def _transformers_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Te
         logits: Tensor = model(**inputs, use_cache=False).logits
         return logits.flatten(0, 1)  # A view, whose gradient is one: [0] would copy it into zeros.
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = logits[:, logits.shape[1] - batch.input_ids.shape[1] :]  # Virtual tokens, if any, stand before a row.
     logits = logits.flatten(0, 1)  # [B*T, V]
     return logits if batch.target_positions is None else logits[batch.target_positions]
 

@@ -20,6 +20,7 @@ from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
 from tests.tiny import random_input_ids, save_tiny_model
 
+SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
 
 
@@ -69,7 +70,7 @@ def weights_of(run):
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora"])
+@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora", *SOFT])
 def test_a_run_lowers_the_loss(tune, method):
     losses = losses_of(tune(method, "run", "training.learning_rate=3e-2"))
     assert losses[-1] < losses[0]
@@ -126,3 +127,21 @@ def test_an_adalora_adapter_is_not_continued(tune):
     run = tune("adalora", "run")
     with pytest.raises(ConfigError, match="AdaLoRA spreads its ranks over one run"):
         tune("lora", "more", f"adapter.path={run.path}")
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_a_stopped_run_of_virtual_tokens_resumes_to_the_same_bits(tune, method):
+    whole = tune(method, "whole")
+    with pytest.raises(StoppedBySignal):
+        tune(method, "run", callbacks=[StopIn(5)])
+    assert weights_of(tune(method, "run", resume=True)) == weights_of(whole)
+
+
+def test_virtual_tokens_refuse_phases_checkpointing_and_a_full_context_before_the_folder_is_made(tune, tmp_path):
+    with pytest.raises(ConfigError, match="phases: p_tuning can't be trained in phases"):
+        tune("p_tuning", "run", "phases.enabled=true")
+    with pytest.raises(ConfigError, match="prefix_tuning can't be used here: its keys and values come in the cache"):
+        tune("prefix_tuning", "run", "training.gradient_checkpointing=true")
+    with pytest.raises(ConfigError, match="adapter.num_virtual_tokens = 64 leaves no room"):
+        tune("prompt_tuning", "run", "adapter.num_virtual_tokens=64")
+    assert not (tmp_path / "run").exists()
