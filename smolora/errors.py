@@ -7,6 +7,7 @@
     ├── StorageError (OSError)                5   disk, memory, permission, an output path that can't be written
     ├── BrokenRunError (RuntimeError)         6   non-finite numbers, or declared tensors that did not move
     ├── FolderInUseError (RuntimeError)       7   another process writes in this folder
+    ├── FailedElsewhere (RuntimeError)            another process of the same run failed; its code
     └── StoppedBySignal (RuntimeError)       75   stopped by a signal; a safe checkpoint is on disk
 
 Each also is the builtin that a caller would catch. A message says what was found, what is allowed and what to do next.
@@ -58,6 +59,14 @@ class FolderInUseError(SmoloraError, RuntimeError):
     """Another process holds the lock of this folder."""
 
     exit_code = 7
+
+
+class FailedElsewhere(SmoloraError, RuntimeError):  # noqa: N818 - no error of this process
+    """Another process of the same run failed, and the run with it; the exit code is that one's."""
+
+    def __init__(self, message: str, exit_code: int = SmoloraError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class StoppedBySignal(SmoloraError, RuntimeError):  # noqa: N818 - no error, the run did as it was told

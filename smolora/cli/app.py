@@ -104,5 +104,6 @@ def _let_go_of_stdout() -> None:
 
 def _fail(message: str, exit_code: int) -> int:
     kind = "" if exit_code == StoppedBySignal.exit_code else "error: "  # A run that was stopped did as it was told.
-    print(f"smolora: {kind}{message}", file=sys.stderr)
+    if message:
+        print(f"smolora: {kind}{message}", file=sys.stderr)
     return exit_code

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from smolora.errors import SmoloraError, StorageError
+from smolora.errors import FailedElsewhere, SmoloraError, StorageError
 from smolora.runtime.available_memory import is_out_of_memory
+from smolora.runtime.launch import is_main_launched
 
 MISTAKE = 2
 UNEXPECTED = 1
@@ -25,7 +26,12 @@ _NO_ROOM_OR_RIGHT = {
 
 
 def explain(error: Exception) -> tuple[str, int] | None:
-    """Return a message and an exit code for what a person can act on; None for a bug."""
+    """Return a message and an exit code for what a person can act on; None for a bug.
+
+    The message is empty where another process of the run has said it.
+    """
+    if isinstance(error, FailedElsewhere) and not is_main_launched():
+        return "", error.exit_code
     if isinstance(error, SmoloraError):
         return str(error), error.exit_code
     if is_out_of_memory(error):

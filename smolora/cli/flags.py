@@ -71,7 +71,7 @@ class LoopFlags:
     """Seed of initial weights, data order and dropout."""
 
     batch_size: int | None = None
-    """Rows per update, however many passes they take."""
+    """Rows per update, however many passes and processes they take."""
 
     resume: bool = False
     """Go on from the newest whole checkpoint in OUT, with the settings it was started with."""

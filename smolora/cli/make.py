@@ -55,7 +55,7 @@ def pretrain(
         flags: What has a flag of its own.
     """
     flags = flags or PretrainFlags()
-    terminal = open_terminal(quiet=flags.quiet)
+    terminal = open_terminal(quiet=flags.quiet, is_shared=True)
     from smolora.config import PretrainConfig
 
     config = build_config(PretrainConfig, words, flags, out)
@@ -87,7 +87,7 @@ def train(
         show: Print the first examples with what is trained in [[ ]], and stop.
     """
     flags = flags or TrainFlags()
-    terminal = open_terminal(quiet=flags.quiet)
+    terminal = open_terminal(quiet=flags.quiet, is_shared=not show)
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir, dataset=dataset)

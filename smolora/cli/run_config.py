@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from smolora.cli.flags import LoopFlags, collect_settings
 from smolora.errors import ConfigError
+from smolora.runtime.launch import launched_processes
 
 if TYPE_CHECKING:
     from smolora.config import ExperimentConfig, RunConfig
@@ -61,7 +62,8 @@ def build_config(
             f"--batch-size and {_ROWS_PER_PASS} both set the rows of a step. Give --batch-size alone, "
             "with training.gradient_accumulation_steps=N to split it into N passes."
         )
-    resolved: RunConfig = config.replace(training=config.training.with_rows_per_step(flags.batch_size))
+    training = config.training.with_rows_per_step(flags.batch_size, launched_processes())
+    resolved: RunConfig = config.replace(training=training)
     return resolved
 
 

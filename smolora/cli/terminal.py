@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+
 from rich.console import Console
 
+from smolora.errors import ConfigError
 from smolora.runtime.console import show_log, silence_libraries, stderr_console
+from smolora.runtime.launch import is_main_launched, launched_processes
 
 
-def open_terminal(*, quiet: bool = False) -> Console:
-    """Silence the libraries, show the package's log on stderr, and return the console that shares it."""
+def open_terminal(*, quiet: bool = False, is_shared: bool = False) -> Console:
+    """Silence the libraries, show the package's log on stderr, and return the console that shares it.
+
+    Args:
+        quiet: Whether only warnings are shown.
+        is_shared: Whether the verb may be run by several processes; all but the main one then show nothing.
+
+    Raises:
+        ConfigError: A launcher started several processes for a verb of one.
+    """
+    if launched_processes() > 1 and not is_shared:
+        raise ConfigError(
+            f"this verb takes one process, and WORLD_SIZE asks for {launched_processes()}. Only train and pretrain run "
+            "under torchrun and accelerate launch."
+        )
     silence_libraries()
-    console = stderr_console(quiet)
+    console = stderr_console(quiet or not is_main_launched())
     show_log(console)
+    if not is_main_launched():
+        logging.getLogger("smolora").setLevel(logging.ERROR)
     return console

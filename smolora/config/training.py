@@ -74,13 +74,14 @@ class TrainingConfig(Section):
         """Rows that one update sees on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def with_rows_per_step(self, rows: int) -> TrainingConfig:
-        """Return a copy whose updates see `rows` rows, at this accumulation."""
-        size, remainder = divmod(rows, self.gradient_accumulation_steps)
+    def with_rows_per_step(self, rows: int, num_processes: int = 1) -> TrainingConfig:
+        """Return a copy whose updates see `rows` rows over all processes, at this accumulation."""
+        size, remainder = divmod(rows, self.gradient_accumulation_steps * num_processes)
         if remainder or size < 1:
+            over = f" on {num_processes} processes" if num_processes > 1 else ""
             raise ConfigError(
                 f"training: {rows} rows a step can't be split evenly into "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} passes."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} passes{over}."
             )
         copy: TrainingConfig = self.replace(per_device_train_batch_size=size)
         return copy

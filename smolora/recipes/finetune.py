@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,10 +42,12 @@ from smolora.runtime.device import resolve_device, resolve_dtype
 from smolora.runtime.memory import keep_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 from smolora.training.callback import Callback
-from smolora.training.checkpoint import RunIdentity
+from smolora.training.checkpoint import RunIdentity, require_one_identity
 from smolora.training.optim import trainable_parameters
 from smolora.training.phase_plan import build_phase_plan
 from smolora.training.plan import StepPlan, plan_steps
+from smolora.training.processes import Processes, join_processes
+from smolora.training.state import TrainerState
 from smolora.training.strategies import TrainingStrategy
 from smolora.training.trainer import Trainer
 
@@ -105,50 +107,67 @@ def finetune(
         StorageError: A source may not be read, or `out` not be written.
         ModelError: The model or adapter can't be loaded, or a checkpoint belongs to another base.
         BrokenRunError: The run can't have learned, or hasn't and `config.evaluation.require` is set.
+        FailedElsewhere: Another process of the run failed.
     """
     run, strategy = RunDir(out), strategy or TrainingStrategy()
-    config = strategy.configure(config)
-    config = settle_config(run, config, resume=resume)
-    tuning = open_tuning(config, out, dataset)
-    bundle, data = tuning.bundle, tuning.data
-    refuse_unprovable(data, config)
-    refuse_unmeasurable(config, is_evaluated=data.held_out is not None)
-    strategy.require_held_out(is_evaluated=data.held_out is not None)
-    with ExitStack() as stack, ExitStack() as training:
-        fast = training.enter_context(fast_path(bundle, config.speed, is_packed=tuning.layout == "packed"))
-        logger.info("fast path: %s", fast.describe())
-        machine = {**tuning.machine, "fast_path": fast.describe()}
-        stack.enter_context(
-            recorded_run(
-                run,
-                config,
-                resume=resume,
-                steps=tuning.steps,
-                identity=tuning.identity,
-                machine=machine,
-            )
-        )
-        training.enter_context(broken_verdict(run))
-        data.rows.report.write(run.path)
-        trainer = _build_trainer(run, config, tuning, callbacks)
-        strategy.prepare_trainer(trainer)
-        state = trainer.train(resume=resume)
-        restore_best(run, bundle, state)
-        _save(run, bundle)
-        training.close()  # The fast path is made for an adapter that is on.
-        leave_verdict(run, bundle, data, config, start=tuning.start)
-        leave_report(run)
-        enforce_verdict(run, config)
+    processes = join_processes(resolve_device(config.model.device).device)
+    with processes.together():
+        asked = strategy.configure(config)
+        config = processes.from_main(lambda: settle_config(run, asked, resume=resume, num_processes=processes.count))
+        tuning = open_tuning(config, out if processes.is_main else None, dataset, num_processes=processes.count)
+        _refuse_unmeasured(tuning.data, config, strategy)
+        require_one_identity(processes.gather_values(tuning.identity))
+        with ExitStack() as stack, ExitStack() as training:
+            fast = training.enter_context(fast_path(tuning.bundle, config.speed, is_packed=tuning.layout == "packed"))
+            logger.info("fast path: %s", fast.describe())
+            if processes.is_main:
+                stack.enter_context(_recorded_tuning(run, config, tuning, fast.describe(), resume=resume))
+                training.enter_context(broken_verdict(run))
+            trainer = _build_trainer(run, config, tuning, callbacks, processes)
+            strategy.prepare_trainer(trainer)
+            state = trainer.train(resume=resume)
+            processes.from_main(lambda: _finish(run, config, tuning, state, training))
     return run
 
 
-def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Dataset | None = None) -> Tuning:
+def _refuse_unmeasured(data: TuningData, config: ExperimentConfig, strategy: TrainingStrategy) -> None:
+    """Raise where held-out rows are needed and there are none."""
+    is_evaluated = data.held_out is not None
+    refuse_unprovable(data, config)
+    refuse_unmeasurable(config, is_evaluated=is_evaluated)
+    strategy.require_held_out(is_evaluated=is_evaluated)
+
+
+@contextmanager
+def _recorded_tuning(
+    run: RunDir, config: ExperimentConfig, tuning: Tuning, fast_parts: str, *, resume: bool
+) -> Iterator[None]:
+    machine = {**tuning.machine, "fast_path": fast_parts}
+    with recorded_run(run, config, resume=resume, steps=tuning.steps, identity=tuning.identity, machine=machine):
+        tuning.data.rows.report.write(run.path)
+        yield
+
+
+def _finish(run: RunDir, config: ExperimentConfig, tuning: Tuning, state: TrainerState, training: ExitStack) -> None:
+    """Leave the best adapter, its verdict and the report; `training` is what was put under the model for training."""
+    restore_best(run, tuning.bundle, state)
+    _save(run, tuning.bundle)
+    training.close()  # The fast path is made for an adapter that is on.
+    leave_verdict(run, tuning.bundle, tuning.data, config, start=tuning.start)
+    leave_report(run)
+    enforce_verdict(run, config)
+
+
+def open_tuning(
+    config: ExperimentConfig, out: Path | None = None, dataset: Dataset | None = None, *, num_processes: int = 1
+) -> Tuning:
     """Load the base, encode the rows and attach the adapter: all that a run does before its folder is made.
 
     Args:
         config: The whole run.
         out: Where rejected rows are written; left out, they aren't.
         dataset: Rows in memory, in place of `config.data.sources`.
+        num_processes: How many share the run.
 
     Raises:
         ConfigError, DataError, StorageError, ModelError: As `finetune`.
@@ -160,15 +179,17 @@ def open_tuning(config: ExperimentConfig, out: Path | None = None, dataset: Data
     base = reserve_virtual_tokens(base, config.adapter)
     data = prepare_data(config, base, out, dataset)
     layout = choose_layout(base)
-    steps = choose_steps(data, config, layout)
+    steps = choose_steps(data, config, layout, num_processes)
     bundle = _adapt(base, config, data, total_steps=steps.total_steps)
     _check_phases(bundle, steps, config, is_evaluated=data.held_out is not None)
-    machine |= {"allocator": allocator, "batches": layout}
+    machine |= {"allocator": allocator, "batches": layout, "processes": str(num_processes)}
     start = copy_weights(bundle) if config.adapter.path else None
     return Tuning(bundle, data, layout, steps, _identify(bundle, data, config), machine, start)
 
 
-def _build_trainer(run: RunDir, config: ExperimentConfig, tuning: Tuning, callbacks: Sequence[Callback]) -> Trainer:
+def _build_trainer(
+    run: RunDir, config: ExperimentConfig, tuning: Tuning, callbacks: Sequence[Callback], processes: Processes
+) -> Trainer:
     return Trainer(
         tuning.bundle,
         tuning.data.train,
@@ -178,8 +199,9 @@ def _build_trainer(run: RunDir, config: ExperimentConfig, tuning: Tuning, callba
         evaluation=config.evaluation,
         run_dir=run,
         identity=tuning.identity,
-        callbacks=choose_callbacks(run, config, callbacks),
+        callbacks=choose_callbacks(run, config, callbacks, is_main=processes.is_main),
         plan=tuning.steps,
+        processes=processes,
     )
 
 
@@ -234,7 +256,7 @@ def prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None, 
     return TuningData(rows, encoded[0], encoded[1] if len(encoded[1]) else None)
 
 
-def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout) -> StepPlan:
+def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout, num_processes: int = 1) -> StepPlan:
     """Return which rows every step sees.
 
     Raises:
@@ -245,13 +267,13 @@ def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout) -> 
             "speed.max_tokens_per_batch counts no padding, and this model trains on padded batches. "
             "Leave it out; speed.group_by_length=true makes the padding small."
         )
-    steps = plan_steps(data.train.lengths, config.training, config.speed)
+    steps = plan_steps(data.train.lengths, config.training, config.speed, num_processes)
     if config.speed.max_tokens_per_batch:
         logger.info(
             "passes of up to %s tokens: %.1f rows an update, of %d passes",
             f"{config.speed.max_tokens_per_batch:,}",
             steps.mean_rows,
-            config.training.gradient_accumulation_steps,
+            config.training.gradient_accumulation_steps * num_processes,
         )
     return steps
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ import numpy as np
 from smolora.config import PretrainConfig
 from smolora.data.collate import collate_windows
 from smolora.data.encoding import encode_texts, get_eos_id
+from smolora.data.ledger import DataReport
 from smolora.data.sources import Documents, read_source_documents
 from smolora.data.token_dataset import TextDataset, TokenArray
 from smolora.models.building import build_gpt
@@ -38,8 +41,10 @@ from smolora.tokenizers.bpe import BPETokenizer
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import fingerprint_tokenizer, to_pretrained
 from smolora.training.callback import Callback
-from smolora.training.checkpoint import RunIdentity
+from smolora.training.checkpoint import RunIdentity, require_one_identity
 from smolora.training.plan import StepPlan
+from smolora.training.processes import join_processes
+from smolora.training.state import TrainerState
 from smolora.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -62,9 +67,54 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
         DataError: The text is missing or too short.
         BrokenRunError: The run can't have learned.
+        FailedElsewhere: Another process of the run failed.
     """
     run = RunDir(out)
-    config = settle_config(run, config, resume=resume)
+    processes = join_processes(resolve_device(config.device).device)
+    with processes.together():
+        asked = config
+        config = processes.from_main(lambda: settle_config(run, asked, resume=resume, num_processes=processes.count))
+        pretraining = _open_pretraining(config, out if processes.is_main else None, processes.count)
+        require_one_identity(processes.gather_values(pretraining.identity))
+        bundle = pretraining.bundle
+        with ExitStack() as stack, fast_linears(bundle.model):
+            if processes.is_main:
+                stack.enter_context(_recorded_pretraining(run, config, pretraining, resume=resume))
+            trainer = Trainer(
+                bundle,
+                pretraining.train,
+                config.training,
+                collate=collate_windows,
+                eval_dataset=pretraining.held_out,
+                evaluation=config.evaluation,
+                run_dir=run,
+                identity=pretraining.identity,
+                callbacks=choose_callbacks(run, config, callbacks, is_main=processes.is_main),
+                betas=_BETAS,
+                plan=pretraining.steps,
+                processes=processes,
+            )
+            state = trainer.train(resume=resume)
+            processes.from_main(lambda: _finish(run, bundle, state))
+    return run.model
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A run that is ready but for its folder."""
+
+    bundle: ModelBundle
+    train: TextDataset
+    held_out: TextDataset | None
+    report: DataReport
+    steps: StepPlan
+    identity: RunIdentity
+    machine: dict[str, str]
+    """What env.json says of how the run computes."""
+
+
+def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: int) -> Pretraining:
+    """Read the text, train the tokenizer and build the model; rejected rows are written to `out`, where it is given."""
     allocator = keep_large_blocks()
     device, reason = resolve_device(config.device)
     documents = _split_documents(read_source_documents(config.data, out=out), config)
@@ -82,30 +132,26 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         held_out=held_out.fingerprint if held_out else "",
         settings=fingerprint_settings(config),
     )
-    machine = {"device": f"{device} ({reason})", "allocator": allocator}
-    with (
-        recorded_run(
-            run, config, resume=resume, steps=StepPlan(len(train), config.training), identity=identity, machine=machine
-        ),
-        fast_linears(bundle.model),
-    ):
-        documents.report.write(run.path)
-        state = Trainer(
-            bundle,
-            train,
-            config.training,
-            collate=collate_windows,
-            eval_dataset=held_out,
-            evaluation=config.evaluation,
-            run_dir=run,
-            identity=identity,
-            callbacks=choose_callbacks(run, config, callbacks),
-            betas=_BETAS,
-        ).train(resume=resume)
-        restore_best(run, bundle, state)
-        _save_model(run, bundle)
-        leave_report(run)
-    return run.model
+    machine = {"device": f"{device} ({reason})", "allocator": allocator, "processes": str(num_processes)}
+    steps = StepPlan(len(train), config.training, num_processes)
+    return Pretraining(bundle, train, held_out, documents.report, steps, identity, machine)
+
+
+@contextmanager
+def _recorded_pretraining(
+    run: RunDir, config: PretrainConfig, pretraining: Pretraining, *, resume: bool
+) -> Iterator[None]:
+    steps, identity, machine = pretraining.steps, pretraining.identity, pretraining.machine
+    with recorded_run(run, config, resume=resume, steps=steps, identity=identity, machine=machine):
+        pretraining.report.write(run.path)
+        yield
+
+
+def _finish(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
+    """Leave the best weights and the report."""
+    restore_best(run, bundle, state)
+    _save_model(run, bundle)
+    leave_report(run)
 
 
 def _split_documents(documents: Documents, config: PretrainConfig) -> Documents:

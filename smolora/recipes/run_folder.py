@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from smolora.records.staging import find_damage, require_writable, write_json, w
 from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback, ProfileCallback
-from smolora.training.checkpoint import RunIdentity, load_checkpoint
+from smolora.training.checkpoint import RunIdentity, load_checkpoint, require_same_count
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback
 from smolora.training.plan import StepPlan, require_reach
@@ -51,16 +50,19 @@ _FIXED = (
 _VERSIONS = ("smolora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
+def settle_config(run: RunDir, config: RunConfig, *, resume: bool, num_processes: int = 1) -> RunConfig:
     """Return the configuration the run goes on with; creates nothing.
 
     Raises:
-        ConfigError: A run is here and `resume` isn't set, or a setting changed that a checkpoint depends on.
+        ConfigError: A run is here and `resume` isn't set, or a setting or number of processes changed that a checkpoint
+            depends on.
         ModelError: The stored configuration can't be read.
         StorageError: The folder can't be written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a run takes one process as yet, and WORLD_SIZE asks for more. Start it without torchrun.")
+    if isinstance(config, ExperimentConfig) and config.speed.prefix_cache_gib and num_processes > 1:
+        raise ConfigError(
+            f"speed.prefix_cache_gib is kept by a run of one process, and this one has {num_processes}. Set it to 0."
+        )
     require_writable(run.path)
     if run.is_run(run.path):
         with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
@@ -73,6 +75,8 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool) -> RunConfig:
     stored = _stored_config(run)
     if ("gpt" in stored) != isinstance(config, PretrainConfig):
         raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")
+    for checkpoint in run.checkpoints():
+        require_same_count(checkpoint.path, num_processes)
     changes = changed_settings(run, config)
     fixed = next((path for path in changes if path.startswith(_FIXED)), None)
     if fixed:
@@ -101,7 +105,7 @@ def fingerprint_settings(config: ExperimentConfig | PretrainConfig) -> str:
 def recorded_run(
     run: RunDir, config: RunConfig, *, resume: bool, steps: StepPlan, identity: RunIdentity, machine: Mapping[str, str]
 ) -> Iterator[None]:
-    """Hold the run's lock and write what it is: resolved_config.yaml and env.json.
+    """Hold the run's lock and write what it is: resolved_config.yaml and env.json. The main process alone does this.
 
     Args:
         run: The run's folder.
@@ -130,23 +134,24 @@ def recorded_run(
 
 
 def choose_callbacks(
-    run: RunDir, config: ExperimentConfig | PretrainConfig, callbacks: Sequence[Callback]
+    run: RunDir, config: ExperimentConfig | PretrainConfig, callbacks: Sequence[Callback], *, is_main: bool = True
 ) -> list[Callback]:
-    """Return the caller's callbacks, and those that the configuration asks for."""
+    """Return the caller's callbacks, and those that the configuration asks for; those that write in the main one."""
     chosen = list(callbacks)
     if isinstance(config, ExperimentConfig) and isinstance(config.adapter, AdaLoRAConfig):
         chosen.insert(0, AdaLoRACallback())  # First, so that others see the gradients with its penalty.
     if isinstance(config, ExperimentConfig) and config.phases.is_on:
-        chosen.append(DynamicLoRACallback(config.phases, report_path=run.phase_report))
+        chosen.append(DynamicLoRACallback(config.phases, report_path=run.phase_report if is_main else None))
     if isinstance(config, ExperimentConfig) and config.speed.prefix_cache_gib:
         chosen.append(PrefixCacheCallback(run.prefix_cache, int(config.speed.prefix_cache_gib * 2**30)))
-    chosen.append(GradientNormCallback(GradientNormLog(run.path)))
+    if is_main:
+        chosen.append(GradientNormCallback(GradientNormLog(run.path)))
     if config.evaluation.early_stopping_patience is not None:
         patience, threshold = config.evaluation.early_stopping_patience, config.evaluation.early_stopping_threshold
         chosen.append(EarlyStoppingCallback(patience, threshold))
     if config.evaluation.plateau_patience is not None:
         chosen.append(PlateauRateCallback(config.evaluation.plateau_patience, config.evaluation.plateau_factor))
-    if config.training.profile_steps is not None:
+    if config.training.profile_steps is not None and is_main:
         chosen.append(ProfileCallback(config.training.profile_steps, run.profile))
     return chosen
 

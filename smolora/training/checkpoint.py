@@ -6,7 +6,7 @@ A tuning run writes its adapter as peft does, so every `step-...` folder also lo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from smolora.adapters.attach import is_adapted
 from smolora.adapters.state import restore_adapter, restore_training, training_tensors
 from smolora.adapters.store import save_adapter
-from smolora.errors import DataError, ModelError
+from smolora.errors import ConfigError, DataError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.staging import read_manifest, staged_folder, write_json, write_manifest
 
@@ -44,14 +44,50 @@ class RunIdentity:
             DataError: Other training or held-out rows.
         """
         recorded = read_manifest(checkpoint).get("identity")
+        if differing := self.find_difference(recorded if isinstance(recorded, dict) else {}):
+            error, name = differing
+            raise error(
+                f"{checkpoint} was written with other {name}: it can't be resumed. "
+                f"Bring them back as they were, or start a new run in another folder."
+            )
+
+    def find_difference(self, found: Mapping[str, object]) -> tuple[type[DataError | ModelError], str] | None:
+        """Return what differs first from a recorded identity, and the error that this is."""
         for item in fields(self):
-            if not isinstance(recorded, dict) or recorded.get(item.name) != getattr(self, item.name):
-                error = DataError if item.name in ("data", "held_out") else ModelError
-                name = item.name.replace("_", "-")
-                raise error(
-                    f"{checkpoint} was written with other {name}: it can't be resumed. "
-                    f"Bring them back as they were, or start a new run in another folder."
-                )
+            if found.get(item.name) != vars(self)[item.name]:
+                return DataError if item.name in ("data", "held_out") else ModelError, item.name.replace("_", "-")
+        return None
+
+
+def require_one_identity(identities: Sequence[RunIdentity]) -> None:
+    """Raise unless all processes of a run, in order, have the same base, tokenizer, rows and settings.
+
+    Raises:
+        ModelError: Another base or tokenizer, or other settings.
+        DataError: Other training or held-out rows.
+    """
+    first, *others = identities
+    for index, other in enumerate(others, start=1):
+        if differing := first.find_difference(vars(other)):
+            error, name = differing
+            raise error(
+                f"process {index} has other {name} than process 0. Every machine must read the same files, with "
+                "the same versions of the libraries."
+            )
+
+
+def require_same_count(checkpoint: Path, num_processes: int) -> None:
+    """Raise where a checkpoint was written by another number of processes, which share out rows and noise differently.
+
+    Raises:
+        ConfigError: It was.
+    """
+    wrote = read_manifest(checkpoint).get("processes", num_processes)
+    if wrote != num_processes:
+        raise ConfigError(
+            f"{checkpoint} was written by a run of {wrote} processes, and this one has {num_processes}. Rows and "
+            f"dropout depend on their number: resume with {wrote}, or start a new run in another folder."
+        )
 
 
 @dataclass(frozen=True)
@@ -65,8 +101,10 @@ class TrainingSnapshot:
     """By the callback's name; those without tensors are left out."""
 
 
-def save_checkpoint(folder: Path, bundle: ModelBundle, snapshot: TrainingSnapshot, identity: RunIdentity) -> None:
-    """Write a checkpoint at `folder`.
+def save_checkpoint(
+    folder: Path, bundle: ModelBundle, snapshot: TrainingSnapshot, identity: RunIdentity, *, num_processes: int = 1
+) -> None:
+    """Write a checkpoint of a run of `num_processes` at `folder`.
 
     Raises:
         StorageError: The disk is full or can't be written; nothing is left at `folder`.
@@ -85,7 +123,7 @@ def save_checkpoint(folder: Path, bundle: ModelBundle, snapshot: TrainingSnapsho
             }
             save_file(_contiguous(named), staging / _CALLBACKS)
         write_json(staging / _STATE, {"trainer": snapshot.state, "callbacks": snapshot.callbacks})
-        facts = {"step": snapshot.state["step"], "identity": vars(identity)}
+        facts = {"step": snapshot.state["step"], "processes": num_processes, "identity": vars(identity)}
         write_manifest(staging, facts)
 
 

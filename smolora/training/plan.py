@@ -19,10 +19,8 @@ from smolora.runtime.seeding import permutation
 class StepPlan:
     """The order of `num_units` rows over the steps of a run on `num_processes` processes.
 
-    An epoch is a seeded permutation cut into groups of `units_per_step`; its last group is as small as what is left.
-
-    Raises:
-        ConfigError: That group can't give every process one.
+    An epoch is a seeded permutation cut into groups of `units_per_step`; its last group is as small as what is left,
+    and may leave a process without a row. Which rows a step has depends on how many, not on how many processes.
     """
 
     num_units: int
@@ -31,10 +29,6 @@ class StepPlan:
     num_processes: int = 1
     _epoch: int = field(default=-1, init=False)
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64), init=False)
-
-    def __post_init__(self) -> None:
-        if 0 < self.num_units % self.units_per_step < self.num_processes:
-            raise ConfigError("the last step of an epoch leaves a process without a row: change the rows per step.")
 
     @property
     def units_per_step(self) -> int:
@@ -157,7 +151,7 @@ def plan_steps(lengths: np.ndarray, config: TrainingConfig, speed: SpeedConfig, 
     """Return which rows every step of a run sees, over rows of so many tokens.
 
     Raises:
-        ConfigError: A row is longer than `max_tokens_per_batch`, or a process would have no row.
+        ConfigError: A row is longer than `max_tokens_per_batch`.
     """
     if speed.max_tokens_per_batch:
         return TokenBudgetSteps(lengths, speed.max_tokens_per_batch, config, num_processes)

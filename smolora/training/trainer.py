@@ -1,22 +1,22 @@
 """The training loop, for pretraining and for tuning: one update at a time, each checked before it is applied.
 
-A step gathers its rows, divides the summed loss by the target tokens of the whole step (so accumulation equals one big
-batch), shows the unclipped gradients to the callbacks, refuses numbers that aren't finite, and only then updates.
+A step gathers its rows, divides the summed loss by the target tokens of the whole step (so accumulation and several
+processes equal one big batch), shows the unclipped gradients to the callbacks, refuses numbers that aren't finite, and
+only then updates.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from signal import Signals
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from smolora.adapters.factors import find_waiting
@@ -27,13 +27,19 @@ from smolora.data.token_dataset import Example, ExampleDataset
 from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
 from smolora.models.bundle import ModelBundle
 from smolora.records.metrics_log import MetricsLog
-from smolora.records.run_dir import Checkpoint, RunDir
+from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage
 from smolora.runtime.seeding import seed_noise
 from smolora.runtime.signals import StopRequest, deferred_signals
 from smolora.training.activations import recomputed_activations
 from smolora.training.callback import Callback
-from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_checkpoint, save_checkpoint
+from smolora.training.checkpoint import (
+    RunIdentity,
+    TrainingSnapshot,
+    load_checkpoint,
+    require_same_count,
+    save_checkpoint,
+)
 from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
 from smolora.training.optim import (
     build_optimizer,
@@ -45,6 +51,7 @@ from smolora.training.optim import (
     trainable_parameters,
 )
 from smolora.training.plan import StepPlan, require_reach
+from smolora.training.processes import Processes, join_processes
 from smolora.training.schedules import ScheduleWindow
 from smolora.training.state import StepRecord, TrainerState
 
@@ -63,11 +70,13 @@ class Trainer:
         collate: Turns examples into a batch; must match what the model's family can take.
         eval_dataset: Held-out rows; without them nothing is evaluated.
         evaluation: Batch size of evaluation.
-        run_dir: Where metrics and checkpoints go; without it nothing is written. The caller holds its lock.
+        run_dir: Where metrics and checkpoints go; without it nothing is written. The caller holds its lock. Only the
+            main process reads and writes there.
         identity: What checkpoints belong to; needed with `run_dir`.
         callbacks: Listeners, called in this order.
         betas: AdamW's decay rates of the two moments.
         plan: Which rows every step sees; left out, all of them, in a seeded order.
+        processes: Those that share the run; left out, those that a launcher started.
 
     Example:
         ```python
@@ -90,6 +99,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         betas: tuple[float, float] = (0.9, 0.999),
         plan: StepPlan | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.bundle = bundle
         self.config = config
@@ -100,26 +110,25 @@ class Trainer:
         self.state = TrainerState()
         self._first_step = 0
         self._collate = collate
-        self._run_dir = run_dir
         self._identity = identity
-        self._accelerator = _build_accelerator(bundle.device)
-        self.plan = plan or StepPlan(len(train_dataset), config, self._accelerator.num_processes)
-        assert self.plan.num_processes == self._accelerator.num_processes, "the plan gives every process its own rows"
+        self._processes = processes or join_processes(bundle.device)
+        self._run_dir = run_dir if self._processes.is_main else None
+        self.plan = plan or StepPlan(len(train_dataset), config, self._processes.count)
+        assert self.plan.num_processes == self._processes.count, "the plan gives every process its own rows"
         self.state.total_steps = self.plan.total_steps
         self.schedule = ScheduleWindow.over(0, self.state.total_steps, warmup_steps=config.warmup_steps)
         self.parameters = trainable_parameters(bundle.model)
         if not self.parameters:
             raise ConfigError("no tensor of the model requires gradients: attach an adapter, or unfreeze some.")
-        optimizer = build_optimizer(
+        self._optimizer = build_optimizer(
             self.parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=betas
         )
         self._target_logits = target_logits_of(bundle.model)
-        self._model, self._optimizer = self._accelerator.prepare(bundle.model, optimizer)
 
     @property
     def is_main_process(self) -> bool:
         """Whether this process writes the records."""
-        return bool(self._accelerator.is_main_process)
+        return self._processes.is_main
 
     @property
     def active_parameters(self) -> dict[str, nn.Parameter]:
@@ -134,7 +143,7 @@ class Trainer:
     def reset_moments(self, names: Iterable[str]) -> None:
         """Make the optimiser forget what it knows of these tensors."""
         for name in names:
-            self._optimizer.optimizer.state.pop(self.parameters[name], None)
+            self._optimizer.state.pop(self.parameters[name], None)
 
     def will_log(self, step: int) -> bool:
         """Whether update `step` is certain to be logged; a callback that ends the run can have any other one logged."""
@@ -147,13 +156,14 @@ class Trainer:
         Raises:
             BrokenRunError: Numbers that aren't finite, or trainable tensors without gradient or movement.
             StoppedBySignal: SIGINT or SIGTERM; the step was finished and a checkpoint written.
+            FailedElsewhere: Another process of the run failed.
             ModelError, DataError: The checkpoint belongs to another base, tokenizer or data.
         """
         was_training = self.bundle.model.training
         self._start(resume=resume)
         with deferred_signals() as stop, ExitStack() as ending:
-            ending.callback(self._model.train, was_training)
-            self._model.train()
+            ending.callback(self.bundle.model.train, was_training)
+            self.bundle.model.train()
             ending.callback(self._tell, lambda callback: callback.on_train_end(self))
             self._tell(lambda callback: callback.on_train_begin(self))
             if resume and self._run_dir:
@@ -178,76 +188,85 @@ class Trainer:
         """
         if self.eval_dataset is None:
             raise ConfigError("there are no held-out rows to evaluate on: pass eval_dataset.")
-        was_training = self._model.training
-        self._model.eval()
-        total = torch.zeros(2, dtype=torch.float64)
-        rows = range(self._accelerator.process_index, len(self.eval_dataset), self._accelerator.num_processes)
+        was_training = self.bundle.model.training
+        self.bundle.model.eval()
+        mine = torch.zeros(2, dtype=torch.float64)
+        rows = range(self._processes.index, len(self.eval_dataset), self._processes.count)
         size = self.evaluation.batch_size
         with torch.no_grad():
             for start in range(0, len(rows), size):
                 batch = self._batch(self.eval_dataset, rows[start : start + size])
-                loss = sum_cross_entropy(self._target_logits(self._model, batch), batch.targets)
-                total += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
-        self._model.train(was_training)
-        summed, tokens = self._sum_over_processes(total).tolist()
+                loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
+                mine += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
+        self.bundle.model.train(was_training)
+        summed, tokens = self._processes.sum(*mine.tolist())
         if not math.isfinite(summed):
             raise BrokenRunError(
                 f"step {self.state.step}: the held-out loss is {summed / tokens}. Weights or activations overflow: "
                 "use float32, lower the learning rate, or look at the held-out rows."
             )
-        return float(summed / tokens)
+        return summed / tokens
 
     @property
     def _is_over(self) -> bool:
         return self.state.step >= self.state.total_steps or self.state.should_stop
 
     def _start(self, *, resume: bool) -> None:
-        checkpoint = None
-        if resume and self._run_dir:
-            checkpoint = self._run_dir.newest_checkpoint()
-            self._run_dir.set_aside_damaged(checkpoint)
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        elif self.state.step == 0:
+        snapshot = self._processes.from_main(self._read_checkpoint) if resume else None
+        if snapshot is not None:
+            self._restore(snapshot)
+        self._processes.copy_from_main(self.parameters.values())
+        if snapshot is None and self.state.step == 0:
             self.state.checksums = tensor_checksums(self.parameters)
             self.state.waiting = sorted(find_waiting(self.parameters))
         self._first_step = self.state.step
-        if self._run_dir and self.is_main_process:
+        if self._run_dir:
             # Without a checkpoint the run starts afresh, and so does its curve, the line of step 0 included.
-            MetricsLog(self._run_dir.metrics).cut(self.state.step if checkpoint else -1)
+            MetricsLog(self._run_dir.metrics).cut(self.state.step if snapshot else -1)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        assert self._run_dir is not None, "a checkpoint comes from a run"
+    def _read_checkpoint(self) -> TrainingSnapshot | None:
+        """Put the weights of the newest whole checkpoint into the model, and return the rest of it."""
+        if self._run_dir is None:
+            return None
+        checkpoint = self._run_dir.newest_checkpoint()
+        self._run_dir.set_aside_damaged(checkpoint)
+        if checkpoint is None:
+            return None
+        require_same_count(checkpoint.path, self._processes.count)
         require_reach(checkpoint.step, self.plan.total_steps)
         self._require_identity().require(checkpoint.path)
         snapshot = load_checkpoint(checkpoint.path, self.bundle)
-        restore_optimizer(self._optimizer.optimizer, self.parameters, snapshot.optimizer)
+        best = snapshot.state["best_step"]
+        if isinstance(best, int) and (damage := find_damage(self._run_dir.checkpoint_path(best))):
+            logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
+            snapshot.state["best_step"] = snapshot.state["best_eval_loss"] = None
+        return snapshot
+
+    def _restore(self, snapshot: TrainingSnapshot) -> None:
+        restore_optimizer(self._optimizer, self.parameters, snapshot.optimizer)
         self.state.restore(snapshot.state)
         for name, callback in self._named_callbacks():
             if saved := snapshot.callbacks.get(name):
                 callback.load_state_dict(saved)
             if tensors := snapshot.callback_tensors.get(name):
                 callback.load_state_tensors(tensors)
-        best = self.state.best_step
-        if best is not None and (damage := find_damage(self._run_dir.checkpoint_path(best))):
-            logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
-            self.state.best_step = self.state.best_eval_loss = None
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
         self._tell(lambda callback: callback.on_step_begin(self))
         step = self.state.step
         learning_rate = self._set_learning_rate(step)
-        seed_noise(self.config.seed, "noise", step, self._accelerator.process_index)
-        rows_of_passes = self.plan.micro_batches(step, self._accelerator.process_index)
+        seed_noise(self.config.seed, "noise", step, self._processes.index)
+        rows_of_passes = self.plan.micro_batches(step, self._processes.index)
         batches = [self._batch(self.train_dataset, rows) for rows in rows_of_passes]
-        counts = [sum(len(b.targets) for b in batches), sum(b.num_input_tokens for b in batches)]
-        tokens, input_tokens = (int(count) for count in self._sum_over_processes(torch.tensor(counts)))
+        counts = sum(len(b.targets) for b in batches), sum(b.num_input_tokens for b in batches)
+        tokens, input_tokens = map(int, self._processes.sum(*counts))
         loss = self._backward(batches, tokens)
         if step == self._first_step:
             require_gradients(self.active_parameters)
         self._tell(lambda callback: callback.on_gradients(self))
-        grad_norm = self._measure_gradient()
+        # The norm comes before clipping, which would spread a NaN to all tensors.
+        grad_norm = float(get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
         self._require_finite(loss, grad_norm, batches)
         if self.config.max_grad_norm:
             clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, torch.tensor(grad_norm))
@@ -260,26 +279,21 @@ class Trainer:
         return StepRecord(self.state.step, loss, grad_norm, learning_rate, tokens, input_tokens, seconds, phase)
 
     def _backward(self, batches: Sequence[Batch], tokens: int) -> float:
-        """Accumulate the gradient of the step's token mean, and return that mean."""
+        """Accumulate the gradient of the step's token mean over all processes, and return that mean."""
         summed = torch.zeros((), dtype=torch.float64)
-        # DistributedDataParallel averages gradients over processes; the loss is a sum divided by all their tokens.
-        scale = self._accelerator.num_processes / tokens
-        for number, batch in enumerate(batches, start=1):
-            sync = nullcontext() if number == len(batches) else self._accelerator.no_sync(self._model)
-            with sync:
-                loss = sum_cross_entropy(self._target_logits(self._model, batch), batch.targets)
-                self._accelerator.backward(loss * scale)
+        for batch in batches:
+            loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
+            (loss * (1 / tokens)).backward()  # type: ignore[no-untyped-call]
             summed += loss.detach().to("cpu", torch.float64)
-        return float(self._sum_over_processes(summed)) / tokens
-
-    def _measure_gradient(self) -> float:
-        """Return the L2 norm over all trainable tensors, before clipping: that would spread a NaN to all of them."""
-        return float(get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+        self._processes.sum_gradients(list(self.active_parameters.values()))
+        return self._processes.sum(summed.item())[0] / tokens
 
     def _require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        place = find_first_nonfinite(self.bundle.model, batches)
+        places = self._processes.gather_values(find_first_nonfinite(self.bundle.model, batches))
+        # A gradient is the sum of all processes', so only the one with the row knows where the number came from.
+        place = next((place for place in places if place.startswith(("parameter", "the output"))), places[0])
         raise BrokenRunError(
             f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}; not finite first in {place}. "
             "The update was not applied. Lower the learning rate, use float32, or look at the rows of this step."
@@ -287,7 +301,7 @@ class Trainer:
 
     def _finish_step(self, record: StepRecord, stop: StopRequest) -> None:
         self._tell(lambda callback: callback.on_step_end(self, record))
-        signal_name = stop.signal_name  # Read once: what arrives later is for the next step.
+        signal_name = self._agree_to_stop(stop)
         last = record.step == self.state.total_steps or self.state.should_stop
         eval_loss, improved = None, False
         if self.eval_dataset is not None and (last or record.step % self.plan.eval_steps == 0):
@@ -304,10 +318,20 @@ class Trainer:
                 kept = f"A checkpoint of this step is safe in {self._run_dir.path}. Continue with --resume."
             raise StoppedBySignal(f"stopped by {signal_name} after step {record.step}. {kept}")
 
+    def _agree_to_stop(self, stop: StopRequest) -> str | None:
+        """Return the signal that any process got, and end the run where a callback of any process asks for it.
+
+        Read once: what arrives later is for the next step.
+        """
+        number = Signals[stop.signal_name] if stop.signal_name else 0
+        said = self._processes.gather(number, self.state.should_stop)
+        self.state.should_stop = any(should_stop for _, should_stop in said)
+        return next((Signals(int(number)).name for number, _ in said if number), None)
+
     def _evaluate_base(self) -> None:
         """Measure where the run starts, so that what it reaches can be compared."""
         base_eval_loss = self.state.base_eval_loss = self.evaluate()
-        if self._run_dir and self.is_main_process:
+        if self._run_dir:
             MetricsLog(self._run_dir.metrics).append({"step": 0, "eval_loss": base_eval_loss})
         self._tell(lambda callback: callback.on_evaluate(self, base_eval_loss))
 
@@ -320,23 +344,23 @@ class Trainer:
         return eval_loss, improved
 
     def _log(self, record: StepRecord, eval_loss: float | None) -> None:
-        if self._run_dir and self.is_main_process:
+        if self._run_dir:
             evaluated = {} if eval_loss is None else {"eval_loss": eval_loss}
             MetricsLog(self._run_dir.metrics).append({**record.to_dict(), **evaluated})
         self._tell(lambda callback: callback.on_log(self, record))
 
     def _save(self) -> None:
-        if not self._run_dir or not self.is_main_process:
+        if not self._run_dir:
             return
         folder = self._run_dir.checkpoint_path(self.state.step)
         tensors = {name: callback.state_tensors() for name, callback in self._named_callbacks()}
         snapshot = TrainingSnapshot(
-            optimizer_tensors(self._optimizer.optimizer, self.parameters),
+            optimizer_tensors(self._optimizer, self.parameters),
             self.state.to_dict(),
             {name: callback.state_dict() for name, callback in self._named_callbacks()},
             {name: found for name, found in tensors.items() if found},
         )
-        save_checkpoint(folder, self.bundle, snapshot, self._require_identity())
+        save_checkpoint(folder, self.bundle, snapshot, self._require_identity(), num_processes=self._processes.count)
         self._prune_checkpoints()
         self._tell(lambda callback: callback.on_save(self))
 
@@ -354,12 +378,6 @@ class Trainer:
 
     def _batch(self, dataset: ExampleDataset, rows: Iterable[int]) -> Batch:
         return self._collate([dataset[int(row)] for row in rows]).to(self.bundle.device)
-
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
-        if self._accelerator.num_processes == 1:
-            return value
-        placed = value.to(self.bundle.device)
-        return self._accelerator.reduce(placed, reduction="sum").cpu()  # type: ignore[no-any-return]
 
     def _require_identity(self) -> RunIdentity:
         assert self._identity is not None, "a trainer with a run_dir needs an identity"
@@ -381,11 +399,3 @@ class Trainer:
         if not self.config.gradient_checkpointing:
             return nullcontext()
         return recomputed_activations(self.bundle.model)
-
-
-def _build_accelerator(device: torch.device) -> Accelerator:
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
-        raise ConfigError(f"WORLD_SIZE asks for {asked} processes, but accelerate runs {accelerator.num_processes}.")
-    return accelerator

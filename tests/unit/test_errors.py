@@ -25,5 +25,9 @@ def test_an_error_is_the_builtin_and_has_its_exit_code(error, builtin, code):
     assert error.exit_code == code
 
 
+def test_an_error_of_another_process_has_that_ones_exit_code():
+    assert errors.FailedElsewhere("process 1: no room", 5).exit_code == 5
+
+
 def test_no_hint_is_given_where_nothing_is_near():
     assert errors.did_you_mean("xyz", ["learning_rate"]) == ""

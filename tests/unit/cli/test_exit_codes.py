@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smolora.cli.exit_codes import explain
-from smolora.errors import DataError, FolderInUseError, StoppedBySignal
+from smolora.errors import DataError, FailedElsewhere, FolderInUseError, StoppedBySignal
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,14 @@ from smolora.errors import DataError, FolderInUseError, StoppedBySignal
 )
 def test_our_own_errors_carry_their_code(error, exit_code):
     assert explain(error) == (str(error), exit_code)
+
+
+def test_what_another_process_has_said_is_not_said_again(monkeypatch):
+    failure = FailedElsewhere("process 0: no such file", 3)
+    assert explain(failure) == ("process 0: no such file", 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert explain(failure) == ("", 3)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def test_rows_that_accumulation_does_not_divide_are_refused():
         TrainingConfig(gradient_accumulation_steps=2).with_rows_per_step(7)
 
 
+def test_processes_share_the_rows_of_a_step():
+    config = TrainingConfig(gradient_accumulation_steps=2)
+    assert config.with_rows_per_step(12, 2).per_device_train_batch_size == 3
+    with pytest.raises(ConfigError, match="6 rows a step .* passes on 2 processes"):
+        config.with_rows_per_step(6, 2)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="num_heads must divide width"):
         GPTConfig(width=10, num_heads=4)

@@ -178,15 +178,6 @@ def test_a_run_that_is_being_trained_is_not_merged(run, tuning, hold):
     assert not run.merged.exists()
 
 
-def test_more_than_one_process_is_refused_without_a_folder(run, tuning, pretraining, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="a run takes one process as yet"):
-        finetune(tuning(), run.path)
-    with pytest.raises(ConfigError, match="a run takes one process as yet"):
-        pretrain(pretraining, run.path)
-    assert not run.path.exists()
-
-
 def test_a_world_of_one_process_is_a_run_like_any_other(run, tuning, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert finetune(tuning("training.max_steps=2"), run.path).adapter.is_dir()

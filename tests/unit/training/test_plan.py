@@ -143,9 +143,15 @@ def test_grouping_by_length_sees_every_row_once_an_epoch_in_another_order():
     assert list(epochs[0][0]) != list(epochs[1][0])
 
 
-def test_a_process_without_a_row_is_refused():
-    with pytest.raises(ConfigError, match="leaves a process without a row"):
-        plan(num_rows=9, processes=2)
+def test_a_last_step_may_leave_a_process_without_a_row():
+    both = plan(num_rows=9, processes=2)
+    assert [len(both.micro_batches(1, process)) for process in range(2)] == [1, 0]
+
+
+def test_rows_of_a_step_do_not_depend_on_the_number_of_processes():
+    alone = StepPlan(9, TrainingConfig(per_device_train_batch_size=4))
+    both = StepPlan(9, TrainingConfig(per_device_train_batch_size=2), 2)
+    assert [sorted(alone.rows_of(step)) for step in range(5)] == [sorted(both.rows_of(step)) for step in range(5)]
 
 
 def test_passes_are_made_in_one_way():

@@ -1,0 +1,114 @@
+"""What two processes of a launcher do, one scenario after the other, each leaving FOLDER/<scenario>-<rank>.json.
+
+One launch for all of them: the imports of two processes cost more than all of the scenarios.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from smolora.cli.app import run as run_command
+from smolora.config import ExperimentConfig, resolve_config
+from smolora.errors import SmoloraError
+from smolora.recipes.finetune import finetune
+from smolora.training.callback import Callback
+from tests.integration.distributed_runs import STEPS, TUNING, pretraining_words, tuning_words
+
+RANK = int(os.environ["RANK"])
+
+
+class At(Callback):
+    """Does something in one step of one process: before the update, or after it."""
+
+    def __init__(self, step: int, rank: int, act: Callable[[object], None], *, is_after: bool = False) -> None:
+        self.step, self.rank, self.act, self.is_after = step, rank, act, is_after
+
+    def on_gradients(self, trainer):
+        if not self.is_after:
+            self._act(trainer, trainer.state.step + 1)
+
+    def on_step_end(self, trainer, record):
+        if self.is_after:
+            self._act(trainer, record.step)
+
+    def _act(self, trainer, step):
+        if (step, RANK) == (self.step, self.rank):
+            self.act(trainer)
+
+
+class FullDisk(Callback):
+    """Fails where a checkpoint is saved, which the main process does alone."""
+
+    def on_save(self, trainer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step-000002")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    scenarios: dict[str, Callable[[], tuple[int, str]]] = {
+        "tune": lambda: command(["train", *tuning_words(folder), "-o", str(folder / "tune")]),
+        "pretrain": lambda: command(["pretrain", *pretraining_words(folder), "-o", str(folder / "pretrain")]),
+        "existing": lambda: command(["train", *tuning_words(folder), "-o", str(folder / "tune")]),
+        "rejects": lambda: command(["train", *tuning_words(folder, "broken.jsonl"), "-o", str(folder / "rejects")]),
+        "uneven": lambda: command(["train", *tuning_words(folder, batch_size=9), "-o", str(folder / "uneven")]),
+        "stopped": lambda: tune(folder, "stopped", At(3, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))),
+        "resumed": lambda: command(["train", "--resume", "-o", str(folder / "stopped")]),
+        "disk": lambda: tune(folder, "disk", FullDisk()),
+        "second": lambda: tune(folder, "second", At(2, 1, fail)),
+        "nan": lambda: tune(folder, "nan", At(1, 1, plant_nan, is_after=True)),
+        "early": lambda: tune(folder, "early", At(2, 1, stop_early, is_after=True)),
+        "other_rows": lambda: tune(folder, "other_rows", dataset=Dataset.from_list([{"text": f"row {RANK}"}] * 9)),
+        "verb": lambda: command(["report", str(folder / "tune")]),
+        "again": lambda: tune(folder, "again"),
+    }
+    for name, scenario in scenarios.items():
+        exit_code, said = scenario()
+        (folder / f"{name}-{RANK}.json").write_text(json.dumps({"exit_code": exit_code, "said": said}))
+
+
+def command(words: list[str]) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        return run_command(words), said.getvalue()
+
+
+def tune(folder: Path, name: str, *callbacks: Callback, dataset: Dataset | None = None) -> tuple[int, str]:
+    settings = [f"{path}={value}" for path, value in TUNING.items()]
+    sources = [f"model.name_or_path={folder / 'base'}", f"data.sources={folder / 'rows.jsonl'}"]
+    rows = ["training.per_device_train_batch_size=2", f"data.eval_source={folder / 'held_out.jsonl'}"]
+    config = resolve_config(ExperimentConfig, assignments=[*settings, *sources, *rows])
+    try:
+        finetune(config, folder / name, callbacks=callbacks, dataset=dataset)
+    except SmoloraError as error:
+        return error.exit_code, str(error)
+    except (OSError, ValueError) as error:
+        return 5 if isinstance(error, OSError) else 1, str(error)
+    return 0, ""
+
+
+def fail(_trainer: object) -> None:
+    raise ValueError("a mistake of the second process")
+
+
+def plant_nan(trainer) -> None:
+    next(iter(trainer.parameters.values())).data.fill_(float("nan"))
+
+
+def stop_early(trainer) -> None:
+    assert trainer.state.step < STEPS
+    trainer.state.should_stop = True
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

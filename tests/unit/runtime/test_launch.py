@@ -1,0 +1,41 @@
+"""What a launcher says of a run, by the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolora.errors import ConfigError
+from smolora.runtime.launch import is_main_launched, launched_processes
+
+
+def test_without_a_launcher_there_is_one_process_and_it_is_the_main_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert launched_processes() == 1
+    assert is_main_launched()
+
+
+@pytest.mark.parametrize(("rank", "is_main"), [("0", True), ("1", False)])
+def test_the_first_process_is_the_main_one(monkeypatch, rank, is_main):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert launched_processes() == 2
+    assert is_main_launched() == is_main
+
+
+@pytest.mark.parametrize("text", ["two", "0", "-1", ""])
+def test_what_is_no_number_of_processes_is_refused(monkeypatch, text):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(ConfigError, match="WORLD_SIZE must be a number of processes"):
+        launched_processes()
+
+
+def test_accelerate_that_starts_one_process_of_several_is_caught(monkeypatch):
+    """What `accelerate launch --cpu --num_processes 2` sets; without several processes there is no MASTER_PORT."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert launched_processes() == 1
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(ConfigError, match="asked for several processes and started only one"):
+        launched_processes()

@@ -1,0 +1,45 @@
+"""One process alone, and what a launcher may not ask for. Several are in tests/integration/test_distributed.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from smolora.errors import ConfigError
+from smolora.training.processes import Processes, join_processes
+
+CPU = torch.device("cpu")
+
+
+def test_one_process_is_the_main_one_and_has_what_it_gives():
+    alone = join_processes(CPU)
+    assert (alone.index, alone.count, alone.is_main) == (0, 1, True)
+    assert alone.sum(1.5, 2) == [1.5, 2]
+    assert alone.gather_values("x") == ["x"]
+    assert alone.from_main(lambda: 3) == 3
+
+
+def test_one_process_keeps_its_gradients():
+    parameter = nn.Parameter(torch.zeros(2))
+    Processes().sum_gradients([parameter])
+    assert parameter.grad is None
+
+
+def test_an_error_of_one_process_is_raised_as_it_is():
+    with pytest.raises(ZeroDivisionError), Processes().together():
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "asks to shard the model"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks to use DeepSpeed"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "asks for mixed_precision: bf16"),
+    ],
+)
+def test_what_accelerate_is_configured_for_and_would_not_happen_is_refused(monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        join_processes(CPU)
