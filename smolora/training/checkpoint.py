@@ -6,6 +6,7 @@ A tuning run writes its adapter as peft does, so every `step-...` folder also lo
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +20,11 @@ from smolora.adapters.state import restore_adapter, restore_training, training_t
 from smolora.adapters.store import save_adapter
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.models.bundle import ModelBundle
-from smolora.records.staging import read_manifest, staged_folder, write_json, write_manifest
+from smolora.records.run_dir import RunDir
+from smolora.records.staging import find_damage, read_manifest, staged_folder, write_json, write_manifest
+from smolora.training.plan import require_reach
+
+logger = logging.getLogger(__name__)
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optim.safetensors", "state.json"
 _CALLBACKS = "callbacks.safetensors"
@@ -143,6 +148,32 @@ def load_checkpoint(folder: Path, bundle: ModelBundle) -> TrainingSnapshot:
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     optimizer = load_file(folder / _OPTIMIZER)
     return TrainingSnapshot(optimizer, state["trainer"], state["callbacks"], _load_callback_tensors(folder))
+
+
+def load_newest(
+    run: RunDir, bundle: ModelBundle, identity: RunIdentity, *, num_processes: int, total_steps: int
+) -> TrainingSnapshot | None:
+    """Put the weights of the newest whole checkpoint into `bundle` and return the rest; None where there is none.
+
+    Damaged ones are set aside, and where the one with the lowest held-out loss is damaged, that loss is forgotten.
+
+    Raises:
+        ConfigError: The run was one of another number of processes, or has done more than `total_steps`.
+        ModelError, DataError: It belongs to another base, tokenizer or data.
+    """
+    checkpoint = run.newest_checkpoint()
+    run.set_aside_damaged(checkpoint)
+    if checkpoint is None:
+        return None
+    require_same_count(checkpoint.path, num_processes)
+    require_reach(checkpoint.step, total_steps)
+    identity.require(checkpoint.path)
+    snapshot = load_checkpoint(checkpoint.path, bundle)
+    best = snapshot.state["best_step"]
+    if isinstance(best, int) and (damage := find_damage(run.checkpoint_path(best))):
+        logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
+        snapshot.state["best_step"] = snapshot.state["best_eval_loss"] = None
+    return snapshot
 
 
 def _load_callback_tensors(folder: Path) -> dict[str, Mapping[str, Tensor]]:

@@ -28,18 +28,11 @@ from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
 from smolora.models.bundle import ModelBundle
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import find_damage
 from smolora.runtime.seeding import seed_noise
 from smolora.runtime.signals import StopRequest, deferred_signals
 from smolora.training.activations import recomputed_activations
 from smolora.training.callback import Callback
-from smolora.training.checkpoint import (
-    RunIdentity,
-    TrainingSnapshot,
-    load_checkpoint,
-    require_same_count,
-    save_checkpoint,
-)
+from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_newest, save_checkpoint
 from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
 from smolora.training.optim import (
     build_optimizer,
@@ -50,7 +43,7 @@ from smolora.training.optim import (
     tensor_checksums,
     trainable_parameters,
 )
-from smolora.training.plan import StepPlan, require_reach
+from smolora.training.plan import StepPlan
 from smolora.training.processes import Processes, join_processes
 from smolora.training.schedules import ScheduleWindow
 from smolora.training.state import StepRecord, TrainerState
@@ -225,22 +218,12 @@ class Trainer:
             MetricsLog(self._run_dir.metrics).cut(self.state.step if snapshot else -1)
 
     def _read_checkpoint(self) -> TrainingSnapshot | None:
-        """Put the weights of the newest whole checkpoint into the model, and return the rest of it."""
         if self._run_dir is None:
             return None
-        checkpoint = self._run_dir.newest_checkpoint()
-        self._run_dir.set_aside_damaged(checkpoint)
-        if checkpoint is None:
-            return None
-        require_same_count(checkpoint.path, self._processes.count)
-        require_reach(checkpoint.step, self.plan.total_steps)
-        self._require_identity().require(checkpoint.path)
-        snapshot = load_checkpoint(checkpoint.path, self.bundle)
-        best = snapshot.state["best_step"]
-        if isinstance(best, int) and (damage := find_damage(self._run_dir.checkpoint_path(best))):
-            logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
-            snapshot.state["best_step"] = snapshot.state["best_eval_loss"] = None
-        return snapshot
+        count, total_steps = self._processes.count, self.plan.total_steps
+        return load_newest(
+            self._run_dir, self.bundle, self._require_identity(), num_processes=count, total_steps=total_steps
+        )
 
     def _restore(self, snapshot: TrainingSnapshot) -> None:
         restore_optimizer(self._optimizer, self.parameters, snapshot.optimizer)

@@ -107,6 +107,7 @@ PROMISED = {
     "SmoloraError",
     "ConfigError",
     "DataError",
+    "FailedElsewhere",
     "ModelError",
     "StorageError",
     "BrokenRunError",
