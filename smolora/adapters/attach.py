@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import peft
@@ -14,10 +11,13 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import Tensor, nn
 
 from smolora.adapters.methods import Ground, build_peft_config, count_virtual_tokens
-from smolora.config.adapter import LoRAConfig, PEFTConfig
+from smolora.adapters.starts import start_from_residual
+from smolora.adapters.tensors import copy_tensors, quiet_peft
+from smolora.config.adapter import LoftQConfig, LoRAConfig, PEFTConfig, PiSSAConfig
 from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
+from smolora.models.loading import resolve_model_folder
 from smolora.models.structure import PreTrainedModel
 
 
@@ -46,11 +46,24 @@ def attach_adapter(
     peft_config = build_peft_config(config, ground)
     peft_config.task_type = "CAUSAL_LM"
     adapted = adapt(model, peft_config, source=bundle.source, revision=bundle.revision, seed=seed)
-    return replace(bundle, model=adapted, num_virtual_tokens=count_virtual_tokens(peft_config))
+    if isinstance(config, LoftQConfig):
+        start_from_residual(adapted, resolve_model_folder(bundle.source, revision=bundle.revision))
+    return replace(
+        bundle,
+        model=adapted,
+        num_virtual_tokens=count_virtual_tokens(peft_config),
+        taken=copy_tensors(adapted) if isinstance(config, PiSSAConfig) else None,
+    )
 
 
 def setup_model_with_lora(model: PreTrainedModel, config: PEFTConfig | None = None, *, seed: int = 0) -> peft.PeftModel:
-    """Put a fresh adapter on a plain model that is in memory already, without a bundle; `model` itself is changed."""
+    """Put a fresh adapter on a plain model that is in memory already, without a bundle; `model` itself is changed.
+
+    Raises:
+        ConfigError: A target that the model doesn't have, or a method that needs to know the base's files or the run.
+    """
+    if isinstance(config, (PiSSAConfig, LoftQConfig)):
+        raise ConfigError(f"adapter.method: {config.method} needs the base's files. Use load_model and attach_adapter.")
     width = model.get_input_embeddings().weight.shape[1]
     peft_config = build_peft_config(config or LoRAConfig(), Ground(build_anatomy(model), width=width, seed=seed))
     peft_config.task_type = "CAUSAL_LM"
@@ -91,18 +104,6 @@ def _widen(_norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _narrow(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.to(inputs[0].dtype)
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Silence peft's warnings inside the block; what matters in them is checked and raised by us.
-
-    Among them: peft 0.21 uses a property that transformers 5 deprecates, and it tells that it has set fan_in_fan_out
-    for GPT-2, whose matrices are stored [in, out].
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def refuse_unadaptable(bundle: ModelBundle) -> PreTrainedModel:

@@ -74,7 +74,11 @@ def _dora(config: DoRAConfig, ground: Ground) -> peft.PeftConfig:
 
 
 def _pissa(config: PiSSAConfig, ground: Ground) -> peft.PeftConfig:
-    return _low_rank(config, ground, init_lora_weights="pissa")
+    return _low_rank(
+        config,
+        ground,
+        init_lora_weights="pissa" if config.num_iterations is None else f"pissa_niter_{config.num_iterations}",
+    )
 
 
 def _adalora(config: AdaLoRAConfig, ground: Ground) -> peft.PeftConfig:

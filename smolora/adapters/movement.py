@@ -9,7 +9,9 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from smolora.adapters.changes import base_of, find_changes
+from smolora.adapters.changes import Change, LowRank, base_of, find_changes
+from smolora.adapters.starts import subtract_start
+from smolora.adapters.tensors import adapter_tensors
 from smolora.models.bundle import ModelBundle
 from smolora.models.quantised import dequantise
 from smolora.models.structure import is_quantised, is_stored_transposed
@@ -37,13 +39,30 @@ def measure_movement(bundle: ModelBundle) -> Movement:
         return Movement(0.0, {})
     plain = bundle.model.get_base_model()
     norms: dict[str, tuple[float, float]] = {}
-    for name, change in find_changes(bundle.model).items():
+    for name, (change, start) in _find_changes(bundle).items():
         module, _, own = name.rpartition(".")
         weight = _read_weight(base_of(plain.get_submodule(module)), own)
+        weight = start.apply(weight) if start else weight
         moved, held = norms.get(module, (0.0, 0.0))  # A module may have a bias too.
         norms[module] = math.hypot(moved, change.measure(weight)), math.hypot(held, _length(weight))
     moved, held = (math.hypot(*(pair[side] for pair in norms.values())) for side in (0, 1))
     return Movement(_divide(moved, held), {name: _divide(*pair) for name, pair in norms.items()})
+
+
+def _find_changes(bundle: ModelBundle) -> dict[str, tuple[Change, Change | None]]:
+    """Return each change, and what to put back first into a base that something was taken out of."""
+    changes, taken = find_changes(bundle.model), bundle.taken
+    if taken is None:
+        return {name: (change, None) for name, change in changes.items()}
+    assert isinstance(bundle.model, peft.PeftModel), "PiSSA is an adapter"
+    joined = subtract_start(adapter_tensors(bundle.model), taken)
+    found: dict[str, tuple[Change, Change | None]] = {}
+    for name, change in changes.items():
+        assert isinstance(change, LowRank), "PiSSA is LoRA"
+        a, b = (f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB")
+        start = LowRank(taken[a], taken[b], change.scaling)
+        found[name] = LowRank(joined[a], joined[b], change.scaling), start
+    return found
 
 
 def _read_weight(base: nn.Module, name: str) -> Tensor:

@@ -12,22 +12,13 @@ import torch
 from torch import Tensor
 
 from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
-from smolora.adapters.attach import quiet_peft
 from smolora.adapters.changes import is_soft_prompt
+from smolora.adapters.tensors import adapter_tensors, copy_tensors, quiet_peft
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
 
 AdapterWeights = Mapping[str, Tensor]
 """Tensors by their names in a peft folder."""
-
-
-def adapter_tensors(model: peft.PeftModel, name: str = "default") -> dict[str, Tensor]:
-    """Return what peft saves of an adapter, by the names it has on disk."""
-    with quiet_peft():
-        tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
-            model, adapter_name=name, save_embedding_layers=False
-        )
-    return tensors
 
 
 def fill_adapter(model: peft.PeftModel, stored: StoredAdapter, name: str = "default") -> None:
@@ -64,16 +55,21 @@ def restore_adapter(bundle: ModelBundle, folder: Path) -> None:
     fill_adapter(bundle.model, read_adapter(folder))
 
 
-def training_tensors(bundle: ModelBundle) -> dict[str, Tensor]:
-    """Return what a checkpoint needs beside the saved adapter, by parameter: nothing, for most methods.
+_START = "start/"
 
-    The network behind virtual tokens isn't part of a saved adapter.
+
+def training_tensors(bundle: ModelBundle) -> dict[str, Tensor]:
+    """Return what a checkpoint needs beside the saved adapter: nothing, for most methods.
+
+    The network behind virtual tokens isn't part of a saved adapter; PiSSA's matrices are joined there with their start.
     """
-    if not is_soft_prompt(bundle.model):
+    parameters = dict(bundle.model.named_parameters())
+    if is_soft_prompt(bundle.model):
+        return {name: tensor for name, tensor in parameters.items() if name.startswith("prompt_encoder.")}
+    if bundle.taken is None:
         return {}
-    return {
-        name: parameter for name, parameter in bundle.model.named_parameters() if name.startswith("prompt_encoder.")
-    }
+    trained = {name: tensor for name, tensor in parameters.items() if ".lora_A." in name or ".lora_B." in name}
+    return trained | {f"{_START}{name}": tensor for name, tensor in bundle.taken.items()}
 
 
 @torch.no_grad()
@@ -81,12 +77,18 @@ def restore_training(bundle: ModelBundle, tensors: AdapterWeights, folder: Path)
     """Take back what `training_tensors` gave.
 
     Raises:
-        ModelError: They are another adapter's.
+        ModelError: They are another adapter's, or PiSSA took something else out of the base then.
     """
     own = training_tensors(bundle)
     shapes, found = ({name: tuple(t.shape) for name, t in kept.items()} for kept in (own, tensors))
     if shapes != found:
         raise ModelError(f"{folder} holds another adapter: {sorted(shapes.items() ^ found.items())[:2]}.")
+    for name, tensor in tensors.items():
+        if name.startswith(_START) and not torch.equal(own[name].cpu(), tensor):
+            raise ModelError(
+                f"{folder} took other directions out of the base than this machine does, so the run can't go on here. "
+                "Resume it on the machine and with the library versions of its env.json, or start anew."
+            )
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
@@ -94,7 +96,7 @@ def restore_training(bundle: ModelBundle, tensors: AdapterWeights, folder: Path)
 def copy_weights(bundle: ModelBundle) -> AdapterWeights:
     """Return the adapter's weights as they are now; nothing that is done to the model changes them."""
     assert isinstance(bundle.model, peft.PeftModel), "an adapter is on"
-    return {name: tensor.detach().clone() for name, tensor in adapter_tensors(bundle.model).items()}
+    return copy_tensors(bundle.model)
 
 
 @contextmanager

@@ -23,7 +23,9 @@ from smolora.adapters.adapter_files import (
 )
 from smolora.adapters.attach import adapt, refuse_unadaptable
 from smolora.adapters.methods import count_virtual_tokens
-from smolora.adapters.state import adapter_tensors, fill_adapter
+from smolora.adapters.starts import double_rank, subtract_start
+from smolora.adapters.state import fill_adapter
+from smolora.adapters.tensors import copy_tensors
 from smolora.config.adapter import PEFTConfig, SoftPromptConfig
 from smolora.config.model import Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
@@ -52,10 +54,13 @@ def save_adapter(bundle: ModelBundle, folder: Path) -> None:
     if not isinstance(bundle.model, peft.PeftModel):
         raise ConfigError("there is no adapter to save: the model has none. Attach one with attach_adapter.")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().clone() for name, tensor in adapter_tensors(bundle.model).items()}
+    tensors, peft_config = copy_tensors(bundle.model), copy.deepcopy(bundle.model.peft_config["default"])
+    if bundle.taken is not None:
+        tensors = subtract_start(tensors, bundle.taken)
+        double_rank(peft_config)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE, _METADATA)
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600, which nobody else can read.
-    _write_config(bundle.model.peft_config["default"], folder)
+    _write_config(peft_config, folder)
     write_json(
         folder / IDENTITY_FILE,
         {
@@ -252,9 +257,8 @@ def _find_result(run: RunDir) -> Path:
 
 def _write_config(peft_config: peft.PeftConfig, folder: Path) -> None:
     """Write adapter_config.json, its sets in a fixed order: else the same run would write other bytes each time."""
-    settings = copy.deepcopy(peft_config)
-    settings.inference_mode = True
-    settings.save_pretrained(str(folder))
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(str(folder))
     written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    is_set = {name for name, value in settings.to_dict().items() if isinstance(value, set)}
+    is_set = {name for name, value in peft_config.to_dict().items() if isinstance(value, set)}
     write_json(folder / CONFIG_FILE, {name: sorted(v) if name in is_set else v for name, v in written.items()})

@@ -13,9 +13,10 @@ import peft
 import torch
 
 from smolora.adapters.adapter_files import read_adapter
-from smolora.adapters.attach import quiet_peft, refuse_unadaptable
+from smolora.adapters.attach import refuse_unadaptable
 from smolora.adapters.state import fill_adapter
 from smolora.adapters.store import find_adapter, load_adapter
+from smolora.adapters.tensors import quiet_peft
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.prompts import read_prompt_format
 from smolora.errors import ConfigError, ModelError, did_you_mean

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import peft
 
+from smolora.adapters.state import replaced_weights
 from smolora.models.bundle import ModelBundle
 
 
@@ -19,6 +20,10 @@ def disabled_adapter(bundle: ModelBundle) -> Iterator[None]:
     """
     if not isinstance(bundle.model, peft.PeftModel):
         yield
+        return
+    if bundle.taken is not None:  # Switched off, a part of the base would be missing.
+        with replaced_weights(bundle, bundle.taken):
+            yield
         return
     trained = [(parameter, parameter.requires_grad) for parameter in bundle.model.parameters()]
     try:

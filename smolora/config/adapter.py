@@ -125,6 +125,9 @@ class PiSSAConfig(LowRankConfig):
     method: Literal["pissa"] = "pissa"
     """The PEFT method."""
 
+    num_iterations: int | None = Field(default=None, ge=1)
+    """Iterations of a fast search for these directions, such as 16. Left out, an exact decomposition."""
+
 
 class LoftQConfig(LowRankConfig):
     """LoRA that starts as what quantising lost of the weight (Li et al. 2023, https://arxiv.org/abs/2310.08659)."""

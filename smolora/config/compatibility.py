@@ -30,9 +30,21 @@ class Obstacle:
 
 OBSTACLES: tuple[Obstacle, ...] = (
     Obstacle(
-        methods=("pissa", "loftq", "full"),
+        methods=("full",),
         reason="it isn't there yet",
         advice="Choose another method.",
+    ),
+    Obstacle(
+        methods=("pissa",),
+        quantizations=("8bit", "4bit"),
+        reason="it takes its start out of the base's weights, which few bits can't hold",
+        advice="Choose loftq, or model.quantization=none.",
+    ),
+    Obstacle(
+        methods=("loftq",),
+        quantizations=("none",),
+        reason="it starts from what quantising loses of the base, and the base isn't quantised",
+        advice="Give model.quantization=4bit, or choose lora.",
     ),
     Obstacle(
         methods=("prefix_tuning",),
@@ -42,6 +54,12 @@ OBSTACLES: tuple[Obstacle, ...] = (
     ),
 )
 
+
+NEEDS_FLOAT32: Mapping[str, str] = {
+    "full": "its weights are trained, and AdamW in half precision doesn't move them, or overflows",
+    "pissa": "its base's weights are changed, and 16 bits would round the change",
+}
+"""Methods that change the base's own weights, and why those are float32."""
 
 PHASELESS: Mapping[str, str] = {
     **dict.fromkeys(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from smolora.config.model import Quantization, TaskType
@@ -38,6 +39,8 @@ class ModelBundle:
     """What the model's head answers."""
     num_virtual_tokens: int = 0
     """Positions before every row that an adapter of virtual tokens takes."""
+    taken: Mapping[str, Tensor] | None = None
+    """What a PiSSA adapter took out of the base when it was put on, by the adapter's names on disk."""
 
     @property
     def context(self) -> int | None:

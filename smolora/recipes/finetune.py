@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.state import AdapterWeights, copy_weights
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, reserve_virtual_tokens, save_adapter
 from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
+from smolora.config.compatibility import NEEDS_FLOAT32
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.preprocessing import Side, encode_rows, render_marked
 from smolora.data.rows import Row
@@ -216,7 +219,8 @@ def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tupl
 def load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
     """Return the base model, and why it is where and what it is."""
     device, device_reason = resolve_device(config.model.device)
-    dtype, dtype_reason = resolve_dtype(config.model.dtype, device)
+    needs = NEEDS_FLOAT32.get(config.adapter.method)
+    dtype, dtype_reason = (torch.float32, needs) if needs else resolve_dtype(config.model.dtype, device)
     name = config.model.name_or_path
     if RunDir.is_run(name):
         base = load_bundle(name, dtype=dtype, device=str(device), quantization=config.model.quantization)

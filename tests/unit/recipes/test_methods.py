@@ -70,7 +70,7 @@ def weights_of(run):
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora", *SOFT])
+@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora", "pissa", *SOFT])
 def test_a_run_lowers_the_loss(tune, method):
     losses = losses_of(tune(method, "run", "training.learning_rate=3e-2"))
     assert losses[-1] < losses[0]
@@ -129,8 +129,8 @@ def test_an_adalora_adapter_is_not_continued(tune):
         tune("lora", "more", f"adapter.path={run.path}")
 
 
-@pytest.mark.parametrize("method", SOFT)
-def test_a_stopped_run_of_virtual_tokens_resumes_to_the_same_bits(tune, method):
+@pytest.mark.parametrize("method", [*SOFT, "pissa"])
+def test_a_stopped_run_resumes_to_the_same_bits(tune, method):
     whole = tune(method, "whole")
     with pytest.raises(StoppedBySignal):
         tune(method, "run", callbacks=[StopIn(5)])
@@ -145,3 +145,20 @@ def test_virtual_tokens_refuse_phases_checkpointing_and_a_full_context_before_th
     with pytest.raises(ConfigError, match="adapter.num_virtual_tokens = 64 leaves no room"):
         tune("prompt_tuning", "run", "adapter.num_virtual_tokens=64")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_verdict_of_pissa_compares_with_the_whole_base(tune, rows):
+    shared = (f"data.eval_source={rows}", "model.dtype=float32", "training.max_steps=3")
+    found = json.loads(tune("pissa", "run", *shared).verdict.read_text())
+    other = json.loads(tune("lora", "other", *shared).verdict.read_text())
+    assert found["loss"]["base"] == pytest.approx(other["loss"]["base"], rel=1e-5)
+    assert 0 < found["movement"]["relative"] < 1
+
+
+def test_pissa_refuses_half_precision_and_few_bits(tune):
+    with pytest.raises(ConfigError, match="model.dtype: pissa needs float32, found bfloat16"):
+        tune("pissa", "run", "model.dtype=bfloat16")
+    with pytest.raises(ConfigError, match="pissa can't be used here: it takes its start out of the base's weights"):
+        tune("pissa", "run", "model.quantization=4bit")
+    with pytest.raises(ConfigError, match="loftq can't be used here: it starts from what quantising loses"):
+        tune("loftq", "run")
