@@ -1,4 +1,4 @@
-"""Merges an adapter into a plain model folder: read from the base's files, proved on a probe, whole or not there.
+"""Merges an adapter into a plain model folder: tensor by tensor from the base's files, proved, whole or not there.
 
 The base's files keep their types, names and shards. peft's own merge loads the model in one type, and with a NaN in
 the adapter it either merges the NaN or stops half way.
@@ -10,14 +10,17 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import peft
 import torch
 
 from smolora.adapters.adapter_files import StoredAdapter, read_adapter
 from smolora.adapters.changes import base_of, find_changes
-from smolora.adapters.merge_probe import HALF_DTYPES, probe_adapter, verify_merged
+from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof
+from smolora.adapters.merge_proof import Proof, WeightProof
 from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
+from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
 from smolora.adapters.store import load_adapter, load_base, resolve_base_folder
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ConfigError, ModelError
@@ -68,11 +71,14 @@ class MergeReport:
     num_merged_tensors: int
     """Weights that the adapter changes, and those that only the quantised base does."""
     num_copied_tensors: int
-    num_probe_tokens: int
+    """Those that are the base's, read back and compared byte by byte."""
+    compared: str
+    """What the proof compared, in float32: each merged weight (plain LoRA on a base that isn't quantised), or logits of
+    the merged model."""
     adapter_effect: float
-    """Largest change of a logit by the adapter, on the probe."""
+    """Largest change by the adapter of what was compared."""
     max_difference: float
-    """Largest difference between a merged logit and the adapter's, computed in float32."""
+    """Largest difference between what was merged, and base and adapter."""
     tolerance: float
     """What `max_difference` was held to."""
 
@@ -87,7 +93,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
 
     Raises:
         ConfigError: `out` exists.
-        ModelError: The adapter can't be merged into this base, or the merged model's logits aren't the adapter's.
+        ModelError: The adapter can't be merged into this base, or what was merged isn't base and adapter.
     """
     if out.exists():
         raise ConfigError(f"{out} exists. Choose another output folder, or remove it first.")
@@ -97,37 +103,55 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     _refuse_quantised(base_folder)
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
-    dtype = _choose_dtype(stored)
-    bundle = load_adapter(_open_base(adapter, base, dtype), adapter_folder)
-    _refuse_tied_head(adapter, bundle)
-    updates = _build_updates(adapter, bundle)
-    probe = probe_adapter(bundle)
-    source, fingerprint = bundle.source, bundle.fingerprint
-    del bundle  # Its mapped files, before the merged ones are.
+    source, fingerprint, updates, proof = _open(adapter, base, _choose_dtype(stored))
     matched = match_updates(updates, stored)
-    dtypes = sorted({tensor.dtype for _, tensor in matched.values()})
     updates_by_tensor = {name: update for name, (update, _) in matched.items()}
     with staged_folder(out) as staging:
         for file in files:
-            write_merged_file(file, staging / file.name, updates_by_tensor)
+            write_merged_file(file, staging / file.name, updates_by_tensor, proof.check)
         _copy_settings(base_folder, adapter_folder, staging)
-        difference, tolerance = verify_merged(load_model(staging, dtype=dtype), probe, dtypes)
+        found = proof.conclude(staging)
         report = MergeReport(
             base=source,
             base_fingerprint=fingerprint,
             adapter=str(adapter_folder),
             out=str(out),
-            dtype=", ".join(dtypes),
+            dtype=", ".join(sorted({tensor.dtype for _, tensor in matched.values()})),
             quantization=adapter.quantization,
             num_merged_tensors=len(matched),
             num_copied_tensors=len(stored) - len(matched),
-            num_probe_tokens=probe.input_ids.numel(),
-            adapter_effect=probe.effect,
-            max_difference=difference,
-            tolerance=tolerance,
+            compared=found.compared,
+            adapter_effect=found.effect,
+            max_difference=found.difference,
+            tolerance=found.tolerance,
         )
         write_json(staging / REPORT_FILE, asdict(report))
     return report
+
+
+class _Opened(NamedTuple):
+    """What is known of base and adapter before anything is written; weights of the base are mapped no longer."""
+
+    source: str
+    fingerprint: str
+    updates: dict[str, Update]
+    proof: Proof
+
+
+def _open(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype) -> _Opened:
+    if is_plain_lora(adapter):
+        bundle = _open_base(adapter, base, dtype, device="meta")
+        changes = read_plain_lora(adapter, bundle)
+        _refuse_tied_head(adapter, bundle, changes)
+        modules = dict(bundle.model.named_modules())
+        updates = {
+            name: Update(change, is_stored_transposed(modules[name.rpartition(".")[0]]))
+            for name, change in changes.items()
+        }
+        return _Opened(bundle.source, bundle.fingerprint, updates, WeightProof())
+    bundle = load_adapter(_open_base(adapter, base, dtype, device="cpu"), adapter.folder)
+    _refuse_tied_head(adapter, bundle, find_changes(bundle.model))
+    return _Opened(bundle.source, bundle.fingerprint, _build_updates(adapter, bundle), LogitProof(bundle, dtype))
 
 
 def _refuse_unmergeable(adapter: StoredAdapter) -> None:
@@ -164,8 +188,8 @@ def _choose_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
     return only or torch.float32
 
 
-def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
-    head = next((name for name in find_changes(bundle.model) if bundle.anatomy.part_of(name).group == "head"), None)
+def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle, names: Iterable[str]) -> None:
+    head = next((name for name in names if bundle.anatomy.part_of(name).group == "head"), None)
     if head and read_config(bundle.model).tie_word_embeddings:
         raise ModelError(
             f"{adapter.folder} adapts {head.rpartition('.')[0]}, whose weight is the token embedding's: merged, it "
@@ -173,12 +197,12 @@ def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle) -> None:
         )
 
 
-def _open_base(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype) -> ModelBundle:
+def _open_base(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype, *, device: str) -> ModelBundle:
     if adapter.quantization != "none":
         dtype = torch.float32  # A quantised layer rounds what it dequantises to its own type.
     if base:
-        return load_model(base, dtype=dtype, quantization=adapter.quantization)
-    return load_base(adapter, dtype=dtype)
+        return load_model(base, dtype=dtype, device=device, quantization=adapter.quantization)
+    return load_base(adapter, dtype=dtype, device=device)
 
 
 def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Update]:

@@ -1,4 +1,4 @@
-"""Proves a merge on a few tokens: the merged files' logits against those of base and adapter, all in float32.
+"""Proves a merge of any adapter on a few tokens: the merged files' logits are those of base and adapter, in float32.
 
 Weights stay mapped from their files, in the files' type: each operation widens its own for as long as it runs. The
 adapter's logits are peft's own, and so don't rest on what was merged. The proof takes three short forward passes and
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from smolora.adapters.merge_proof import Finding, refuse_infinite
+from smolora.adapters.merged_weights import Update
 from smolora.adapters.toggling import disabled_adapter
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
+from smolora.models.loading import load_model
 
 _TOKENS = 8
 HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,6 +38,25 @@ class Probe:
     """Largest change of a logit by the adapter."""
 
 
+class LogitProof:
+    """Compares logits of the merged model with the adapter's."""
+
+    def __init__(self, adapted: ModelBundle, dtype: torch.dtype) -> None:
+        self._probe, self._dtype = probe_adapter(adapted), dtype
+        self._merged_dtypes: set[torch.dtype] = set()
+
+    def check(self, name: str, update: Update, weight: Tensor, merged: Tensor) -> None:
+        """Raise unless a merged tensor is finite."""
+        refuse_infinite(name, merged)
+        self._merged_dtypes.add(merged.dtype)
+
+    def conclude(self, folder: Path) -> Finding:
+        """Open the merged files and compare."""
+        difference, tolerance = verify_merged(load_model(folder, dtype=self._dtype), self._probe, self._merged_dtypes)
+        compared = f"the logits of {self._probe.input_ids.numel()} tokens"
+        return Finding(compared, self._probe.effect, difference, tolerance)
+
+
 def probe_adapter(bundle: ModelBundle) -> Probe:
     """Return the logits of base and adapter on a few fixed tokens."""
     num_tokens = min(bundle.context or _TOKENS, _TOKENS)
@@ -45,7 +68,7 @@ def probe_adapter(bundle: ModelBundle) -> Probe:
     return Probe(input_ids, logits, (logits - plain).abs().max().item())
 
 
-def verify_merged(merged: ModelBundle, probe: Probe, dtypes: Iterable[str]) -> tuple[float, float]:
+def verify_merged(merged: ModelBundle, probe: Probe, dtypes: Iterable[torch.dtype]) -> tuple[float, float]:
     """Return (largest difference of a logit, tolerance).
 
     A float32 file is held to 1e-5 of the largest logit (at least 1e-5), a 16-bit file to 8 roundings of its type.
@@ -53,14 +76,14 @@ def verify_merged(merged: ModelBundle, probe: Probe, dtypes: Iterable[str]) -> t
     Args:
         merged: What was merged, opened from its files.
         probe: The adapter's logits.
-        dtypes: The types of the merged tensors, in safetensors' words.
+        dtypes: The types of the merged tensors.
 
     Raises:
         ModelError: The merged model isn't the adapter's.
     """
     difference = (_compute_logits(merged, probe.input_ids) - probe.logits).abs().max().item()
     largest = max(1.0, probe.logits.abs().max().item())
-    halves = [torch.finfo(HALF_DTYPES[name]).eps for name in dtypes if name in HALF_DTYPES]
+    halves = [torch.finfo(dtype).eps for dtype in dtypes if dtype in HALF_DTYPES.values()]
     tolerance = largest * max([1e-5, *(_HALF_TOLERANCE * eps for eps in halves)])
     if not difference <= tolerance:
         raise ModelError(

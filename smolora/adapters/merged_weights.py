@@ -1,4 +1,4 @@
-"""Writes what an adapter makes of a base into safetensors files, one tensor in memory at a time.
+"""Writes what an adapter makes of a base into safetensors files, one tensor in memory at a time, and reads them back.
 
 A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte, and
 the tensors follow in the same order: updated ones computed in float32 and cast back, all others copied.
@@ -6,7 +6,7 @@ the tensors follow in the same order: updated ones computed in float32 and cast 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -19,7 +19,7 @@ from smolora.adapters.changes import Change
 from smolora.config.model import Quantization
 from smolora.errors import ModelError
 from smolora.models.quantised import round_trip
-from smolora.models.weight_files import StoredTensor, read_header, read_stored_tensors
+from smolora.models.weight_files import StoredTensor, name_in_files, read_header, read_stored_tensors
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 20
@@ -43,6 +43,10 @@ class Update:
         return (updated.T if self.is_transposed else updated).to(weight.dtype).contiguous()
 
 
+Check = Callable[[str, Update, Tensor, Tensor], None]
+"""Takes a tensor's name, what becomes of it, the base's tensor, and what was written, read back."""
+
+
 def match_updates(
     updates: Mapping[str, Update], stored: Iterable[StoredTensor]
 ) -> dict[str, tuple[Update, StoredTensor]]:
@@ -58,8 +62,7 @@ def match_updates(
     by_name = {tensor.name: tensor for tensor in stored}
     matched = {}
     for path, update in updates.items():
-        names = (path, path.partition(".")[2])  # Older files leave the first part away.
-        tensor = next((by_name[name] for name in names if name in by_name), None)
+        tensor = next((by_name[name] for name in name_in_files(path) if name in by_name), None)
         if tensor is None:
             raise ModelError(f"the base's files hold no {path} to merge into. Merge into another copy of the base.")
         if tensor.dtype not in _DTYPES:
@@ -71,39 +74,50 @@ def match_updates(
     return matched
 
 
-def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update]) -> None:
+def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update], check: Check) -> None:
     """Copy the safetensors file `source` to `target` with `updates` added to the tensors they name.
 
+    What was written is read back: merged tensors go to `check`, of all others every byte is compared.
+
     Raises:
-        ModelError: A merged tensor isn't finite.
+        ModelError: `check` refuses a merged tensor, or a copied one isn't the base's.
     """
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with source.open("rb") as reader, target.open("wb") as writer, target.open("rb") as written:
         header, _ = read_header(reader)
         writer.write(len(header).to_bytes(8, "little") + header)
         for tensor in read_stored_tensors(source):
             if update := updates.get(tensor.name):
-                writer.write(_merge(reader, tensor, update).view(torch.uint8).numpy().data)
+                weight = _read(reader, tensor)
+                writer.write(_view_bytes(update.apply(weight)))
+                writer.flush()
+                check(tensor.name, update, weight, _read(written, tensor))
             else:
-                _copy(reader, tensor, writer)
+                _copy(reader, tensor, writer, written)
+    if target.stat().st_size != source.stat().st_size:
+        raise ModelError(f"{target.name} isn't as long as the base's, although nothing was to be added. Merge again.")
 
 
-def _merge(reader: BufferedReader, tensor: StoredTensor, update: Update) -> Tensor:
+def _read(reader: BufferedReader, tensor: StoredTensor) -> Tensor:
     weight = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype])
     reader.seek(tensor.start)
-    reader.readinto(weight.view(torch.uint8).numpy().data)
-    merged = update.apply(weight)
-    if not torch.isfinite(torch.stack(merged.aminmax())).all():  # A NaN is both, at half the time of isfinite.
-        raise ModelError(
-            f"{tensor.name} merged holds NaN or infinity: the update doesn't fit into {tensor.dtype}. "
-            "Nothing was written."
-        )
-    return merged
+    reader.readinto(_view_bytes(weight))
+    return weight
 
 
-def _copy(reader: BinaryIO, tensor: StoredTensor, writer: BinaryIO) -> None:
+def _view_bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _copy(reader: BinaryIO, tensor: StoredTensor, writer: BinaryIO, written: BinaryIO) -> None:
     reader.seek(tensor.start)
+    written.seek(tensor.start)
     left = tensor.end - tensor.start
     while left:
         block = reader.read(min(_CHUNK, left))
         writer.write(block)
+        writer.flush()
+        if written.read(len(block)) != block:
+            raise ModelError(
+                f"{tensor.name} was copied, and reads back as something else. Check the disk; merge again."
+            )
         left -= len(block)

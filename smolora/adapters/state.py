@@ -27,7 +27,17 @@ def fill_adapter(model: peft.PeftModel, stored: StoredAdapter, name: str = "defa
     Raises:
         ModelError: Tensors are missing, unknown or of another shape; nothing was changed.
     """
-    expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()}
+    refuse_other_tensors(stored, {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()})
+    with quiet_peft():
+        peft.set_peft_model_state_dict(model, dict(stored.tensors), adapter_name=name)
+
+
+def refuse_other_tensors(stored: StoredAdapter, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless the tensors on disk are those `expected`, which are shapes by the names in a peft folder.
+
+    Raises:
+        ModelError: Tensors are missing, unknown or of another shape.
+    """
     found = {key: tuple(tensor.shape) for key, tensor in stored.tensors.items()}
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
@@ -40,8 +50,6 @@ def fill_adapter(model: peft.PeftModel, stored: StoredAdapter, name: str = "defa
             f"{stored.folder}: {different} is {list(found[different])}, and this base takes "
             f"{list(expected[different])}. It is for another model."
         )
-    with quiet_peft():
-        peft.set_peft_model_state_dict(model, dict(stored.tensors), adapter_name=name)
 
 
 def restore_adapter(bundle: ModelBundle, folder: Path) -> None:

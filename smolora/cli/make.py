@@ -147,7 +147,7 @@ def merge(run: Path, *, out: OutIfAny = None) -> None:
     report = run_merge(run, out)
     print_plainly(
         terminal,
-        f"merged model: {report.out} (no logit is further than {report.max_difference:.1e} from the adapter's)",
+        f"merged model: {report.out} (base and adapter to within {report.max_difference:.1e}, by {report.compared})",
     )
 
 

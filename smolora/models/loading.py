@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from smolora.config.model import Quantization
@@ -26,7 +26,13 @@ from smolora.errors import ConfigError, ModelError, SmoloraError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.quantised import build_quantisation, require_quantisation, settle_quantised
-from smolora.models.weight_files import fingerprint_weights, list_weight_files, read_stored_tensors
+from smolora.models.weight_files import (
+    StoredTensor,
+    fingerprint_weights,
+    list_weight_files,
+    name_in_files,
+    read_stored_tensors,
+)
 from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.pretrained import load_tokenizer
 
@@ -48,7 +54,8 @@ def load_model(
     Args:
         name_or_path: A folder in Hugging Face format, or a hub id.
         dtype: Type of the weights in memory; None keeps the file's own.
-        device: Where the weights go.
+        device: Where the weights go. On "meta" there are none: the model has its shapes alone, and the files are looked
+            at, not read.
         revision: Branch, tag or commit of a hub id.
         quantization: How the linear layers are held; the rest, and what they compute, is of `dtype`.
 
@@ -63,9 +70,10 @@ def load_model(
         raise ConfigError(
             f"model.quantization: {folder} is quantised already. Leave it at none, or name the original model."
         )
-    for file in list_weight_files(folder):
-        read_stored_tensors(file)
-    if quantization == "none":
+    stored = [tensor for file in list_weight_files(folder) for tensor in read_stored_tensors(file)]
+    if quantization == "none" and device == "meta":
+        model = _build_skeleton(folder, stored)
+    elif quantization == "none":
         model = _load_weights(folder, dtype).to(device)
     else:
         model = _load_quantised(folder, dtype, device, quantization)
@@ -158,6 +166,19 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if has_bars:
             transformers_logging.enable_progress_bar()
+
+
+def _build_skeleton(folder: Path, stored: Sequence[StoredTensor]) -> PreTrainedModel:
+    """Build a model without weights. Where a tensor of its isn't in the files as it is, transformers must find it."""
+    with _opening(folder), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    assert isinstance(model, PreTrainedModel)
+    shapes = {tensor.name: tensor.shape for tensor in stored}
+    for name, parameter in model.named_parameters():  # Tied ones once.
+        if all(shapes.get(place) != tuple(parameter.shape) for place in name_in_files(name)):
+            _load_weights(folder, None)
+            break
+    return model.eval()
 
 
 def _load_quantised(

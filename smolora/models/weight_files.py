@@ -79,6 +79,11 @@ def read_stored_tensors(file: Path) -> list[StoredTensor]:
     return tensors
 
 
+def name_in_files(name: str) -> tuple[str, str]:
+    """Return the names that files may give a parameter: its own, and that without the first part, as older ones do."""
+    return name, name.partition(".")[2]
+
+
 def read_header(stream: BinaryIO) -> tuple[bytes, int]:
     """Read (the JSON header, the offset at which the tensors begin) of a safetensors file."""
     (length,) = struct.unpack("<Q", stream.read(8))

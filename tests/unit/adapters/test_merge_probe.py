@@ -40,12 +40,12 @@ def test_a_merged_model_that_is_not_the_adapter_s_is_noticed(save_pair):
     base, adapter = save_pair(r=4, lora_alpha=8)
     probe = probe_adapter(opened(base, adapter))
     with pytest.raises(ModelError, match="the merged model isn't the adapter's"):
-        verify_merged(load_model(base), probe, ["F32"])
+        verify_merged(load_model(base), probe, [torch.float32])
 
 
 def test_a_merged_model_is_the_adapter_s_up_to_rounding(save_pair, tmp_path):
     base, adapter = save_pair(r=4, lora_alpha=8)
     merge_adapter(adapter, tmp_path / "out")
     probe = probe_adapter(opened(base, adapter))
-    difference, tolerance = verify_merged(load_model(tmp_path / "out"), probe, ["F32"])
+    difference, tolerance = verify_merged(load_model(tmp_path / "out"), probe, [torch.float32])
     assert 0 <= difference <= tolerance < 1e-3

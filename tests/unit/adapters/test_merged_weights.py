@@ -22,6 +22,10 @@ def update_of(inputs, outputs, *, scaling=0.5, is_transposed=False):
     return Update(LowRank(draw(2, inputs, seed=1), draw(outputs, 2, seed=2), scaling), is_transposed)
 
 
+def unchecked(*_):
+    """Take a merged tensor as it is."""
+
+
 def test_an_update_is_scaling_times_b_a():
     weight, update = draw(3, 5), update_of(5, 3)
     expected = weight + 0.5 * torch.einsum("or,ri->oi", update.change.b, update.change.a)
@@ -46,7 +50,7 @@ def test_a_merged_file_differs_in_the_updated_tensors_only(tmp_path):
     tensors = {"a.weight": draw(6, 4), "b.weight": draw(3, 3, dtype=torch.bfloat16), "steps": torch.tensor(7)}
     save_file(tensors, tmp_path / "in", metadata={"format": "pt"})
     update = update_of(4, 6)
-    write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update})
+    write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update}, unchecked)
     merged = load_file(tmp_path / "out")
     assert torch.equal(merged["a.weight"], update.apply(tensors["a.weight"]))
     assert torch.equal(merged["b.weight"], tensors["b.weight"])
@@ -60,17 +64,31 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     save_file({name: torch.zeros(512, 512) for name in names}, tmp_path / "in")
     updates = {name: update_of(512, 512) for name in names[::2]}
     tracemalloc.start()
-    write_merged_file(tmp_path / "in", tmp_path / "out", updates)
+    write_merged_file(tmp_path / "in", tmp_path / "out", updates, unchecked)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "out").stat().st_size > 32 * MIB
     assert peak < 5 * MIB  # Bytes as read, as a tensor's buffer and as written, of one MiB each.
 
 
-def test_a_merged_tensor_that_overflows_is_refused(tmp_path):
-    save_file({"a.weight": draw(4, 4, dtype=torch.float16)}, tmp_path / "in")
-    with pytest.raises(ModelError, match=r"a\.weight merged holds NaN or infinity"):
-        write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update_of(4, 4, scaling=1e6)})
+def test_what_was_written_is_read_back_for_the_check(tmp_path):
+    weight, update, seen = draw(6, 4, dtype=torch.bfloat16), update_of(4, 6), []
+    save_file({"a.weight": weight, "b.weight": draw(3, 3)}, tmp_path / "in")
+    write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update}, lambda *values: seen.append(values))
+    [(name, checked, base, merged)] = seen
+    assert (name, checked) == ("a.weight", update)
+    assert torch.equal(base, weight)
+    assert torch.equal(merged, load_file(tmp_path / "out")["a.weight"])
+
+
+def test_a_check_that_raises_ends_the_merge(tmp_path):
+    save_file({"a.weight": draw(4, 4)}, tmp_path / "in")
+
+    def refuse(name, *_):
+        raise ModelError(name)
+
+    with pytest.raises(ModelError, match=r"a\.weight"):
+        write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update_of(4, 4)}, refuse)
 
 
 def test_an_update_finds_its_tensor_also_without_the_first_part_of_its_name(tmp_path):

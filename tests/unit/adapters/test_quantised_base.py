@@ -130,8 +130,9 @@ def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once(save_held, tmp_pa
 def test_a_bfloat16_base_s_merge_is_proved_against_dequantised_weights_that_are_not_rounded(save_held, tmp_path):
     base, adapter = save_held("4bit", dtype=torch.bfloat16)
     report = merge_adapter(adapter, tmp_path / "out")
+    assert report.compared == "the logits of 8 tokens"
     vocab_size, generator = load_model(base).model.config.vocab_size, torch.Generator().manual_seed(0)
-    input_ids = torch.randint(vocab_size, (1, report.num_probe_tokens), generator=generator)  # The probe's own tokens.
+    input_ids = torch.randint(vocab_size, (1, 8), generator=generator)  # The probe's own tokens.
     opened = (load_bundle(folder, dtype=torch.float32) for folder in (tmp_path / "out", adapter))
     with torch.no_grad():
         merged, expected = (bundle.model(input_ids).logits for bundle in opened)

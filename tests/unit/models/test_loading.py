@@ -40,6 +40,26 @@ def test_the_type_is_the_file_s_unless_told(tmp_path):
     assert load_model(folder, dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_meta_a_model_has_its_shapes_and_no_weights(tmp_path, family):
+    folder = save_tiny_model(family, tmp_path / "base")
+    whole, shapes = load_model(folder), load_model(folder, device="meta")
+    assert {parameter.device.type for parameter in shapes.model.parameters()} == {"meta"}
+    assert shapes.anatomy == whole.anatomy
+    assert shapes.fingerprint == whole.fingerprint
+    found, expected = ({name: p.shape for name, p in bundle.model.named_parameters()} for bundle in (shapes, whole))
+    assert found == expected
+
+
+def test_on_meta_a_missing_tensor_is_refused_too(tmp_path):
+    folder = save_tiny_model("llama", tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj"):
+        load_model(folder, device="meta")
+
+
 def test_sharded_weights_are_opened(tmp_path):
     folder = save_tiny_model("llama", tmp_path / "base", max_shard_size="40KB")
     ids = random_input_ids(8)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smolora.adapters.changes import LowRank
+from smolora.adapters.merge_proof import WeightProof
+from smolora.adapters.merged_weights import Update
+from smolora.errors import ModelError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_and_update(outputs=96, inputs=64, *, dtype=torch.float32, is_transposed=False):
+    weight = draw(outputs, inputs).to(dtype)
+    update = Update(LowRank(draw(4, inputs, seed=1), draw(outputs, 4, seed=2), 0.5), is_transposed)
+    return (weight.T.contiguous() if is_transposed else weight), update
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_weight_that_was_rounded_once_is_proved(dtype, is_transposed):
+    weight, update = weight_and_update(dtype=dtype, is_transposed=is_transposed)
+    proof = WeightProof()
+    proof.check("a.weight", update, weight, update.apply(weight))
+    found = proof.conclude(None)
+    assert 0 < found.difference <= found.tolerance < 0.1 * found.effect
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_element_that_is_off_by_more_than_rounding_is_noticed(dtype):
+    weight, update = weight_and_update(dtype=dtype)
+    merged = update.apply(weight)
+    merged[17, 5] += 32 * torch.finfo(dtype).eps * merged[17].float().norm() + 1e-3
+    with pytest.raises(ModelError, match=r"a\.weight merged isn't base and adapter"):
+        WeightProof().check("a.weight", update, weight, merged)
+
+
+def test_two_rows_that_changed_places_are_noticed():
+    weight, update = weight_and_update()
+    merged = update.apply(weight)
+    merged[[3, 4]] = merged[[4, 3]]
+    with pytest.raises(ModelError, match="isn't base and adapter"):
+        WeightProof().check("a.weight", update, weight, merged)
+
+
+def test_a_weight_without_its_update_or_with_it_twice_is_noticed():
+    weight, update = weight_and_update(dtype=torch.bfloat16)
+    for merged in (weight, update.apply(update.apply(weight))):
+        with pytest.raises(ModelError, match="isn't base and adapter"):
+            WeightProof().check("a.weight", update, weight, merged)
+
+
+def test_a_square_weight_that_got_the_transposed_update_is_noticed():
+    weight, update = weight_and_update(32, 32)
+    merged = Update(update.change, is_transposed=True).apply(weight)
+    with pytest.raises(ModelError, match="isn't base and adapter"):
+        WeightProof().check("a.weight", update, weight, merged)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named(value):
+    weight, update = weight_and_update(dtype=torch.float16)
+    merged = update.apply(weight)
+    merged[0, 0] = value
+    with pytest.raises(ModelError, match=r"a\.weight merged holds NaN or infinity: .* torch\.float16"):
+        WeightProof().check("a.weight", update, weight, merged)
+
+
+def test_a_row_of_one_large_number_is_not_refused_for_its_rounding():
+    weight, update = weight_and_update(dtype=torch.bfloat16)
+    weight[:, 1:] = 0
+    weight[:, 0] = 1 + torch.arange(96) / 128
+    update = Update(LowRank(update.change.a * 1e-4, update.change.b, 1.0))
+    WeightProof().check("a.weight", update, weight, update.apply(weight))
