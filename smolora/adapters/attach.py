@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from smolora.adapters.methods import Ground, build_peft_config, count_virtual_tokens
 from smolora.adapters.starts import start_from_residual
 from smolora.adapters.tensors import copy_tensors, quiet_peft
-from smolora.config.adapter import LoftQConfig, LoRAConfig, PEFTConfig, PiSSAConfig
+from smolora.config.adapter import FullConfig, LoftQConfig, LoRAConfig, PEFTConfig, PiSSAConfig
 from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
@@ -24,7 +24,7 @@ from smolora.models.structure import PreTrainedModel
 def attach_adapter(
     bundle: ModelBundle, config: PEFTConfig, *, seed: int, total_steps: int | None = None
 ) -> ModelBundle:
-    """Freeze the base and put a new adapter on it; `bundle.model` itself is changed.
+    """Freeze the base and put a new adapter on it, or let all of it be trained (full); `bundle.model` is changed.
 
     The adapter's weights are float32 over a base of any type (AdamW in half precision doesn't move, or overflows), are
     drawn from `seed`, and the global random generator stays as it was. No logit changes before the first update, except
@@ -41,6 +41,8 @@ def attach_adapter(
         ModelError: A GPTModel, which is adapted in its saved form.
     """
     model = refuse_unadaptable(bundle)
+    if isinstance(config, FullConfig):
+        return replace(bundle, model=_train_all(model))
     width = model.get_input_embeddings().weight.shape[1]
     ground = Ground(bundle.anatomy, width=width, seed=seed, total_steps=total_steps)
     peft_config = build_peft_config(config, ground)
@@ -56,13 +58,21 @@ def attach_adapter(
     )
 
 
+def _train_all(model: PreTrainedModel) -> PreTrainedModel:
+    """Let every weight be trained, the embedding and the norms too, in float32."""
+    model.float()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
 def setup_model_with_lora(model: PreTrainedModel, config: PEFTConfig | None = None, *, seed: int = 0) -> peft.PeftModel:
     """Put a fresh adapter on a plain model that is in memory already, without a bundle; `model` itself is changed.
 
     Raises:
         ConfigError: A target that the model doesn't have, or a method that needs to know the base's files or the run.
     """
-    if isinstance(config, (PiSSAConfig, LoftQConfig)):
+    if isinstance(config, (PiSSAConfig, LoftQConfig, FullConfig)):
         raise ConfigError(f"adapter.method: {config.method} needs the base's files. Use load_model and attach_adapter.")
     width = model.get_input_embeddings().weight.shape[1]
     peft_config = build_peft_config(config or LoRAConfig(), Ground(build_anatomy(model), width=width, seed=seed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import peft
@@ -33,10 +34,15 @@ class Movement:
 
 
 @torch.no_grad()
-def measure_movement(bundle: ModelBundle) -> Movement:
-    """Return how far each adapted parameter is from the base's; a bundle without an adapter moves nothing."""
+def measure_movement(bundle: ModelBundle, base: nn.Module | None = None) -> Movement:
+    """Return how far each changed module is from the base's; without an adapter nothing has changed.
+
+    Args:
+        bundle: The tuned model.
+        base: What it was before, where all of it was trained.
+    """
     if not isinstance(bundle.model, peft.PeftModel):
-        return Movement(0.0, {})
+        return Movement(0.0, {}) if base is None else _compare(bundle.model, base)
     plain = bundle.model.get_base_model()
     norms: dict[str, tuple[float, float]] = {}
     for name, (change, start) in _find_changes(bundle).items():
@@ -45,6 +51,20 @@ def measure_movement(bundle: ModelBundle) -> Movement:
         weight = start.apply(weight) if start else weight
         moved, held = norms.get(module, (0.0, 0.0))  # A module may have a bias too.
         norms[module] = math.hypot(moved, change.measure(weight)), math.hypot(held, _length(weight))
+    return _sum_up(norms)
+
+
+def _compare(model: nn.Module, base: nn.Module) -> Movement:
+    before, norms = dict(base.named_parameters()), dict[str, tuple[float, float]]()
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        moved, held = norms.get(module, (0.0, 0.0))
+        weight = before[name].to(parameter.device)
+        norms[module] = math.hypot(moved, _length(parameter - weight)), math.hypot(held, _length(weight))
+    return _sum_up(norms)
+
+
+def _sum_up(norms: Mapping[str, tuple[float, float]]) -> Movement:
     moved, held = (math.hypot(*(pair[side] for pair in norms.values())) for side in (0, 1))
     return Movement(_divide(moved, held), {name: _divide(*pair) for name, pair in norms.items()})
 

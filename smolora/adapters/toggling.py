@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import peft
+from torch import nn
 
 from smolora.adapters.state import replaced_weights
 from smolora.models.bundle import ModelBundle
+
+
+@contextmanager
+def replaced_by(bundle: ModelBundle, model: nn.Module) -> Iterator[None]:
+    """Compute with the weights of another model of the same architecture inside the block."""
+    own, other = dict(bundle.model.named_parameters()), dict(model.named_parameters())
+    _swap(own, other)
+    try:
+        yield
+    finally:
+        _swap(own, other)
+
+
+def _swap(own: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in own.items():
+        parameter.data, other[name].data = other[name].data, parameter.data
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def train(
     flags: TrainFlags | None = None,
     show: bool = False,
 ) -> None:
-    """Fine-tune a model with LoRA. The adapter is written to OUT/adapter_checkpoint.
+    """Fine-tune a model, with LoRA or another method. The adapter is written to OUT/adapter_checkpoint.
 
     Args:
         words: A YAML file, and any setting as key.path=value.
@@ -102,7 +102,9 @@ def train(
     from smolora.training.callbacks import ProgressCallback
 
     run = finetune(config, out, resume=flags.resume, callbacks=[ProgressCallback(terminal)])
-    print_plainly(terminal, f'adapter: {run.adapter}\nnext: smolora merge {out}, or smolora generate {out} "..."')
+    made = f"adapter: {run.adapter}" if run.adapter.is_dir() else f"model: {run.model}"
+    merging = f"smolora merge {out}, or " if run.adapter.is_dir() else ""
+    print_plainly(terminal, f'{made}\nnext: {merging}smolora generate {out} "..."')
 
 
 def probe(

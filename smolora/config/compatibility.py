@@ -31,8 +31,9 @@ class Obstacle:
 OBSTACLES: tuple[Obstacle, ...] = (
     Obstacle(
         methods=("full",),
-        reason="it isn't there yet",
-        advice="Choose another method.",
+        quantizations=("8bit", "4bit"),
+        reason="weights of few bits have no gradient",
+        advice="Give model.quantization=none, or choose lora.",
     ),
     Obstacle(
         methods=("pissa",),

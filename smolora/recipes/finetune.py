@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smolora.adapters.attach import attach_adapter
+from smolora.adapters.attach import attach_adapter, is_adapted
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.state import AdapterWeights, copy_weights
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, reserve_virtual_tokens, save_adapter
@@ -29,6 +29,7 @@ from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
 from smolora.models.quantised import describe_quantised
+from smolora.models.saving import save_model
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import (
     choose_callbacks,
@@ -94,7 +95,9 @@ def finetune(
     dataset: Dataset | None = None,
     strategy: TrainingStrategy | None = None,
 ) -> RunDir:
-    """Tune `config.model` on its data; return the run's folder, whose `adapter_checkpoint/` is a PEFT adapter.
+    """Tune `config.model` on its data; return the run's folder.
+
+    Its `adapter_checkpoint/` is a PEFT adapter; where all of the model is trained, its `model/` is a model folder.
 
     Args:
         config: The whole run.
@@ -156,7 +159,8 @@ def _finish(run: RunDir, config: ExperimentConfig, tuning: Tuning, state: Traine
     restore_best(run, tuning.bundle, state)
     _save(run, tuning.bundle)
     training.close()  # The fast path is made for an adapter that is on.
-    leave_verdict(run, tuning.bundle, tuning.data, config, start=tuning.start)
+    reload = None if is_adapted(tuning.bundle) else lambda: load_base(config)[0].model
+    leave_verdict(run, tuning.bundle, tuning.data, config, start=tuning.start, load_base=reload)
     leave_report(run)
     enforce_verdict(run, config)
 
@@ -302,7 +306,7 @@ def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData, *, tot
         bundle = replace(
             load_adapter(base, find_adapter(config.adapter.path), trainable=True), prompt_format=data.rows.fmt
         )
-    logger.info("adapter: %s", describe_trainable_parameters(bundle.model))
+    logger.info("%s: %s", "adapter" if is_adapted(bundle) else "full", describe_trainable_parameters(bundle.model))
     return bundle
 
 
@@ -329,6 +333,10 @@ def _identify(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -
 
 
 def _save(run: RunDir, bundle: ModelBundle) -> None:
+    if not is_adapted(bundle):
+        with replaced_folder(run.model) as staging:
+            save_model(bundle, staging)
+        return
     before = hash_folder(run.adapter)
     with replaced_folder(run.adapter) as staging:
         save_adapter(bundle, staging)

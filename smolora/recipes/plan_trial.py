@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smolora.adapters.attach import is_adapted
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.store import save_adapter
 from smolora.config import ExperimentConfig
@@ -23,6 +24,7 @@ from smolora.config.phases import DynamicLoRAConfig
 from smolora.data.collate import get_data_collator
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError, SmoloraError
+from smolora.models.saving import save_model
 from smolora.recipes.estimate import Estimate, Memory, Seconds, Work
 from smolora.recipes.finetune import Tuning, TuningData, open_tuning
 from smolora.recipes.plan import REQUEST, RESULT, TrialRequest
@@ -150,7 +152,10 @@ def _build_trainer(
 
 def _time_ending(tuning: Tuning, run: RunDir) -> float:
     started = time.perf_counter()
-    save_adapter(tuning.bundle, run.adapter)
+    if is_adapted(tuning.bundle):
+        save_adapter(tuning.bundle, run.adapter)
+    else:
+        save_model(tuning.bundle, run.model)
     leave_report(run)
     return time.perf_counter() - started
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
-from smolora.adapters.movement import measure_movement
+from smolora.adapters.movement import Movement, measure_movement
 from smolora.adapters.state import AdapterWeights, replaced_weights
-from smolora.adapters.toggling import disabled_adapter
+from smolora.adapters.toggling import disabled_adapter, replaced_by
 from smolora.config import ExperimentConfig
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.benchmark_source import find_benchmark
@@ -37,6 +37,8 @@ from smolora.records.staging import hash_folder, write_json
 from smolora.records.verdict_file import describe_verdict, list_samples, read_verdict
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from smolora.recipes.finetune import TuningData
 
 logger = logging.getLogger(__name__)
@@ -77,10 +79,12 @@ def leave_verdict(
     config: ExperimentConfig,
     *,
     start: AdapterWeights | None = None,
+    load_base: Callable[[], nn.Module] | None = None,
 ) -> None:
-    """Measure base against tuned and write verdict.json, unless the one of this adapter is there; say what it is.
+    """Measure base against tuned and write verdict.json, unless the one of these weights is there; say what it is.
 
     Of a continued adapter, `start` are the weights it began with: with them on, the model is the base that counts.
+    Where all of the model was trained, `load_base` opens what it was.
 
     Nothing is measured without held-out rows, or where `evaluation.verdict_share` is 0.
     """
@@ -88,13 +92,17 @@ def leave_verdict(
     if data.held_out is None or not share:
         logger.info("no verdict: %s", "no rows are held out" if data.held_out is None else "its share of time is 0")
         return
-    identity = {"adapter": hash_folder(run.adapter), "held_out": data.held_out.fingerprint}
+    trained = run.adapter if run.adapter.is_dir() else run.model
+    identity = {"adapter": hash_folder(trained), "held_out": data.held_out.fingerprint}
     found = read_verdict(run.verdict) or {}
     if found.get("identity") != identity:
         run_seconds = _measure_run(run)
         budget = Budget(max(_LEAST_SECONDS, share * run_seconds))
-        before = partial(replaced_weights, weights=start) if start else disabled_adapter
-        evidence = _gather(bundle, data, config, before=before, budget=budget)
+        base = load_base() if load_base else None
+        before: Before = disabled_adapter if base is None else partial(replaced_by, model=base)
+        before = partial(replaced_weights, weights=start) if start else before
+        movement = measure_movement(bundle, base)
+        evidence = _gather(bundle, data, config, movement=movement, before=before, budget=budget)
         verdict = judge(evidence)
         found = {
             "verdict": verdict.word,
@@ -137,7 +145,13 @@ def enforce_verdict(run: RunDir, config: ExperimentConfig) -> None:
 
 
 def _gather(
-    bundle: ModelBundle, data: TuningData, config: ExperimentConfig, *, before: Before, budget: Budget
+    bundle: ModelBundle,
+    data: TuningData,
+    config: ExperimentConfig,
+    *,
+    movement: Movement,
+    before: Before,
+    budget: Budget,
 ) -> Evidence:
     assert data.held_out is not None, "without held-out rows there is no verdict"
     rows = data.rows
@@ -155,7 +169,7 @@ def _gather(
         loss=loss,
         prompt_use=prompt_use,
         scores=sorted(answers.scores, key=lambda score: _rank(score.name)),
-        movement=measure_movement(bundle),
+        movement=movement,
         overlap=measure_overlap(rows.train, rows.held_out, rows.fmt),
         samples=answers.samples,
         skipped=[*([f"the loss of {missed:,} held-out rows"] if missed else []), *answers.skipped],

@@ -8,10 +8,8 @@ import pytest
 import yaml
 
 from smolora.config import METHODS, ExperimentConfig, LoRAConfig, PEFTConfig, dump_config, resolve_config
-from smolora.config.compatibility import OBSTACLES, find_obstacle
+from smolora.config.compatibility import NEEDS_FLOAT32, OBSTACLES, PHASELESS, find_obstacle
 from smolora.errors import ConfigError
-
-USABLE = [name for name in METHODS if not any(name in row.methods for row in OBSTACLES)]
 
 
 def resolve(*assignments, **layers):
@@ -23,9 +21,10 @@ def test_without_a_method_it_is_lora_with_its_promised_defaults():
     assert resolve("adapter.r=4").adapter == LoRAConfig(r=4)
 
 
-@pytest.mark.parametrize("method", USABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_comes_back_from_its_yaml(method):
-    config = resolve(f"adapter.method={method}")
+    bits = "4bit" if method == "loftq" else "none"
+    config = resolve(f"adapter.method={method}", f"model.quantization={bits}")
     assert type(config.adapter) is METHODS[method]
     assert ExperimentConfig(**yaml.safe_load(dump_config(config))) == config
 
@@ -74,10 +73,13 @@ def test_every_method_is_a_predefined_configuration_and_an_unknown_one_names_the
 
 
 def test_an_obstacle_is_said_before_a_model_is_loaded():
-    row = OBSTACLES[0]
-    method = row.methods[0]
-    found = find_obstacle(method=method, task="causal_lm", quantization="none", gradient_checkpointing=False)
-    assert found is row
-    with pytest.raises(ConfigError, match=f"adapter.method: {method} can't be used here: {re.escape(row.reason)}"):
-        resolve(f"adapter.method={method}")
+    found = find_obstacle(method="full", task="causal_lm", quantization="4bit", gradient_checkpointing=False)
+    assert found in OBSTACLES
+    with pytest.raises(ConfigError, match="^adapter.method: full can't be used here: weights of few bits have no grad"):
+        resolve("adapter.method=full", "model.quantization=4bit")
     assert find_obstacle(method="lora", task="causal_lm", quantization="4bit", gradient_checkpointing=True) is None
+
+
+def test_every_row_of_the_table_names_methods_that_there_are():
+    assert {method for row in OBSTACLES for method in row.methods} <= set(METHODS)
+    assert {*NEEDS_FLOAT32, *PHASELESS} <= set(METHODS)

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from smolora.adapters.store import load_bundle
 from smolora.config import ExperimentConfig, resolve_config
-from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
+from smolora.errors import BrokenRunError, ConfigError, ModelError, StoppedBySignal
 from smolora.recipes.finetune import finetune
+from smolora.recipes.merge import merge
 from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
 from tests.tiny import random_input_ids, save_tiny_model
@@ -70,7 +71,7 @@ def weights_of(run):
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora", "pissa", *SOFT])
+@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora", "pissa", "full", *SOFT])
 def test_a_run_lowers_the_loss(tune, method):
     losses = losses_of(tune(method, "run", "training.learning_rate=3e-2"))
     assert losses[-1] < losses[0]
@@ -129,7 +130,7 @@ def test_an_adalora_adapter_is_not_continued(tune):
         tune("lora", "more", f"adapter.path={run.path}")
 
 
-@pytest.mark.parametrize("method", [*SOFT, "pissa"])
+@pytest.mark.parametrize("method", [*SOFT, "pissa", "full"])
 def test_a_stopped_run_resumes_to_the_same_bits(tune, method):
     whole = tune(method, "whole")
     with pytest.raises(StoppedBySignal):
@@ -162,3 +163,45 @@ def test_pissa_refuses_half_precision_and_few_bits(tune):
         tune("pissa", "run", "model.quantization=4bit")
     with pytest.raises(ConfigError, match="loftq can't be used here: it starts from what quantising loses"):
         tune("loftq", "run")
+
+
+def test_a_full_run_leaves_a_model_that_plain_transformers_opens_and_a_merge_isn_t_needed(tune, rows):
+    run = tune("full", "run", f"data.eval_source={rows}", "training.max_steps=4", "training.learning_rate=1e-3")
+    assert not run.adapter.exists()
+    ids = random_input_ids(9)
+    bundle = load_bundle(run.path)
+    assert bundle.source == str(run.model.resolve())
+    assert bundle.prompt_format is not None
+    plain = AutoModelForCausalLM.from_pretrained(run.model).eval()
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
+    assert torch.equal(plain(ids).logits, bundle.model(ids).logits)
+    base = load_bundle(run.path.parent / "base").model
+    still = [
+        name
+        for (name, p), (_, q) in zip(plain.named_parameters(), base.named_parameters(), strict=True)
+        if torch.equal(p, q)
+    ]
+    assert not still
+    with pytest.raises(ModelError, match="It trained a whole model, which needs no merge"):
+        merge(run.path)
+
+
+def test_the_verdict_of_a_full_run_compares_with_the_base_from_disk(tune, rows):
+    shared = (f"data.eval_source={rows}", "model.dtype=float32", "training.max_steps=3")
+    run = tune("full", "run", *shared, "training.learning_rate=1e-3")
+    found, kept = json.loads(run.verdict.read_text()), (run.model / "model.safetensors").read_bytes()
+    other = json.loads(tune("lora", "other", *shared).verdict.read_text())
+    assert found["loss"]["base"] == pytest.approx(other["loss"]["base"], rel=1e-5)
+    assert found["loss"]["tuned"] < found["loss"]["base"]
+    assert 0 < found["movement"]["relative"] < 1
+    assert "model.embed_tokens" in found["movement"]["modules"]
+    again = tune("full", "run", *shared, "training.learning_rate=1e-3", resume=True)
+    assert (again.model / "model.safetensors").read_bytes() == kept
+
+
+def test_full_trains_in_phases_and_refuses_half_precision_and_an_adapter(tune):
+    assert tune("full", "phased", "phases.strategy=both,mlp,attn").model.is_dir()
+    with pytest.raises(ConfigError, match="model.dtype: full needs float32, found bfloat16"):
+        tune("full", "run", "model.dtype=bfloat16")
+    with pytest.raises(ConfigError, match="full trains the model itself"):
+        tune("full", "run", "adapter.path=x")
