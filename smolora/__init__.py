@@ -41,10 +41,12 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         optimize_for_dataset_size,
     )
     from smolora.data.benchmarks import DatasetType, load_and_preprocess_dataset
+    from smolora.data.classification import TextClassificationPreprocessor
     from smolora.data.cleaning import TextCleaningProcessor
     from smolora.data.collate import get_data_collator
     from smolora.data.pipeline import DatasetPipeline, chunk_texts
-    from smolora.data.preprocessing import DataPreprocessor, get_preprocessor
+    from smolora.data.preprocessing import get_preprocessor
+    from smolora.data.preprocessor import DataPreprocessor
     from smolora.data.readers import read_csv, read_jsonl, read_txt_folder
     from smolora.data.sources import DatasetHandler, load_dataset_from_hub, load_text_data, prepare_dataset
     from smolora.data.token_dataset import TextDataset
@@ -139,6 +141,7 @@ __all__ = [
     "SmoloraError",
     "StoppedBySignal",
     "StorageError",
+    "TextClassificationPreprocessor",
     "TextCleaningProcessor",
     "TextDataset",
     "TextGenerator",
@@ -191,7 +194,7 @@ _HOMES = {
     "ConfigError": "smolora.errors",
     "DataConfig": "smolora.config",
     "DataError": "smolora.errors",
-    "DataPreprocessor": "smolora.data.preprocessing",
+    "DataPreprocessor": "smolora.data.preprocessor",
     "DatasetHandler": "smolora.data.sources",
     "DatasetPipeline": "smolora.data.pipeline",
     "DatasetType": "smolora.data.benchmarks",
@@ -232,6 +235,7 @@ _HOMES = {
     "SmoloraError": "smolora.errors",
     "StoppedBySignal": "smolora.errors",
     "StorageError": "smolora.errors",
+    "TextClassificationPreprocessor": "smolora.data.classification",
     "TextCleaningProcessor": "smolora.data.cleaning",
     "TextDataset": "smolora.data.token_dataset",
     "TextGenerator": "smolora.generation.text_generator",

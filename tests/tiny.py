@@ -13,8 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 VOCAB_SIZE = 288
@@ -51,7 +59,43 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": CONTEXT,
     },
 }
+_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": _ENCODER,
+    "roberta": {**_ENCODER, "max_position_embeddings": CONTEXT + VOCAB_SIZE + 1, "type_vocab_size": 1},
+    "electra": {**_ENCODER, "embedding_size": 32},
+    "distilbert": {
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": NUM_LAYERS,
+        "n_heads": 4,
+        "max_position_embeddings": CONTEXT,
+    },
+}
+_ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": NUM_LAYERS, "num_heads": 4, "dropout_rate": 0.0},
+    "bart": {
+        "d_model": 32,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "encoder_layers": NUM_LAYERS,
+        "decoder_layers": NUM_LAYERS,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "dropout": 0.0,
+    },
+}
 FAMILIES = tuple(_SETTINGS)
+ENCODERS = tuple(_ENCODERS)
+ENCODER_DECODERS = tuple(_ENCODER_DECODERS)
+PAD_ID, CLS_ID, SEP_ID = VOCAB_SIZE, VOCAB_SIZE + 1, VOCAB_SIZE + 2
 PACKABLE_FAMILIES = tuple(family for family in FAMILIES if family not in ("bloom", "opt"))
 
 _ROOMY = {"hidden_size": 64, "intermediate_size": 128}
@@ -96,6 +140,59 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_train_tokenizer()), eos_token=EOS_TOKEN, model_max_length=CONTEXT
     )
+
+
+def tiny_encoder_tokenizer(*, has_segments: bool = True) -> PreTrainedTokenizerFast:
+    """The same byte pairs in BERT's template, [CLS] a [SEP] b [SEP]; its pad token is the last but two."""
+    backend = Tokenizer.from_str(_train_tokenizer())
+    backend.add_special_tokens(["[PAD]", "[CLS]", "[SEP]"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=CONTEXT,
+        model_input_names=names if has_segments else [names[0], names[2]],
+    )
+
+
+def tiny_seq2seq_tokenizer() -> PreTrainedTokenizerFast:
+    """The same byte pairs, the end of text behind every text, as T5 has it."""
+    backend = Tokenizer.from_str(_train_tokenizer())
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS_TOKEN}", pair=f"$A {EOS_TOKEN} $B {EOS_TOKEN}", special_tokens=[(EOS_TOKEN, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS_TOKEN, model_max_length=CONTEXT)
+
+
+def save_tiny_encoder(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny encoder without a head, or an encoder-decoder, and its tokenizer; return the folder."""
+    transformers_logging.disable_progress_bar()
+    is_encoder = family in _ENCODERS
+    settings = {
+        **(_ENCODERS if is_encoder else _ENCODER_DECODERS)[family],
+        "vocab_size": VOCAB_SIZE + 3,
+        "pad_token_id": PAD_ID,
+        "eos_token_id": None if is_encoder else 0,
+        "decoder_start_token_id": None if is_encoder else PAD_ID,
+        "bos_token_id": None,
+        "initializer_range": 0.15,
+        **changes,
+    }
+    config = AutoConfig.for_model(family, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = (AutoModel if is_encoder else AutoModelForSeq2SeqLM).from_config(config, dtype=torch.float32)
+    model.eval().save_pretrained(folder)
+    tokenizer = tiny_encoder_tokenizer(has_segments=family in ("bert", "electra")) if is_encoder else None
+    (tokenizer or tiny_seq2seq_tokenizer()).save_pretrained(folder)
+    return folder
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:

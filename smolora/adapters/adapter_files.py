@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smolora.config.model import Quantization
+from smolora.config.model import Quantization, TaskType
+from smolora.data.prompts import read_prompt_format
 from smolora.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,6 +30,19 @@ IDENTITY_FILE = "base_identity.json"
 
 _OPENED = ("LORA", "ADALORA", "IA3", "VERA", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 """Methods as peft spells them."""
+
+PEFT_TASKS: dict[TaskType, str] = {
+    "causal_lm": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "qa": "QUESTION_ANS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
+"""What peft calls a task."""
+_TASKS = {name: task for task, name in PEFT_TASKS.items()}
+
+_METHOD_KEY = re.compile(r"\.(lora|ia3|vera)_|^prompt_e|\.base_layer\.")
+"""In the names of a method's own tensors; the others are of a head that is trained whole."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,22 @@ class StoredAdapter:
                 f"{', '.join(get_args(Quantization))}. It is from a newer version, or damaged."
             )
         return cast("Quantization", found)
+
+    @property
+    def task(self) -> TaskType:
+        """What base and adapter are asked; of an adapter that doesn't say, text."""
+        return _TASKS.get(str(self.config.task_type), "causal_lm")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a classifier tells apart: as kept with the adapter, else numbered, as many as the head answers."""
+        if self.task not in ("classification", "token_classification"):
+            return ()
+        fmt = read_prompt_format(self.folder)
+        if fmt is not None and fmt.labels:
+            return fmt.labels
+        heads = [tensor for key, tensor in self.tensors.items() if not _METHOD_KEY.search(key) and tensor.ndim == 2]
+        return tuple(f"LABEL_{number}" for number in range(len(heads[-1]) if heads else 0))
 
     def refuse_other_base(self, fingerprint: str, source: str) -> None:
         """Raise if the adapter says that it was trained on other weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import peft
@@ -10,21 +11,26 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import Tensor, nn
 
+from smolora.adapters.adapter_files import PEFT_TASKS
 from smolora.adapters.methods import Ground, build_peft_config, count_virtual_tokens
 from smolora.adapters.starts import start_from_residual
 from smolora.adapters.tensors import copy_tensors, quiet_peft
 from smolora.config.adapter import FullConfig, LoftQConfig, LoRAConfig, PEFTConfig, PiSSAConfig
+from smolora.config.model import TaskType
 from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import resolve_model_folder
 from smolora.models.structure import PreTrainedModel
+from smolora.models.tasks import task_of
 
 
 def attach_adapter(
     bundle: ModelBundle, config: PEFTConfig, *, seed: int, total_steps: int | None = None
 ) -> ModelBundle:
     """Freeze the base and put a new adapter on it, or let all of it be trained (full); `bundle.model` is changed.
+
+    A task's head, which is no language model's, is trained whole beside it, and is kept with the adapter.
 
     The adapter's weights are float32 over a base of any type (AdamW in half precision doesn't move, or overflows), are
     drawn from `seed`, and the global random generator stays as it was. No logit changes before the first update, except
@@ -46,7 +52,7 @@ def attach_adapter(
     width = model.get_input_embeddings().weight.shape[1]
     ground = Ground(bundle.anatomy, width=width, seed=seed, total_steps=total_steps)
     peft_config = build_peft_config(config, ground)
-    peft_config.task_type = "CAUSAL_LM"
+    _name_task(peft_config, bundle.task, bundle.anatomy.heads)
     adapted = adapt(model, peft_config, source=bundle.source, revision=bundle.revision, seed=seed)
     if isinstance(config, LoftQConfig):
         start_from_residual(adapted, resolve_model_folder(bundle.source, revision=bundle.revision))
@@ -75,8 +81,9 @@ def setup_model_with_lora(model: PreTrainedModel, config: PEFTConfig | None = No
     if isinstance(config, (PiSSAConfig, LoftQConfig, FullConfig)):
         raise ConfigError(f"adapter.method: {config.method} needs the base's files. Use load_model and attach_adapter.")
     width = model.get_input_embeddings().weight.shape[1]
-    peft_config = build_peft_config(config or LoRAConfig(), Ground(build_anatomy(model), width=width, seed=seed))
-    peft_config.task_type = "CAUSAL_LM"
+    anatomy = build_anatomy(model)
+    peft_config = build_peft_config(config or LoRAConfig(), Ground(anatomy, width=width, seed=seed))
+    _name_task(peft_config, task_of(model), anatomy.heads)
     return adapt(model, peft_config, source=model.name_or_path or None, revision=None, seed=seed)
 
 
@@ -96,6 +103,13 @@ def adapt(
         elif isinstance(layer, AdaLoraLayer):
             layer.ranknum.requires_grad_(False)  # peft unfreezes this constant where it widens it to float32.
     return adapted.train(is_training)  # peft's new dropout layers would drop in an eval model.
+
+
+def _name_task(peft_config: peft.PeftConfig, task: TaskType, heads: Sequence[str]) -> None:
+    """Say what the model is asked, and that its head is trained whole; virtual tokens have no such list."""
+    peft_config.task_type = PEFT_TASKS[task]
+    if heads and not isinstance(peft_config, peft.PromptLearningConfig):
+        peft_config.modules_to_save = list(heads)
 
 
 def _compute_in_float32(layer: LNTuningLayer) -> None:

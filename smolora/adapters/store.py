@@ -214,6 +214,8 @@ def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, devic
         device=device,
         revision=adapter.config.revision,
         quantization=adapter.quantization,
+        task=adapter.task,
+        labels=adapter.labels,
     )
 
 

@@ -115,11 +115,21 @@ def resolve_pattern(
 def _match(anatomy: Anatomy, name: str, *, field: str) -> list[str]:
     matched = [path for path in anatomy.linear_modules() if path == name or path.endswith(f".{name}")]
     if not matched:
+        _refuse_head(anatomy, name, field=field)
         hint = did_you_mean(name, _short_names(anatomy))
         raise ConfigError(
             f"adapter.{field}: no module named '{name}' in '{anatomy.family}'.{hint} {_list_modules(anatomy)}"
         )
     return matched
+
+
+def _refuse_head(anatomy: Anatomy, name: str, *, field: str) -> None:
+    heads = [*anatomy.heads, *(part.name for part in anatomy.parts if part.group == "head" and anatomy.heads)]
+    if any(path == name or path.endswith(f".{name}") for path in heads):
+        raise ConfigError(
+            f"adapter.{field}: '{name}' is in the head, which is trained whole for its task and kept with the adapter: "
+            "a low-rank update on top of it would train nothing more. Leave it out."
+        )
 
 
 def _short_names(anatomy: Anatomy) -> list[str]:

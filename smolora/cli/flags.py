@@ -109,6 +109,15 @@ class PretrainFlags(TextFlags, LoopFlags):
 class TrainFlags(FieldFlags, LoopFlags):
     """Flags of `smolora train`."""
 
+    task: Annotated[str | None, At("model.task_type")] = None
+    """causal_lm, classification, token_classification, qa or seq2seq."""
+
+    text_pair_field: Annotated[str | None, At("data.text_pair_field")] = None
+    """Column of the second text, where two are classified together."""
+
+    label_field: Annotated[str | None, At("data.label_field")] = None
+    """Column of labels, where it has another name than label (of words: tags)."""
+
     model: Annotated[str | None, At("model.name_or_path")] = None
     """Base model: a folder, a run or a hub id."""
 

@@ -11,7 +11,26 @@ from smolora.config.base import Section
 FileType = Literal["txt", "csv", "jsonl", "json", "parquet", "hub"]
 
 
-class DataConfig(Section):
+class _Columns(Section):
+    """Which column is what, where the names don't tell."""
+
+    text_field: str | None = None
+    """Column of plain text; of classification, the text to classify."""
+
+    text_pair_field: str | None = None
+    """classification: column of the second text, where two are classified together."""
+
+    label_field: str | None = None
+    """Column of labels: classification, one a row; token_classification, a list with one a word."""
+
+    prompt_field: str | None = None
+    """Column the model is given; it is not trained on."""
+
+    completion_field: str | None = None
+    """Column the model is trained to answer."""
+
+
+class DataConfig(_Columns):
     """Sources, columns, and the choices about rows that don't fit."""
 
     sources: tuple[str, ...] = ()
@@ -23,15 +42,6 @@ class DataConfig(Section):
     file_type: FileType | None = None
     """How to read the sources. Left out, it is inferred from the names."""
 
-    text_field: str | None = None
-    """Column of plain text."""
-
-    prompt_field: str | None = None
-    """Column the model is given; it is not trained on."""
-
-    completion_field: str | None = None
-    """Column the model is trained to answer."""
-
     max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens. Left out, the model's context."""
 
@@ -40,6 +50,9 @@ class DataConfig(Section):
 
     max_rejects: int = Field(default=0, ge=0)
     """Malformed rows to tolerate before the run stops with exit code 3."""
+
+    stride: int = Field(default=128, ge=0)
+    """qa: tokens that two windows share, where a context is longer than one."""
 
     chunk_size: int = Field(default=0, ge=0)
     """Split plain text into pieces of this many words, or tokens of `chunk_tokenizer`; 0 keeps rows whole."""

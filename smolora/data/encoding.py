@@ -13,7 +13,7 @@ from smolora.data.token_dataset import Example, build_example
 from smolora.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _ANCHORS = ("\n", "a", ".")
 
@@ -58,6 +58,44 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
         list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )
     return list(encoded["input_ids"])
+
+
+def encode_with_template(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[str] | None = None,
+    *,
+    limit: int | None = None,
+    with_offsets: bool = False,
+) -> BatchEncoding:
+    """Encode texts, or pairs of them, in the tokenizer's own template, such as [CLS] a [SEP] b [SEP].
+
+    What spells a special token in a text stays text. `token_type_ids` are there where the tokenizer has them.
+
+    Args:
+        texts: The first, or only, texts.
+        tokenizer: The model's.
+        pairs: The second texts.
+        limit: Cut to so many tokens, the template's included; of a pair the longer text, token by token.
+        with_offsets: Return `offset_mapping` too: the characters that each token stands for.
+
+    Raises:
+        ModelError: Offsets are asked of a tokenizer that has none.
+    """
+    if with_offsets and not tokenizer.is_fast:
+        raise ModelError(
+            f"{type(tokenizer).__name__} doesn't tell where its tokens are. Use a model with tokenizer.json."
+        )
+    return tokenizer(
+        list(texts),
+        None if pairs is None else list(pairs),
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_offsets_mapping=with_offsets,
+        truncation="longest_first" if limit is not None else False,
+        max_length=limit,
+        verbose=False,
+    )
 
 
 def find_surrogate(text: str) -> int | None:

@@ -24,6 +24,8 @@ class EncodingCounts:
     """Rows to encode."""
     examples: int = 0
     """Examples that remain."""
+    added_by_windows: int = 0
+    """Examples more than rows, from long contexts read in windows."""
     dropped_overlong: int = 0
     """Rows past the longest length, dropped because of overlong=drop."""
     dropped_without_target: int = 0
@@ -89,7 +91,7 @@ class DataReport:
             )
         for side, counts in self.encoded.items():
             found = counts.examples + counts.dropped_overlong + counts.dropped_without_target
-            if counts.rows != found:
+            if counts.rows + counts.added_by_windows != found:
                 raise BrokenRunError(
                     f"the data report doesn't add up: {counts.rows} {side} rows encoded, but {found} accounted for. "
                     "This is a bug in smolora; please report it with the data report."
@@ -163,6 +165,8 @@ def _describe_side(side: str, counts: EncodingCounts) -> str:
     ]
     if side != "train":
         parts[0] = parts[0].replace("learned", "evaluated")
+    if counts.added_by_windows:
+        parts.append(f"{counts.added_by_windows:,} more than rows, from contexts longer than a window")
     if counts.truncated:
         parts.append(f"{counts.truncated:,} truncated ({counts.cut_target_tokens:,} target tokens cut)")
     if counts.dropped_overlong:

@@ -21,7 +21,15 @@ class Overlap:
     """Those with a training row's prompt, whatever the answer; None where the form has no prompt apart."""
 
 
-_ANSWERS = {"text": (), "prompt_completion": ("completion",), "instruction": ("output",), "messages": ()}
+_ANSWERS = {
+    "text": (),
+    "prompt_completion": ("completion",),
+    "instruction": ("output",),
+    "messages": (),
+    "classification": ("label",),
+    "token_classification": ("tags",),
+    "qa": ("answers",),
+}
 """The roles that aren't asked."""
 
 

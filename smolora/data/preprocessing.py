@@ -7,13 +7,15 @@ the same for every task and live in `encode_rows`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from smolora.config.data import DataConfig
-from smolora.data.encoding import decode_ids, encode_pairs
+from smolora.data.classification import TextClassificationPreprocessor
 from smolora.data.ledger import DataReport, EncodingCounts
-from smolora.data.prompts import Kind, PromptFormat, encode_row, render_pair
+from smolora.data.preprocessor import DataPreprocessor, InstructionPreprocessor
+from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
 from smolora.data.token_dataset import Example, TokenDataset
 from smolora.errors import ConfigError, DataError, did_you_mean
@@ -28,45 +30,10 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 1000
 
 
-class DataPreprocessor:
-    """Encodes rows for a causal language model: any form, and what the form says is learned."""
-
-    kinds: ClassVar[tuple[Kind, ...]] = ("text", "prompt_completion", "instruction", "messages")
-
-    def __init__(self, fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take rows of one form.
-
-        Raises:
-            DataError: The task has no use for rows of this form.
-        """
-        if fmt.kind not in self.kinds:
-            raise DataError(
-                f"rows of the form {fmt.describe()} don't fit this task. It takes: {', '.join(self.kinds)}."
-            )
-        self.fmt = fmt
-        self.tokenizer = tokenizer
-
-    def encode(self, rows: Sequence[Mapping[str, object]]) -> list[Example]:
-        """Encode rows, one example per row, of any length.
-
-        Raises:
-            DataError: A row doesn't fit the form.
-        """
-        if self.fmt.kind == "messages":
-            return [encode_row(row, self.fmt, self.tokenizer) for row in rows]
-        pairs = [render_pair(row, self.fmt) for row in rows]
-        return encode_pairs(pairs, self.tokenizer, end_token=self.fmt.end_token)
-
-
-class InstructionPreprocessor(DataPreprocessor):
-    """Encodes rows that ask for something, of which only the answer is learned."""
-
-    kinds = ("prompt_completion", "instruction", "messages")
-
-
 _PREPROCESSORS: dict[str, type[DataPreprocessor]] = {
     "causal_lm": DataPreprocessor,
     "instruction": InstructionPreprocessor,
+    "classification": TextClassificationPreprocessor,
 }
 
 
@@ -111,10 +78,10 @@ def encode_rows(
     limit = _resolve_limit(data, context)
     counts = report.encoding(side)
     counts.rows += len(rows)
-    kept = []
-    for row, example in _iter_examples(rows, preprocessor or DataPreprocessor(fmt, tokenizer)):
-        fitted = _fit(example, row, limit, data, counts)
-        if fitted is not None:
+    kept: list[Example] = []
+    fitting = _Fitting(preprocessor or DataPreprocessor(fmt, tokenizer), limit, data, counts)
+    for row, example in _iter_examples(rows, fitting.preprocessor):
+        for fitted in fitting.fit(example, row):
             kept.append(fitted)
             counts.examples += 1
             counts.input_tokens += len(fitted)
@@ -146,21 +113,6 @@ def _explain_nothing_left(counts: EncodingCounts, limit: int | None, data: DataC
     return f"{' and '.join(reasons)}. {advice[0].upper()}{advice[1:]}."
 
 
-def render_marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Return the text of an example in runs, each with whether it is learned; joined, they are the decoded example."""
-    ids, flags = example.input_ids.tolist(), example.is_target.tolist()
-    ends = [index for index in range(1, len(ids)) if flags[index] != flags[index - 1]] + [len(ids)]
-    spans, start, before = [], 0, ""
-    for end in ends:
-        # A run is what it adds to the text so far: decoded alone, SentencePiece would lose its first space.
-        text = decode_ids(ids[:end], tokenizer)
-        spans.append(
-            (text[len(before) :] if text.startswith(before) else decode_ids(ids[start:end], tokenizer), flags[start])
-        )
-        start, before = end, text
-    return spans
-
-
 def _resolve_limit(data: DataConfig, context: int | None) -> int | None:
     if data.max_length is not None and context is not None and data.max_length > context:
         raise ConfigError(
@@ -187,23 +139,40 @@ def _encode_one(row: Row, preprocessor: DataPreprocessor) -> Example:
         raise DataError(f"{row.origin}: {error}") from error
 
 
-def _fit(example: Example, row: Row, limit: int | None, data: DataConfig, counts: EncodingCounts) -> Example | None:
-    """Return the example within the limit, or None where it is dropped; count what happened."""
-    if limit is not None and len(example) > limit:
-        if data.overlong == "raise":
+@dataclass(frozen=True)
+class _Fitting:
+    """How examples come within the longest length; what happens is counted."""
+
+    preprocessor: DataPreprocessor
+    limit: int | None
+    data: DataConfig
+    counts: EncodingCounts
+
+    def fit(self, example: Example, row: Row) -> list[Example]:
+        """Return what is left of an example: itself, a part, several parts, or nothing."""
+        length = self.preprocessor.measure(example)
+        if self.limit is None or length <= self.limit:
+            return self._count_learnable([example])
+        if self.preprocessor.splits:
+            parts = self.preprocessor.cut(example, row.values, self.limit)
+            self.counts.added_by_windows += len(parts) - 1
+            return parts
+        if self.data.overlong == "raise":
             raise DataError(
-                f"{row.origin} becomes {len(example)} tokens, but the longest allowed is {limit}. Choose with "
+                f"{row.origin} becomes {length} tokens, but the longest allowed is {self.limit}. Choose with "
                 "--overlong: truncate (cut the end and report what was lost) or drop; or raise --max-length where the "
                 "model allows it."
             )
-        if data.overlong == "drop":
-            counts.dropped_overlong += 1
-            return None
-        counts.cut_target_tokens += int(example.is_target[limit:].sum())
-        example = Example(example.input_ids[:limit], example.is_target[:limit])
-        if example.num_target_tokens:
-            counts.truncated += 1
-    if not example.num_target_tokens:
-        counts.dropped_without_target += 1
-        return None
-    return example
+        if self.data.overlong == "drop":
+            self.counts.dropped_overlong += 1
+            return []
+        parts = self.preprocessor.cut(example, row.values, self.limit)
+        left = sum(part.num_target_tokens for part in parts)
+        self.counts.cut_target_tokens += example.num_target_tokens - left
+        self.counts.truncated += bool(left)
+        return self._count_learnable(parts)
+
+    def _count_learnable(self, examples: list[Example]) -> list[Example]:
+        learnable = [example for example in examples if example.num_target_tokens]
+        self.counts.dropped_without_target += not learnable
+        return learnable

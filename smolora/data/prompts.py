@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 from smolora.config.base import Section
 from smolora.config.data import DataConfig
+from smolora.config.model import TaskType
 from smolora.data.chat import PLAIN_CHAT_TEMPLATE, Message, check_messages, encode_chat_prompt, encode_conversation
 from smolora.data.encoding import encode_pairs, encode_texts, get_bos_ids
 from smolora.data.rows import find_column, match_column
+from smolora.data.task_columns import FORMS_BY_TASK, refuse_other_fields, resolve_task_columns
 from smolora.data.token_dataset import Example
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.records.staging import write_text
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 PROMPT_FORMAT_FILE = "prompt_format.json"
 
-Kind = Literal["text", "prompt_completion", "instruction", "messages"]
+Kind = Literal["text", "prompt_completion", "instruction", "messages", "classification", "token_classification", "qa"]
 
 _RECOGNISED: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -37,14 +39,24 @@ _RECOGNISED: dict[Kind, tuple[str, ...]] = {
 
 _ROLES = {role for roles in _RECOGNISED.values() for role in roles} | {"input"}
 
-_TRAINED = ("text", "completion", "output", "messages")
+_TRAINED: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "prompt_completion": ("completion",),
+    "instruction": ("output",),
+    "messages": ("messages",),
+    "classification": ("label",),
+    "token_classification": ("tags",),
+    "qa": ("answers",),
+}
 
 
 class PromptFormat(Section):
     """How rows are rendered."""
 
     kind: Kind
-    """text: all of it is learned. prompt_completion, instruction: the answer. messages: the assistant's turns."""
+    """text: all of it is learned. prompt_completion, instruction: the answer. messages: the assistant's turns.
+    classification: the label of a text, or of two. token_classification: the labels of words. qa: where in a context
+    the answer to a question is."""
 
     columns: dict[str, str]
     """Role of each column to its name in the data, such as {"prompt": "mr", "completion": "ref"}."""
@@ -55,6 +67,9 @@ class PromptFormat(Section):
     end_token: str | None = None
     """The token that ends a text or an answer. Left out, the tokenizer's own; chat templates bring theirs."""
 
+    labels: tuple[str, ...] = ()
+    """classification, token_classification: the labels, in the order of the head's outputs."""
+
     def with_end_token(self, end_token: str | None) -> PromptFormat:
         """Return the form with texts ended by `end_token`; our plain chat template too, which has none of its own."""
         if end_token is None:
@@ -62,7 +77,7 @@ class PromptFormat(Section):
         template = self.chat_template
         if template == PLAIN_CHAT_TEMPLATE:
             template = template.replace("{{ eos_token }}", end_token)
-        return PromptFormat(kind=self.kind, columns=self.columns, chat_template=template, end_token=end_token)
+        return self.model_copy(update={"chat_template": template, "end_token": end_token})
 
     def describe(self) -> str:
         """Return the mapping as a line for people.
@@ -71,10 +86,20 @@ class PromptFormat(Section):
         "prompt_completion: prompt from column 'mr', completion from column 'ref' (trained)"
         """
         parts = [
-            f"{role} from column {column!r}" + (" (trained)" if role in _TRAINED else "")
+            f"{role} from column {column!r}" + (" (trained)" if role in _TRAINED[self.kind] else "")
             for role, column in self.columns.items()
         ]
         return f"{self.kind}: {', '.join(parts)}"
+
+    def with_labels(self, labels: Sequence[str]) -> PromptFormat:
+        """Return the form with the labels that a head answers, in their order."""
+        return self.model_copy(update={"labels": tuple(labels)})
+
+    def with_chat_template(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+        """Return the form of messages with the template that `data` names, else the tokenizer's, else ours."""
+        if self.kind != "messages":
+            return self
+        return self.model_copy(update={"chat_template": _choose_template(data, tokenizer)})
 
 
 def rename_to_roles(values: Mapping[str, object], fmt: PromptFormat) -> dict[str, object]:
@@ -114,19 +139,27 @@ def read_prompt_format(folder: Path) -> PromptFormat | None:
 
 
 def resolve_prompt_format(
-    columns: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    columns: Sequence[str],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    task: TaskType = "causal_lm",
 ) -> PromptFormat:
     """Recognise the form of rows from their columns, or from the fields that `data` names; case doesn't matter.
 
     Args:
         columns: The columns that the rows have.
-        data: `text_field`, `prompt_field` and `completion_field` name columns by hand.
+        data: `text_field`, `prompt_field`, `completion_field` and the other fields name columns by hand.
         tokenizer: Whose chat template is used for messages; ours where it has none.
+        task: What the model learns from the rows.
 
     Raises:
         DataError: A named column is missing, or no form fits.
         ConfigError: The named fields contradict each other.
     """
+    if task in FORMS_BY_TASK:
+        own_kind, own_columns = resolve_task_columns(columns, data, task)
+        return PromptFormat(kind=own_kind, columns=own_columns)
+    refuse_other_fields(data, task, "text_pair_field", "label_field")
     named = _named_format(columns, data)
     if named is not None:
         return named

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig, FileType
+from smolora.config.model import TaskType
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, resolve_prompt_format
 from smolora.data.readers import Read, iter_rows, read_columns, read_documents
@@ -72,6 +73,7 @@ def stream_rows(
     tokenizer: PreTrainedTokenizerBase | None,
     chunk_tokenizer: PreTrainedTokenizerBase | None,
     out: Path | None,
+    task: TaskType = "causal_lm",
 ) -> RowStream:
     """Recognise the form of the rows and return them, not read yet.
 
@@ -79,16 +81,16 @@ def stream_rows(
         DataError: There are no rows, or no form fits.
     """
     report = DataReport()
-    fmt = _resolve_first(train, data, tokenizer, report, out)
+    fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
     learned: set[bytes] = set()
 
     def select_held_out(sources: Sequence[Source]) -> Iterator[Row]:
-        for row in chooser.select(_iter_alike(sources, fmt, data), set()):
+        for row in chooser.select(_iter_alike(sources, fmt, data, task), set()):
             report.held_out_seen += chooser.digest(row) in learned
             yield row
 
-    rows = chooser.select(_iter_alike(train, fmt, data), learned)
+    rows = chooser.select(_iter_alike(train, fmt, data, task), learned)
     return RowStream(rows, None if held_out is None else select_held_out(held_out), fmt, report)
 
 
@@ -127,18 +129,22 @@ def _resolve_first(
     tokenizer: PreTrainedTokenizerBase | None,
     report: DataReport,
     out: Path | None,
+    *,
+    task: TaskType,
 ) -> PromptFormat:
     """Resolve the form of the first source that has columns; where none has, every record was rejected."""
     for source in sources:
         if source.columns:
-            return resolve_prompt_format(source.columns, data, tokenizer)
+            return resolve_prompt_format(source.columns, data, tokenizer, task)
     raise refuse_rowless(sources, data, report, out)
 
 
-def _iter_alike(sources: Sequence[Source], fmt: PromptFormat, data: DataConfig) -> Iterator[Row | Reject]:
+def _iter_alike(
+    sources: Sequence[Source], fmt: PromptFormat, data: DataConfig, task: TaskType
+) -> Iterator[Row | Reject]:
     """Yield the records of all sources under the first one's column names (MR in one file may be mr in another)."""
     for source in sources:
-        own = resolve_prompt_format(source.columns, data) if source.columns else fmt
+        own = resolve_prompt_format(source.columns, data, task=task) if source.columns else fmt
         if own.kind != fmt.kind:
             raise DataError(
                 f"{source.name} holds rows of the form {own.describe()}, but the first source {fmt.describe()}. "

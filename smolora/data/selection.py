@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from smolora.data.cleaning import TextCleaningProcessor
 from smolora.data.ledger import DataReport
 from smolora.data.pipeline import chunk_texts
 from smolora.data.prompts import PromptFormat
-from smolora.data.rows import Reject, Row
+from smolora.data.rows import Reject, Row, Values
+from smolora.data.task_rows import find_answer_problem, find_label_problem, find_tags_problem
 from smolora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -111,9 +112,21 @@ def find_problem(row: Row, fmt: PromptFormat) -> str | None:
         if column not in row.values and role != "input":
             return f"no column {column!r}; found {', '.join(map(repr, row.values))}"
         value = row.values.get(column)
-        if value is not None and not isinstance(value, str):
+        if role in _NO_TEXT:
+            if problem := _NO_TEXT[role](row.values, fmt.columns):
+                return f"column {column!r}: {problem}"
+        elif value is not None and not isinstance(value, str):
             return f"column {column!r} must hold text, found {type(value).__name__} {value!r}"[:200]
     return None
+
+
+_NO_TEXT: dict[str, Callable[[Values, Mapping[str, str]], str | None]] = {
+    "label": lambda values, columns: find_label_problem(values[columns["label"]]),
+    "tokens": lambda values, columns: find_tags_problem(values[columns["tokens"]], values.get(columns["tags"])),
+    "tags": lambda values, columns: None,  # Said with the words.
+    "answers": lambda values, columns: find_answer_problem(values[columns["context"]], values[columns["answers"]]),
+}
+"""What is wrong with the values of roles that aren't plain text."""
 
 
 def _find_message_problem(value: object) -> str | None:
@@ -126,10 +139,14 @@ def _find_message_problem(value: object) -> str | None:
 
 def is_empty(row: Row, fmt: PromptFormat) -> bool:
     """Whether a row lacks text where its form needs some (an instruction's input may be empty)."""
-    if fmt.kind == "messages":
+    if fmt.kind == "messages" or not row.values:
         return not row.values
-    texts = (row.values.get(column) for role, column in fmt.columns.items() if role != "input")
+    texts = (row.values.get(column) for role, column in fmt.columns.items() if role not in _MAY_BE_EMPTY)
     return any(not text or str(text).isspace() for text in texts)
+
+
+_MAY_BE_EMPTY = ("input", "label", "answers")
+"""An instruction's input, and what is rejected where it is missing: a label may be 0, and a question unanswerable."""
 
 
 def choose_held_out(num_rows: int, data: DataConfig, *, seed: int) -> set[int]:

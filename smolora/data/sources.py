@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig, FileType
+from smolora.config.model import TaskType
 from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark, open_benchmark_source
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat
@@ -73,7 +74,12 @@ def check_sources(data: DataConfig) -> None:
 
 
 def read_sources(
-    data: DataConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None, out: Path | None = None
+    data: DataConfig,
+    *,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: Path | None = None,
+    task: TaskType = "causal_lm",
 ) -> SourceRows:
     """Read the rows that `data` names, ready to encode.
 
@@ -82,11 +88,12 @@ def read_sources(
         seed: Chooses the held-out rows.
         tokenizer: The model's, whose chat template is used for messages.
         out: Where rejects.jsonl and data_report.json go before too many rejects stop the run.
+        task: What the model learns from the rows.
 
     Raises:
         DataError: A source, a column or rows are missing, or too many rows were rejected.
     """
-    return _gather(stream_sources(data, tokenizer=tokenizer, out=out), data, seed=seed, out=out)
+    return _gather(stream_sources(data, tokenizer=tokenizer, out=out, task=task), data, seed=seed, out=out)
 
 
 def read_dataset(
@@ -97,6 +104,7 @@ def read_dataset(
     eval_dataset: Dataset | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: Path | None = None,
+    task: TaskType = "causal_lm",
 ) -> SourceRows:
     """Do for datasets in memory what `read_sources` does for files; `data.sources` isn't read.
 
@@ -104,7 +112,7 @@ def read_dataset(
         DataError: A column or rows are missing, or too many rows were rejected.
     """
     held_out = None if eval_dataset is None else [_open_dataset(eval_dataset, "eval_dataset")]
-    stream = _stream([_open_dataset(dataset, "dataset")], held_out, data, tokenizer=tokenizer, out=out)
+    stream = _stream([_open_dataset(dataset, "dataset")], held_out, data, tokenizer=tokenizer, out=out, task=task)
     return _gather(stream, data, seed=seed, out=out)
 
 
@@ -235,7 +243,11 @@ def _cache_only() -> Iterator[None]:
 
 
 def stream_sources(
-    data: DataConfig, *, tokenizer: PreTrainedTokenizerBase | None = None, out: Path | None = None
+    data: DataConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: Path | None = None,
+    task: TaskType = "causal_lm",
 ) -> RowStream:
     """Return the rows that `data` names one by one; see `read_sources`, which takes all of them.
 
@@ -244,7 +256,7 @@ def stream_sources(
     """
     is_whole = data.chunk_size > 0  # Lines are shorter than most chunks: what is chunked is the whole text of a file.
     train = [part for source in _require_sources(data) for part in _open_source(source, data, is_whole=is_whole)]
-    return _stream(train, _open_held_out(data, is_whole=is_whole), data, tokenizer=tokenizer, out=out)
+    return _stream(train, _open_held_out(data, is_whole=is_whole), data, tokenizer=tokenizer, out=out, task=task)
 
 
 def _stream(
@@ -254,8 +266,11 @@ def _stream(
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path | None,
+    task: TaskType = "causal_lm",
 ) -> RowStream:
-    return stream_rows(train, held_out, data, tokenizer=tokenizer, chunk_tokenizer=_chunk_tokenizer(data), out=out)
+    return stream_rows(
+        train, held_out, data, tokenizer=tokenizer, chunk_tokenizer=_chunk_tokenizer(data), out=out, task=task
+    )
 
 
 def _find_text_column(columns: Sequence[str], data: DataConfig) -> str:

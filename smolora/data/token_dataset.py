@@ -18,18 +18,27 @@ MaskArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded row. `is_target[t]`: token t is predicted, from the tokens before it; position 0 never is."""
+    """One encoded row.
+
+    Of text, `is_target[t]` says that token t is predicted, from the tokens before it; position 0 never is. A task with
+    `labels` predicts those instead: one for each marked position (classification, token classification), the first and
+    last position of an answer among the marked ones (qa), or the tokens of an answer of its own (seq2seq, no marks).
+    """
 
     input_ids: TokenArray
     is_target: MaskArray
+    labels: TokenArray | None = None
+    """The ids to predict, where they aren't the row's own tokens."""
+    token_type_ids: TokenArray | None = None
+    """Which segment each token is of, for tokenizers that tell two of them apart."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def num_target_tokens(self) -> int:
-        """Tokens that the loss counts."""
-        return int(self.is_target.sum())
+        """What the loss counts: target tokens, or labels."""
+        return int(self.is_target.sum()) if self.labels is None else len(self.labels)
 
 
 class ExampleDataset(Protocol):
@@ -54,7 +63,10 @@ def build_example(ids: Sequence[int], target_spans: Sequence[tuple[int, int]]) -
 
 
 class TokenDataset:
-    """Examples of any length, kept end to end in flat arrays: 5 bytes a token."""
+    """Examples of any length, kept end to end in flat arrays: 5 bytes a token, and 4 a label or a segment's number.
+
+    Either all of them have labels or none has, and so with segments.
+    """
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.lengths: npt.NDArray[np.int64] = np.array([len(example) for example in examples], dtype=np.int64)
@@ -65,6 +77,12 @@ class TokenDataset:
         self._is_target: MaskArray = np.concatenate(
             [np.zeros(0, np.bool_), *(example.is_target for example in examples)]
         )
+        labels = [example.labels for example in examples if example.labels is not None]
+        segments = [example.token_type_ids for example in examples if example.token_type_ids is not None]
+        assert {len(labels), len(segments)} <= {0, len(examples)}, "all examples have labels or segments, or none has"
+        self._labels: TokenArray | None = np.concatenate(labels) if labels else None
+        self._label_starts = np.cumsum([0, *map(len, labels)])
+        self._token_type_ids: TokenArray | None = np.concatenate(segments) if segments else None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -72,8 +90,14 @@ class TokenDataset:
     def __getitem__(self, index: int) -> Example:
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of a dataset with {len(self)}")
-        start, end = self._starts[index % len(self)], self._starts[index % len(self) + 1]
-        return Example(self._input_ids[start:end], self._is_target[start:end])
+        number = index % len(self)
+        part = slice(self._starts[number], self._starts[number + 1])
+        return Example(
+            self._input_ids[part],
+            self._is_target[part],
+            None if self._labels is None else self._labels[self._label_starts[number] : self._label_starts[number + 1]],
+            None if self._token_type_ids is None else self._token_type_ids[part],
+        )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -85,13 +109,15 @@ class TokenDataset:
 
     @property
     def num_target_tokens(self) -> int:
-        """Tokens that the loss counts, in one pass."""
-        return int(self._is_target.sum())
+        """What the loss counts in one pass: target tokens, or labels."""
+        return int(self._is_target.sum()) if self._labels is None else len(self._labels)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the contents: equal exactly where lengths, tokens and targets are."""
-        return _hash(self.lengths, self._input_ids, self._is_target)
+        """SHA-256 of the contents: equal exactly where lengths, tokens, targets, labels and segments are."""
+        labels = [] if self._labels is None else [self._label_starts, self._labels]
+        segments = [] if self._token_type_ids is None else [self._token_type_ids]
+        return _hash(self.lengths, self._input_ids, self._is_target, *labels, *segments)
 
 
 class TextDataset:

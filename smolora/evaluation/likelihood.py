@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smolora.data.benchmark_rows import Prompt
 from smolora.data.chat import check_messages
-from smolora.data.collate import Batch, collate_padded
+from smolora.data.collate import Batch, get_data_collator
 from smolora.data.encoding import encode_pairs
 from smolora.data.prompts import PromptFormat, encode_row
 from smolora.data.token_dataset import Example
@@ -54,8 +54,7 @@ class LikelihoodScorer:
 
     def measure_examples(self, examples: Sequence[Example]) -> list[Likelihood]:
         """Do for encoded rows what `measure` does for pairs: the likelihood of each row's targets."""
-        context = self.bundle.context
-        cut = [Example(example.input_ids[:context], example.is_target[:context]) for example in examples]
+        cut = list(examples) if self.bundle.task != "causal_lm" else [self._cut(example) for example in examples]
         losses = [0.0] * len(cut)
         order = sorted(range(len(cut)), key=lambda index: len(cut[index]))
         for batch in self._group([index for index in order if cut[index].num_target_tokens], cut):
@@ -65,6 +64,10 @@ class LikelihoodScorer:
             Likelihood(loss, kept.num_target_tokens, kept.num_target_tokens == example.num_target_tokens)
             for loss, kept, example in zip(losses, cut, examples, strict=True)
         ]
+
+    def _cut(self, example: Example) -> Example:
+        context = self.bundle.context
+        return Example(example.input_ids[:context], example.is_target[:context])
 
     def _group(self, order: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
         """Yield what is measured at a time, of about one length: few enough rows, and few enough logits."""
@@ -81,7 +84,7 @@ class LikelihoodScorer:
 
     def _measure(self, examples: Sequence[Example]) -> list[float]:
         # Rows of about one length cost little padding; packed, attention would cost the square of all rows together.
-        batch = collate_padded(examples).to(self.bundle.device)
+        batch = get_data_collator("padded", self.bundle.task)(examples).to(self.bundle.device)
         with in_eval_mode(self.bundle.model):
             logits = self._compute_logits(batch, first=min(map(_find_first, examples)))
             counts = [example.num_target_tokens for example in examples]
@@ -91,8 +94,8 @@ class LikelihoodScorer:
     def _compute_logits(self, batch: Batch, *, first: int) -> Tensor:
         """Return the logits of the targets, [N, V]; those of positions before `first` are never computed."""
         model = self.bundle.model
-        if not self._keeps_logits:
-            return target_logits_of(model)(model, batch)
+        if not self._keeps_logits or self.bundle.task != "causal_lm":
+            return target_logits_of(model, self.bundle.task)(model, batch)
         assert batch.target_positions is not None, "padded batches have them"
         width = batch.input_ids.shape[1]
         logits: Tensor = model(

@@ -111,8 +111,13 @@ def _conclude(tally: Tally) -> tuple[Comparison, PromptUse | None]:
 
 
 def _swap_prompt(examples: Sequence[Example], index: int, context: int | None) -> Example | None:
-    """Return a row's answer after the prompt of the next row that has another prompt and another answer."""
+    """Return a row's answer after the prompt of the next row that has another prompt and another answer.
+
+    A label belongs to its own text alone, so a row with labels has no such mate.
+    """
     row = examples[index]
+    if row.labels is not None:
+        return None
     for offset in range(1, min(len(examples), _MOST_TRIES)):
         other = examples[(index + offset) % len(examples)]
         (prompt, answer), (other_prompt, other_answer) = _split(row), _split(other)

@@ -6,7 +6,7 @@ families are read from the registry by `config.model_type`; any other by its str
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from smolora.models.gpt import GPTModel
 from smolora.models.registry import FAMILIES, Family, Role
 from smolora.models.structure import infer_family, is_linear
+from smolora.models.tasks import find_heads
 
 Group = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
 
@@ -44,13 +45,15 @@ class Anatomy:
     family: str
     """`config.model_type`."""
     parts: tuple[Part, ...]
-    blocks: str
-    """Path of the numbered blocks in the plain model."""
+    blocks: tuple[str, ...]
+    """Paths of the lists of numbered blocks in the plain model; of an encoder-decoder the encoder's come first."""
     num_layers: int
+    heads: tuple[str, ...] = ()
+    """Paths of the modules that are a task's head, trained whole beside any adapter; a language model has none."""
 
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """Return the blocks of the plain model that this is the anatomy of, in order."""
-        return list(model.get_submodule(self.blocks).children())
+        return [block for path in self.blocks for block in model.get_submodule(path).children()]
 
     def linear_modules(self) -> list[str]:
         """Every linear layer but the head."""
@@ -77,20 +80,26 @@ class Anatomy:
         return {part.name: part for part in self.parts}
 
 
-def build_anatomy(model: nn.Module) -> Anatomy:
+def build_anatomy(model: nn.Module, heads: Sequence[str] | None = None) -> Anatomy:
     """Return the anatomy of a plain model: a GPTModel, one of transformers', or any with numbered blocks.
+
+    Args:
+        model: The plain model.
+        heads: Paths of the modules that are its task's head; left out, those that its class adds to the base.
 
     Raises:
         ModelError: The family is unknown and the model has no numbered blocks with linear layers.
     """
     model_type = _read_model_type(model)
+    heads = find_heads(model) if heads is None else tuple(heads)
     family = FAMILIES.get(model_type)
-    if family is None or not {family.blocks, family.head} <= dict(model.named_modules()).keys():
-        # Also a known family with another head, or none, or under the names of another transformers version.
+    expected = {*family.blocks, *([] if heads else [family.head])} if family else set()
+    if family is None or not expected <= dict(model.named_modules()).keys():
+        # Also a known family without a head, or under the names of another transformers version.
         family = infer_family(model)
-    parts = tuple(_iter_parts(model, family))
-    num_layers = len(list(model.get_submodule(family.blocks).children()))
-    return Anatomy(model_type, parts, family.blocks, num_layers)
+    parts = tuple(_iter_parts(model, family, heads))
+    num_layers = sum(len(list(model.get_submodule(path).children())) for path in family.blocks)
+    return Anatomy(model_type, parts, family.blocks, num_layers, heads)
 
 
 def _read_model_type(model: nn.Module) -> str:
@@ -99,20 +108,33 @@ def _read_model_type(model: nn.Module) -> str:
     return str(model.config.model_type) if isinstance(model, PreTrainedModel) else type(model).__name__
 
 
-def _iter_parts(model: nn.Module, family: Family) -> Iterator[Part]:
+def _iter_parts(model: nn.Module, family: Family, heads: tuple[str, ...]) -> Iterator[Part]:
+    sizes = {path: len(list(model.get_submodule(path).children())) for path in family.blocks}
     for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            layer, path = _split_layer(name, family.blocks)
-            group, role = _read_place(path, module, family)
-            yield Part(name, group, layer, role, is_linear(module))
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        if name in heads or name.startswith(tuple(f"{head}." for head in heads)):
+            yield Part(name, "head", None, None, is_linear(module))
+            continue
+        layer, path = _split_layer(name, sizes)
+        group, role = _read_place(path, module, family)
+        yield Part(name, group, layer, role, is_linear(module))
 
 
-def _split_layer(name: str, blocks: str) -> tuple[int | None, str]:
-    """Split model.layers.3.mlp.fc1 into (3, mlp.fc1); outside of the blocks there is no layer."""
-    if not name.startswith(f"{blocks}."):
-        return None, name
-    number, _, path = name.removeprefix(f"{blocks}.").partition(".")
-    return int(number), path
+def _split_layer(name: str, sizes: Mapping[str, int]) -> tuple[int | None, str]:
+    """Split model.layers.3.mlp.fc1 into (3, mlp.fc1); outside of the blocks there is no layer.
+
+    Args:
+        name: Path of a module.
+        sizes: The number of blocks by the path of their list; those of a later list are counted on.
+    """
+    before = 0
+    for blocks, size in sizes.items():
+        if name.startswith(f"{blocks}."):
+            number, _, path = name.removeprefix(f"{blocks}.").partition(".")
+            return before + int(number), path
+        before += size
+    return None, name
 
 
 def _read_place(path: str, module: nn.Module, family: Family) -> tuple[Group, Role | None]:

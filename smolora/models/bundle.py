@@ -14,8 +14,13 @@ from smolora.data.prompts import PromptFormat
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
 from smolora.models.gpt import GPTModel
+from smolora.models.tasks import LABEL_TASKS
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
+_UNBOUNDED = ("t5", "mt5", "umt5")
+"""Their positions are distances, whatever length their config.json was trained at."""
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+"""Their first position is behind the pad token's, which they count among their embeddings."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,22 @@ class ModelBundle:
         if isinstance(self.model, GPTModel):
             return self.model.config.context
         values = read_config(self.model).get_text_config().to_dict()
+        if values["model_type"] in _UNBOUNDED:
+            return None
         positions = next((int(values[name]) for name in _CONTEXT_NAMES if values.get(name)), None)
-        return None if positions is None else positions - self.num_virtual_tokens
+        if positions is None:
+            return None
+        if values["model_type"] in _OFFSET_POSITIONS:
+            positions -= int(values["pad_token_id"]) + 1
+        return positions - self.num_virtual_tokens
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a classifier tells apart, in the order of its outputs; none for other models."""
+        if self.task not in LABEL_TASKS:
+            return ()
+        names: dict[int, str] = read_config(self.model).id2label
+        return tuple(str(names[number]) for number in range(len(names)))
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +138,18 @@ def read_config(model: nn.Module) -> PretrainedConfig:
     if not isinstance(config, PretrainedConfig):
         raise ModelError(f"{type(model).__name__} has no transformers config.")
     return config
+
+
+def shift_right(model: nn.Module, answer_ids: Tensor) -> Tensor:
+    """Return what an encoder-decoder reads to predict `answer_ids` [B, U]: the start token, then all but the last.
+
+    Raises:
+        ModelError: Its config names no token to start with.
+    """
+    start = read_config(model).decoder_start_token_id
+    if start is None:
+        raise ModelError("the model's config.json has no decoder_start_token_id, so an answer has no beginning.")
+    return torch.cat((torch.full_like(answer_ids[:, :1], start), answer_ids[:, :-1]), dim=1)
 
 
 def _read_eos(generation: object) -> list[int | None]:

@@ -7,9 +7,11 @@ tensor is refused (transformers would fill it with random numbers and go on).
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +19,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from smolora.config.model import Quantization
+from smolora.config.model import Quantization, TaskType
 from smolora.data.prompts import read_prompt_format
 from smolora.errors import ConfigError, ModelError, SmoloraError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
+from smolora.models.heads import choose_labels, is_of_head, settle_head
 from smolora.models.quantised import build_quantisation, require_quantisation, settle_quantised
+from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, describe_task, find_heads, read_task
 from smolora.models.weight_files import (
     StoredTensor,
     fingerprint_weights,
@@ -35,6 +39,8 @@ from smolora.models.weight_files import (
 )
 from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.pretrained import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SETTINGS_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -48,8 +54,13 @@ def load_model(
     device: str = "cpu",
     revision: str | None = None,
     quantization: Quantization = "none",
+    task: TaskType | None = None,
+    labels: Sequence[str] = (),
+    seed: int = 0,
 ) -> ModelBundle:
-    """Open a causal language model, in eval mode.
+    """Open a pretrained model, in eval mode.
+
+    A task's head that the files don't have, or have for other labels, is drawn; any other tensor must be there.
 
     Args:
         name_or_path: A folder in Hugging Face format, or a hub id.
@@ -58,9 +69,12 @@ def load_model(
             at, not read.
         revision: Branch, tag or commit of a hub id.
         quantization: How the linear layers are held; the rest, and what they compute, is of `dtype`.
+        task: What the model is asked; None for what its config.json says.
+        labels: Of a classifier; left out, its config.json's.
+        seed: Draws a head that the files lack.
 
     Raises:
-        ConfigError: `quantization` isn't possible here, or for this model.
+        ConfigError: `quantization` isn't possible here, or for this model, or a classifier has no labels.
         ModelError: No such model, code of its own, no safetensors, or a damaged or incomplete checkpoint.
     """
     require_quantisation(quantization)
@@ -71,21 +85,27 @@ def load_model(
             f"model.quantization: {folder} is quantised already. Leave it at none, or name the original model."
         )
     stored = [tensor for file in list_weight_files(folder) for tensor in read_stored_tensors(file)]
+    architectures = settings.get("architectures")
+    task = task or read_task(architectures if isinstance(architectures, list) else ())
+    labels, keeps_head = choose_labels(settings, task, labels)
+    opening = _Opening(folder, task, labels)
     if quantization == "none" and device == "meta":
-        model = _build_skeleton(folder, stored)
-    elif quantization == "none":
-        model = _load_weights(folder, dtype).to(device)
+        model, missing = opening.build_skeleton(stored)
     else:
-        model = _load_quantised(folder, dtype, device, quantization)
+        model, missing = opening.load(dtype, device=device, quantization=quantization)
+    heads = settle_head(model, missing, keeps_head=keeps_head, seed=seed)
+    if heads and (missing or not keeps_head):
+        logger.info("a fresh head for %s: %s", describe_task(task, labels), ", ".join(heads))
     return ModelBundle(
         model=model,
         tokenizer=load_tokenizer(folder),
-        anatomy=build_anatomy(model),
+        anatomy=build_anatomy(model, heads),
         source=str(folder.resolve()) if Path(name_or_path).is_dir() else str(name_or_path),
         fingerprint=fingerprint_weights(folder),
         prompt_format=read_prompt_format(folder),
         revision=revision,
         quantization=quantization,
+        task=task,
     )
 
 
@@ -168,52 +188,79 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _build_skeleton(folder: Path, stored: Sequence[StoredTensor]) -> PreTrainedModel:
-    """Build a model without weights. Where a tensor of its isn't in the files as it is, transformers must find it."""
-    with _opening(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    assert isinstance(model, PreTrainedModel)
-    shapes = {tensor.name: tensor.shape for tensor in stored}
-    for name, parameter in model.named_parameters():  # Tied ones once.
-        if all(shapes.get(place) != tuple(parameter.shape) for place in name_in_files(name)):
-            _load_weights(folder, None)
-            break
-    return model.eval()
+@dataclass(frozen=True)
+class _Opening:
+    """A folder that is opened as the model of one task."""
 
+    folder: Path
+    task: TaskType
+    labels: tuple[str, ...]
 
-def _load_quantised(
-    folder: Path, dtype: torch.dtype | None, device: str, quantization: Quantization
-) -> PreTrainedModel:
-    with _opening(folder):
-        how = build_quantisation(folder, quantization)
-    model = _load_weights(folder, None, quantization_config=how, device_map={"": device})
-    settle_quantised(model, dtype or model.dtype)
-    return model
+    def load(
+        self, dtype: torch.dtype | None, *, device: str, quantization: Quantization
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Return the model, and the tensors of its head that the files lack."""
+        if quantization == "none":
+            model, missing = self._load(dtype)
+            return model.to(device), missing
+        with _opening(self.folder, self.task):
+            how = build_quantisation(self.folder, quantization, self.task)
+        model, missing = self._load(None, quantization_config=how, device_map={"": device})
+        settle_quantised(model, dtype or model.dtype)
+        return model, missing
 
+    def build_skeleton(self, stored: Sequence[StoredTensor]) -> tuple[PreTrainedModel, list[str]]:
+        """Build the model without weights; where the files don't hold a tensor as it is, transformers must find it."""
+        with _opening(self.folder, self.task), torch.device("meta"):
+            model = AUTO_MODELS[self.task].from_config(self._read_config())
+        assert isinstance(model, PreTrainedModel)
+        shapes, heads = {tensor.name: tensor.shape for tensor in stored}, find_heads(model)
+        missing = [
+            name
+            for name, parameter in model.named_parameters()  # Tied ones once.
+            if all(shapes.get(place) != tuple(parameter.shape) for place in name_in_files(name))
+        ]
+        if any(not (heads and is_of_head(name, heads)) for name in missing):
+            missing = self._load(None)[1]
+        return model.eval(), missing
 
-def _load_weights(folder: Path, dtype: torch.dtype | None, **options: object) -> PreTrainedModel:
-    with _opening(folder):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"{folder} lacks {len(missing)} tensors of a {model.config.model_type} model, such as {missing[0]}. "
-            "It is another kind of model, or an incomplete copy."
-        )
-    assert isinstance(model, PreTrainedModel)
-    return model
+    def _load(self, dtype: torch.dtype | None, **options: object) -> tuple[PreTrainedModel, list[str]]:
+        with _opening(self.folder, self.task), torch.random.fork_rng():  # What is missing is drawn again, by the seed.
+            model, report = AUTO_MODELS[self.task].from_pretrained(
+                self.folder,
+                config=self._read_config(),
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=self.task in LABEL_TASKS,
+                **options,
+            )
+        assert isinstance(model, PreTrainedModel)
+        self._refuse_incomplete(model, report)
+        return model, sorted(report["missing_keys"])
+
+    def _read_config(self) -> PretrainedConfig:
+        head = {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, **(head if self.labels else {}))
+        assert isinstance(config, PretrainedConfig)
+        return config
+
+    def _refuse_incomplete(self, model: PreTrainedModel, report: Mapping[str, Iterable[object]]) -> None:
+        heads = find_heads(model)
+        mismatched = [str(found[0] if isinstance(found, tuple) else found) for found in report["mismatched_keys"]]
+        lacking = [str(name) for name in report["missing_keys"]] + mismatched
+        missing = sorted(name for name in lacking if not (heads and is_of_head(name, heads)))
+        if missing:
+            raise ModelError(
+                f"{self.folder} lacks {len(missing)} tensors of a {model.config.model_type} model, such as "
+                f"{missing[0]}. It is another kind of model (choose with --task), or an incomplete copy."
+            )
 
 
 @contextmanager
-def _opening(folder: Path) -> Iterator[None]:
+def _opening(folder: Path, task: TaskType) -> Iterator[None]:
     """Turn what transformers raises inside the block into a word about `folder`."""
     try:
         with quiet_transformers():
@@ -222,7 +269,7 @@ def _opening(folder: Path) -> Iterator[None]:
         if isinstance(error, SmoloraError):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} can't be opened as a causal language model: {reason}") from error
+        raise ModelError(f"{folder} can't be opened as a {TASK_NAMES[task]}: {reason}") from error
 
 
 def _read_json(file: Path) -> dict[str, object] | None:

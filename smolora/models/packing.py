@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from smolora.models.gpt import GPTModel
+from smolora.models.structure import PreTrainedModel
+from smolora.models.tasks import find_heads
 
 _FIRST, _OTHER_FIRST, _SECOND = (1, 3, 5, 2, 4), (6, 2, 1, 7, 3), (2, 5, 3, 6, 1, 4, 7)
 
@@ -52,8 +54,17 @@ def _second_row_logits(model: nn.Module, first: tuple[int, ...]) -> Tensor:
     if isinstance(model, GPTModel):
         logits: Tensor = model(input_ids, position_ids)
     else:
-        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        logits = _read_forward(model, input_ids, position_ids)
     return logits[0, len(first) :].float()
+
+
+def _read_forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Return what a model computes at every position: logits, or what the head of another task would read."""
+    if isinstance(model, PreTrainedModel) and find_heads(model):
+        hidden: Tensor = model.base_model(input_ids=input_ids, position_ids=position_ids)[0]
+        return hidden
+    logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    return logits
 
 
 @contextmanager

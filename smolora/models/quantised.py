@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from smolora.config.model import Quantization
+from smolora.config.model import Quantization, TaskType
 from smolora.errors import ConfigError
 from smolora.models.anatomy import Anatomy, build_anatomy
 from smolora.models.structure import is_linear, is_quantised, read_shape
+from smolora.models.tasks import AUTO_MODELS
 
 _BLOCK = 64
 """Weights of NF4 that share one scale."""
@@ -44,14 +45,14 @@ def require_quantisation(quantization: Quantization) -> None:
         )
 
 
-def build_quantisation(folder: Path, quantization: Quantization) -> BitsAndBytesConfig:
+def build_quantisation(folder: Path, quantization: Quantization, task: TaskType = "causal_lm") -> BitsAndBytesConfig:
     """Return how transformers is to load the model of `folder`: every linear layer but the head, where it can be held.
 
     Raises:
         ConfigError: No layer of it can.
     """
     with torch.device("meta"):  # The shapes alone; no weight is read.
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        skeleton = AUTO_MODELS[task].from_config(AutoConfig.from_pretrained(folder))
     chosen = [
         name
         for name in build_anatomy(skeleton).linear_modules()

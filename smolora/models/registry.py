@@ -29,8 +29,8 @@ class Fused:
 class Family:
     """Where a family of models keeps what. Paths of linear layers are relative to a block."""
 
-    blocks: str
-    """Path of the list of numbered blocks."""
+    blocks: tuple[str, ...]
+    """Paths of the lists of numbered blocks: one, or an encoder's and then a decoder's."""
     attention: Mapping[str, Role]
     mlp: Mapping[str, Role]
     embeddings: tuple[str, ...]
@@ -52,7 +52,7 @@ _SEPARATE_ATTENTION: dict[str, Role] = {
 _GATED_MLP: dict[str, Role] = {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
 _BIGSCIENCE_MLP: dict[str, Role] = {"mlp.dense_h_to_4h": "up", "mlp.dense_4h_to_h": "down"}
 
-_LLAMA = Family("model.layers", _SEPARATE_ATTENTION, _GATED_MLP, ("model.embed_tokens",), "lm_head", fused=Fused())
+_LLAMA = Family(("model.layers",), _SEPARATE_ATTENTION, _GATED_MLP, ("model.embed_tokens",), "lm_head", fused=Fused())
 _SMOLLM3 = replace(_LLAMA, fused=Fused(attention=False))  # Some of its layers have no positions.
 _GEMMA = replace(_LLAMA, fused=Fused(norm_offset=1.0))
 _GEMMA2 = replace(
@@ -61,7 +61,7 @@ _GEMMA2 = replace(
     advice={"attn_implementation": "eager"},  # sdpa leaves out the soft cap on attention scores.
 )
 _PHI = Family(
-    "model.layers",
+    ("model.layers",),
     {
         "self_attn.q_proj": "query",
         "self_attn.k_proj": "key",
@@ -73,14 +73,14 @@ _PHI = Family(
     "lm_head",
 )
 _PHI3 = Family(
-    "model.layers",
+    ("model.layers",),
     {"self_attn.qkv_proj": "query_key_value", "self_attn.o_proj": "output"},
     {"mlp.gate_up_proj": "gate_up", "mlp.down_proj": "down"},
     ("model.embed_tokens",),
     "lm_head",
 )
 _GPT2 = Family(
-    "transformer.h",
+    ("transformer.h",),
     {"attn.c_attn": "query_key_value", "attn.c_proj": "output"},
     {"mlp.c_fc": "up", "mlp.c_proj": "down"},
     ("transformer.wte", "transformer.wpe"),
@@ -88,14 +88,14 @@ _GPT2 = Family(
     advice={"fan_in_fan_out": True},  # Its matrices are stored [in, out].
 )
 _GPT_NEOX = Family(
-    "gpt_neox.layers",
+    ("gpt_neox.layers",),
     {"attention.query_key_value": "query_key_value", "attention.dense": "output"},
     _BIGSCIENCE_MLP,
     ("gpt_neox.embed_in",),
     "lm_head",
 )
 _BLOOM = Family(
-    "transformer.h",
+    ("transformer.h",),
     {"self_attention.query_key_value": "query_key_value", "self_attention.dense": "output"},
     _BIGSCIENCE_MLP,
     ("transformer.word_embeddings",),
@@ -103,7 +103,7 @@ _BLOOM = Family(
     advice={"layout": "padded"},  # Its ALiBi positions come from the attention mask and can't restart in a row.
 )
 _OPT = Family(
-    "model.decoder.layers",
+    ("model.decoder.layers",),
     {
         "self_attn.k_proj": "key",
         "self_attn.v_proj": "value",
@@ -115,8 +115,60 @@ _OPT = Family(
     "lm_head",
     advice={"layout": "padded"},
 )
+_BERT_ATTENTION: dict[str, Role] = {
+    "attention.self.query": "query",
+    "attention.self.key": "key",
+    "attention.self.value": "value",
+    "attention.output.dense": "output",
+}
+_BERT_MLP: dict[str, Role] = {"intermediate.dense": "up", "output.dense": "down"}
+
+
+def _bert(base: str) -> Family:
+    names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    embeddings = tuple(f"{base}.embeddings.{name}" for name in names)
+    return Family((f"{base}.encoder.layer",), _BERT_ATTENTION, _BERT_MLP, embeddings, "")
+
+
+_DISTILBERT = Family(
+    ("distilbert.transformer.layer",),
+    {
+        "attention.q_lin": "query",
+        "attention.k_lin": "key",
+        "attention.v_lin": "value",
+        "attention.out_lin": "output",
+    },
+    {"ffn.lin1": "up", "ffn.lin2": "down"},
+    ("distilbert.embeddings.word_embeddings", "distilbert.embeddings.position_embeddings"),
+    "",
+)
+_T5_LETTERS: dict[str, Role] = {"q": "query", "k": "key", "v": "value", "o": "output"}
+_T5_MLP: dict[str, Role] = {"wi": "up", "wi_0": "gate", "wi_1": "up", "wo": "down"}
+_T5 = Family(
+    ("encoder.block", "decoder.block"),
+    {
+        f"layer.{place}.{letter}": role
+        for place in ("0.SelfAttention", "1.EncDecAttention")
+        for letter, role in _T5_LETTERS.items()
+    },
+    {f"layer.{place}.DenseReluDense.{name}": role for place in (1, 2) for name, role in _T5_MLP.items()},
+    ("shared",),
+    "lm_head",
+)
+_BART_PROJECTIONS: dict[str, Role] = {"k_proj": "key", "v_proj": "value", "q_proj": "query", "out_proj": "output"}
+_BART = Family(
+    ("model.encoder.layers", "model.decoder.layers"),
+    {
+        f"{attention}.{name}": role
+        for attention in ("self_attn", "encoder_attn")
+        for name, role in _BART_PROJECTIONS.items()
+    },
+    {"fc1": "up", "fc2": "down"},
+    ("model.shared", "model.encoder.embed_positions", "model.decoder.embed_positions"),
+    "lm_head",
+)
 _SMOLORA_GPT = Family(
-    "blocks",
+    ("blocks",),
     {
         "attention.W_q": "query",
         "attention.W_k": "key",
@@ -143,6 +195,12 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_neox": _GPT_NEOX,
     "bloom": _BLOOM,
     "opt": _OPT,
+    "bert": _bert("bert"),
+    "roberta": _bert("roberta"),
+    "electra": _bert("electra"),
+    "distilbert": _DISTILBERT,
+    "t5": _T5,
+    "bart": _BART,
     "smolora_gpt": _SMOLORA_GPT,
 }
 """By `config.model_type`; `smolora_gpt` is GPTModel in memory (on disk it is gpt2)."""

@@ -84,7 +84,7 @@ def infer_family(model: nn.Module) -> Family:
         in_attention, in_mlp = _split_block(block)
         attention |= _read_attention_roles(in_attention)
         mlp |= _read_mlp_roles(in_mlp)
-    return Family(blocks, attention, mlp, tuple(embeddings), heads[-1] if heads else "")
+    return Family((blocks,), attention, mlp, tuple(embeddings), heads[-1] if heads else "")
 
 
 def _find_blocks(model: nn.Module) -> str:

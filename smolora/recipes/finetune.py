@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.attach import attach_adapter, is_adapted
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.state import AdapterWeights, copy_weights
@@ -19,7 +20,9 @@ from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.config.compatibility import NEEDS_FLOAT32
 from smolora.data.collate import Layout, get_data_collator
-from smolora.data.preprocessing import Side, encode_rows, render_marked
+from smolora.data.labels import learn_labels
+from smolora.data.preprocessing import Side, encode_rows, get_preprocessor
+from smolora.data.preprocessor import DataPreprocessor
 from smolora.data.rows import Row
 from smolora.data.sources import SourceRows, check_sources, read_dataset, read_sources
 from smolora.data.token_dataset import TokenDataset
@@ -30,6 +33,7 @@ from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
 from smolora.models.quantised import describe_quantised
 from smolora.models.saving import save_model
+from smolora.models.tasks import LABEL_TASKS
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import (
     choose_callbacks,
@@ -68,6 +72,7 @@ class TuningData:
     rows: SourceRows
     train: TokenDataset
     held_out: TokenDataset | None
+    preprocessor: DataPreprocessor
 
 
 @dataclass(frozen=True)
@@ -182,9 +187,10 @@ def open_tuning(
     if dataset is None:
         check_sources(config.data)
     allocator = keep_large_blocks()
-    base, machine = load_base(config)
+    rows = read_rows(config, out, dataset)
+    base, machine = load_base(config, rows.fmt.labels)
     base = reserve_virtual_tokens(base, config.adapter)
-    data = prepare_data(config, base, out, dataset)
+    data = encode_data(config, rows, base)
     layout = choose_layout(base)
     steps = choose_steps(data, config, layout, num_processes)
     bundle = _adapt(base, config, data, total_steps=steps.total_steps)
@@ -201,7 +207,7 @@ def _build_trainer(
         tuning.bundle,
         tuning.data.train,
         config.training,
-        collate=get_data_collator(tuning.layout),
+        collate=get_data_collator(tuning.layout, tuning.bundle.task),
         eval_dataset=tuning.data.held_out,
         evaluation=config.evaluation,
         run_dir=run,
@@ -215,13 +221,14 @@ def _build_trainer(
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
     """Return the first examples as (text, is trained on) runs; nothing is written."""
     check_sources(config.data)
-    base, _ = load_base(config)
-    data = prepare_data(config, base, None, None)
-    return [render_marked(data.train[index], base.tokenizer) for index in range(min(count, len(data.train)))]
+    rows = read_rows(config)
+    base, _ = load_base(config, rows.fmt.labels)
+    data = encode_data(config, rows, base)
+    return [data.preprocessor.render(data.train[index]) for index in range(min(count, len(data.train)))]
 
 
-def load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
-    """Return the base model, and why it is where and what it is."""
+def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[ModelBundle, dict[str, str]]:
+    """Return the base model with the head of its task, and why it is where and what it is."""
     device, device_reason = resolve_device(config.model.device)
     needs = NEEDS_FLOAT32.get(config.adapter.method)
     dtype, dtype_reason = (torch.float32, needs) if needs else resolve_dtype(config.model.dtype, device)
@@ -235,6 +242,9 @@ def load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
             device=str(device),
             revision=config.model.revision,
             quantization=config.model.quantization,
+            task=config.model.task_type,
+            labels=labels,
+            seed=config.training.seed,
         )
     machine = {"device": f"{device} ({device_reason})", "dtype": f"{dtype} ({dtype_reason})"}
     logger.info("device: %s; base weights: %s", machine["device"], machine["dtype"])
@@ -244,24 +254,43 @@ def load_base(config: ExperimentConfig) -> tuple[ModelBundle, dict[str, str]]:
     return base, machine
 
 
-def prepare_data(config: ExperimentConfig, base: ModelBundle, out: Path | None, dataset: Dataset | None) -> TuningData:
-    """Read and encode the rows; rejected ones are written to `out`, where it is given."""
-    seed = config.evaluation.choose_split_seed(config.training.seed)
+def read_rows(config: ExperimentConfig, out: Path | None = None, dataset: Dataset | None = None) -> SourceRows:
+    """Read the rows and the labels in them; rejected rows are written to `out`, where it is given."""
+    seed, task = config.evaluation.choose_split_seed(config.training.seed), config.model.task_type
     if dataset is not None:
-        rows = read_dataset(dataset, config.data, seed=seed, tokenizer=base.tokenizer, out=out)
+        rows = read_dataset(dataset, config.data, seed=seed, out=out, task=task)
     else:
-        rows = read_sources(config.data, seed=seed, tokenizer=base.tokenizer, out=out)
-    rows = replace(rows, fmt=rows.fmt.with_end_token(choose_end_token(base)))
+        rows = read_sources(config.data, seed=seed, out=out, task=task)
+    if task not in LABEL_TASKS:
+        return rows
+    known = read_adapter(find_adapter(config.adapter.path)).labels if config.adapter.path else ()
+    labels = learn_labels(rows.train, rows.held_out, rows.fmt, known=known)
+    return replace(rows, fmt=rows.fmt.with_labels(labels))
+
+
+def encode_data(config: ExperimentConfig, rows: SourceRows, base: ModelBundle) -> TuningData:
+    """Encode the rows for the model."""
+    fmt = rows.fmt.with_chat_template(config.data, base.tokenizer).with_labels(base.labels)
+    fmt = fmt.with_end_token(choose_end_token(base)) if base.task == "causal_lm" else fmt
+    rows = replace(rows, fmt=fmt)
+    preprocessor = get_preprocessor(base.task, fmt=fmt, tokenizer=base.tokenizer)
     sides: list[tuple[list[Row], Side]] = [(rows.train, "train"), (rows.held_out, "validation")]
     encoded = [
         encode_rows(
-            part, rows.fmt, base.tokenizer, data=config.data, context=base.context, report=rows.report, side=side
+            part,
+            fmt,
+            base.tokenizer,
+            data=config.data,
+            context=base.context,
+            report=rows.report,
+            side=side,
+            preprocessor=preprocessor,
         )
         for part, side in sides
     ]
-    logger.info("rows as %s", rows.fmt.describe())
+    logger.info("rows as %s", fmt.describe())
     logger.info("%s", rows.report.describe())
-    return TuningData(rows, encoded[0], encoded[1] if len(encoded[1]) else None)
+    return TuningData(rows, encoded[0], encoded[1] if len(encoded[1]) else None, preprocessor)
 
 
 def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout, num_processes: int = 1) -> StepPlan:

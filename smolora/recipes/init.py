@@ -11,7 +11,7 @@ from smolora.config.annotated import annotate_config
 from smolora.data.sources import check_sources
 from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle
-from smolora.recipes.finetune import TuningData, load_base, prepare_data
+from smolora.recipes.finetune import TuningData, encode_data, load_base, read_rows
 from smolora.recipes.init_choices import Findings, choose_settings
 from smolora.records.staging import require_writable, write_text
 
@@ -52,8 +52,9 @@ def init(config: ExperimentConfig, out: Path) -> ExperimentConfig:
         raise ConfigError(f"there is no folder {out.parent} to write {out.name} into. Make it, or name another file.")
     require_writable(out.parent)
     check_sources(config.data)
-    base, _ = load_base(config)
-    data = prepare_data(_with_long_rows_left_out(config), base, None, None)
+    rows = read_rows(config)
+    base, _ = load_base(config, rows.fmt.labels)
+    data = encode_data(_with_long_rows_left_out(config), rows, base)
     found = _look(data, base)
     chosen, reasons = choose_settings(config, found)
     head = (

@@ -140,7 +140,7 @@ def _build_trainer(
         tuning.bundle,
         tuning.data.train,
         config.training,
-        collate=get_data_collator(tuning.layout),
+        collate=get_data_collator(tuning.layout, tuning.bundle.task),
         eval_dataset=held_out,
         evaluation=config.evaluation,
         run_dir=run,

@@ -12,7 +12,7 @@ from smolora.config import ExperimentConfig, LoRAConfig
 from smolora.data.collate import get_data_collator
 from smolora.data.sources import check_sources
 from smolora.errors import ConfigError
-from smolora.recipes.finetune import choose_layout, choose_steps, load_base, prepare_data
+from smolora.recipes.finetune import choose_layout, choose_steps, encode_data, load_base, read_rows
 from smolora.recipes.probe_config import (
     RANK_SPAN,
     ProbePlan,
@@ -51,8 +51,9 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
     asked = read_lora(config)
     require_writable(out)
     check_sources(config.data)
-    base, _ = load_base(config)
-    data = prepare_data(config, base, None, None)
+    rows = read_rows(config)
+    base, _ = load_base(config, rows.fmt.labels)
+    data = encode_data(config, rows, base)
     layout = choose_layout(base)
     directions = max(_FEWEST_DIRECTIONS, RANK_SPAN * asked.r)
     adapter = LoRAConfig(r=directions, lora_alpha=directions, lora_dropout=0.0)
@@ -60,7 +61,7 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
     steps = choose_steps(data, config, layout)
     with fast_path(bundle, config.speed, is_packed=layout == "packed"):
         measured = measure_gradient_mass(
-            bundle, data.train, steps, collate=get_data_collator(layout), num_batches=num_batches
+            bundle, data.train, steps, collate=get_data_collator(layout, base.task), num_batches=num_batches
         )
     plan = plan_probe(measured, r=asked.r, total_steps=steps.total_steps)
     for sentence in (*describe_probe(measured, plan, num_batches=num_batches), describe_phases(plan)):

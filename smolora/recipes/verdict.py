@@ -182,6 +182,8 @@ def _ask(
 ) -> PairedAnswers:
     """Ask both models some held-out rows, as a benchmark is asked where the rows are one's."""
     assert data.held_out is not None, "without held-out rows nothing is asked"
+    if bundle.task != "causal_lm":
+        return PairedAnswers(skipped=[f"answers: {bundle.task} is measured by its loss"])
     rows = list(_iter_askable(data.rows.held_out, data))
     generator = TextGenerator(bundle)
     chosen = random.Random(config.training.seed).sample(rows, min(len(rows), _MOST_ROWS))

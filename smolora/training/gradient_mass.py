@@ -141,7 +141,7 @@ def _backward(
     collate: Callable[[Sequence[Example]], Batch],
 ) -> float:
     """Leave the gradient of one step's token mean in the model, and return that mean."""
-    target_logits = target_logits_of(bundle.model)
+    target_logits = target_logits_of(bundle.model, bundle.task)
     batches = [collate([rows[int(row)] for row in part]).to(bundle.device) for part in plan.micro_batches(step)]
     tokens = sum(batch.num_target_tokens for batch in batches)
     summed = 0.0

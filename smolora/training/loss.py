@@ -1,6 +1,8 @@
 """The loss: the sum of cross-entropies over target tokens, computed only where there is a target.
 
-Shapes: `B` batch, `T` time, `V` vocabulary, `N` target tokens.
+A label is a target like a token: every task is N targets, their logits [N, C] and their ids.
+
+Shapes: `B` batch, `T` time, `V` vocabulary, `C` choices (vocabulary, labels or positions), `N` targets.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smolora.config.model import TaskType
 from smolora.data.collate import Batch
+from smolora.models.bundle import shift_right
 from smolora.models.gpt import GPTModel
 from smolora.models.row_attention import attends_by_rows
 from smolora.models.rows import Rows, round_up
@@ -21,12 +25,19 @@ from smolora.models.rows import Rows, round_up
 TargetLogits = Callable[[nn.Module, Batch], Tensor]
 
 
-def target_logits_of(model: nn.Module) -> TargetLogits:
-    """Return the function that computes `[N, V]` logits for `model`: a GPTModel, or any transformers or peft model.
+def target_logits_of(model: nn.Module, task: TaskType = "causal_lm") -> TargetLogits:
+    """Return the function that computes `[N, C]` logits for `model`: a GPTModel, or any transformers or peft model.
 
-    Where the model attends by rows, more rows of logits may follow that belong to no target.
+    C is the vocabulary, the labels, or (qa) the positions of the padded row. Where the model attends by rows, more rows
+    of logits may follow that belong to no target.
     """
-    return _gpt_logits if isinstance(model, GPTModel) else partial(_transformers_logits, model)
+    if isinstance(model, GPTModel):
+        return _gpt_logits
+    if task == "qa":
+        return _span_logits
+    if task == "seq2seq":
+        return _answer_logits
+    return partial(_transformers_logits, model) if task == "causal_lm" else partial(_label_logits, model)
 
 
 def _gpt_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -45,6 +56,38 @@ def _transformers_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Te
     logits = logits[:, logits.shape[1] - batch.input_ids.shape[1] :]  # Virtual tokens, if any, stand before a row.
     logits = logits.flatten(0, 1)  # [B*T, V]
     return logits if batch.target_positions is None else logits[batch.target_positions]
+
+
+def _label_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of labels, one for each target: the row's own, or those of its words."""
+    if batch.position_ids is not None:
+        return _transformers_logits(plain, model, batch)
+    logits: Tensor = model(**_padded_inputs(batch)).logits
+    if logits.ndim == 2:  # One answer a row: [B, C].
+        return logits
+    assert batch.target_positions is not None, "padded batches have them"
+    return logits.flatten(0, 1)[batch.target_positions]
+
+
+def _span_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return [2 * B, T]: for each row where its answer begins, then where it ends; -inf where it can't."""
+    assert batch.candidates is not None, "batches of qa say where answers may be"
+    outputs = model(**_padded_inputs(batch))
+    logits = torch.stack((outputs.start_logits, outputs.end_logits), dim=1)  # [B, 2, T]
+    return logits.masked_fill(~batch.candidates[:, None], float("-inf")).flatten(0, 1)
+
+
+def _answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of an encoder-decoder at every token of every answer."""
+    assert batch.answer_ids is not None and batch.target_positions is not None, "batches of seq2seq have both"
+    decoder_input_ids = shift_right(model, batch.answer_ids)
+    logits: Tensor = model(**_padded_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
+    return logits.flatten(0, 1)[batch.target_positions]
+
+
+def _padded_inputs(batch: Batch) -> dict[str, Tensor | None]:
+    segments = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **segments}
 
 
 def _packed_inputs(batch: Batch) -> dict[str, object]:
@@ -125,13 +168,13 @@ class _SumCrossEntropy(torch.autograd.Function):
 
 
 @torch.no_grad()
-def find_first_nonfinite(model: nn.Module, batches: Sequence[Batch]) -> str:
+def find_first_nonfinite(model: nn.Module, batches: Sequence[Batch], task: TaskType = "causal_lm") -> str:
     """Say where numbers first stop being finite: a parameter, a module's output, a gradient, or only the loss."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"parameter {name}"
     for batch in batches:
-        if module := _first_nonfinite_output(model, batch):
+        if module := _first_nonfinite_output(model, batch, task):
             return f"the output of {module}"
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
@@ -139,7 +182,7 @@ def find_first_nonfinite(model: nn.Module, batches: Sequence[Batch]) -> str:
     return "the loss alone"
 
 
-def _first_nonfinite_output(model: nn.Module, batch: Batch) -> str | None:
+def _first_nonfinite_output(model: nn.Module, batch: Batch, task: TaskType) -> str | None:
     found: list[str] = []
 
     def listen(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -152,7 +195,7 @@ def _first_nonfinite_output(model: nn.Module, batch: Batch) -> str | None:
 
     handles = [module.register_forward_hook(listen(name)) for name, module in model.named_modules() if name]
     try:
-        target_logits_of(model)(model, batch)
+        target_logits_of(model, task)(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -116,7 +116,7 @@ class Trainer:
         self._optimizer = build_optimizer(
             self.parameters, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=betas
         )
-        self._target_logits = target_logits_of(bundle.model)
+        self._target_logits = target_logits_of(bundle.model, bundle.task)
 
     @property
     def is_main_process(self) -> bool:
@@ -274,7 +274,7 @@ class Trainer:
     def _require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        places = self._processes.gather_values(find_first_nonfinite(self.bundle.model, batches))
+        places = self._processes.gather_values(find_first_nonfinite(self.bundle.model, batches, self.bundle.task))
         # A gradient is the sum of all processes', so only the one with the row knows where the number came from.
         place = next((place for place in places if place.startswith(("parameter", "the output"))), places[0])
         raise BrokenRunError(

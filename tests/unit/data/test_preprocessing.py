@@ -2,7 +2,8 @@ import pytest
 
 from smolora.config.data import DataConfig
 from smolora.data.ledger import DataReport
-from smolora.data.preprocessing import InstructionPreprocessor, encode_rows, get_preprocessor, render_marked
+from smolora.data.preprocessing import InstructionPreprocessor, encode_rows, get_preprocessor
+from smolora.data.preprocessor import render_marked
 from smolora.data.prompts import PromptFormat, encode_row
 from smolora.data.rows import Row
 from smolora.data.sources import read_sources

@@ -1,0 +1,89 @@
+"""Labels: what they are called, in which order a head answers them, and that held-out rows have no others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+from smolora.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from smolora.data.prompts import PromptFormat
+    from smolora.data.rows import Row, Values
+
+_SHOWN = 5
+
+
+def name_label(value: object) -> str | None:
+    """Return what a label is called, the same for 1 of JSON and "1" of CSV; None for what is no label.
+
+    >>> name_label(1), name_label(" yes "), name_label(True), name_label(0.5)
+    ('1', 'yes', 'true', None)
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    return value.strip() if isinstance(value, str) else None
+
+
+def order_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Return labels, each once, in an order that the rows' order and the machine have no part in.
+
+    >>> order_labels(["10", "9", "9"]), order_labels(["b", "a", "10"])
+    (('9', '10'), ('10', 'a', 'b'))
+    """
+    unique = set(names)
+    are_numbers = all(name.isascii() and name.isdecimal() for name in unique)
+    return tuple(sorted(unique, key=lambda name: (int(name), name) if are_numbers else (0, name)))
+
+
+def learn_labels(
+    train: Sequence[Row], held_out: Sequence[Row], fmt: PromptFormat, *, known: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the labels that a run learns: those of its training rows.
+
+    Args:
+        train: The rows to learn from.
+        held_out: Rows to evaluate on, which may have no other label.
+        fmt: The rows' form.
+        known: The labels of the adapter that is trained further, which stay what they are.
+
+    Raises:
+        DataError: Fewer than two labels, or rows with labels that aren't learned.
+    """
+    if known:
+        _refuse_unknown("training", train, fmt, known)
+    learned = tuple(known) or order_labels(name for row in train for name in iter_labels(row.values, fmt))
+    if len(learned) < 2:
+        raise DataError(
+            f"all labels in column {fmt.columns[_ROLES[fmt.kind]]!r} are {learned[0]!r}: there is nothing to tell "
+            "apart. Add rows of another label, or name another column with --label-field."
+        )
+    _refuse_unknown("held-out", held_out, fmt, learned)
+    return learned
+
+
+def iter_labels(values: Values, fmt: PromptFormat) -> Iterator[str]:
+    """Yield the names of a row's labels: one of a text, or one of each word."""
+    value = values[fmt.columns[_ROLES[fmt.kind]]]
+    for label in cast("Sequence[object]", value) if fmt.kind == "token_classification" else [value]:
+        name = name_label(label)
+        assert name is not None, "rows whose labels are none were rejected"
+        yield name
+
+
+_ROLES = {"classification": "label", "token_classification": "tags"}
+
+
+def _refuse_unknown(side: str, rows: Sequence[Row], fmt: PromptFormat, learned: Sequence[str]) -> None:
+    unknown = Counter(name for row in rows for name in set(iter_labels(row.values, fmt)) - set(learned))
+    if unknown:
+        shown = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(_SHOWN))
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        hint = did_you_mean(next(iter(unknown)), learned)
+        raise DataError(
+            f"{side} rows have {len(unknown)} labels that aren't learned: {shown}{more}.{hint} "
+            f"Learned are: {', '.join(learned)}. Correct those rows, or leave them out."
+        )

@@ -1,0 +1,60 @@
+"""Whether the values of a row are what a task can learn from: labels, words with labels, answers at their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from smolora.data.labels import name_label
+
+
+def find_label_problem(value: object) -> str | None:
+    """Return why `value` is no label, or None.
+
+    >>> find_label_problem(-1)
+    'it holds -1, which stands for no label'
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "it holds no label"
+    if value == -1 and not isinstance(value, bool):
+        return "it holds -1, which stands for no label"
+    if name_label(value) is None:
+        return f"a label is a text or a whole number, found {type(value).__name__} {value!r}"[:200]
+    return None
+
+
+def find_tags_problem(words: object, tags: object) -> str | None:
+    """Return why words and their labels can't be learned from, or None."""
+    if not isinstance(words, Sequence) or isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        return f"the words of a row are a list of texts, found {type(words).__name__} {words!r}"[:200]
+    if not isinstance(tags, Sequence) or isinstance(tags, str):
+        return f"the labels of a row are a list, found {type(tags).__name__} {tags!r}"[:200]
+    if len(words) != len(tags):
+        return f"{len(words)} words, but {len(tags)} labels"
+    problems = (problem for tag in tags if (problem := find_label_problem(tag)))
+    return next(problems, None)
+
+
+def find_answer_problem(context: object, answers: object) -> str | None:
+    """Return why the answers of a question can't be learned from, or None; none at all is an answer too."""
+    if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
+        return f"answers are {{'text': [...], 'answer_start': [...]}} as in SQuAD, found {answers!r}"[:200]
+    found = read_answers(answers)
+    if found is None:
+        return f"answers need as many texts as places, found {answers!r}"[:200]
+    for text, start in found:
+        at_place = str(context)[start : start + len(text)]
+        if not text or start < 0 or at_place != text:
+            return f"the answer {text!r} isn't at character {start} of the context, where {at_place!r} is"[:200]
+    return None
+
+
+def read_answers(answers: object) -> list[tuple[str, int]] | None:
+    """Return (text, first character) of each answer; None where they aren't in SQuAD's form."""
+    values = cast("Mapping[str, object]", answers)
+    texts, starts = values["text"], values["answer_start"]
+    if not (isinstance(texts, list | tuple) and isinstance(starts, list | tuple) and len(texts) == len(starts)):
+        return None
+    if not all(isinstance(text, str) for text in texts) or not all(type(start) is int for start in starts):
+        return None
+    return list(zip(texts, starts, strict=True))

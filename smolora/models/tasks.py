@@ -1,0 +1,97 @@
+"""What a model is asked, and what answers: a head over a base for each task, and the base under it.
+
+A task is read from the name of a model's class (`...ForSequenceClassification`), which its config.json keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from smolora.config.model import TaskType
+
+AUTO_MODELS: dict[TaskType, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "qa": AutoModelForQuestionAnswering,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+
+TASK_NAMES: dict[TaskType, str] = {
+    "causal_lm": "causal language model",
+    "classification": "text classifier",
+    "token_classification": "token classifier",
+    "qa": "model for question answering",
+    "seq2seq": "sequence-to-sequence model",
+}
+
+_SUFFIXES: dict[str, TaskType] = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "qa",
+    "ForConditionalGeneration": "seq2seq",
+}
+
+HEAD_TASKS: tuple[TaskType, ...] = ("classification", "token_classification", "qa")
+"""Tasks whose head isn't a language model's: it is drawn for the task, trained whole, and never a LoRA target."""
+
+LABEL_TASKS: tuple[TaskType, ...] = ("classification", "token_classification")
+
+_SHOWN_LABELS = 8
+
+
+def read_task(architectures: Iterable[str]) -> TaskType:
+    """Return the task of a model by the names of its classes.
+
+    >>> read_task(["BertForSequenceClassification"]), read_task(["LlamaForCausalLM"])
+    ('classification', 'causal_lm')
+    """
+    names = list(architectures)
+    return next((task for suffix, task in _SUFFIXES.items() if any(n.endswith(suffix) for n in names)), "causal_lm")
+
+
+def task_of(model: nn.Module) -> TaskType:
+    """Return the task of a plain model in memory."""
+    return read_task([type(model).__name__])
+
+
+def find_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of a head that isn't a language model's: the modules with parameters outside of the base."""
+    if task_of(model) not in HEAD_TASKS or not isinstance(model, PreTrainedModel):
+        return ()
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    )
+
+
+def read_labels(model: nn.Module) -> tuple[str, ...]:
+    """Return the labels of a classifier, in the order of its outputs; none for other models."""
+    if not isinstance(model, PreTrainedModel) or task_of(model) not in LABEL_TASKS:
+        return ()
+    names: dict[int, str] = model.config.id2label
+    return tuple(str(names[number]) for number in range(len(names)))
+
+
+def describe_task(task: TaskType, labels: Sequence[str]) -> str:
+    """Return a task, and how many labels it tells apart.
+
+    >>> describe_task("classification", ["no", "yes"])
+    'classification of 2 labels (no, yes)'
+    """
+    if not labels:
+        return task
+    shown = ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")
+    return f"{task} of {len(labels)} labels ({shown})"
