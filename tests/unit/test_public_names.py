@@ -24,6 +24,7 @@ PROMISED = {
     "chunk_texts",
     "load_dataset_from_hub",
     "DatasetPipeline",
+    "TextClassificationPreprocessor",
     "TextCleaningProcessor",
     "DataPreprocessor",
     "get_preprocessor",
