@@ -78,7 +78,9 @@ def _find_changes(bundle: ModelBundle) -> dict[str, tuple[Change, Change | None]
     joined = subtract_start(adapter_tensors(bundle.model), taken)
     found: dict[str, tuple[Change, Change | None]] = {}
     for name, change in changes.items():
-        assert isinstance(change, LowRank), "PiSSA is LoRA"
+        if not isinstance(change, LowRank):
+            found[name] = change, None  # A head that is trained whole.
+            continue
         a, b = (f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB")
         start = LowRank(taken[a], taken[b], change.scaling)
         found[name] = LowRank(joined[a], joined[b], change.scaling), start

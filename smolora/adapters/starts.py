@@ -29,6 +29,9 @@ def subtract_start(tensors: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         is_a = name.endswith(".lora_A.weight")
+        if not is_a and not name.endswith(".lora_B.weight"):
+            joined[name] = tensor  # A head that is trained whole.
+            continue
         start = taken[name].to(tensor.device)
         joined[name] = torch.cat((tensor, start if is_a else -start), dim=0 if is_a else 1)
     return joined

@@ -76,7 +76,8 @@ def training_tensors(bundle: ModelBundle) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in parameters.items() if name.startswith("prompt_encoder.")}
     if bundle.taken is None:
         return {}
-    trained = {name: tensor for name, tensor in parameters.items() if ".lora_A." in name or ".lora_B." in name}
+    own = (".lora_A.", ".lora_B.", ".modules_to_save.")
+    trained = {name: tensor for name, tensor in parameters.items() if any(part in name for part in own)}
     return trained | {f"{_START}{name}": tensor for name, tensor in bundle.taken.items()}
 
 

@@ -36,6 +36,12 @@ OBSTACLES: tuple[Obstacle, ...] = (
         advice="Give model.quantization=none, or choose lora.",
     ),
     Obstacle(
+        methods=("prompt_tuning", "p_tuning", "prefix_tuning"),
+        tasks=("classification", "token_classification", "qa", "seq2seq"),
+        reason="a task's head reads the row, and would take the virtual tokens for a part of it",
+        advice="Choose lora, or another method that changes weights.",
+    ),
+    Obstacle(
         methods=("pissa",),
         quantizations=("8bit", "4bit"),
         reason="it takes its start out of the base's weights, which few bits can't hold",

@@ -12,6 +12,7 @@ from smolora.adapters.attach import attach_adapter, quiet_peft, setup_model_with
 from smolora.adapters.changes import find_changes
 from smolora.adapters.merge import merge_adapter
 from smolora.adapters.movement import measure_movement
+from smolora.adapters.state import training_tensors
 from smolora.adapters.store import load_bundle, save_adapter
 from smolora.adapters.toggling import disabled_adapter
 from smolora.config.adapter import LoftQConfig, LoRAConfig, PiSSAConfig
@@ -69,6 +70,18 @@ def test_pissa_saves_what_goes_on_the_base_as_it_was(tmp_path, family, settings)
 def test_pissa_moves_nothing_at_its_start(tmp_path):
     bundle = attach(tiny_bundle("llama", tmp_path), PiSSAConfig(r=4))
     assert measure_movement(bundle).relative < 1e-6
+
+
+def test_pissa_keeps_a_task_s_head_as_it_is(tmp_path):
+    base = save_tiny_model("llama", tmp_path / "base")
+    bundle = attach(load_model(base, task="classification", labels=("a", "b", "c")), PiSSAConfig(r=4))
+    move(bundle.model)
+    save_adapter(bundle, tmp_path / "adapter")
+    torch.testing.assert_close(
+        logits_of(load_bundle(tmp_path / "adapter").model), logits_of(bundle.model), atol=1e-4, rtol=1e-4
+    )
+    assert "score" in measure_movement(bundle).modules
+    assert any(".modules_to_save." in name for name in training_tensors(bundle))
 
 
 def test_pissa_starts_with_the_largest_directions(tmp_path):

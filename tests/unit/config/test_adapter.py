@@ -83,3 +83,8 @@ def test_an_obstacle_is_said_before_a_model_is_loaded():
 def test_every_row_of_the_table_names_methods_that_there_are():
     assert {method for row in OBSTACLES for method in row.methods} <= set(METHODS)
     assert {*NEEDS_FLOAT32, *PHASELESS} <= set(METHODS)
+
+
+def test_virtual_tokens_are_for_text_alone():
+    with pytest.raises(ConfigError, match="p_tuning can't be used here: a task's head reads the row"):
+        resolve("adapter.method=p_tuning", "model.task_type=classification")
