@@ -68,6 +68,17 @@ NEEDS_FLOAT32: Mapping[str, str] = {
 }
 """Methods that change the base's own weights, and why those are float32."""
 
+_FLOAT32_IF_QUANTISED = ("adalora", "ia3")
+"""On layers of few bits peft 0.21 computes these in float32, whatever the base computes in: the types don't meet."""
+
+
+def find_float32_need(*, method: str, quantization: Quantization) -> str | None:
+    """Return why a base must be, or compute in, float32; None where any type will do."""
+    if quantization != "none" and method in _FLOAT32_IF_QUANTISED:
+        return "on layers of few bits it computes in float32, and the base must do so too"
+    return NEEDS_FLOAT32.get(method)
+
+
 PHASELESS: Mapping[str, str] = {
     **dict.fromkeys(
         ("prompt_tuning", "p_tuning", "prefix_tuning"),

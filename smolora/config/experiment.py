@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from smolora.config.adapter import AdapterConfig, LoRAConfig, keep_fitting
 from smolora.config.aliases import rename_aliases
 from smolora.config.base import Section
-from smolora.config.compatibility import NEEDS_FLOAT32, PHASELESS, find_obstacle
+from smolora.config.compatibility import PHASELESS, find_float32_need, find_obstacle
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
@@ -69,10 +69,9 @@ class ExperimentConfig(Section):
         if found and self.adapter.path is None:  # An adapter to continue has a method of its own.
             more = f" ({found.link})" if found.link else ""
             raise ValueError(f"adapter.method: {method} can't be used here: {found.reason}{more}. {found.advice}")
-        if method in NEEDS_FLOAT32 and self.model.dtype not in ("auto", "float32"):
-            raise ValueError(
-                f"model.dtype: {method} needs float32, found {self.model.dtype}: {NEEDS_FLOAT32[method]}. Leave it out."
-            )
+        need = find_float32_need(method=method, quantization=quantization)
+        if need and self.model.dtype not in ("auto", "float32"):
+            raise ValueError(f"model.dtype: {method} needs float32, found {self.model.dtype}: {need}. Leave it out.")
         if self.phases.is_on and method in PHASELESS:
             raise ValueError(f"phases: {method} can't be trained in phases: {PHASELESS[method]}. Leave them out.")
         return self

@@ -18,7 +18,7 @@ from smolora.adapters.state import AdapterWeights, copy_weights
 from smolora.adapters.store import find_adapter, load_adapter, load_bundle, reserve_virtual_tokens, save_adapter
 from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
-from smolora.config.compatibility import NEEDS_FLOAT32
+from smolora.config.compatibility import find_float32_need
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.labels import learn_labels
 from smolora.data.preprocessing import Side, encode_rows, get_preprocessor
@@ -230,7 +230,7 @@ def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tupl
 def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[ModelBundle, dict[str, str]]:
     """Return the base model with the head of its task, and why it is where and what it is."""
     device, device_reason = resolve_device(config.model.device)
-    needs = NEEDS_FLOAT32.get(config.adapter.method)
+    needs = find_float32_need(method=config.adapter.method, quantization=config.model.quantization)
     dtype, dtype_reason = (torch.float32, needs) if needs else resolve_dtype(config.model.dtype, device)
     name = config.model.name_or_path
     if RunDir.is_run(name):

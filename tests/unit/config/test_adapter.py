@@ -88,3 +88,10 @@ def test_every_row_of_the_table_names_methods_that_there_are():
 def test_virtual_tokens_are_for_text_alone():
     with pytest.raises(ConfigError, match="p_tuning can't be used here: a task's head reads the row"):
         resolve("adapter.method=p_tuning", "model.task_type=classification")
+
+
+@pytest.mark.parametrize("method", ["adalora", "ia3"])
+def test_what_computes_in_float32_on_few_bits_refuses_another_type_there(method):
+    with pytest.raises(ConfigError, match=f"model.dtype: {method} needs float32, found bfloat16: on layers"):
+        resolve(f"adapter.method={method}", "model.quantization=8bit", "model.dtype=bfloat16")
+    assert resolve(f"adapter.method={method}", "model.dtype=bfloat16").adapter.method == method
