@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from smolora.config.base import Section
-from smolora.errors import ConfigError
+from smolora.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 ScheduleName = Literal["linear", "cosine", "constant", "one_cycle"]
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 
-class TrainingConfig(Section):
-    """Settings of the training loop."""
+class _Learning(Section):
+    """What an update is."""
 
     learning_rate: float = Field(default=2e-4, ge=0.0, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
@@ -42,6 +47,16 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     """Clip the gradient to this L2 norm; 0 turns clipping off."""
 
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of initial weights, data order and dropout."""
+
+
+class TrainingConfig(_Learning):
+    """Settings of the training loop."""
+
     logging_steps: int = Field(default=10, ge=1)
     """Write a line of metrics.jsonl every so many steps (the first and the last step always)."""
 
@@ -54,14 +69,27 @@ class TrainingConfig(Section):
     eval_steps: int | None = Field(default=None, ge=1)
     """Evaluate on held-out rows every so many steps. Left out: five times in the run."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of initial weights, data order and dropout."""
-
     profile_steps: tuple[int, int] | None = None
     """First and last step to profile, written to profile.json in Chrome's trace format."""
+
+    report_to: tuple[TrackerName, ...] = ()
+    """Trackers that get the records of metrics.jsonl too: tensorboard, trackio, wandb, mlflow; several as a list, or
+    with commas between them. Left out, or none: none."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        if value is None or value == "none":
+            return ()
+        names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            return value
+        for name in names:
+            if name not in get_args(TrackerName):
+                allowed = get_args(TrackerName)
+                suggestion = did_you_mean(str(name), allowed)
+                raise ValueError(f"no tracker {name!r}.{suggestion} Trackers: {', '.join(allowed)}; or none alone")
+        return tuple(dict.fromkeys(names))
 
     @model_validator(mode="after")
     def _profile_is_an_interval(self) -> TrainingConfig:
@@ -85,3 +113,9 @@ class TrainingConfig(Section):
             )
         copy: TrainingConfig = self.replace(per_device_train_batch_size=size)
         return copy
+
+    def to_training_arguments(self, output_dir: str | Path, **settings: object) -> TrainingArguments:
+        """Return these settings as Hugging Face's; see `smolora.integrations.hf_arguments.to_training_arguments`."""
+        from smolora.integrations.hf_arguments import to_training_arguments
+
+        return to_training_arguments(self, output_dir, **settings)

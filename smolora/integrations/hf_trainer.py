@@ -19,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from smolora.adapters.tensor_places import locate_tensors, read_anatomy
 from smolora.config import DynamicLoRAConfig, PhaseConfig, TrainingConfig
 from smolora.errors import ConfigError
+from smolora.integrations.hf_arguments import LearningRateCurve
 from smolora.training.gradients import GradientNormCallback, measure_norms
 from smolora.training.optim import trainable_parameters
 from smolora.training.phase_certificate import PhaseCertificate
@@ -199,8 +200,8 @@ def _needs_our_loop(config: DynamicLoRAConfig, phase: PhaseConfig) -> bool:
     return has_plateau or (phase.learning_rate or config.learning_rate) == "restart"
 
 
-def to_trainer_callback(callback: GradientNormCallback | DynamicLoRACallback) -> TrainerCallback:
-    """Return `callback` as a callback of a plain Hugging Face Trainer.
+def to_trainer_callback(callback: GradientNormCallback | DynamicLoRACallback | TrainingConfig) -> TrainerCallback:
+    """Return `callback`, or the learning-rate curve of a TrainingConfig, as a callback of a plain Hugging Face Trainer.
 
     Over several processes its gradient norms are those before the all-reduce; GradientMeasuringTrainer has those after
     it. Its phases are certified in `callback.reports` and at its `report_path`, and both callbacks together log the
@@ -215,6 +216,8 @@ def to_trainer_callback(callback: GradientNormCallback | DynamicLoRACallback) ->
     Raises:
         ConfigError: Phases with a learning rate of their own, or a plateau.
     """
+    if isinstance(callback, TrainingConfig):
+        return LearningRateCurve(callback)
     return _Phases(callback) if isinstance(callback, DynamicLoRACallback) else _Listener(callback)
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from smolora.config import AdaLoRAConfig, ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.errors import ConfigError, ModelError
+from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
@@ -54,8 +55,8 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool, num_processes
     """Return the configuration the run goes on with; creates nothing.
 
     Raises:
-        ConfigError: A run is here and `resume` isn't set, or a setting or number of processes changed that a checkpoint
-            depends on.
+        ConfigError: A run is here and `resume` isn't set, a setting or number of processes changed that a checkpoint
+            depends on, or a tracker isn't installed.
         ModelError: The stored configuration can't be read.
         StorageError: The folder can't be written.
     """
@@ -63,6 +64,7 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool, num_processes
         raise ConfigError(
             f"speed.prefix_cache_gib is kept by a run of one process, and this one has {num_processes}. Set it to 0."
         )
+    require_trackers(config.training.report_to)
     require_writable(run.path)
     if run.is_run(run.path):
         with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
@@ -153,6 +155,8 @@ def choose_callbacks(
         chosen.append(PlateauRateCallback(config.evaluation.plateau_patience, config.evaluation.plateau_factor))
     if config.training.profile_steps is not None and is_main:
         chosen.append(ProfileCallback(config.training.profile_steps, run.profile))
+    if is_main:
+        chosen += build_trackers(config.training.report_to, callbacks)
     return chosen
 
 

@@ -29,17 +29,24 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Scalar]]:
         """Return every whole record; a line torn by a kill is left out."""
+        return self.read_new(0)[0]
+
+    def read_new(self, offset: int) -> tuple[list[dict[str, Scalar]], int]:
+        """Return the whole records from byte `offset` on, and where they end."""
         if not self.path.is_file():
-            return []
+            return [], offset
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            text = file.read()
         records = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in text.decode("utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if isinstance(record, dict):
                 records.append(record)
-        return records
+        return records, offset + len(text)
 
     def cut(self, step: int) -> None:
         """Drop the records past `step`, so that a resumed run continues a single curve."""

@@ -49,6 +49,7 @@ class RunDir:
         self.merged = self.path / "final_merged"
         self.model = self.path / "model"
         self.evaluations = self.path / "evaluation"
+        self.trackers = self.path / "trackers"
         self.plots = self.path / "plots"
         self.report = self.path / "report.html"
         self.lock_file = self.path / "run.lock"

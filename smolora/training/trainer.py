@@ -124,6 +124,11 @@ class Trainer:
         return self._processes.is_main
 
     @property
+    def run_dir(self) -> RunDir | None:
+        """The run's folder, in the main process; None elsewhere, and where nothing is written."""
+        return self._run_dir
+
+    @property
     def active_parameters(self) -> dict[str, nn.Parameter]:
         """What the step at hand trains: all of `parameters`, or those of its phase."""
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}

@@ -86,3 +86,29 @@ def test_a_single_source_may_be_given_without_a_list():
 def test_lora_is_another_name_of_the_section_adapter():
     config = ExperimentConfig(model=ModelConfig(name_or_path="x"), adapter=LoRAConfig(r=2))
     assert config.lora is config.adapter
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("none", ()),
+        (None, ()),
+        ([], ()),
+        ("wandb", ("wandb",)),
+        ("tensorboard, wandb", ("tensorboard", "wandb")),
+        (["mlflow", "trackio", "mlflow"], ("mlflow", "trackio")),
+    ],
+)
+def test_trackers_are_a_name_a_list_or_none(written, names):
+    assert TrainingConfig(report_to=written).report_to == names
+
+
+@pytest.mark.parametrize("written", ["wandbb", ["none", "wandb"], ["wandbb"]])
+def test_an_unknown_tracker_is_refused_with_those_that_are_known(written):
+    with pytest.raises(ConfigError, match="training.report_to|report_to: no tracker .* Trackers: tensorboard, trackio"):
+        TrainingConfig(report_to=written)
+
+
+def test_a_tracker_must_be_a_name():
+    with pytest.raises(ConfigError, match="report_to"):
+        TrainingConfig(report_to=3)
