@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         plot_training_loss,
     )
     from smolora.analysis.summary import generate_summary_report
-    from smolora.api import SmoLoRA
+    from smolora.api import PEFTTrainer, SmoLoRA
     from smolora.config import (
         ATTENTION_ONLY,
         BOTH,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.data.classification import TextClassificationPreprocessor
     from smolora.data.cleaning import TextCleaningProcessor
     from smolora.data.collate import get_data_collator
+    from smolora.data.common_datasets import COMMON_DATASETS
     from smolora.data.pipeline import DatasetPipeline, chunk_texts
     from smolora.data.preprocessing import get_preprocessor
     from smolora.data.preprocessor import DataPreprocessor
@@ -61,6 +62,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
         StoppedBySignal,
         StorageError,
     )
+    from smolora.evaluation.compute_metrics import compute_metrics
     from smolora.evaluation.evaluator import ModelEvaluator
     from smolora.evaluation.metrics import MetricsCalculator, get_metrics_calculator
     from smolora.evaluation.result import EvaluationResult
@@ -69,6 +71,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.generation.text_generator import TextGenerator
     from smolora.inference.pipeline import InferencePipeline
     from smolora.integrations.hf_trainer import GradientMeasuringTrainer, to_trainer_callback
+    from smolora.integrations.tracking import MLflowCallback, TensorBoardCallback, TrackioCallback, WandBCallback
     from smolora.models.bundle import ModelBundle, print_trainable_parameters
     from smolora.models.gpt import FeedForward, GPTModel, MultiHeadAttention, TransformerBlock
     from smolora.models.registry import ModelRegistry
@@ -95,6 +98,7 @@ __all__ = [
     "BPETokenizer",
     "BaseModelWrapper",
     "BrokenRunError",
+    "COMMON_DATASETS",
     "Callback",
     "CharTokenizer",
     "ConfigError",
@@ -123,6 +127,7 @@ __all__ = [
     "InferencePipeline",
     "LoRAConfig",
     "MLP_ONLY",
+    "MLflowCallback",
     "MemoryManager",
     "MetricsCalculator",
     "ModelBundle",
@@ -133,6 +138,7 @@ __all__ = [
     "MultiHeadAttention",
     "PEFTConfig",
     "PEFTModelWrapper",
+    "PEFTTrainer",
     "PRESETS",
     "PhaseConfig",
     "PretrainConfig",
@@ -141,16 +147,20 @@ __all__ = [
     "SmoloraError",
     "StoppedBySignal",
     "StorageError",
+    "TensorBoardCallback",
     "TextClassificationPreprocessor",
     "TextCleaningProcessor",
     "TextDataset",
     "TextGenerator",
     "TokenizerConfig",
+    "TrackioCallback",
     "Trainer",
     "TrainingConfig",
     "TrainingStrategy",
     "TransformerBlock",
+    "WandBCallback",
     "chunk_texts",
+    "compute_metrics",
     "create_layerwise_lora_config",
     "create_phased_lora_config",
     "evaluate_e2e",
@@ -189,6 +199,7 @@ _HOMES = {
     "BPETokenizer": "smolora.tokenizers.bpe",
     "BaseModelWrapper": "smolora.models.wrapper",
     "BrokenRunError": "smolora.errors",
+    "COMMON_DATASETS": "smolora.data.common_datasets",
     "Callback": "smolora.training.callback",
     "CharTokenizer": "smolora.tokenizers.char",
     "ConfigError": "smolora.errors",
@@ -217,6 +228,7 @@ _HOMES = {
     "InferencePipeline": "smolora.inference.pipeline",
     "LoRAConfig": "smolora.config",
     "MLP_ONLY": "smolora.config",
+    "MLflowCallback": "smolora.integrations.tracking",
     "MemoryManager": "smolora.runtime.memory",
     "MetricsCalculator": "smolora.evaluation.metrics",
     "ModelBundle": "smolora.models.bundle",
@@ -227,6 +239,7 @@ _HOMES = {
     "MultiHeadAttention": "smolora.models.gpt",
     "PEFTConfig": "smolora.config",
     "PEFTModelWrapper": "smolora.adapters.wrapper",
+    "PEFTTrainer": "smolora.api",
     "PRESETS": "smolora.config",
     "PhaseConfig": "smolora.config",
     "PretrainConfig": "smolora.config",
@@ -235,16 +248,20 @@ _HOMES = {
     "SmoloraError": "smolora.errors",
     "StoppedBySignal": "smolora.errors",
     "StorageError": "smolora.errors",
+    "TensorBoardCallback": "smolora.integrations.tracking",
     "TextClassificationPreprocessor": "smolora.data.classification",
     "TextCleaningProcessor": "smolora.data.cleaning",
     "TextDataset": "smolora.data.token_dataset",
     "TextGenerator": "smolora.generation.text_generator",
     "TokenizerConfig": "smolora.config",
+    "TrackioCallback": "smolora.integrations.tracking",
     "Trainer": "smolora.training.trainer",
     "TrainingConfig": "smolora.config",
     "TrainingStrategy": "smolora.training.strategies",
     "TransformerBlock": "smolora.models.gpt",
+    "WandBCallback": "smolora.integrations.tracking",
     "chunk_texts": "smolora.data.pipeline",
+    "compute_metrics": "smolora.evaluation.compute_metrics",
     "create_layerwise_lora_config": "smolora.training.phases",
     "create_phased_lora_config": "smolora.training.phases",
     "evaluate_e2e": "smolora.evaluation.tasks",

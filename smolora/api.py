@@ -1,4 +1,4 @@
-"""The walk as one class: fine-tune, merge, load, ask. Each body is a recipe that the command line calls too."""
+"""The walk as a class, and tuning on rows in memory as another. Each body is a recipe that is there without it too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smolora.config import DataConfig, ExperimentConfig, ModelConfig, TrainingConfig
+from smolora.config import AdapterConfig, DataConfig, ExperimentConfig, ModelConfig, TrainingConfig
 from smolora.errors import ConfigError, ModelError
 from smolora.records.run_dir import RunDir
 
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from smolora.data.memory_rows import MemoryRows
+    from smolora.data.preprocessor import DataPreprocessor
     from smolora.generation.text_generator import TextGenerator
+    from smolora.models.bundle import ModelBundle
     from smolora.training.callback import Callback
+    from smolora.training.strategies import TrainingStrategy
 
 
 class SmoLoRA:
@@ -162,3 +166,146 @@ class SmoLoRA:
             self.load_model(self.output_dir)
         assert self._generator is not None
         return self._generator
+
+
+class PEFTTrainer:
+    """Tunes a model by any method on any task, on rows in memory or on those that its configuration names.
+
+    Example:
+        ```python
+        trainer = PEFTTrainer(ModelConfig(name_or_path="path/or/hub-id"), DoRAConfig(r=4), output_dir="./my-run")
+        trainer.train(rows, held_out_rows)  # lists of dicts, or datasets
+        print(trainer.evaluate())
+        trainer.save()
+        ```
+
+    Attributes:
+        config: Every setting of the run. Frozen: assign a changed copy before `train`.
+        run: The run's folder.
+    """
+
+    def __init__(
+        self,
+        model: str | ModelConfig | ExperimentConfig,
+        adapter: AdapterConfig | None = None,
+        training: TrainingConfig | None = None,
+        *,
+        output_dir: str | Path = "./peft_run",
+        strategy: TrainingStrategy | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Name what the run is made of; nothing is read before it is needed.
+
+        Args:
+            model: The base, and what it is asked (`ModelConfig.task_type`); or a whole configuration.
+            adapter: The method. Left out, that of the whole configuration, else LoRA.
+            training: The loop. Left out, that of the whole configuration, else the defaults.
+            output_dir: Folder of the run.
+            strategy: A learning-rate curve and listeners.
+            callbacks: Listeners of the loop.
+        """
+        if isinstance(model, str):
+            model = ModelConfig(name_or_path=model)
+        config = model if isinstance(model, ExperimentConfig) else ExperimentConfig(model=model)
+        given = {"adapter": adapter, "training": training}
+        self.config: ExperimentConfig = config.replace(**{name: part for name, part in given.items() if part})
+        self.run = RunDir(output_dir)
+        self.strategy = strategy
+        self.callbacks = tuple(callbacks)
+        self._memory: MemoryRows | None = None
+
+    def train(
+        self,
+        dataset: Dataset | Iterable[Mapping[str, object]] | None = None,
+        eval_dataset: Dataset | Iterable[Mapping[str, object]] | None = None,
+        preprocessor: DataPreprocessor | None = None,
+        *,
+        resume: bool = False,
+    ) -> RunDir:
+        """Tune the model, and return the run's folder with the adapter in it.
+
+        Args:
+            dataset: Rows to learn from. Left out, those that `config.data` names.
+            eval_dataset: Rows to evaluate on, beside `dataset`. Left out, some of its own are held out.
+            preprocessor: One of `get_preprocessor`, or of your own: it encodes the rows, from the columns of its form.
+                Left out, the task's own, from the columns that the rows have.
+            resume: Go on from the newest checkpoint of an earlier run in `output_dir`.
+
+        Raises:
+            ConfigError: `output_dir` holds a run already.
+            DataError: Rows are missing, rejected or too long, or don't fit the task.
+            ModelError: The model can't be loaded.
+            BrokenRunError: The run can't have learned.
+        """
+        from smolora.data.memory_rows import MemoryRows
+        from smolora.data.sources import as_dataset
+        from smolora.recipes.finetune import finetune
+
+        learned, held_out = (None if rows is None else as_dataset(rows) for rows in (dataset, eval_dataset))
+        if preprocessor is not None:
+            self.config = self.config.replace(data=_name_columns(self.config.data, preprocessor))
+        self._memory = MemoryRows(learned, held_out, preprocessor)
+        return finetune(
+            self.config,
+            self.run.path,
+            resume=resume,
+            callbacks=self.callbacks,
+            dataset=learned,
+            eval_dataset=held_out,
+            preprocessor=preprocessor,
+            strategy=self.strategy,
+        )
+
+    def evaluate(self, dataset: Dataset | Iterable[Mapping[str, object]] | None = None) -> dict[str, float]:
+        """Return the tuned model's loss and the metrics of its task, on `dataset` or on what the run held out.
+
+        A classifier has accuracy and f1, a language model perplexity and token_accuracy. `smolora evaluate` has more.
+
+        Raises:
+            ModelError: Nothing was trained.
+            DataError: There are no rows to evaluate on.
+        """
+        from smolora.data.memory_rows import FROM_SOURCES
+        from smolora.data.sources import as_dataset
+        from smolora.recipes.measure import measure
+
+        self._require_trained()
+        rows = None if dataset is None else as_dataset(dataset)
+        return measure(self.config, self.run.path, memory=self._memory or FROM_SOURCES, dataset=rows)
+
+    def save(self) -> Path:
+        """Merge the adapter into the base, check that the merged model answers the same, and return its folder.
+
+        Where all of the model was trained, the run has that folder already.
+
+        Raises:
+            ModelError: Nothing was trained, or the base can't take the adapter.
+            ConfigError: The merged model exists already.
+        """
+        from smolora.recipes.merge import merge
+
+        self._require_trained()
+        return self.run.model if self.run.model.is_dir() else Path(merge(self.run.path).out)
+
+    def load(self) -> ModelBundle:
+        """Open what was trained, for asking.
+
+        Raises:
+            ModelError: Nothing was trained.
+        """
+        from smolora.adapters.store import open_model
+
+        self._require_trained()
+        return open_model(self.run.path, device=self.config.model.device)
+
+    def _require_trained(self) -> None:
+        if not (self.run.adapter.is_dir() or self.run.model.is_dir()):
+            raise ModelError(f"{self.run.path} holds nothing that was trained. Call train(...) first.")
+
+
+def _name_columns(data: DataConfig, preprocessor: DataPreprocessor) -> DataConfig:
+    """Return `data` with the columns of a preprocessor's form, where they have settings and none is set."""
+    fields = {f"{role}_field": column for role, column in preprocessor.fmt.columns.items()}
+    known = {name: column for name, column in fields.items() if name in DataConfig.model_fields}
+    changed: DataConfig = data.replace(**{**known, **data.model_dump(exclude_unset=True)})
+    return changed

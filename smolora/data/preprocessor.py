@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from smolora.data.encoding import decode_ids, encode_pairs
 from smolora.data.prompts import Kind, PromptFormat, encode_row, render_pair
@@ -37,6 +38,16 @@ class DataPreprocessor:
             )
         self.fmt = fmt
         self.tokenizer = tokenizer
+
+    def with_format(self, fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Return the same preprocessor for rows of another form.
+
+        Raises:
+            DataError: The task has no use for rows of this form.
+        """
+        changed = copy(self)
+        DataPreprocessor.__init__(changed, fmt, tokenizer)
+        return changed
 
     def encode(self, rows: Sequence[Values]) -> list[Example]:
         """Encode rows, one example per row, of any length.

@@ -21,6 +21,7 @@ from smolora.config import ExperimentConfig
 from smolora.config.compatibility import find_float32_need
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.labels import learn_labels
+from smolora.data.memory_rows import FROM_SOURCES, MemoryRows
 from smolora.data.preprocessing import Side, encode_rows, get_preprocessor
 from smolora.data.preprocessor import DataPreprocessor
 from smolora.data.rows import Row
@@ -98,6 +99,8 @@ def finetune(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+    preprocessor: DataPreprocessor | None = None,
     strategy: TrainingStrategy | None = None,
 ) -> RunDir:
     """Tune `config.model` on its data; return the run's folder.
@@ -110,6 +113,8 @@ def finetune(
         resume: Go on from the newest whole checkpoint.
         callbacks: Listeners of the loop.
         dataset: Rows in memory, in place of `config.data.sources`.
+        eval_dataset: Held-out rows that go with `dataset`; left out, some of its own are held out.
+        preprocessor: Encodes the rows, in place of the task's own; its form gives way to that of the rows.
         strategy: A learning-rate curve and listeners.
 
     Raises:
@@ -121,11 +126,12 @@ def finetune(
         FailedElsewhere: Another process of the run failed.
     """
     run, strategy = RunDir(out), strategy or TrainingStrategy()
+    rows = MemoryRows(dataset, eval_dataset, preprocessor)
     processes = join_processes(resolve_device(config.model.device).device)
     with processes.together():
         asked = strategy.configure(config)
         config = processes.from_main(lambda: settle_config(run, asked, resume=resume, num_processes=processes.count))
-        tuning = open_tuning(config, out if processes.is_main else None, dataset, num_processes=processes.count)
+        tuning = open_tuning(config, out if processes.is_main else None, rows, num_processes=processes.count)
         _refuse_unmeasured(tuning.data, config, strategy)
         require_one_identity(processes.gather_values(tuning.identity))
         with ExitStack() as stack, ExitStack() as training:
@@ -171,26 +177,26 @@ def _finish(run: RunDir, config: ExperimentConfig, tuning: Tuning, state: Traine
 
 
 def open_tuning(
-    config: ExperimentConfig, out: Path | None = None, dataset: Dataset | None = None, *, num_processes: int = 1
+    config: ExperimentConfig, out: Path | None = None, memory: MemoryRows = FROM_SOURCES, *, num_processes: int = 1
 ) -> Tuning:
     """Load the base, encode the rows and attach the adapter: all that a run does before its folder is made.
 
     Args:
         config: The whole run.
         out: Where rejected rows are written; left out, they aren't.
-        dataset: Rows in memory, in place of `config.data.sources`.
+        memory: Rows in memory, in place of `config.data.sources`.
         num_processes: How many share the run.
 
     Raises:
         ConfigError, DataError, StorageError, ModelError: As `finetune`.
     """
-    if dataset is None:
+    if memory.train is None:
         check_sources(config.data)
     allocator = keep_large_blocks()
-    rows = read_rows(config, out, dataset)
+    rows = read_rows(config, out, memory)
     base, machine = load_base(config, rows.fmt.labels)
     base = reserve_virtual_tokens(base, config.adapter)
-    data = encode_data(config, rows, base)
+    data = encode_data(config, rows, base, memory.preprocessor)
     layout = choose_layout(base)
     steps = choose_steps(data, config, layout, num_processes)
     bundle = _adapt(base, config, data, total_steps=steps.total_steps)
@@ -254,26 +260,33 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
     return base, machine
 
 
-def read_rows(config: ExperimentConfig, out: Path | None = None, dataset: Dataset | None = None) -> SourceRows:
+def read_rows(config: ExperimentConfig, out: Path | None = None, memory: MemoryRows = FROM_SOURCES) -> SourceRows:
     """Read the rows and the labels in them; rejected rows are written to `out`, where it is given."""
     seed, task = config.evaluation.choose_split_seed(config.training.seed), config.model.task_type
-    if dataset is not None:
-        rows = read_dataset(dataset, config.data, seed=seed, out=out, task=task)
+    if memory.train is not None:
+        rows = read_dataset(memory.train, config.data, seed=seed, eval_dataset=memory.held_out, out=out, task=task)
     else:
         rows = read_sources(config.data, seed=seed, out=out, task=task)
     if task not in LABEL_TASKS:
         return rows
-    known = read_adapter(find_adapter(config.adapter.path)).labels if config.adapter.path else ()
+    known = memory.preprocessor.fmt.labels if memory.preprocessor else ()
+    if config.adapter.path:
+        known = read_adapter(find_adapter(config.adapter.path)).labels
     labels = learn_labels(rows.train, rows.held_out, rows.fmt, known=known)
     return replace(rows, fmt=rows.fmt.with_labels(labels))
 
 
-def encode_data(config: ExperimentConfig, rows: SourceRows, base: ModelBundle) -> TuningData:
-    """Encode the rows for the model."""
+def encode_data(
+    config: ExperimentConfig, rows: SourceRows, base: ModelBundle, preprocessor: DataPreprocessor | None = None
+) -> TuningData:
+    """Encode the rows for the model, by the preprocessor of its task where none is given."""
     fmt = rows.fmt.with_chat_template(config.data, base.tokenizer).with_labels(base.labels)
     fmt = fmt.with_end_token(choose_end_token(base)) if base.task == "causal_lm" else fmt
     rows = replace(rows, fmt=fmt)
-    preprocessor = get_preprocessor(base.task, fmt=fmt, tokenizer=base.tokenizer)
+    if preprocessor is None:
+        preprocessor = get_preprocessor(base.task, fmt=fmt, tokenizer=base.tokenizer)
+    else:
+        preprocessor = preprocessor.with_format(fmt, base.tokenizer)
     sides: list[tuple[list[Row], Side]] = [(rows.train, "train"), (rows.held_out, "validation")]
     encoded = [
         encode_rows(

@@ -15,6 +15,8 @@ from smolora import errors
 PROMISED = {
     # The class, and rows
     "SmoLoRA",
+    "PEFTTrainer",
+    "COMMON_DATASETS",
     "prepare_dataset",
     "load_text_data",
     "DatasetHandler",
@@ -72,6 +74,10 @@ PROMISED = {
     "AdaptiveLRStrategy",
     "EarlyStoppingStrategy",
     "TrainingStrategy",
+    "TensorBoardCallback",
+    "TrackioCallback",
+    "WandBCallback",
+    "MLflowCallback",
     # Seeing inside, and steering
     "measure_gradient_norms",
     "optimize_for_dataset_size",
@@ -89,6 +95,7 @@ PROMISED = {
     # Proving it
     "DatasetType",
     "load_and_preprocess_dataset",
+    "compute_metrics",
     "MetricsCalculator",
     "get_metrics_calculator",
     "ModelEvaluator",
@@ -165,6 +172,10 @@ HEAVY = "torch", "transformers", "datasets", "peft", "accelerate", "numpy", "mat
         ("from smolora import generate_summary_report", ("torch", "matplotlib")),
         ("from smolora import plot_training_loss", ("torch", "transformers", "matplotlib.pyplot")),
         ("import smolora.recipes.report", ("torch", "matplotlib")),
+        ("from smolora import PEFTTrainer; PEFTTrainer('m').evaluate", HEAVY),
+        ("from smolora import COMMON_DATASETS", ("torch", "transformers", "datasets")),
+        ("from smolora import compute_metrics", ("torch", "transformers", "datasets")),
+        ("from smolora import WandBCallback", ("wandb", "mlflow", "trackio", "tensorboard", "transformers")),
         ("from smolora import get_metrics_calculator", ("torch", "transformers", "datasets")),
     ],
 )
