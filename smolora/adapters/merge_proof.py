@@ -29,7 +29,7 @@ _ROUNDINGS = 4
 """One rounding moves a weight by half an eps of itself at most, and no number of a vector is larger than some 5."""
 
 _ARITHMETIC = 1e-5
-"""What float32 sums in another order may differ by; 3e-6 was seen on rows of 1,536."""
+"""What float32 sums in another order may differ by; 3.5e-6 was seen on rows of 1,536, 3e-6 on 32,768."""
 
 
 @dataclass(frozen=True)
