@@ -7,8 +7,8 @@ the adapter it either merges the NaN or stops half way.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +18,17 @@ import torch
 from smolora.adapters.adapter_files import StoredAdapter, read_adapter
 from smolora.adapters.changes import base_of, find_changes
 from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof
-from smolora.adapters.merge_proof import Proof, WeightProof
-from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
+from smolora.adapters.merge_proof import Finding, Proof, WeightProof
+from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write_merged_file
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
 from smolora.adapters.store import load_adapter, load_base, resolve_base_folder
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
+from smolora.models.saving import save_model
 from smolora.models.structure import is_quantised, is_stored_transposed
+from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
 from smolora.records.staging import staged_folder, write_json
 
@@ -47,12 +49,15 @@ _COPIED = (
     "NOTICE*",
 )
 
+_FILE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 # What a LoRA config may say and be merged here. Another setting away from its default is refused, also one that peft
 # adds later.
 _BOOKKEEPING = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-_UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, "inference_mode", "lora_dropout", "init_lora_weights"}
+_STATE = ("inference_mode", "lora_dropout", "init_lora_weights", "modules_to_save")
+_UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, *_STATE}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
 
 
@@ -99,6 +104,8 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         raise ConfigError(f"{out} exists. Choose another output folder, or remove it first.")
     adapter = read_adapter(adapter_folder)
     _refuse_unmergeable(adapter)
+    if adapter.task in HEAD_TASKS:
+        return _merge_with_head(adapter, out, base)
     base_folder = resolve_model_folder(base) if base else resolve_base_folder(adapter)
     _refuse_quantised(base_folder)
     files = list_weight_files(base_folder)
@@ -111,22 +118,61 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
             write_merged_file(file, staging / file.name, updates_by_tensor, proof.check)
         _copy_settings(base_folder, adapter_folder, staging)
         found = proof.conclude(staging)
-        report = MergeReport(
-            base=source,
-            base_fingerprint=fingerprint,
-            adapter=str(adapter_folder),
-            out=str(out),
-            dtype=", ".join(sorted({tensor.dtype for _, tensor in matched.values()})),
-            quantization=adapter.quantization,
-            num_merged_tensors=len(matched),
-            num_copied_tensors=len(stored) - len(matched),
-            compared=found.compared,
-            adapter_effect=found.effect,
-            max_difference=found.difference,
-            tolerance=found.tolerance,
+        dtypes = [tensor.dtype for _, tensor in matched.values()]
+        report = _report(adapter, out, base=(source, fingerprint), dtypes=dtypes, num_tensors=len(stored), found=found)
+        write_json(staging / REPORT_FILE, asdict(report))
+    return report
+
+
+def _merge_with_head(adapter: StoredAdapter, out: Path, base: str | Path | None) -> MergeReport:
+    """Merge in memory, and save anew: the base's files have no place for the head that was trained with the adapter."""
+    bundle = load_adapter(_open_base(adapter, base, torch.float32, device="cpu"), adapter.folder)
+    plain = load_model(base or str(adapter.base), revision=bundle.revision, task=adapter.task, labels=adapter.labels)
+    proof, updates = LogitProof(bundle, torch.float32), _build_updates(adapter, bundle)
+    weights = dict(plain.model.named_parameters())
+    for name, update in updates.items():
+        merged = update.apply(weights[name].detach())
+        proof.check(name, update, weights[name], merged)
+        weights[name].data = merged
+    with staged_folder(out) as staging:
+        save_model(replace(plain, prompt_format=bundle.prompt_format), staging)
+        dtypes = [_FILE_NAMES[weights[name].dtype] for name in updates]
+        report = _report(
+            adapter,
+            out,
+            base=(bundle.source, bundle.fingerprint),
+            dtypes=dtypes,
+            num_tensors=len(weights),
+            found=proof.conclude(staging),
         )
         write_json(staging / REPORT_FILE, asdict(report))
     return report
+
+
+def _report(
+    adapter: StoredAdapter,
+    out: Path,
+    *,
+    base: tuple[str, str],
+    dtypes: Sequence[str],
+    num_tensors: int,
+    found: Finding,
+) -> MergeReport:
+    """Return the report; `base` is its source and fingerprint, and `dtypes` are those of the merged tensors."""
+    return MergeReport(
+        base=base[0],
+        base_fingerprint=base[1],
+        adapter=str(adapter.folder),
+        out=str(out),
+        dtype=", ".join(sorted(set(dtypes))),
+        quantization=adapter.quantization,
+        num_merged_tensors=len(dtypes),
+        num_copied_tensors=num_tensors - len(dtypes),
+        compared=found.compared,
+        adapter_effect=found.effect,
+        max_difference=found.difference,
+        tolerance=found.tolerance,
+    )
 
 
 class _Opened(NamedTuple):

@@ -21,6 +21,7 @@ from smolora.adapters.toggling import disabled_adapter
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model
+from smolora.models.tasks import HEAD_TASKS
 
 _TOKENS = 8
 HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,8 +96,12 @@ def verify_merged(merged: ModelBundle, probe: Probe, dtypes: Iterable[torch.dtyp
 
 @torch.no_grad()
 def _compute_logits(bundle: ModelBundle, input_ids: Tensor) -> Tensor:
+    extra = {} if bundle.task in HEAD_TASKS else {"use_cache": False}
     with Widened():
-        logits: Tensor = bundle.model(input_ids=input_ids, use_cache=False).logits
+        outputs = bundle.model(input_ids=input_ids, **extra)
+    if bundle.task == "qa":
+        return torch.stack((outputs.start_logits, outputs.end_logits))
+    logits: Tensor = outputs.logits
     return logits
 
 

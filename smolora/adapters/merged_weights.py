@@ -21,7 +21,7 @@ from smolora.errors import ModelError
 from smolora.models.quantised import round_trip
 from smolora.models.weight_files import StoredTensor, name_in_files, read_header, read_stored_tensors
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 20
 
 
@@ -65,9 +65,9 @@ def match_updates(
         tensor = next((by_name[name] for name in name_in_files(path) if name in by_name), None)
         if tensor is None:
             raise ModelError(f"the base's files hold no {path} to merge into. Merge into another copy of the base.")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ModelError(
-                f"{tensor.name} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} can be merged into. "
+                f"{tensor.name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} can be merged into. "
                 "Name an unquantised base."
             )
         matched[tensor.name] = (update, tensor)
@@ -98,7 +98,7 @@ def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update],
 
 
 def _read(reader: BufferedReader, tensor: StoredTensor) -> Tensor:
-    weight = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype])
+    weight = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
     reader.seek(tensor.start)
     reader.readinto(_view_bytes(weight))
     return weight

@@ -37,8 +37,8 @@ OBSTACLES: tuple[Obstacle, ...] = (
     ),
     Obstacle(
         methods=("prompt_tuning", "p_tuning", "prefix_tuning"),
-        tasks=("classification", "token_classification", "qa", "seq2seq"),
-        reason="a task's head reads the row, and would take the virtual tokens for a part of it",
+        tasks=("token_classification", "qa", "seq2seq"),
+        reason="the answers are at places of the row, and the virtual tokens before it move them",
         advice="Choose lora, or another method that changes weights.",
     ),
     Obstacle(

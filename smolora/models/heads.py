@@ -116,18 +116,24 @@ def _widen_inputs(head: nn.Module, inputs: tuple[object, ...]) -> tuple[object, 
 
 def _classify_last_tokens(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     logits_to_keep: Tensor | None = None,
+    past_key_values: object | None = None,
     **inputs: object,
 ) -> SequenceClassifierOutput:
-    """Answer at the positions `logits_to_keep` of packed rows `[1, T]`: `[1, N, C]`; else once a row: `[B, C]`."""
-    given = {name: value for name, value in inputs.items() if value is not None}
+    """Answer at the positions `logits_to_keep` of packed rows `[1, T]`: `[1, N, C]`; else once a row: `[B, C]`.
+
+    Virtual tokens come before a row: as embeddings in its place, or as `past_key_values` that only the mask counts
+    (peft looks for that name among the parameters).
+    """
+    given = {name: value for name, value in {"past_key_values": past_key_values, **inputs}.items() if value is not None}
     hidden: Tensor = model.base_model(input_ids=input_ids, attention_mask=attention_mask, **given)[0]  # [B, T, D]
     if logits_to_keep is not None:
         return SequenceClassifierOutput(logits=model.get_submodule(_FORWARD_HEAD)(hidden[:, logits_to_keep]))
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    num_rows, length = hidden.shape[:2]
+    places = torch.arange(length, device=hidden.device)
+    mask = torch.ones_like(hidden[..., 0]) if attention_mask is None else attention_mask[:, -length:]
     last = (places * mask).argmax(dim=1)
-    rows = torch.arange(len(hidden), device=hidden.device)
+    rows = torch.arange(num_rows, device=hidden.device)
     return SequenceClassifierOutput(logits=model.get_submodule(_FORWARD_HEAD)(hidden[rows, last]))

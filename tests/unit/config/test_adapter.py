@@ -85,9 +85,10 @@ def test_every_row_of_the_table_names_methods_that_there_are():
     assert {*NEEDS_FLOAT32, *PHASELESS} <= set(METHODS)
 
 
-def test_virtual_tokens_are_for_text_alone():
-    with pytest.raises(ConfigError, match="p_tuning can't be used here: a task's head reads the row"):
-        resolve("adapter.method=p_tuning", "model.task_type=classification")
+def test_virtual_tokens_are_refused_where_the_answers_are_places_of_the_row():
+    with pytest.raises(ConfigError, match="p_tuning can't be used here: the answers are at places of the row"):
+        resolve("adapter.method=p_tuning", "model.task_type=qa")
+    assert resolve("adapter.method=p_tuning", "model.task_type=classification").adapter.method == "p_tuning"
 
 
 @pytest.mark.parametrize("method", ["adalora", "ia3"])
