@@ -36,6 +36,17 @@ class FieldFlags(TextFlags):
     """Column that the model learns to answer."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskFieldFlags(FieldFlags):
+    """The columns of rows of any task."""
+
+    text_pair_field: Annotated[str | None, At("data.text_pair_field")] = None
+    """Column of the second text, where two are classified together."""
+
+    label_field: Annotated[str | None, At("data.label_field")] = None
+    """Column of labels, where it has another name than label (of words: tags)."""
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class PrepareFlags(FieldFlags):
@@ -106,17 +117,11 @@ class PretrainFlags(TextFlags, LoopFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class TrainFlags(FieldFlags, LoopFlags):
+class TrainFlags(TaskFieldFlags, LoopFlags):
     """Flags of `smolora train`."""
 
     task: Annotated[str | None, At("model.task_type")] = None
     """causal_lm, classification, token_classification, qa or seq2seq."""
-
-    text_pair_field: Annotated[str | None, At("data.text_pair_field")] = None
-    """Column of the second text, where two are classified together."""
-
-    label_field: Annotated[str | None, At("data.label_field")] = None
-    """Column of labels, where it has another name than label (of words: tags)."""
 
     model: Annotated[str | None, At("model.name_or_path")] = None
     """Base model: a folder, a run or a hub id."""
@@ -184,7 +189,7 @@ class AnswerFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RowFlags(FieldFlags):
+class RowFlags(TaskFieldFlags):
     """Which rows are answered."""
 
     benchmark: str | None = None

@@ -24,6 +24,9 @@ Reader = Callable[[Path, str], Iterator["BenchmarkRow"]]
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 SENTIMENTS = ("negative", "positive")
+TEXTS = "texts"
+"""The fact of a row that is the text to classify alone, or two of them."""
+
 NEWS_TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 
 
@@ -58,21 +61,23 @@ def read_nli(path: Path, split: str) -> Iterator[BenchmarkRow]:
             continue
         premise, hypothesis = get_text(values, "premise", "sentence1"), get_text(values, "hypothesis", "sentence2")
         prompt = f"Premise: {premise}\nHypothesis: {hypothesis}\nRelation:"
-        yield BenchmarkRow(prompt, (_name_label(label, NLI_LABELS, path),))
+        yield BenchmarkRow(prompt, (_name_label(label, NLI_LABELS, path),), {TEXTS: (premise, hypothesis)})
 
 
 def read_sst2(path: Path, split: str) -> Iterator[BenchmarkRow]:
     """Read a sentence of a film review, and whether it is positive."""
     for values in iter_values(path):
         label = _name_label(values.get("label"), SENTIMENTS, path)
-        yield BenchmarkRow(f"Review: {get_text(values, 'text', 'sentence')}\nSentiment:", (label,))
+        sentence = get_text(values, "text", "sentence")
+        yield BenchmarkRow(f"Review: {sentence}\nSentiment:", (label,), {TEXTS: (sentence,)})
 
 
 def read_ag_news(path: Path, split: str) -> Iterator[BenchmarkRow]:
     """Read title and description of a piece of news, and its topic."""
     for values in iter_values(path):
         news = f"{get_text(values, 'title')}\n{get_text(values, 'description')}"
-        yield BenchmarkRow(f"News: {news}\nTopic:", (_name_label(values.get("label"), NEWS_TOPICS, path),))
+        label = _name_label(values.get("label"), NEWS_TOPICS, path)
+        yield BenchmarkRow(f"News: {news}\nTopic:", (label,), {TEXTS: (news,)})
 
 
 def read_squad(path: Path, split: str) -> Iterator[BenchmarkRow]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from smolora.errors import DataError, did_you_mean
@@ -54,15 +54,27 @@ def learn_labels(
         DataError: Fewer than two labels, or rows with labels that aren't learned.
     """
     if known:
-        _refuse_unknown("training", train, fmt, known)
+        refuse_unknown("training", _iter_names(train, fmt), known)
     learned = tuple(known) or order_labels(name for row in train for name in iter_labels(row.values, fmt))
     if len(learned) < 2:
         raise DataError(
             f"all labels in column {fmt.columns[_ROLES[fmt.kind]]!r} are {learned[0]!r}: there is nothing to tell "
             "apart. Add rows of another label, or name another column with --label-field."
         )
-    _refuse_unknown("held-out", held_out, fmt, learned)
+    refuse_unknown("held-out", _iter_names(held_out, fmt), learned)
     return learned
+
+
+def match_label(name: str, labels: Sequence[str], aliases: Mapping[str, str]) -> str | None:
+    """Return the one of a head's labels that rows call `name`, but for case or by another name; None where none is.
+
+    >>> match_label("Yes", ["no", "yes"], {}), match_label("1", ["no", "yes"], {"1": "yes"})
+    ('yes', 'yes')
+    """
+    if name in labels:
+        return name
+    alike = [label for label in labels if label.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else aliases.get(name)
 
 
 def iter_labels(values: Values, fmt: PromptFormat) -> Iterator[str]:
@@ -77,8 +89,17 @@ def iter_labels(values: Values, fmt: PromptFormat) -> Iterator[str]:
 _ROLES = {"classification": "label", "token_classification": "tags"}
 
 
-def _refuse_unknown(side: str, rows: Sequence[Row], fmt: PromptFormat, learned: Sequence[str]) -> None:
-    unknown = Counter(name for row in rows for name in set(iter_labels(row.values, fmt)) - set(learned))
+def _iter_names(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[set[str]]:
+    return (set(iter_labels(row.values, fmt)) for row in rows)
+
+
+def refuse_unknown(side: str, rows: Iterable[set[str]], learned: Sequence[str]) -> None:
+    """Raise where rows, each given by its labels, have some that aren't learned.
+
+    Raises:
+        DataError: So they have; it names them with the counts of their rows.
+    """
+    unknown = Counter(name for names in rows for name in names - set(learned))
     if unknown:
         shown = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(_SHOWN))
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""

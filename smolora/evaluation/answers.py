@@ -142,6 +142,51 @@ class LossMetric(SummedMetric):
         return [loss, math.exp(min(loss, 700.0))]  # Beyond, a float64 overflows.
 
 
+class MajorityMetric(SummedMetric):
+    """What a classifier must beat: the accuracy of one that always gives the commonest label of these very rows."""
+
+    names = ("majority_accuracy",)
+    variants = ("share of right labels, were the commonest label of these rows always the answer",)
+    version = _OURS
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = tuple(labels)
+
+    @property
+    def width(self) -> int:
+        """Rows of each label."""
+        return len(self.labels)
+
+    def measure(self, answer: Answer, row: BenchmarkRow) -> Sums:
+        """Return a 1 for the label of the row."""
+        return np.array([float(label == row.references[0]) for label in self.labels])
+
+    def conclude(self, sums: Sums) -> Sequence[float]:
+        """Return the share of the commonest."""
+        return [float(sums.max() / sums.sum())] if sums.any() else [math.nan]
+
+
+class HeadLossMetric(SummedMetric):
+    """Mean -log p of what is right under the head of a task."""
+
+    names = ("loss",)
+    variants = ("nats per right label under the head",)
+    version = _OURS
+
+    @property
+    def width(self) -> int:
+        """Losses and labels."""
+        return 2
+
+    def measure(self, answer: Answer, row: BenchmarkRow) -> Sums:
+        """Return the sum and the labels of one row."""
+        return np.array([answer.loss_sum or 0.0, float(answer.num_tokens)])
+
+    def conclude(self, sums: Sums) -> Sequence[float]:
+        """Return the loss; not a number where there were no labels."""
+        return [float(sums[0] / sums[1])] if sums[1] else [math.nan]
+
+
 def read_label(text: str, labels: Sequence[str]) -> str | None:
     """Return the label that is named first in `text`, without regard to case; None where none is.
 

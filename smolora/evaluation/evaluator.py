@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from hashlib import blake2b
 from itertools import islice
+from typing import Protocol
 
 from smolora.data.benchmark_rows import BenchmarkRow
-from smolora.errors import ConfigError, DataError
-from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
+from smolora.errors import ConfigError
+from smolora.evaluation.head_asker import HeadAsker
 from smolora.evaluation.metric import Answer
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
 from smolora.evaluation.result import EvaluationResult
+from smolora.evaluation.text_asker import TextAsker
 from smolora.generation.sampling import SamplingSettings
-from smolora.generation.text_generator import TextGenerator
 from smolora.models.bundle import ModelBundle
+from smolora.models.tasks import HEAD_TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,20 @@ Progress = Callable[[int], None]
 """Is told how many rows are done."""
 
 
+class Asker(Protocol):
+    """How a model of some task is asked."""
+
+    def answer(self, rows: Sequence[BenchmarkRow], *, first: int = 0) -> list[Answer]:
+        """Return what it answers, with the loss of what would be right; `first` is the first row's number."""
+        ...
+
+    def describe_cuts(self) -> str | None:
+        """Return what didn't fit into the model's context so far, as a sentence; None where all did."""
+        ...
+
+
 class ModelEvaluator:
-    """Asks one model, by the project's one generator.
+    """Asks one model: one that writes by the project's one generator, a task's head directly.
 
     Example:
         evaluator = ModelEvaluator(load_bundle("RUN"))
@@ -61,13 +74,12 @@ class ModelEvaluator:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
-        self.bundle = bundle
-        self.settings = settings
         self.batch_size = batch_size
-        self.labels = tuple(labels)
-        self._generator = TextGenerator(bundle)
-        self._num_cut = 0
-        self._scorer = LikelihoodScorer(bundle, batch_size=batch_size)
+        self._asker: Asker = (
+            HeadAsker(bundle, batch_size=batch_size)
+            if bundle.task in HEAD_TASKS
+            else TextAsker(bundle, settings=settings, batch_size=batch_size, labels=labels)
+        )
 
     def evaluate_dataset(
         self,
@@ -88,70 +100,18 @@ class ModelEvaluator:
         def ask(part: Sequence[BenchmarkRow]) -> list[Answer]:
             return self.answer(part, first=calculator.num_rows)
 
-        self._num_cut = 0
         result = score_answers(ask, rows, calculator, at_once=self._at_once, log=log, progress=progress)
-        if self._num_cut:
-            logger.warning(
-                "%d references are cut at the model's context of %s tokens: the loss is without what is past it.",
-                self._num_cut,
-                self.bundle.context,
-            )
+        if cuts := self._asker.describe_cuts():
+            logger.warning("%s", cuts)
         return result
 
     def answer(self, rows: Sequence[BenchmarkRow], *, first: int = 0) -> list[Answer]:
-        """Return the model's answers, with the loss of the references; a row without a prompt has the loss alone.
-
-        Args:
-            rows: What is asked.
-            first: Number of the first of them among all rows: with the seed, it decides what is drawn at random.
-
-        Raises:
-            DataError: A prompt leaves no room for an answer, or for a label, in the model's context.
-        """
-        losses = self._measure_references(rows)
-        if self.labels:
-            answers = [Answer(label, label=label) for label in self._choose_labels(rows)]
-        else:
-            asked = [(row.prompt, self._settings_of(number)) for number, row in enumerate(rows, first) if row.prompt]
-            prompts, settings = [prompt for prompt, _ in asked], [own for _, own in asked]
-            texts = iter(self._generator.generate(prompts, settings=settings, batch_size=self.batch_size))
-            answers = [Answer(next(texts) if row.prompt else "") for row in rows]
-        return [
-            Answer(answer.text, answer.label, loss.loss_sum, loss.num_tokens)
-            for answer, loss in zip(answers, losses, strict=True)
-        ]
+        """Return the model's answers, with the loss of what would be right; see the asker of its task."""
+        return self._asker.answer(rows, first=first)
 
     @property
     def _at_once(self) -> int:
         return self.batch_size * _BATCHES_AT_ONCE
-
-    def _settings_of(self, number: int) -> SamplingSettings:
-        """Return the settings with a seed of the row's own: a row is drawn alike whatever it is asked with."""
-        if self.settings.seed is None:
-            return self.settings
-        digest = blake2b(f"{self.settings.seed} {number}".encode(), digest_size=8).digest()
-        own: SamplingSettings = self.settings.replace(seed=int.from_bytes(digest, "little") >> 1)
-        return own
-
-    def _measure_references(self, rows: Sequence[BenchmarkRow]) -> list[Likelihood]:
-        """Return the loss of all references of each row."""
-        each = self._scorer.measure([(row.prompt, text) for row in rows for text in row.references])
-        self._num_cut += sum(not one.is_whole for one in each)
-        measured = iter(each)
-        found = [list(islice(measured, len(row.references))) for row in rows]
-        return [Likelihood(sum(one.loss_sum for one in of), sum(one.num_tokens for one in of)) for of in found]
-
-    def _choose_labels(self, rows: Sequence[BenchmarkRow]) -> Iterator[str]:
-        measured = iter(self._scorer.measure([(row.prompt, label) for row in rows for label in self.labels]))
-        for row in rows:
-            found = list(islice(measured, len(self.labels)))
-            if not all(one.is_whole for one in found):
-                raise DataError(
-                    f"a prompt leaves no room for the labels in the model's context of {self.bundle.context} tokens: "
-                    f"{str(row.prompt)[:60]!r}. Shorten it."
-                )
-            losses = [one.loss_sum for one in found]
-            yield self.labels[losses.index(min(losses))]
 
 
 def score_answers(

@@ -12,7 +12,15 @@ import numpy as np
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.benchmarks import BENCHMARKS, get_benchmark, resolve_name
 from smolora.errors import ConfigError, DataError, did_you_mean
-from smolora.evaluation.answers import DistinctMetric, ExactMatch, LabelMetric, LossMetric, SquadMetric
+from smolora.evaluation.answers import (
+    DistinctMetric,
+    ExactMatch,
+    HeadLossMetric,
+    LabelMetric,
+    LossMetric,
+    MajorityMetric,
+    SquadMetric,
+)
 from smolora.evaluation.bootstrap import Tally, find_interval
 from smolora.evaluation.metric import Answer, CorpusMetric, MetricScore, MissingResource, Resources, SummedMetric, Sums
 from smolora.evaluation.sql import Execution, LogicalForm
@@ -65,6 +73,8 @@ METRICS: Mapping[str, tuple[tuple[str, ...], Callable[[Resources], Metric]]] = {
     "logical_form": (LogicalForm.names, lambda _: LogicalForm()),
     "execution": (Execution.names, Execution),
     "loss": (LossMetric.names, lambda _: LossMetric()),
+    "majority": (MajorityMetric.names, lambda resources: MajorityMetric(resources.labels)),
+    "head_loss": (HeadLossMetric.names, lambda _: HeadLossMetric()),
 }
 """By name: what numbers it gives, and how it is made. One that lacks a resource raises MissingResource."""
 

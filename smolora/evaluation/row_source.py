@@ -7,15 +7,17 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
-from smolora.data.benchmark_rows import BenchmarkRow, Prompt
+from smolora.config.model import TaskType
+from smolora.data.benchmark_rows import TEXTS, BenchmarkRow, Prompt
 from smolora.data.benchmarks import get_benchmark
 from smolora.data.chat import check_messages
+from smolora.data.labels import iter_labels
 from smolora.data.prompts import PromptFormat, render_pair
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_NAMED_KINDS = ("text", "prompt_completion", "classification")
+"""Forms whose columns a person can name."""
 
 _ANSWER_METRICS = ("bleu", "rouge", "exact_match", "distinct")
 
@@ -109,6 +114,7 @@ def open_data(
     *,
     trained: PromptFormat | None,
     tokenizer: PreTrainedTokenizerBase,
+    task: TaskType = "causal_lm",
     num_samples: int | None = None,
 ) -> RowSource:
     """Return a person's own rows. Rows that follow each other with the same prompt are one row of several references.
@@ -117,6 +123,7 @@ def open_data(
         data: The sources and their columns; of a folder that `prepare` wrote, the held-out rows.
         trained: The form the model was trained in, whose columns are taken where no others are named.
         tokenizer: Whose chat template is used for messages.
+        task: What the model is asked.
         num_samples: Rows to take from the start.
 
     Raises:
@@ -128,12 +135,13 @@ def open_data(
     sources = tuple(str(file or source) for file, source in zip(held_out, data.sources, strict=True))
     data = data.replace(sources=sources, deduplicate=False)
     check_sources(data)
-    data = _choose_columns(data, trained, tokenizer)
-    fmt = stream_sources(data, tokenizer=tokenizer).fmt
+    open_stream = partial(stream_sources, tokenizer=tokenizer, task=task)
+    data = _choose_columns(data, trained, open_stream)
+    fmt = open_stream(data).fmt
     files = [Path(source) for source in sources]
     return RowSource(
         name=f"{files[0].stem}{limit}",
-        iter_rows=lambda: _iter_rows(stream_sources(data, tokenizer=tokenizer), data, trained, num_samples),
+        iter_rows=lambda: _iter_rows(open_stream(data), data, trained, num_samples),
         metrics=("loss",) if fmt.kind == "text" else (*_ANSWER_METRICS, "loss"),
         identity={
             "rows": num_samples,
@@ -143,13 +151,16 @@ def open_data(
     )
 
 
-def _choose_columns(data: DataConfig, trained: PromptFormat | None, tokenizer: PreTrainedTokenizerBase) -> DataConfig:
+def _choose_columns(
+    data: DataConfig, trained: PromptFormat | None, open_stream: Callable[[DataConfig], RowStream]
+) -> DataConfig:
     """Return `data` with the columns that the model was trained on, where none are named and those are there."""
-    if trained is None or data.text_field or data.prompt_field or trained.kind not in ("text", "prompt_completion"):
+    if trained is None or data.text_field or data.prompt_field or trained.kind not in _NAMED_KINDS:
         return data
-    named: DataConfig = data.replace(**{f"{role}_field": column for role, column in trained.columns.items()})
+    own = {f"{role}_field": column for role, column in trained.columns.items()}
+    named: DataConfig = data.replace(**{**own, **({"label_field": data.label_field} if data.label_field else {})})
     try:
-        stream_sources(named, tokenizer=tokenizer)
+        open_stream(named)
     except DataError:
         return data
     return named
@@ -167,7 +178,8 @@ def _iter_rows(
             num_rows += 1
             yield row
 
-    grouped = group_rows(count(), stream.fmt, trained)
+    is_labelled = stream.fmt.kind == "classification"
+    grouped = _read_labelled(count(), stream.fmt) if is_labelled else group_rows(count(), stream.fmt, trained)
     yield from islice(grouped, num_samples)
     if num_samples is None or next(grouped, None) is None:
         close_report(stream.report, data, train=num_rows, held_out=0, out=None)
@@ -199,6 +211,12 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
         references.append(reference)
     if references:
         yield BenchmarkRow(prompt or "", tuple(references))
+
+
+def _read_labelled(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[BenchmarkRow]:
+    for row in rows:
+        texts = tuple(str(row.values[fmt.columns[role]]) for role in ("text", "text_pair") if role in fmt.columns)
+        yield BenchmarkRow("\n".join(texts), tuple(iter_labels(row.values, fmt)), {TEXTS: texts})
 
 
 def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:

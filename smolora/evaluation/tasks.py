@@ -12,6 +12,7 @@ from smolora.data.readers import open_text
 from smolora.data.rows import Reject, check_values
 from smolora.errors import ConfigError, DataError
 from smolora.evaluation.evaluator import ModelEvaluator, Progress, score_answers
+from smolora.evaluation.head_source import fit_to_head, refuse_drawing
 from smolora.evaluation.metric import Answer
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
@@ -19,6 +20,7 @@ from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.bundle import ModelBundle
+from smolora.models.tasks import HEAD_TASKS
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
@@ -98,8 +100,12 @@ def evaluate_model(
     """Ask a model the rows of a source; see `evaluate_benchmark`. Answers are kept in `folder`, where it is given.
 
     Raises:
-        ConfigError: The rows have no labels to choose the likeliest of.
+        ConfigError: The rows have no labels to choose the likeliest of, or don't fit the head of the model's task.
+        DataError: Rows have labels that the head doesn't know.
     """
+    if bundle.task in HEAD_TASKS:
+        refuse_drawing(bundle, settings, by_likelihood=by_likelihood)
+        source = fit_to_head(source, bundle)
     labels = source.resources.labels if by_likelihood else ()
     if by_likelihood and not labels:
         raise ConfigError(f"{source.name} has no labels to choose the likeliest of: leave out --by-likelihood.")
@@ -110,7 +116,7 @@ def evaluate_model(
         asked = {"settings": chosen.model_dump(mode="json"), "labels": labels}
         is_repeatable = bool(labels) or not chosen.is_drawn or chosen.seed is not None
         log = PredictionLog(folder, {**_identify(source), **_identify_model(bundle), **asked}, is_resumed=is_repeatable)
-    metrics = tuple(dict.fromkeys((*source.metrics, "loss")))
+    metrics = source.metrics if bundle.task in HEAD_TASKS else tuple(dict.fromkeys((*source.metrics, "loss")))
     return evaluator.evaluate_dataset(
         source.iter_rows(),
         MetricsCalculator(metrics, resources=source.resources),

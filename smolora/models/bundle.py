@@ -14,7 +14,7 @@ from smolora.data.prompts import PromptFormat
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
 from smolora.models.gpt import GPTModel
-from smolora.models.tasks import LABEL_TASKS
+from smolora.models.tasks import HEAD_TASKS, LABEL_TASKS
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 _UNBOUNDED = ("t5", "mt5", "umt5")
@@ -83,13 +83,13 @@ class ModelBundle:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token that ends an answer: the generation config's, then the tokenizer's."""
-        found = [] if isinstance(self.model, GPTModel) else _read_eos(self.model.generation_config)
+        found = _read_eos(self.model.generation_config) if self._writes_by_transformers else []
         return tuple(dict.fromkeys(id for id in (*found, self.tokenizer.eos_token_id) if id is not None))
 
     @property
     def generation_settings(self) -> dict[str, object]:
         """What the model's own generation config sets; nothing where it has none."""
-        found = None if isinstance(self.model, GPTModel) else self.model.generation_config
+        found = self.model.generation_config if self._writes_by_transformers else None
         own = found.to_diff_dict() if isinstance(found, GenerationConfig) else {}
         return {name: value for name, value in own.items() if name != "transformers_version"}
 
@@ -102,6 +102,11 @@ class ModelBundle:
     def num_trainable_parameters(self) -> int:
         """Parameters that require a gradient."""
         return count_parameters(self.model)[0]
+
+    @property
+    def _writes_by_transformers(self) -> bool:
+        """Whether the model has a generation config."""
+        return not isinstance(self.model, GPTModel) and self.task not in HEAD_TASKS
 
     @property
     def _first_parameter(self) -> nn.Parameter:

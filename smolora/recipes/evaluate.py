@@ -100,7 +100,11 @@ def evaluate(
     assert request.model is not None, "check has seen to that"
     bundle = open_model(request.model, device=request.device)
     rows = rows or open_data(
-        request.data, trained=bundle.prompt_format, tokenizer=bundle.tokenizer, num_samples=request.num_samples
+        request.data,
+        trained=bundle.prompt_format,
+        tokenizer=bundle.tokenizer,
+        task=bundle.task,
+        num_samples=request.num_samples,
     )
     folder = choose_folder(request.model, rows, request.out)
     if folder is None:

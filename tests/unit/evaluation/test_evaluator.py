@@ -12,6 +12,7 @@ import pytest
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.errors import ConfigError, DataError, FolderInUseError
 from smolora.evaluation.evaluator import GREEDY, ModelEvaluator, score_answers
+from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
@@ -122,7 +123,7 @@ def test_the_likeliest_label_is_the_answer(bundle, rows):
     evaluator = ModelEvaluator(bundle, labels=("yes", "no"))
     answers = evaluator.answer(rows)
     for answer, row in zip(answers, rows, strict=True):
-        yes, no = evaluator._scorer.measure([(row.prompt, "yes"), (row.prompt, "no")])
+        yes, no = LikelihoodScorer(bundle).measure([(row.prompt, "yes"), (row.prompt, "no")])
         assert answer.label == answer.text == ("yes" if yes.loss_sum <= no.loss_sum else "no")
         assert answer.loss_sum == pytest.approx(yes.loss_sum, rel=1e-5)
     calculator = MetricsCalculator(["labels"], resources=Resources(labels=("yes", "no")))
