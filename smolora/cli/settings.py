@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from rich.console import Console
 
 from smolora.cli.flags import TrainFlags
 from smolora.cli.run_config import build_config, split_words
@@ -49,6 +50,7 @@ def config(
     preset: str | None = None,
     kind: Annotated[Literal["train", "pretrain", "prepare"], Parameter(name="--for")] = "train",
     schema: bool = False,
+    imported: Annotated[Path | None, Parameter(name="--import")] = None,
 ) -> None:
     """Print a configuration with everything that it leaves open, as YAML, or say what is wrong with it.
 
@@ -57,8 +59,9 @@ def config(
         preset: Experiment to start from.
         kind: The verb that it is for.
         schema: Print the JSON Schema of such files instead, for editors.
+        imported: A file of LLaMA-Factory or axolotl, to print as one of ours; what has no counterpart is listed.
     """
-    open_terminal()
+    terminal = open_terminal()
     from smolora.config import ExperimentConfig, PrepareConfig, PretrainConfig, dump_config, resolve_config
     from smolora.config.presets import read_preset
     from smolora.config.schema import describe_schema
@@ -67,8 +70,27 @@ def config(
     if schema:
         print(json.dumps(describe_schema(kinds[kind]), indent=2))
         return
+    if imported is not None:
+        if words or preset or kind != "train":
+            raise ConfigError("--import reads one file and nothing else. Give settings to train, after the new file.")
+        _print_imported(imported, terminal)
+        return
     if preset is not None and kind != "train":
         raise ConfigError(f"--preset is an experiment of train, and --for {kind} asks for another verb's settings.")
     file, assignments = split_words(words)
     start = read_preset(preset) if preset else None
     print(dump_config(resolve_config(kinds[kind], preset=start, file=file, assignments=assignments)), end="")
+
+
+def _print_imported(file: Path, terminal: Console) -> None:
+    from smolora.config.annotated import annotate_config
+    from smolora.config.experiment import read_yaml
+    from smolora.config.imported import import_config
+
+    made = import_config(read_yaml(file), Path())
+    reasons = dict.fromkeys(made.filled, f"{made.tool}'s default.")
+    print(annotate_config(made.build(), head=[f"From {file}, a file of {made.tool}."], reasons=reasons), end="")
+    lines = [f"  {key}: {' '.join(reason.split())}" for key, reason in made.left_out.items()]
+    print_plainly(
+        terminal, "\n".join([f"{len(lines)} keys of {file} aren't in it:", *lines]) if lines else "all is in it"
+    )

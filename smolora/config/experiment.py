@@ -167,7 +167,7 @@ def resolve_config(
         values["training"] = _pretraining_defaults().model_dump(exclude_unset=True)
     is_afresh = base is not None and not base.is_file()
     for layer in (None if is_afresh else base, file):
-        values = _lay_over(values, rename_aliases(kind, _read_yaml(layer))) if layer else values
+        values = _lay_over(values, rename_aliases(kind, read_yaml(layer))) if layer else values
     values = _lay_over(values, _read_command(kind, flags or {}, assignments))
     if base is not None and is_afresh:
         _require_start(kind, values, base.parent)
@@ -271,7 +271,12 @@ def _parse_value(assignment: str, text: str) -> Any:
         raise ConfigError(f"'{assignment}': the value isn't YAML: {error}") from None
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the settings of a file, empty ones left out.
+
+    Raises:
+        ConfigError: There is none, or it isn't a YAML mapping.
+    """
     if not file.is_file():
         raise ConfigError(f"no configuration file {file}.")
     try:

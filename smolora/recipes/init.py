@@ -81,7 +81,7 @@ def _look(data: TuningData, base: ModelBundle) -> Findings:
     report = data.rows.report
     return Findings(
         form=data.rows.fmt.describe(),
-        is_whole_text=data.rows.fmt.kind == "text",
+        survives_cut=data.rows.fmt.kind == "text" or base.task in ("classification", "token_classification"),
         rows=report.kept,
         held_out=report.held_out,
         ledger=report.describe().splitlines(),

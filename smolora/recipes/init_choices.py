@@ -30,8 +30,8 @@ class Findings:
     """What was seen of rows and model. Lengths are in tokens of the model's tokenizer."""
 
     form: str
-    is_whole_text: bool
-    """Whether all of a row is learned, so that its beginning alone is still a text."""
+    survives_cut: bool
+    """Whether the beginning of a row alone can be learned from: of a plain text, and of one that gets labels."""
     rows: int
     """Rows that are kept, to learn from or to evaluate on."""
     held_out: int
@@ -75,10 +75,10 @@ def choose_settings(config: ExperimentConfig, found: Findings) -> tuple[Experime
 
 
 def _choose_lengths(config: ExperimentConfig, found: Findings) -> tuple[dict[str, object], dict[str, str]]:
-    fitting = "truncate" if found.is_whole_text else "drop"
+    fitting = "truncate" if found.survives_cut else "drop"
     why = (
-        "a text that is cut is still a text"
-        if found.is_whole_text
+        "the beginning of a text is a text"
+        if found.survives_cut
         else "an answer that is cut teaches to stop anywhere; truncate keeps such rows"
     )
     chosen: dict[str, object] = {}

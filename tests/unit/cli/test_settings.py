@@ -57,6 +57,19 @@ def test_the_schema_is_one_json_object_on_stdout(smolora, kind):
     assert "data" in json.loads(out)["properties"]
 
 
+def test_a_file_of_another_tool_is_printed_as_ours_and_the_rest_is_listed(smolora, tmp_path):
+    file = tmp_path / "other.yml"
+    file.write_text("base_model: m\nadapter: lora\nlora_r: 4\nsequence_len: 128\nfancy: 1\noutput_dir: x\n")
+    code, out, err = smolora("config", "--import", file)
+    (tmp_path / "ours.yaml").write_text(out)
+    assert code == 0
+    assert f"2 keys of {file} aren't in it:\n  fancy: no counterpart\n" in err
+    assert "  # Here: axolotl's default.\n  lr_scheduler_type: cosine\n" in out
+    code, out, _ = smolora("config", tmp_path / "ours.yaml")
+    assert (code, yaml.safe_load(out)["adapter"]["r"]) == (0, 4)
+    assert smolora("config", "--import", file, "training.seed=1")[0] == 2
+
+
 def test_a_mistake_in_a_file_is_said_with_exit_2(smolora, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {name_or_path: m}\ntraining: {learning_rat: 1}\n")

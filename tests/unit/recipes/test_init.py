@@ -71,6 +71,25 @@ def test_texts_past_the_context_are_cut(base, tmp_path):
     assert init(config, tmp_path / "run.yaml").data.overlong == "truncate"
 
 
+def test_the_file_of_a_classifier_trains_too(base, tmp_path):
+    file = tmp_path / "reviews.csv"
+    file.write_text("text,label\n" + "".join(f"the cat {n},{('good', 'bad')[n % 2]}\n" for n in range(60)))
+    model = ModelConfig(name_or_path=str(base), task_type="classification")
+    config = ExperimentConfig(model=model, data=DataConfig(sources=(str(file),)), training=TrainingConfig(max_steps=2))
+    init(config, tmp_path / "run.yaml")
+    resolved = resolve_config(ExperimentConfig, file=tmp_path / "run.yaml")
+    assert resolved.model.task_type == "classification"
+    assert finetune(resolved, tmp_path / "run").adapter.is_dir()
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "adalora", "layernorm", "prompt_tuning", "full"])
+def test_the_file_of_another_method_reads_back(base, tmp_path, method):
+    config = _config(base, _write_rows(tmp_path, 60)).replace(adapter={"method": method})
+    chosen = init(config, tmp_path / "run.yaml")
+    assert resolve_config(ExperimentConfig, file=tmp_path / "run.yaml") == chosen
+    assert chosen.adapter.method == method
+
+
 def test_what_was_set_stays(base, tmp_path):
     given = {"max_length": 40, "overlong": "truncate", "validation_fraction": 0.1}
     file = _write_rows(tmp_path, 60, long=(3,))

@@ -12,7 +12,7 @@ from smolora.recipes.init_choices import Findings, choose_settings
 CONFIG = ExperimentConfig(model=ModelConfig(name_or_path="m"))
 FOUND = Findings(
     form="text",
-    is_whole_text=False,
+    survives_cut=False,
     rows=2_000,
     held_out=100,
     ledger=[],
@@ -33,12 +33,12 @@ def _choose(config=CONFIG, **found):
     [
         ({}, 104, "raise"),
         ({"longest": 511}, 96, "drop"),
-        ({"longest": 511, "is_whole_text": True}, 96, "truncate"),
+        ({"longest": 511, "survives_cut": True}, 96, "truncate"),
         ({"longest": 240}, 240, "raise"),
         ({"longest": 509, "most": 400, "context": 510}, 510, "raise"),
         ({"longest": 101, "context": None}, 104, "raise"),
         ({"too_long": 3, "longest": 510}, None, "drop"),
-        ({"too_long": 3, "is_whole_text": True}, None, "truncate"),
+        ({"too_long": 3, "survives_cut": True}, None, "truncate"),
     ],
 )
 def test_the_longest_length_follows_the_lengths(found, max_length, overlong):
