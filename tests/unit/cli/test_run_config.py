@@ -33,6 +33,9 @@ def test_every_train_flag_reaches_its_path():
         prompt_field="mr",
         completion_field="ref",
         text_field="t",
+        text_pair_field="u",
+        label_field="y",
+        task="classification",
         method="dora",
         adapter="run",
         epochs=2.0,
@@ -55,6 +58,8 @@ def test_every_train_flag_reaches_its_path():
     assert (config.model.name_or_path, config.model.dtype, config.model.device) == ("m", "float32", "cpu")
     assert (config.data.sources, config.data.eval_source) == (("a.csv", "b.csv"), "c.csv")
     assert (config.data.prompt_field, config.data.completion_field, config.data.text_field) == ("mr", "ref", "t")
+    assert (config.data.text_pair_field, config.data.label_field) == ("u", "y")
+    assert config.model.task_type == "classification"
     assert (config.data.max_length, config.data.overlong) == (9, "drop")
     phases = config.phases
     assert (phases.enabled, phases.strategy) == (True, "both,mlp,attn")
