@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.data.readers import read_csv, read_jsonl, read_txt_folder
     from smolora.data.sources import DatasetHandler, load_dataset_from_hub, load_text_data, prepare_dataset
     from smolora.data.token_dataset import TextDataset
+    from smolora.data.word_labels import TokenClassificationPreprocessor
     from smolora.errors import (
         BrokenRunError,
         ConfigError,
@@ -152,6 +153,7 @@ __all__ = [
     "TextCleaningProcessor",
     "TextDataset",
     "TextGenerator",
+    "TokenClassificationPreprocessor",
     "TokenizerConfig",
     "TrackioCallback",
     "Trainer",
@@ -253,6 +255,7 @@ _HOMES = {
     "TextCleaningProcessor": "smolora.data.cleaning",
     "TextDataset": "smolora.data.token_dataset",
     "TextGenerator": "smolora.generation.text_generator",
+    "TokenClassificationPreprocessor": "smolora.data.word_labels",
     "TokenizerConfig": "smolora.config",
     "TrackioCallback": "smolora.integrations.tracking",
     "Trainer": "smolora.training.trainer",

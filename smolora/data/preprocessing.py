@@ -18,6 +18,7 @@ from smolora.data.preprocessor import DataPreprocessor, InstructionPreprocessor
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
 from smolora.data.token_dataset import Example, TokenDataset
+from smolora.data.word_labels import TokenClassificationPreprocessor
 from smolora.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _PREPROCESSORS: dict[str, type[DataPreprocessor]] = {
     "causal_lm": DataPreprocessor,
     "instruction": InstructionPreprocessor,
     "classification": TextClassificationPreprocessor,
+    "token_classification": TokenClassificationPreprocessor,
 }
 
 

@@ -40,9 +40,14 @@ def resolve_task_columns(columns: Sequence[str], data: DataConfig, task: TaskTyp
 
     Raises:
         DataError: A named column is missing, or none of the usual ones is there.
-        ConfigError: A field is named that the task has no use for.
+        ConfigError: A field is named that the task has no use for, or texts with places in them are to be cleaned.
     """
     kind = FORMS_BY_TASK[task]
+    if data.clean and kind != "classification":
+        raise ConfigError(
+            f"data.clean is set, and rows of {task} say where in a text something is, or what each word is: a cleaned "
+            "text has other places. Clean the rows before you label them."
+        )
     if kind == "qa":
         refuse_other_fields(data, task, *_FIELDS)
         roles = ("context", "question", "answers")

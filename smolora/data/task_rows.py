@@ -7,6 +7,9 @@ from typing import cast
 
 from smolora.data.labels import name_label
 
+_NO_LABEL = (-1, -100)
+"""What data sets put where an annotator gave no label."""
+
 
 def find_label_problem(value: object) -> str | None:
     """Return why `value` is no label, or None.
@@ -16,8 +19,8 @@ def find_label_problem(value: object) -> str | None:
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return "it holds no label"
-    if value == -1 and not isinstance(value, bool):
-        return "it holds -1, which stands for no label"
+    if value in _NO_LABEL:
+        return f"it holds {value}, which stands for no label"
     if name_label(value) is None:
         return f"a label is a text or a whole number, found {type(value).__name__} {value!r}"[:200]
     return None

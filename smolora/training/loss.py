@@ -37,6 +37,8 @@ def target_logits_of(model: nn.Module, task: TaskType = "causal_lm") -> TargetLo
         return _span_logits
     if task == "seq2seq":
         return _answer_logits
+    if task == "token_classification":
+        return partial(_word_logits, model)
     return partial(_transformers_logits, model) if task == "causal_lm" else partial(_label_logits, model)
 
 
@@ -59,13 +61,22 @@ def _transformers_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Te
 
 
 def _label_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
-    """Return the logits of labels, one for each target: the row's own, or those of its words."""
+    """Return the logits of labels, one answer a row: [B, C]."""
     if batch.position_ids is not None:
         return _transformers_logits(plain, model, batch)
     logits: Tensor = model(**_padded_inputs(batch)).logits
-    if logits.ndim == 2:  # One answer a row: [B, C].
-        return logits
-    assert batch.target_positions is not None, "padded batches have them"
+    return logits
+
+
+def _word_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of labels at the first token of every word."""
+    assert batch.target_positions is not None, "batches of words have them"
+    inputs: dict[str, object] = dict(_padded_inputs(batch))
+    if batch.position_ids is not None:
+        inputs = _fill_up(batch) if attends_by_rows(plain) else _packed_inputs(batch)
+        del inputs["logits_to_keep"]  # A head over words answers at every token.
+        inputs["use_cache"] = False  # As in _transformers_logits.
+    logits: Tensor = model(**inputs).logits
     return logits.flatten(0, 1)[batch.target_positions]
 
 

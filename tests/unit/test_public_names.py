@@ -27,6 +27,7 @@ PROMISED = {
     "load_dataset_from_hub",
     "DatasetPipeline",
     "TextClassificationPreprocessor",
+    "TokenClassificationPreprocessor",
     "TextCleaningProcessor",
     "DataPreprocessor",
     "get_preprocessor",
