@@ -9,4 +9,8 @@ from smolora.config.base import Section
 
 def describe_schema(kind: type[Section]) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a kind of configuration; descriptions are the fields' own."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
+    schema = kind.model_json_schema()
+    for field in schema["properties"].values():
+        if "oneOf" in field:  # An adapter without a method is LoRA's, and other methods' sections fit it too.
+            field["anyOf"] = field.pop("oneOf")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

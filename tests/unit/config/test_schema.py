@@ -36,3 +36,10 @@ def test_ranges_and_choices_are_part_of_it():
     training = describe_schema(ExperimentConfig)["$defs"]["TrainingConfig"]["properties"]
     assert training["learning_rate"]["minimum"] == 0
     assert "cosine" in training["lr_scheduler_type"]["enum"]
+
+
+def test_an_adapter_needs_no_method():
+    schema = describe_schema(ExperimentConfig)
+    assert {"$ref": "#/$defs/LoRAConfig"} in schema["properties"]["adapter"]["anyOf"]
+    assert not [node for node in _walk(schema) if isinstance(node, dict) and "oneOf" in node]
+    assert not [node for node in _walk(schema) if isinstance(node, dict) and "method" in node.get("required", ())]
