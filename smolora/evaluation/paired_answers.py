@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.evaluation.comparison import Before, Budget, Comparison, bound_differences
+from smolora.evaluation.head_asker import HeadAsker
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.generation.sampling import SamplingSettings
@@ -16,6 +17,7 @@ from smolora.generation.text_generator import TextGenerator
 from smolora.models.bundle import ModelBundle
 
 NUM_SAMPLES = 5
+_MAJORITY = "majority_accuracy"
 _AT_ONCE = 16
 _FEWEST_TOKENS = 8
 _PROBE_TOKENS = 4
@@ -46,6 +48,8 @@ class PairedAnswers:
     num_rows: int = 0
     skipped: list[str] = field(default_factory=list)
     """What there was no time for."""
+    majority: Comparison | None = None
+    """Labels only: what always naming the commonest one would reach, against the tuned accuracy."""
 
 
 def compare_answers(
@@ -81,17 +85,65 @@ def compare_answers(
         found.skipped.append(f"scores of answers: there was time for {room} tokens of each")
         settings, metrics = settings.replace(max_new_tokens=room), ()
     rows = rows if metrics else rows[:NUM_SAMPLES]
+    generator, chosen = TextGenerator(bundle), settings
+
+    def answer(part: Sequence[BenchmarkRow]) -> list[Answer]:
+        prompts = [row.prompt for row in part]
+        return [Answer(text) for text in generator.generate(prompts, settings=chosen, batch_size=_AT_ONCE)]
+
     calculators = [MetricsCalculator(metrics, resources=resources) for _ in range(2)]
-    for row, *answers in _ask(bundle, rows, settings, before=before, budget=budget):
+    _score(found, _ask(bundle, rows, answer, before=before, budget=budget), calculators, num_asked=len(rows))
+    return found
+
+
+def compare_labels(
+    bundle: ModelBundle, rows: Sequence[BenchmarkRow], *, before: Before = disabled_adapter, budget: Budget
+) -> PairedAnswers:
+    """Ask the heads of both the rows in order, until the time is up.
+
+    Accuracy and macro F1 come base against tuned; `majority` is what the commonest label of these rows would reach,
+    against the tuned accuracy.
+    """
+    found = PairedAnswers()
+    calculators = [
+        MetricsCalculator(("labels", "majority"), resources=Resources(labels=bundle.labels)) for _ in range(2)
+    ]
+    head = HeadAsker(bundle, batch_size=_AT_ONCE)
+    _score(found, _ask(bundle, rows, head.answer, before=before, budget=budget), calculators, num_asked=len(rows))
+    if not found.num_rows:
+        return found
+    found.scores = [score for score in found.scores if score.name != _MAJORITY]
+    tuned, scores = calculators[1], calculators[1].conclude()
+    low, high = bound_differences(tuned.resample(_MAJORITY), tuned.resample("accuracy"), num_rows=found.num_rows)
+    found.majority = Comparison(
+        name="accuracy",
+        base=scores[_MAJORITY].value or 0.0,
+        tuned=scores["accuracy"].value or 0.0,
+        low=low,
+        high=high,
+        num_rows=found.num_rows,
+        variant=scores[_MAJORITY].variant,
+        version=scores[_MAJORITY].version or "",
+    )
+    return found
+
+
+def _score(
+    found: PairedAnswers,
+    answered: Iterable[tuple[BenchmarkRow, Answer, Answer]],
+    calculators: Sequence[MetricsCalculator],
+    *,
+    num_asked: int,
+) -> None:
+    for row, *answers in answered:
         found.num_rows += 1
         for calculator, answer in zip(calculators, answers, strict=True):
-            calculator.add(Answer(answer), row)
+            calculator.add(answer, row)
         if len(found.samples) < NUM_SAMPLES:
-            found.samples.append(Sample(_show_prompt(row), row.references[0], *answers))
-    if left := len(rows) - found.num_rows:
-        found.skipped.append(f"answers to {left:,} of {len(rows):,} held-out rows")
+            found.samples.append(Sample(_show_prompt(row), row.references[0], *(answer.text for answer in answers)))
+    if left := num_asked - found.num_rows:
+        found.skipped.append(f"answers to {left:,} of {num_asked:,} held-out rows")
     found.scores = list(_compare_scores(calculators)) if found.num_rows else []
-    return found
 
 
 def _count_affordable_tokens(bundle: ModelBundle, row: BenchmarkRow, settings: SamplingSettings, budget: Budget) -> int:
@@ -105,18 +157,21 @@ def _count_affordable_tokens(bundle: ModelBundle, row: BenchmarkRow, settings: S
 
 
 def _ask(
-    bundle: ModelBundle, rows: Sequence[BenchmarkRow], settings: SamplingSettings, *, before: Before, budget: Budget
-) -> Iterator[tuple[BenchmarkRow, str, str]]:
+    bundle: ModelBundle,
+    rows: Sequence[BenchmarkRow],
+    answer: Callable[[Sequence[BenchmarkRow]], list[Answer]],
+    *,
+    before: Before,
+    budget: Budget,
+) -> Iterator[tuple[BenchmarkRow, Answer, Answer]]:
     """Yield each row with the base's answer and the tuned model's, as long as there is time for more of them."""
-    generator = TextGenerator(bundle)
     start, needed = 0, 0.0
     while start < len(rows) and budget.left >= needed:
         began = time.perf_counter()
         part = rows[start : start + _AT_ONCE]
-        prompts = [row.prompt for row in part]
-        tuned = generator.generate(prompts, settings=settings, batch_size=_AT_ONCE)
+        tuned = answer(part)
         with before(bundle):
-            base = generator.generate(prompts, settings=settings, batch_size=_AT_ONCE)
+            base = answer(part)
         yield from zip(part, base, tuned, strict=True)
         needed = time.perf_counter() - began
         start += len(part)

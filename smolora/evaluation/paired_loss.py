@@ -14,12 +14,13 @@ import numpy as np
 
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.token_dataset import Example, TokenArray, TokenDataset
-from smolora.evaluation.answers import LossMetric
+from smolora.evaluation.answers import HeadLossMetric, LossMetric
 from smolora.evaluation.bootstrap import Tally
 from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Before, Budget, Comparison, bound_differences, finite
 from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
 from smolora.evaluation.metric import Sums
 from smolora.models.bundle import ModelBundle
+from smolora.models.tasks import HEAD_TASKS
 
 _BATCHES_AT_ONCE = 8
 _MOST_TRIES = 32
@@ -80,7 +81,7 @@ def compare_losses(
             base = scorer.measure_examples(examples[part])
         for earlier, later, mate in zip(base, tuned, swapped[part], strict=True):
             tally.add(_to_sums(earlier, later, None if mate is None else next(other)))
-    return _conclude(tally)
+    return _conclude(tally, HeadLossMetric if bundle.task in HEAD_TASKS else LossMetric)
 
 
 def _to_sums(base: Likelihood, tuned: Likelihood, other: Likelihood | None) -> Sums:
@@ -88,12 +89,12 @@ def _to_sums(base: Likelihood, tuned: Likelihood, other: Likelihood | None) -> S
     return np.array([base.loss_sum, tuned.loss_sum, base.num_tokens, *swapped], np.float64)
 
 
-def _conclude(tally: Tally) -> tuple[Comparison, PromptUse | None]:
+def _conclude(tally: Tally, metric: type[LossMetric | HeadLossMetric]) -> tuple[Comparison, PromptUse | None]:
     with np.errstate(invalid="ignore", divide="ignore"):  # A resampling of few rows may hold none.
         base, tuned, _, own, other, _ = tally.sums[:6] / np.repeat(tally.sums[[2, 5]], 3)
         resampled = tally.resampled[:, :6] / np.repeat(tally.resampled[:, [2, 5]], 3, axis=1)
     low, high = bound_differences(resampled[:, 0], resampled[:, 1], num_rows=tally.num_rows)
-    variant, version = LossMetric.variants[0], LossMetric.version
+    variant, version = metric.variants[0], metric.version
     loss = Comparison(
         name="loss",
         base=float(base),

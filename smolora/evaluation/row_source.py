@@ -179,7 +179,7 @@ def _iter_rows(
             yield row
 
     is_labelled = stream.fmt.kind == "classification"
-    grouped = _read_labelled(count(), stream.fmt) if is_labelled else group_rows(count(), stream.fmt, trained)
+    grouped = iter_labelled(count(), stream.fmt) if is_labelled else group_rows(count(), stream.fmt, trained)
     yield from islice(grouped, num_samples)
     if num_samples is None or next(grouped, None) is None:
         close_report(stream.report, data, train=num_rows, held_out=0, out=None)
@@ -213,7 +213,8 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
         yield BenchmarkRow(prompt or "", tuple(references))
 
 
-def _read_labelled(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[BenchmarkRow]:
+def iter_labelled(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[BenchmarkRow]:
+    """Yield rows of a classification, each with its label as the reference."""
     for row in rows:
         texts = tuple(str(row.values[fmt.columns[role]]) for role in ("text", "text_pair") if role in fmt.columns)
         yield BenchmarkRow("\n".join(texts), tuple(iter_labels(row.values, fmt)), {TEXTS: texts})

@@ -40,6 +40,10 @@ class Evidence:
     samples: Sequence[Sample] = ()
     skipped: Sequence[str] = ()
     """What there was no time for."""
+    majority: Comparison | None = None
+    """Classifiers only: the accuracy of always naming the commonest label, against the tuned model's."""
+    has_drawn_head: bool = False
+    """Whether the base of the comparison has a head that was drawn at random."""
     started_from: str | None = None
     """The adapter that the run continued, which is then on in the base of every comparison."""
 
@@ -47,9 +51,13 @@ class Evidence:
         """Yield a line for each finding."""
         if self.started_from:
             yield f"base here is the base with the adapter of {self.started_from}, where the run started"
+        elif self.has_drawn_head:
+            yield "base here is the base with a head drawn at random, as the run started: it guesses"
         yield self.loss.describe()
         if self.scores:
             yield self.scores[0].describe()
+        if self.majority:
+            yield f"always naming the commonest label against the tuned model: {self.majority.describe()}"
         if self.prompt_use:
             own, other = self.prompt_use.own, self.prompt_use.other
             yield f"loss of the same answers after other rows' prompts {other:.4f}, after their own {own:.4f}"
@@ -75,6 +83,8 @@ class Evidence:
             "started_from": self.started_from,
             "loss": self.loss.to_dict(),
             "prompt_use": self.prompt_use.to_dict() if self.prompt_use else None,
+            "majority": self.majority.to_dict() if self.majority else None,
+            "has_drawn_head": self.has_drawn_head,
             "metric": self.scores[0].to_dict() if self.scores else None,
             "other_metrics": [score.to_dict() for score in self.scores[1:]],
             "movement": {
@@ -112,6 +122,13 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
     found = _say_votes(loss, score)
     if votes <= 0:
         return "worse" if votes else "no change", found
+    if evidence.majority is not None and evidence.majority.verdict <= 0:
+        few = "" if evidence.majority.is_counted else f", and {evidence.majority.num_rows} rows are too few to tell"
+        return "no change", (
+            f"{found}, but an accuracy of {evidence.majority.tuned:.4f} isn't surely above the "
+            f"{evidence.majority.base:.4f} of always naming the commonest label{few}: how frequent each label is was "
+            "learned, not which text has which. Are texts and labels paired rightly?"
+        )
     if use is not None and not use.is_sure:
         return "no change", (
             f"{found}, but after another row's prompt an answer is as likely as after its own (to 1 %): "

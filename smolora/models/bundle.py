@@ -42,6 +42,8 @@ class ModelBundle:
     """How the base's linear layers are held."""
     task: TaskType = "causal_lm"
     """What the model's head answers."""
+    has_drawn_head: bool = False
+    """Whether the head is new: its files have none, or one for other labels."""
     num_virtual_tokens: int = 0
     """Positions before every row that an adapter of virtual tokens takes."""
     taken: Mapping[str, Tensor] | None = None

@@ -80,10 +80,7 @@ def load_model(
     require_quantisation(quantization)
     folder = resolve_model_folder(name_or_path, revision=revision)
     settings = read_model_settings(folder)
-    if quantization != "none" and "quantization_config" in settings:
-        raise ConfigError(
-            f"model.quantization: {folder} is quantised already. Leave it at none, or name the original model."
-        )
+    _refuse_requantising(folder, settings, quantization)
     stored = [tensor for file in list_weight_files(folder) for tensor in read_stored_tensors(file)]
     architectures = settings.get("architectures")
     task = task or read_task(architectures if isinstance(architectures, list) else ())
@@ -94,7 +91,8 @@ def load_model(
     else:
         model, missing = opening.load(dtype, device=device, quantization=quantization)
     heads = settle_head(model, missing, keeps_head=keeps_head, seed=seed)
-    if heads and (missing or not keeps_head):
+    draws_head = bool(heads) and (bool(missing) or not keeps_head)
+    if draws_head:
         logger.info("a fresh head for %s: %s", describe_task(task, labels), ", ".join(heads))
     return ModelBundle(
         model=model,
@@ -106,7 +104,15 @@ def load_model(
         revision=revision,
         quantization=quantization,
         task=task,
+        has_drawn_head=draws_head,
     )
+
+
+def _refuse_requantising(folder: Path, settings: Mapping[str, object], quantization: Quantization) -> None:
+    if quantization != "none" and "quantization_config" in settings:
+        raise ConfigError(
+            f"model.quantization: {folder} is quantised already. Leave it at none, or name the original model."
+        )
 
 
 def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = None) -> Path:

@@ -170,7 +170,7 @@ def _finish(run: RunDir, config: ExperimentConfig, tuning: Tuning, state: Traine
     restore_best(run, tuning.bundle, state)
     _save(run, tuning.bundle)
     training.close()  # The fast path is made for an adapter that is on.
-    reload = None if is_adapted(tuning.bundle) else lambda: load_base(config)[0].model
+    reload = None if is_adapted(tuning.bundle) else lambda: load_base(config, tuning.data.rows.fmt.labels)[0].model
     leave_verdict(run, tuning.bundle, tuning.data, config, start=tuning.start, load_base=reload)
     leave_report(run)
     enforce_verdict(run, config)

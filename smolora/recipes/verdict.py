@@ -24,9 +24,9 @@ from smolora.data.rows import Row
 from smolora.errors import BrokenRunError, ConfigError, StorageError
 from smolora.evaluation.comparison import Before, Budget
 from smolora.evaluation.metric import Resources
-from smolora.evaluation.paired_answers import PairedAnswers, compare_answers
+from smolora.evaluation.paired_answers import PairedAnswers, compare_answers, compare_labels
 from smolora.evaluation.paired_loss import compare_losses
-from smolora.evaluation.row_source import group_rows
+from smolora.evaluation.row_source import group_rows, iter_labelled
 from smolora.evaluation.verdict import Evidence, judge
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
@@ -172,6 +172,8 @@ def _gather(
         movement=movement,
         overlap=measure_overlap(rows.train, rows.held_out, rows.fmt),
         samples=answers.samples,
+        majority=answers.majority,
+        has_drawn_head=bundle.has_drawn_head,
         skipped=[*([f"the loss of {missed:,} held-out rows"] if missed else []), *answers.skipped],
         started_from=config.adapter.path,
     )
@@ -182,6 +184,10 @@ def _ask(
 ) -> PairedAnswers:
     """Ask both models some held-out rows, as a benchmark is asked where the rows are one's."""
     assert data.held_out is not None, "without held-out rows nothing is asked"
+    if bundle.task == "classification" and data.rows.fmt.kind == "classification":
+        labelled = list(iter_labelled(data.rows.held_out, data.rows.fmt))
+        random.Random(config.training.seed).shuffle(labelled)
+        return compare_labels(bundle, labelled, before=before, budget=budget)
     if bundle.task != "causal_lm":
         return PairedAnswers(skipped=[f"answers: {bundle.task} is measured by its loss"])
     rows = list(_iter_askable(data.rows.held_out, data))
