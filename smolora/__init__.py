@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.data.preprocessing import get_preprocessor
     from smolora.data.preprocessor import DataPreprocessor
     from smolora.data.readers import read_csv, read_jsonl, read_txt_folder
+    from smolora.data.seq2seq import Seq2SeqPreprocessor
     from smolora.data.sources import DatasetHandler, load_dataset_from_hub, load_text_data, prepare_dataset
     from smolora.data.token_dataset import TextDataset
     from smolora.data.word_labels import TokenClassificationPreprocessor
@@ -144,6 +145,7 @@ __all__ = [
     "PhaseConfig",
     "PretrainConfig",
     "SamplingSettings",
+    "Seq2SeqPreprocessor",
     "SmoLoRA",
     "SmoloraError",
     "StoppedBySignal",
@@ -246,6 +248,7 @@ _HOMES = {
     "PhaseConfig": "smolora.config",
     "PretrainConfig": "smolora.config",
     "SamplingSettings": "smolora.generation.sampling",
+    "Seq2SeqPreprocessor": "smolora.data.seq2seq",
     "SmoLoRA": "smolora.api",
     "SmoloraError": "smolora.errors",
     "StoppedBySignal": "smolora.errors",

@@ -90,6 +90,7 @@ _ENCODER_DECODERS: dict[str, dict[str, Any]] = {
         "decoder_attention_heads": 4,
         "max_position_embeddings": CONTEXT,
         "dropout": 0.0,
+        "forced_eos_token_id": 0,  # Else 2, which ends nothing here.
     },
 }
 FAMILIES = tuple(_SETTINGS)

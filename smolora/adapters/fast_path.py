@@ -244,6 +244,9 @@ def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
     try:
         vocab_size = model.get_input_embeddings().weight.shape[0]
         input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None] % vocab_size
+        if read_config(model).is_encoder_decoder:
+            written: Tensor = model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=False).logits
+            return written.float()
         position_ids = torch.cat([torch.arange(length) for length in _PROBE]).to(model.device)[None]
         extra = {"rows": rows} if rows is not None else {}
         logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).logits

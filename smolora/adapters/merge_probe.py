@@ -96,7 +96,9 @@ def verify_merged(merged: ModelBundle, probe: Probe, dtypes: Iterable[torch.dtyp
 
 @torch.no_grad()
 def _compute_logits(bundle: ModelBundle, input_ids: Tensor) -> Tensor:
-    extra = {} if bundle.task in HEAD_TASKS else {"use_cache": False}
+    extra: dict[str, object] = {} if bundle.task in HEAD_TASKS else {"use_cache": False}
+    if bundle.task == "seq2seq":
+        extra["decoder_input_ids"] = input_ids
     with Widened():
         outputs = bundle.model(input_ids=input_ids, **extra)
     if bundle.task == "qa":

@@ -43,7 +43,7 @@ class DataConfig(_Columns):
     """How to read the sources. Left out, it is inferred from the names."""
 
     max_length: int | None = Field(default=None, ge=2)
-    """Longest example in tokens. Left out, the model's context."""
+    """Longest example in tokens; of seq2seq, longest prompt and longest answer. Left out, the model's context."""
 
     overlong: Literal["raise", "truncate", "drop"] = "raise"
     """What to do with an example past `max_length`. truncate cuts its end and counts the target tokens it cut."""

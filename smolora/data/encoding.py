@@ -46,11 +46,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     Raises:
         DataError: A text holds half of a surrogate pair.
     """
-    for text in texts:
-        if (half := find_surrogate(text)) is not None:
-            raise DataError(
-                f"a text holds {text[half]!r} at character {half}: half of a surrogate pair is no character."
-            )
+    _refuse_surrogates(texts)
     if not texts:
         return []
     # verbose=False: how long a text may be is checked by us, for the whole example.
@@ -80,8 +76,10 @@ def encode_with_template(
         with_offsets: Return `offset_mapping` too: the characters that each token stands for.
 
     Raises:
+        DataError: A text holds half of a surrogate pair.
         ModelError: Offsets are asked of a tokenizer that has none.
     """
+    _refuse_surrogates([*texts, *(pairs or ())])
     if with_offsets and not tokenizer.is_fast:
         raise ModelError(
             f"{type(tokenizer).__name__} doesn't tell where its tokens are. Use a model with tokenizer.json."
@@ -96,6 +94,29 @@ def encode_with_template(
         max_length=limit,
         verbose=False,
     )
+
+
+def encode_answers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Encode what an encoder-decoder is to write, in the tokenizer's own template for that, with its end token.
+
+    Raises:
+        DataError: A text holds half of a surrogate pair.
+        ModelError: The tokenizer has no end token.
+    """
+    _refuse_surrogates(texts)
+    eos = get_eos_id(tokenizer)
+    encoded = tokenizer(text_target=list(texts), split_special_tokens=True, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    return [list(ids) if eos in ids else [*ids, eos] for ids in encoded]
+
+
+def _refuse_surrogates(texts: Sequence[str]) -> None:
+    for text in texts:
+        if (half := find_surrogate(text)) is not None:
+            raise DataError(
+                f"a text holds {text[half]!r} at character {half}: half of a surrogate pair is no character."
+            )
 
 
 def find_surrogate(text: str) -> int | None:

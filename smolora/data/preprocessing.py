@@ -17,6 +17,7 @@ from smolora.data.ledger import DataReport, EncodingCounts
 from smolora.data.preprocessor import DataPreprocessor, InstructionPreprocessor
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
+from smolora.data.seq2seq import Seq2SeqPreprocessor
 from smolora.data.token_dataset import Example, TokenDataset
 from smolora.data.word_labels import TokenClassificationPreprocessor
 from smolora.errors import ConfigError, DataError, did_you_mean
@@ -36,6 +37,7 @@ _PREPROCESSORS: dict[str, type[DataPreprocessor]] = {
     "instruction": InstructionPreprocessor,
     "classification": TextClassificationPreprocessor,
     "token_classification": TokenClassificationPreprocessor,
+    "seq2seq": Seq2SeqPreprocessor,
 }
 
 

@@ -242,10 +242,13 @@ def encode_prompt(
         messages = check_messages(prompt)
         if fmt is None or fmt.kind in {"messages", "text"}:
             return encode_chat_prompt(messages, tokenizer, template=fmt.chat_template if fmt else None)
-        prompt = messages[-1]["content"]
-    if fmt is not None and fmt.kind == "instruction":
-        prompt = _render_instruction(prompt, "")
-    return [*get_bos_ids(tokenizer), *encode_texts([prompt], tokenizer)[0]]
+    return [*get_bos_ids(tokenizer), *encode_texts([render_prompt(prompt, fmt)], tokenizer)[0]]
+
+
+def render_prompt(prompt: str | Sequence[Message], fmt: PromptFormat | None) -> str:
+    """Return what is asked as one text, in the form `fmt` where it is an instruction; of messages the last one."""
+    text = prompt if isinstance(prompt, str) else check_messages(prompt)[-1]["content"]
+    return _render_instruction(text, "") if fmt is not None and fmt.kind == "instruction" else text
 
 
 def _render_instruction(instruction: str, given: str) -> str:

@@ -10,11 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from smolora.config.model import TaskType
 from smolora.data.benchmark_rows import Prompt
 from smolora.data.chat import check_messages
 from smolora.data.collate import Batch, get_data_collator
 from smolora.data.encoding import encode_pairs
-from smolora.data.prompts import PromptFormat, encode_row
+from smolora.data.prompts import PromptFormat, encode_row, render_prompt
+from smolora.data.seq2seq import cut_sides, encode_answered
 from smolora.data.token_dataset import Example
 from smolora.generation.decoding import in_eval_mode
 from smolora.models.bundle import ModelBundle
@@ -54,7 +56,7 @@ class LikelihoodScorer:
 
     def measure_examples(self, examples: Sequence[Example]) -> list[Likelihood]:
         """Do for encoded rows what `measure` does for pairs: the likelihood of each row's targets."""
-        cut = list(examples) if self.bundle.task != "causal_lm" else [self._cut(example) for example in examples]
+        cut = [self._cut(example) for example in examples]
         losses = [0.0] * len(cut)
         order = sorted(range(len(cut)), key=lambda index: len(cut[index]))
         for batch in self._group([index for index in order if cut[index].num_target_tokens], cut):
@@ -67,13 +69,17 @@ class LikelihoodScorer:
 
     def _cut(self, example: Example) -> Example:
         context = self.bundle.context
+        if self.bundle.task == "seq2seq":
+            return example if context is None else cut_sides(example, context)
+        if self.bundle.task != "causal_lm":
+            return example
         return Example(example.input_ids[:context], example.is_target[:context])
 
     def _group(self, order: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
         """Yield what is measured at a time, of about one length: few enough rows, and few enough logits."""
         group: list[int] = []
         for index in order:
-            num_positions = len(examples[index]) - min(_find_first(examples[one]) for one in [*group, index])
+            num_positions = _count_positions([examples[one] for one in [*group, index]], self.bundle.task)
             num_logits = (len(group) + 1) * num_positions * len(self.bundle.tokenizer)
             if group and (len(group) == self.batch_size or num_logits > _MOST_LOGITS):
                 yield group
@@ -120,6 +126,8 @@ class LikelihoodScorer:
 
     def _encode(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Example]:
         fmt, tokenizer = self.bundle.prompt_format, self.bundle.tokenizer
+        if self.bundle.task == "seq2seq":
+            return encode_answered([(render_prompt(prompt, fmt), answer) for prompt, answer in pairs], tokenizer)
         if (fmt is None or fmt.kind in ("text", "prompt_completion")) and all(isinstance(p, str) for p, _ in pairs):
             texts = [(str(prompt), answer) for prompt, answer in pairs]
             return encode_pairs(texts, tokenizer, end_token=fmt.end_token if fmt else self._own_end_token)
@@ -129,6 +137,13 @@ class LikelihoodScorer:
 def _find_first(example: Example) -> int:
     """Return the position whose logits predict the first target."""
     return int(example.is_target.argmax()) - 1
+
+
+def _count_positions(examples: Sequence[Example], task: TaskType) -> int:
+    """Return the positions, of each of some rows, whose logits are computed; the last row is the longest."""
+    if task == "seq2seq":
+        return max(example.num_target_tokens for example in examples)
+    return len(examples[-1]) - min(map(_find_first, examples))
 
 
 def _render(prompt: Prompt, answer: str, fmt: PromptFormat | None) -> tuple[dict[str, object], PromptFormat]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def compare_losses(
         seed: Of the order.
     """
     examples = [rows[index] for index in random.Random(seed).sample(range(len(rows)), len(rows))]
-    swapped = [_swap_prompt(examples, index, bundle.context) for index in range(len(examples))]
+    swapped = [_swap_prompt(examples, index, bundle) for index in range(len(examples))]
     scorer = LikelihoodScorer(bundle, batch_size=batch_size)
     tally = Tally(7)
     for start in range(0, len(examples), batch_size * _BATCHES_AT_ONCE):
@@ -111,19 +111,22 @@ def _conclude(tally: Tally, metric: type[LossMetric | HeadLossMetric]) -> tuple[
     return loss, PromptUse(float(own), float(other), low, high, round(tally.sums[6]))
 
 
-def _swap_prompt(examples: Sequence[Example], index: int, context: int | None) -> Example | None:
+def _swap_prompt(examples: Sequence[Example], index: int, bundle: ModelBundle) -> Example | None:
     """Return a row's answer after the prompt of the next row that has another prompt and another answer.
 
-    A label belongs to its own text alone, so a row with labels has no such mate.
+    A label belongs to its own text alone, so a row with labels has no such mate; the answer of an encoder-decoder is
+    no label.
     """
-    row = examples[index]
-    if row.labels is not None:
+    row, context = examples[index], bundle.context
+    if row.labels is not None and bundle.task != "seq2seq":
         return None
     for offset in range(1, min(len(examples), _MOST_TRIES)):
         other = examples[(index + offset) % len(examples)]
         (prompt, answer), (other_prompt, other_answer) = _split(row), _split(other)
         if len(other_prompt) < 2 or np.array_equal(prompt, other_prompt) or np.array_equal(answer, other_answer):
             continue
+        if row.labels is not None:
+            return replace(other, labels=row.labels)
         if context is None or len(other_prompt) + len(answer) <= context:
             is_target = np.concatenate([np.zeros(len(other_prompt), np.bool_), row.is_target[len(prompt) :]])
             return Example(np.concatenate([other_prompt, answer]), is_target)
@@ -131,5 +134,7 @@ def _swap_prompt(examples: Sequence[Example], index: int, context: int | None) -
 
 
 def _split(example: Example) -> tuple[TokenArray, TokenArray]:
+    if example.labels is not None:
+        return example.input_ids, example.labels
     start = int(example.is_target.argmax())
     return example.input_ids[:start], example.input_ids[start:]

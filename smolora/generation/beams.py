@@ -24,7 +24,7 @@ def search_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> It
     Raises:
         BrokenRunError: The model's logits aren't finite.
     """
-    alike = sorted(rows, key=lambda row: (*_shape(row), len(row.prompt_ids)))
+    alike = sorted(rows, key=lambda row: (*_shape(row), row.num_asked))
     for (num_beams, _), group in groupby(alike, key=_shape):
         waiting = list(group)
         at_once = max(1, batch_size // num_beams)
@@ -41,7 +41,7 @@ def _shape(row: Row) -> tuple[int, int]:
 
 def _search(model: nn.Module, rows: Sequence[Row]) -> None:
     inputs = pad_prompts(rows, next(model.parameters()).device)
-    width = inputs["input_ids"].shape[1]
+    width = max(len(row.prompt_ids) for row in rows)
     config = build_neutral_config(max_new_tokens=rows[0].room, num_beams=rows[0].settings.num_beams)
     config.eos_token_id = sorted(rows[0].end_ids) or None
 

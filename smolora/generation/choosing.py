@@ -42,6 +42,9 @@ class Row:
     stops: Callable[[list[int]], bool] | None = None
     """Whether the answer so far ends here."""
 
+    source_ids: list[int] = field(default_factory=list)
+    """What the encoder of an encoder-decoder reads; `prompt_ids` is then the token that every answer begins with."""
+
     ids: list[int] = field(default_factory=list)
     is_done: bool = False
 
@@ -57,6 +60,11 @@ class Row:
     def penalty(self) -> float:
         """What the settings divide the logits of tokens by that the row holds; 1 for none."""
         return self.settings.repetition_penalty or 1.0
+
+    @property
+    def num_asked(self) -> int:
+        """Tokens of what is asked."""
+        return len(self.source_ids or self.prompt_ids)
 
     @property
     def last_id(self) -> int:

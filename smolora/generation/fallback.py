@@ -24,7 +24,7 @@ _PAD_ID = 0  # Any id will do: padding is masked by attention.
 
 def generate_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> Iterator[None]:
     """Answer `rows` in batches; yield after each step, when rows have grown by a token."""
-    alike = sorted(rows, key=lambda row: (row.room, len(row.prompt_ids)))
+    alike = sorted(rows, key=lambda row: (row.room, row.num_asked))
     for start in range(0, len(alike), batch_size):
         yield from _generate_batch(model, alike[start : start + batch_size])
 
@@ -73,7 +73,16 @@ def quiet_positions() -> Iterator[None]:
 
 
 def pad_prompts(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
-    """Return the prompts, padded on their left to one length, as the arguments of `generate`: [B, T] each."""
+    """Return the prompts, padded on their left to one length, as the arguments of `generate`: [B, T] each.
+
+    What an encoder reads is padded on the right, as in training: some count positions from the first token.
+    """
+    if rows[0].source_ids:
+        return {
+            "input_ids": _pad_right([row.source_ids for row in rows], _PAD_ID, device),
+            "attention_mask": _pad_right([[1] * len(row.source_ids) for row in rows], 0, device),
+            "decoder_input_ids": torch.tensor([row.prompt_ids for row in rows], device=device),
+        }
     width = max(len(row.prompt_ids) for row in rows)
     padding = [width - len(row.prompt_ids) for row in rows]
     input_ids = [[_PAD_ID] * pad + row.prompt_ids for pad, row in zip(padding, rows, strict=True)]
@@ -82,6 +91,11 @@ def pad_prompts(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
         "input_ids": torch.tensor(input_ids, device=device),
         "attention_mask": torch.tensor(mask, device=device),
     }
+
+
+def _pad_right(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
 
 
 def build_neutral_config(*, max_new_tokens: int, num_beams: int = 1) -> GenerationConfig:

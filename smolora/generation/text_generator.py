@@ -16,7 +16,8 @@ from hashlib import blake2b
 from transformers import GenerationConfig
 
 from smolora.data.chat import Message
-from smolora.data.prompts import encode_prompt
+from smolora.data.encoding import encode_with_template
+from smolora.data.prompts import encode_prompt, render_prompt
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.generation.answer_text import cut_at_stop, decode_answer, ends_at_stop, iter_pieces
 from smolora.generation.beams import search_rows
@@ -25,7 +26,7 @@ from smolora.generation.decoding import decode
 from smolora.generation.fallback import generate_rows
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.support import find_obstacle
-from smolora.models.bundle import ModelBundle
+from smolora.models.bundle import ModelBundle, find_start_id
 from smolora.models.gpt import GPTModel
 from smolora.models.gpt2_weights import to_gpt2
 
@@ -101,7 +102,12 @@ class TextGenerator:
     def _has_seam(self) -> bool:
         """Whether training put a space between a prompt and its answer, which belongs to neither."""
         prompt_format = self.bundle.prompt_format
-        return prompt_format is not None and prompt_format.kind != "text"
+        return prompt_format is not None and prompt_format.kind != "text" and not self._has_encoder
+
+    @property
+    def _has_encoder(self) -> bool:
+        """Whether an encoder reads the prompt, and the decoder's own text begins with the answer."""
+        return self.bundle.task == "seq2seq"
 
     @property
     def _own_penalty(self) -> float | None:
@@ -115,6 +121,9 @@ class TextGenerator:
         """Whether `decoding` can answer; else, with a word on why, transformers' `generate` does."""
         if self.bundle.num_virtual_tokens:
             logger.info("this model is asked through transformers' generate: virtual tokens stand before every row.")
+            return False
+        if self._has_encoder:
+            logger.info("this model is asked through transformers' generate: it is an encoder-decoder.")
             return False
         obstacle = find_obstacle(self._model)
         if obstacle is not None:
@@ -161,14 +170,17 @@ class TextGenerator:
         context = self.bundle.context
         if context is None or not encoded:
             return
-        longest = max(map(len, encoded))
-        if longest >= context:
+        longest, allowed = max(map(len, encoded)), context if self._has_encoder else context - 1
+        if longest > allowed:
             raise DataError(
                 f"a prompt of {longest} tokens leaves no room for an answer: the model's context is {context} tokens. "
-                f"Shorten it to at most {context - 1}."
+                f"Shorten it to at most {allowed}."
             )
         wanted, room = max(
-            ((own.max_new_tokens, context - len(ids)) for ids, own in zip(encoded, settings, strict=True)),
+            (
+                (own.max_new_tokens, self._measure_room(ids, context))
+                for ids, own in zip(encoded, settings, strict=True)
+            ),
             key=lambda pair: pair[0] - pair[1],
         )
         if wanted > room:
@@ -179,16 +191,28 @@ class TextGenerator:
                 wanted,
             )
 
+    def _measure_room(self, ids: Sequence[int], context: int) -> int:
+        """Return how many tokens the answer may have; that of an encoder-decoder has a context of its own."""
+        return context if self._has_encoder else context - len(ids)
+
     def _build_row(self, ids: list[int], settings: SamplingSettings, key: bytes) -> Row:
         context, tokenizer = self.bundle.context, self.bundle.tokenizer
         if settings.repetition_penalty is None:
             settings = settings.replace(repetition_penalty=self._own_penalty)
-        room = settings.max_new_tokens if context is None else min(settings.max_new_tokens, context - len(ids))
+        room = (
+            settings.max_new_tokens
+            if context is None
+            else min(settings.max_new_tokens, self._measure_room(ids, context))
+        )
+        source_ids, ids = (ids, [find_start_id(self._model)]) if self._has_encoder else ([], ids)
         stops = partial(ends_at_stop, tokenizer, ids, stops=settings.stop) if settings.stop else None
-        return Row(ids, room, settings, end_ids=self._end_ids, key=key, stops=stops)
+        return Row(ids, room, settings, end_ids=self._end_ids, key=key, stops=stops, source_ids=source_ids)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         tokenizer = self.bundle.tokenizer
+        if self._has_encoder:
+            asked = render_prompt(prompt, self.bundle.prompt_format)
+            return list(encode_with_template([asked], tokenizer)["input_ids"][0])
         if ids := encode_prompt(prompt, self.bundle.prompt_format, tokenizer):
             return ids
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

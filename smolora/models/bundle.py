@@ -153,10 +153,20 @@ def shift_right(model: nn.Module, answer_ids: Tensor) -> Tensor:
     Raises:
         ModelError: Its config names no token to start with.
     """
+    start = torch.full_like(answer_ids[:, :1], find_start_id(model))
+    return torch.cat((start, answer_ids[:, :-1]), dim=1)
+
+
+def find_start_id(model: nn.Module) -> int:
+    """Return the token that an encoder-decoder's answers begin with.
+
+    Raises:
+        ModelError: Its config names none.
+    """
     start = read_config(model).decoder_start_token_id
     if start is None:
         raise ModelError("the model's config.json has no decoder_start_token_id, so an answer has no beginning.")
-    return torch.cat((torch.full_like(answer_ids[:, :1], start), answer_ids[:, :-1]), dim=1)
+    return int(start)
 
 
 def _read_eos(generation: object) -> list[int | None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smolora.models.gpt import GPTModel
 from smolora.models.structure import PreTrainedModel
-from smolora.models.tasks import find_heads
+from smolora.models.tasks import find_heads, task_of
 
 _FIRST, _OTHER_FIRST, _SECOND = (1, 3, 5, 2, 4), (6, 2, 1, 7, 3), (2, 5, 3, 6, 1, 4, 7)
 
@@ -26,6 +26,8 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
     to rounding. Four forward passes over a dozen tokens; weights, gradients, the random generator and train or eval
     mode stay as they were.
     """
+    if task_of(model) == "seq2seq":
+        return False, "an encoder-decoder reads each row with the answer to it, and knows no restarting positions"
     try:
         with _undisturbed(model):
             packed = _second_row_logits(model, _FIRST)

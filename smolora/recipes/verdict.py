@@ -188,7 +188,7 @@ def _ask(
         labelled = list(iter_labelled(data.rows.held_out, data.rows.fmt))
         random.Random(config.training.seed).shuffle(labelled)
         return compare_labels(bundle, labelled, before=before, budget=budget)
-    if bundle.task != "causal_lm":
+    if bundle.task not in ("causal_lm", "seq2seq"):
         return PairedAnswers(skipped=[f"answers: {bundle.task} is measured by its loss"])
     rows = list(_iter_askable(data.rows.held_out, data))
     generator = TextGenerator(bundle)

@@ -36,7 +36,7 @@ def target_logits_of(model: nn.Module, task: TaskType = "causal_lm") -> TargetLo
     if task == "qa":
         return _span_logits
     if task == "seq2seq":
-        return _answer_logits
+        return partial(_answer_logits, model)
     if task == "token_classification":
         return partial(_word_logits, model)
     return partial(_transformers_logits, model) if task == "causal_lm" else partial(_label_logits, model)
@@ -88,10 +88,10 @@ def _span_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.masked_fill(~batch.candidates[:, None], float("-inf")).flatten(0, 1)
 
 
-def _answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+def _answer_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits of an encoder-decoder at every token of every answer."""
     assert batch.answer_ids is not None and batch.target_positions is not None, "batches of seq2seq have both"
-    decoder_input_ids = shift_right(model, batch.answer_ids)
+    decoder_input_ids = shift_right(plain, batch.answer_ids)
     logits: Tensor = model(**_padded_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
     return logits.flatten(0, 1)[batch.target_positions]
 

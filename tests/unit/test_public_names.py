@@ -28,6 +28,7 @@ PROMISED = {
     "DatasetPipeline",
     "TextClassificationPreprocessor",
     "TokenClassificationPreprocessor",
+    "Seq2SeqPreprocessor",
     "TextCleaningProcessor",
     "DataPreprocessor",
     "get_preprocessor",
