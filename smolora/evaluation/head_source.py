@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+
 from smolora.data.benchmark_rows import TEXTS, BenchmarkRow
 from smolora.data.labels import match_label, refuse_unknown
 from smolora.errors import ConfigError
-from smolora.evaluation.head_asker import read_texts
+from smolora.evaluation.head_asker import HeadAsker, read_texts
 from smolora.evaluation.row_source import RowSource
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.bundle import ModelBundle
-from smolora.models.tasks import TASK_NAMES, describe_task
+from smolora.models.tasks import describe_head
 
 _METRICS = ("labels", "majority", "head_loss")
 
@@ -26,12 +29,7 @@ def refuse_drawing(bundle: ModelBundle, settings: SamplingSettings | None, *, by
     names = sorted(settings.model_fields_set if settings else ()) + ["by_likelihood"] * by_likelihood
     if names:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-        raise ConfigError(f"{flags} would change nothing: {describe_head(bundle)}. Leave it out.")
-
-
-def describe_head(bundle: ModelBundle) -> str:
-    """Return what a model with a task's head is, and what it does, as a sentence without its end."""
-    return f"this model is a {TASK_NAMES[bundle.task]} ({describe_task(bundle.task, bundle.labels)}): it writes no text"
+        raise ConfigError(f"{flags} would change nothing: {describe_head(bundle.task, bundle.labels)}. Leave it out.")
 
 
 def fit_to_head(source: RowSource, bundle: ModelBundle) -> RowSource:
@@ -44,6 +42,7 @@ def fit_to_head(source: RowSource, bundle: ModelBundle) -> RowSource:
         ConfigError: The rows have no labels, or other texts than the model was trained on.
         DataError: Rows have labels that the head doesn't know; they are named with their counts.
     """
+    refuse_other_tasks(bundle)
     named = source.resources.labels
     aliases = _name_numbers(named, bundle)
     asked_as_prompt = _is_asked_as_prompt(bundle)
@@ -58,12 +57,28 @@ def fit_to_head(source: RowSource, bundle: ModelBundle) -> RowSource:
 
     first = next(source.iter_rows(), None)
     if not named and first is not None and TEXTS not in first.facts:
-        raise ConfigError(f"{source.name} has no labels, and {describe_head(bundle)}. Name labelled rows with --data.")
+        raise ConfigError(
+            f"{source.name} has no labels, and {describe_head(bundle.task, bundle.labels)}. Name rows that have some "
+            "with --data."
+        )
     if first is not None:
-        _refuse_other_texts(source, fit(first), bundle)
+        refuse_other_texts(bundle, found=len(read_texts(fit(first))), where=source.name)
     refuse_unknown(source.name, (set(row.references) for row in iter_rows()), bundle.labels)
     resources = replace(source.resources, labels=bundle.labels)
     return replace(source, iter_rows=iter_rows, metrics=_METRICS, resources=resources)
+
+
+def refuse_other_tasks(bundle: ModelBundle) -> None:
+    """Raise where a model has the head of a task that isn't asked here yet.
+
+    Raises:
+        ConfigError: So it has.
+    """
+    if bundle.task != "classification":
+        raise ConfigError(
+            f"{describe_head(bundle.task, bundle.labels)}: of tasks with a head of their own, only text classifiers "
+            "are asked here. Its run's verdict and PEFTTrainer.evaluate measure it on encoded rows."
+        )
 
 
 def _name_numbers(named: Sequence[str], bundle: ModelBundle) -> dict[str, str]:
@@ -85,13 +100,46 @@ def _is_asked_as_prompt(bundle: ModelBundle) -> bool:
     return fmt is not None and fmt.columns.get("text") == "prompt"
 
 
-def _refuse_other_texts(source: RowSource, row: BenchmarkRow, bundle: ModelBundle) -> None:
-    trained, found = bundle.prompt_format, len(read_texts(row))
+def classify_texts(
+    bundle: ModelBundle,
+    texts: Sequence[object],
+    labels: Sequence[str],
+    pairs: Sequence[str] | None,
+    *,
+    batch_size: int,
+) -> npt.NDArray[np.float64]:
+    """Return log p of every label of a classifier for texts, or pairs of them, [N, C].
+
+    Raises:
+        ConfigError: The model is no text classifier, has other labels, or was trained on another number of texts; or
+            there are not as many second texts.
+    """
+    refuse_other_tasks(bundle)
+    if labels and set(labels) != set(bundle.labels):
+        raise ConfigError(f"this classifier's labels are {', '.join(bundle.labels)}: leave labels out.")
+    if pairs is not None and len(pairs) != len(texts):
+        raise ConfigError(f"{len(texts)} texts and {len(pairs)} second texts: give as many.")
+    refuse_other_texts(bundle, found=1 if pairs is None else 2, where="what is asked")
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError("a classifier reads texts, not conversations.")
+    first = [str(text) for text in texts]
+    rows = [(text,) for text in first] if pairs is None else list(zip(first, pairs, strict=True))
+    return HeadAsker(bundle, batch_size=batch_size).measure(rows)
+
+
+def refuse_other_texts(bundle: ModelBundle, *, found: int, where: str) -> None:
+    """Raise where a classifier was trained on another number of texts a row.
+
+    Raises:
+        ConfigError: So it was.
+    """
+    trained = bundle.prompt_format
     if trained is None or trained.kind != "classification":
         return
     wanted = 2 if "text_pair" in trained.columns else 1
     if found != wanted:
         raise ConfigError(
-            f"the model was trained on {wanted} text{'s' * (wanted > 1)} a row, and {source.name} has {found}: its "
-            "answers would be to something else. Name the columns with --text-field (and --text-pair-field)."
+            f"the model was trained on {wanted} text{'s' * (wanted > 1)} a row, and {where} has {found}: its answers "
+            f"would be to something else. Give {'both' if wanted > 1 else 'one'} (--text-field, --text-pair-field; "
+            "text_pairs in Python)."
         )

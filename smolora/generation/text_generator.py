@@ -29,6 +29,7 @@ from smolora.generation.support import find_obstacle
 from smolora.models.bundle import ModelBundle, find_start_id
 from smolora.models.gpt import GPTModel
 from smolora.models.gpt2_weights import to_gpt2
+from smolora.models.tasks import HEAD_TASKS, describe_head
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,16 @@ class TextGenerator:
     """
 
     def __init__(self, bundle: ModelBundle) -> None:
+        """Take a model that writes.
+
+        Raises:
+            ConfigError: It has a task's head, which answers in another way.
+        """
+        if bundle.task in HEAD_TASKS:
+            raise ConfigError(
+                f"{describe_head(bundle.task, bundle.labels)}: ask it with InferencePipeline, or score it with "
+                "`smolora evaluate`."
+            )
         self.bundle = bundle
         self._model = to_gpt2(bundle.model) if isinstance(bundle.model, GPTModel) else bundle.model
         self._end_ids = frozenset(bundle.eos_token_ids)

@@ -21,11 +21,13 @@ from smolora.adapters.switching import BASE, AdapterSwitch
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.chat import Message
 from smolora.errors import ConfigError
+from smolora.evaluation.head_source import classify_texts
 from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import Prompt, TextGenerator
 from smolora.inference.conversation import Conversation
 from smolora.models.bundle import ModelBundle
+from smolora.models.tasks import HEAD_TASKS
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,18 @@ class InferencePipeline:
     ) -> str | list[str]:
         """Return the answer to a text, or to each of a list of texts and conversations, without the prompt."""
         asked = [prompts] if isinstance(prompts, str) else prompts
-        with self._opened(adapter) as generator:
-            answers = generator.generate(asked, settings=settings or self.settings, batch_size=self.batch_size)
+        with self._opened(adapter) as bundle:
+            answers = self._generator_of(bundle).generate(
+                asked, settings=settings or self.settings, batch_size=self.batch_size
+            )
         return answers[0] if isinstance(prompts, str) else answers
 
     def stream(
         self, prompt: Prompt, *, settings: SamplingSettings | None = None, adapter: str | None = None
     ) -> Iterator[str]:
         """Yield the answer in pieces; joined they are what `generate` returns. Closing it stops the computation."""
-        with self._opened(adapter) as generator:
-            yield from generator.stream(prompt, settings=settings or self.settings)
+        with self._opened(adapter) as bundle:
+            yield from self._generator_of(bundle).stream(prompt, settings=settings or self.settings)
 
     def chat(
         self, messages: Sequence[Message], *, settings: SamplingSettings | None = None, adapter: str | None = None
@@ -150,29 +154,56 @@ class InferencePipeline:
 
     @overload
     def classify(  # type: ignore[overload-overlap]
-        self, prompts: str, labels: Sequence[str], *, adapter: str | None = None
+        self,
+        prompts: str,
+        labels: Sequence[str] = (),
+        *,
+        text_pairs: str | None = None,
+        adapter: str | None = None,
     ) -> Classification: ...
 
     @overload
     def classify(
-        self, prompts: Sequence[Prompt], labels: Sequence[str], *, adapter: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str] = (),
+        *,
+        text_pairs: Sequence[str] | None = None,
+        adapter: str | None = None,
     ) -> list[Classification]: ...
 
     def classify(
-        self, prompts: str | Sequence[Prompt], labels: Sequence[str], *, adapter: str | None = None
+        self,
+        prompts: str | Sequence[Prompt],
+        labels: Sequence[str] = (),
+        *,
+        text_pairs: str | Sequence[str] | None = None,
+        adapter: str | None = None,
     ) -> Classification | list[Classification]:
-        """Return the likeliest label of each prompt, each label with its end token, as evaluation does.
+        """Return the likeliest label of each text or prompt.
+
+        A classifier answers by its head, and has labels of its own. Of a model that writes, it is the likeliest of
+        `labels`, each with its end token, as evaluation does.
+
+        Args:
+            prompts: Texts; or prompts and conversations, for a model that writes.
+            labels: What is chosen from; a classifier's are its own.
+            text_pairs: The second texts, for a classifier that was trained on two.
+            adapter: Which of several.
 
         Raises:
-            ConfigError: There are no labels.
+            ConfigError: There are no labels, or not the classifier's; or it was trained on another number of texts.
         """
-        if not labels:
-            raise ConfigError("classify needs labels to choose from.")
         asked = [prompts] if isinstance(prompts, str) else prompts
-        with self._opened(adapter) as generator:
-            scorer = LikelihoodScorer(generator.bundle, batch_size=self.batch_size)
-            measured = scorer.measure([(prompt, label) for prompt in asked for label in labels])
-        losses = np.array([one.loss_sum for one in measured]).reshape(len(asked), len(labels))
+        pairs = [text_pairs] if isinstance(text_pairs, str) else text_pairs
+        with self._opened(adapter) as bundle:
+            if bundle.task in HEAD_TASKS:
+                losses, labels = (
+                    -classify_texts(bundle, asked, labels, pairs, batch_size=self.batch_size),
+                    bundle.labels,
+                )
+            else:
+                losses = self._measure_labels(bundle, asked, labels, pairs)
         found = [_choose(row, labels) for row in losses]
         return found[0] if isinstance(prompts, str) else found
 
@@ -241,20 +272,32 @@ class InferencePipeline:
         settings = settings or self.settings.replace(temperature=0.0)
         return [answer.strip() for answer in self.generate(prompts, settings=settings, adapter=adapter)]
 
+    def _measure_labels(
+        self, bundle: ModelBundle, prompts: Sequence[Prompt], labels: Sequence[str], pairs: Sequence[str] | None
+    ) -> npt.NDArray[np.float64]:
+        """Return -log p of every label as the answer to every prompt, [N, C]."""
+        if not labels:
+            raise ConfigError("classify needs labels to choose from: this model isn't a classifier with its own.")
+        if pairs is not None:
+            raise ConfigError("text_pairs are for a classifier; this model reads prompts. Write both texts into one.")
+        scorer = LikelihoodScorer(bundle, batch_size=self.batch_size)
+        measured = scorer.measure([(prompt, label) for prompt in prompts for label in labels])
+        return np.array([one.loss_sum for one in measured]).reshape(len(prompts), len(labels))
+
     @contextmanager
-    def _opened(self, adapter: str | None) -> Iterator[TextGenerator]:
-        """Yield the generator of an adapter, which is on inside the block."""
+    def _opened(self, adapter: str | None) -> Iterator[ModelBundle]:
+        """Yield the model with an adapter, which is on inside the block."""
         if self._switch:
             with self._switch.switched_to(adapter) as bundle:
-                yield self._generator_of(bundle)
+                yield bundle
             return
         if adapter not in (None, BASE):
             raise ConfigError(f"no adapter {adapter!r}: this model was opened without several. Name them in adapters=.")
         if adapter == BASE and is_adapted(self._bundle):
             with disabled_adapter(self._bundle):
-                yield self._generator_of(self._bundle)
+                yield self._bundle
         else:
-            yield self._generator_of(self._bundle)
+            yield self._bundle
 
     def _generator_of(self, bundle: ModelBundle) -> TextGenerator:
         if id(bundle) not in self._generators:

@@ -85,6 +85,15 @@ def read_labels(model: nn.Module) -> tuple[str, ...]:
     return tuple(str(names[number]) for number in range(len(names)))
 
 
+def describe_head(task: TaskType, labels: Sequence[str]) -> str:
+    """Return what a model with a task's head is, and isn't, as a sentence without its end.
+
+    >>> describe_head("classification", ["no", "yes"])
+    'this model is a text classifier (no, yes) and writes no text'
+    """
+    return f"this model is a {TASK_NAMES[task]}{f' ({_shorten(labels)})' if labels else ''} and writes no text"
+
+
 def describe_task(task: TaskType, labels: Sequence[str]) -> str:
     """Return a task, and how many labels it tells apart.
 
@@ -93,5 +102,8 @@ def describe_task(task: TaskType, labels: Sequence[str]) -> str:
     """
     if not labels:
         return task
-    shown = ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")
-    return f"{task} of {len(labels)} labels ({shown})"
+    return f"{task} of {len(labels)} labels ({_shorten(labels)})"
+
+
+def _shorten(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")

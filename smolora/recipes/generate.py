@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from smolora.adapters.store import open_model
+from smolora.evaluation.head_source import refuse_drawing
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import TextGenerator
+from smolora.inference.pipeline import InferencePipeline
 
 
 def generate(source: str, prompt: str, settings: SamplingSettings = DEFAULT_SAMPLING, *, device: str = "auto") -> str:
     """Return the answer, without the prompt, of a run, a model or adapter folder, or a hub id.
 
+    The answer of a classifier is the label of the text.
+
     Raises:
         ModelError: There is no such model.
+        ConfigError: The model has a head that answers no text alone, or one that the settings change nothing of.
         DataError: The prompt leaves no room in the model's context.
     """
-    generator = TextGenerator(open_model(source, device=device))
-    return generator.generate(prompt, settings=settings)[0]
+    bundle = open_model(source, device=device)
+    if bundle.task == "classification":
+        refuse_drawing(bundle, SamplingSettings(**settings.model_dump(exclude_defaults=True)), by_likelihood=False)
+        return InferencePipeline(bundle).classify(prompt).label
+    return TextGenerator(bundle).generate(prompt, settings=settings)[0]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from smolora.adapters.store import load_bundle
 from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
@@ -164,3 +164,10 @@ def test_columns_are_those_of_the_training_unless_they_are_named(run, tmp_path):
     )
     data = DataConfig(sources=(str(file),), text_field="review", label_field="kind")
     assert evaluate(EvaluationRequest(model=str(run), data=data)).metrics["accuracy"] == 1.0
+
+
+def test_a_head_of_another_task_is_refused_with_what_it_is(tmp_path):
+    folder = save_tiny_encoder("bert", tmp_path / "base")
+    AutoModelForTokenClassification.from_pretrained(folder, num_labels=2).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="this model is a token classifier .*only text classifiers are asked here"):
+        ask(folder, [{"tokens": ["a"], "tags": ["b"]}], tmp_path)

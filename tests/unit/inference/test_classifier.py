@@ -1,0 +1,103 @@
+"""A classifier answers by its head, wherever it is asked; what would have it write says what it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
+from smolora.errors import ConfigError
+from smolora.generation.sampling import SamplingSettings
+from smolora.inference.pipeline import InferencePipeline
+from smolora.models.loading import load_model
+from smolora.recipes.finetune import finetune
+from smolora.recipes.generate import generate
+from smolora.recipes.merge import merge
+from tests.tiny import save_tiny_encoder, save_tiny_model
+
+WORDS = ("good", "fine", "bad", "poor")
+
+
+def train(folder, rows):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ExperimentConfig(
+        model=ModelConfig(name_or_path=str(save_tiny_encoder("bert", folder / "base")), task_type="classification"),
+        data=DataConfig(sources=(str(file),)),
+        adapter=LoRAConfig(r=2),
+        training=TrainingConfig(max_steps=30, learning_rate=1e-2),
+        evaluation=EvaluationConfig(verdict_share=0),
+    )
+    return finetune(config, folder / "run").path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    rows = [{"text": f"the {WORDS[i % 4]} dog {i}", "label": "yes" if i % 4 < 2 else "no"} for i in range(60)]
+    return train(tmp_path_factory.mktemp("texts"), rows)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    rows = [{"premise": f"a {i}", "hypothesis": WORDS[i % 4], "label": ("yes", "no")[i % 2]} for i in range(60)]
+    return train(tmp_path_factory.mktemp("pairs"), rows)
+
+
+def test_the_head_answers_with_probabilities(run):
+    pipeline = InferencePipeline.from_path(run, device="cpu")
+    good, bad = pipeline.classify(["the good dog 1", "the poor dog 3"])
+    assert (good.label, bad.label) == ("yes", "no")
+    assert sum(good.shares.values()) == pytest.approx(1) and good.shares["yes"] > 0.5
+    assert pipeline.classify("the good dog 1").label == "yes"
+
+
+def test_a_merged_classifier_answers_the_same(run):
+    before = InferencePipeline.from_path(run, device="cpu").classify("the good dog 1").shares
+    merge(run)
+    after = InferencePipeline.from_path(run / "final_merged", device="cpu").classify("the good dog 1").shares
+    assert after == pytest.approx(before, abs=1e-5)
+
+
+def test_without_its_adapter_the_head_is_the_fresh_one(run):
+    pipeline = InferencePipeline.from_path(run, device="cpu")
+    fresh = InferencePipeline(load_model(run.parent / "base", task="classification", labels=("no", "yes")))
+    assert pipeline.classify("the bad dog 2", adapter="base") == fresh.classify("the bad dog 2")
+    assert pipeline.classify("the bad dog 2") != fresh.classify("the bad dog 2")
+
+
+def test_generate_gives_the_label(run):
+    assert generate(str(run), "the good dog 1") == "yes"
+    with pytest.raises(ConfigError, match="--temperature would change nothing"):
+        generate(str(run), "the good dog 1", SamplingSettings(temperature=0.5))
+
+
+def test_two_texts_are_classified_together(pairs):
+    pipeline = InferencePipeline.from_path(pairs, device="cpu")
+    assert len(pipeline.classify(["a 1", "a 2"], text_pairs=["good", "fine"])) == 2
+    with pytest.raises(ConfigError, match="trained on 2 texts a row, and what is asked has 1"):
+        pipeline.classify("a 1")
+    with pytest.raises(ConfigError, match="2 texts and 1 second texts"):
+        pipeline.classify(["a 1", "a 2"], text_pairs=["good"])
+
+
+def test_what_a_classifier_has_no_use_for_is_refused(run):
+    pipeline = InferencePipeline.from_path(run, device="cpu")
+    with pytest.raises(ConfigError, match="labels are no, yes"):
+        pipeline.classify("a", ["up", "down"])
+    with pytest.raises(ConfigError, match="not conversations"):
+        pipeline.classify([[{"role": "user", "content": "a"}]])
+
+
+@pytest.mark.parametrize("ask", ["generate", "chat", "stream", "start_conversation"])
+def test_what_would_have_it_write_says_what_it_is(run, ask):
+    pipeline = InferencePipeline.from_path(run, device="cpu")
+    given = {"generate": ("a",), "stream": ("a",), "chat": ([{"role": "user", "content": "a"}],)}.get(ask, ())
+    with pytest.raises(ConfigError, match=r"a text classifier \(no, yes\) and writes no text"):
+        list(getattr(pipeline, ask)(*given))
+
+
+def test_a_model_that_writes_reads_no_second_text(tmp_path):
+    pipeline = InferencePipeline.from_path(save_tiny_model("llama", tmp_path / "base"), device="cpu")
+    with pytest.raises(ConfigError, match="text_pairs are for a classifier"):
+        pipeline.classify("a", ["yes", "no"], text_pairs="b")
