@@ -183,9 +183,10 @@ class TextGenerator:
             return
         longest, allowed = max(map(len, encoded)), context if self._has_encoder else context - 1
         if longest > allowed:
+            problem = "is too long" if self._has_encoder else "leaves no room for an answer"
             raise DataError(
-                f"a prompt of {longest} tokens leaves no room for an answer: the model's context is {context} tokens. "
-                f"Shorten it to at most {allowed}."
+                f"a prompt of {longest} tokens {problem}: "
+                f"the model's context is {context} tokens. Shorten it to at most {allowed}."
             )
         wanted, room = max(
             (

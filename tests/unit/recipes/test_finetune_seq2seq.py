@@ -15,6 +15,7 @@ from smolora.adapters.store import load_bundle
 from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
 from smolora.config.adapter import FullConfig, IA3Config
 from smolora.data.collate import get_data_collator
+from smolora.errors import DataError
 from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.evaluation.row_source import open_data
 from smolora.evaluation.tasks import evaluate_model
@@ -27,7 +28,7 @@ from smolora.recipes.merge import merge
 from smolora.records.staging import hash_folder
 from smolora.training.activations import recomputed_activations
 from smolora.training.loss import sum_cross_entropy, target_logits_of
-from tests.tiny import ENCODER_DECODERS, EOS_TOKEN, save_tiny_encoder
+from tests.tiny import CONTEXT, ENCODER_DECODERS, EOS_TOKEN, save_tiny_encoder
 
 WORDS = ("good", "fine", "bad", "grim")
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=8)
@@ -198,6 +199,13 @@ def test_an_untrained_model_answers_as_transformers_generates(family, num_beams,
         asked = bundle.tokenizer([prompt], return_tensors="pt")
         ids = bundle.model.generate(asked["input_ids"], max_new_tokens=8, num_beams=num_beams, do_sample=False)
         assert bundle.tokenizer.decode(ids[0, 1:], skip_special_tokens=True) == answer
+
+
+def test_a_prompt_may_fill_the_context_and_not_pass_it(tmp_path):
+    generator = TextGenerator(load_base(settings(tmp_path, "bart"))[0])
+    generator.generate("1" * (CONTEXT - 1), settings=GREEDY)  # And the end token.
+    with pytest.raises(DataError, match=f"of {CONTEXT + 1} tokens is too long.*at most {CONTEXT}"):
+        generator.generate("1" * CONTEXT, settings=GREEDY)
 
 
 def test_a_pipeline_summarises(trained):
