@@ -28,8 +28,17 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 IDENTITY_FILE = "base_identity.json"
 
-_OPENED = ("LORA", "ADALORA", "IA3", "VERA", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-"""Methods as peft spells them."""
+_OPENED = {
+    "LORA": "lora",
+    "ADALORA": "adalora",
+    "IA3": "ia3",
+    "VERA": "vera",
+    "LN_TUNING": "layernorm",
+    "PROMPT_TUNING": "prompt_tuning",
+    "P_TUNING": "p_tuning",
+    "PREFIX_TUNING": "prefix_tuning",
+}
+"""Our name of a method, by peft's."""
 
 PEFT_TASKS: dict[TaskType, str] = {
     "causal_lm": "CAUSAL_LM",
@@ -59,6 +68,13 @@ class StoredAdapter:
     def base(self) -> str | None:
         """The folder or hub id of the base."""
         return self.config.base_model_name_or_path or self.identity.get("source")
+
+    @property
+    def method(self) -> str:
+        """The method by its name here; PiSSA's and LoftQ's adapters are LoRA once they are saved."""
+        if isinstance(self.config, peft.LoraConfig) and (self.config.use_dora or self.config.use_rslora):
+            return "dora" if self.config.use_dora else "rslora"
+        return _OPENED[str(self.config.peft_type.value)]
 
     @property
     def quantization(self) -> Quantization:

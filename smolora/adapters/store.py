@@ -26,7 +26,7 @@ from smolora.adapters.methods import count_virtual_tokens
 from smolora.adapters.starts import double_rank, subtract_start
 from smolora.adapters.state import fill_adapter
 from smolora.adapters.tensors import copy_tensors
-from smolora.config.adapter import PEFTConfig, SoftPromptConfig
+from smolora.config.adapter import METHODS, LoRAConfig, PEFTConfig, SoftPromptConfig
 from smolora.config.model import Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
@@ -117,6 +117,27 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         prompt_format=read_prompt_format(folder) or base.prompt_format,
         num_virtual_tokens=count_virtual_tokens(peft_config),
     )
+
+
+def read_own_section(config: PEFTConfig) -> PEFTConfig:
+    """Return the section of the adapter that `config` continues, with its own method; without one, `config` itself.
+
+    Raises:
+        ConfigError: Another method was asked for.
+        ModelError: The adapter can't be read.
+    """
+    if config.path is None:
+        return config
+    adapter = read_adapter(find_adapter(config.path))
+    if config.method not in (LoRAConfig.model_fields["method"].default, adapter.method):
+        raise ConfigError(
+            f"adapter.method: {adapter.folder} is of the method {adapter.method}, and goes on as that; found "
+            f"{config.method}. Leave the method out, or start a new adapter without adapter.path."
+        )
+    if idle := config.model_dump(exclude_defaults=True).keys() - {"method", "path"}:
+        names = ", ".join(f"adapter.{name}" for name in sorted(idle))
+        logger.warning("%s: no effect, since %s keeps its own settings", names, adapter.folder)
+    return METHODS[adapter.method](method=adapter.method, path=config.path)
 
 
 def reserve_virtual_tokens(base: ModelBundle, config: PEFTConfig) -> ModelBundle:
@@ -246,7 +267,11 @@ def find_adapter(source: str | Path) -> Path:
     run = RunDir(source)
     if is_adapter_folder(run.adapter):
         return run.adapter
-    advice = "It trained a whole model, which needs no merge." if run.model.is_dir() else "Finish it with --resume."
+    advice = (
+        "It trained a whole model, which needs no merge: the run itself is a model."
+        if run.model.is_dir()
+        else "Finish it with --resume."
+    )
     raise ModelError(f"the run {source} has no adapter in {run.adapter.name}. {advice}")
 
 

@@ -302,7 +302,7 @@ def _name_method(value: object) -> object:
     if not isinstance(value, dict):
         return value
     method = value.get("method", "lora")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         hint = did_you_mean(str(method), METHODS)
         raise ConfigError(f"method: no method {method!r}.{hint} Methods: {', '.join(METHODS)}.")
     return {"method": method, **value}

@@ -66,7 +66,7 @@ class ExperimentConfig(Section):
         method, task, quantization = self.adapter.method, self.model.task_type, self.model.quantization
         checkpointing = self.training.gradient_checkpointing
         found = find_obstacle(method=method, task=task, quantization=quantization, gradient_checkpointing=checkpointing)
-        if found and self.adapter.path is None:  # An adapter to continue has a method of its own.
+        if found:
             more = f" ({found.link})" if found.link else ""
             raise ValueError(f"adapter.method: {method} can't be used here: {found.reason}{more}. {found.advice}")
         need = find_float32_need(method=method, quantization=quantization)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from smolora.data.prompts import PromptFormat
     from smolora.data.rows import Row, Values
 
-_SHOWN = 5
+_SHOWN, _SHOWN_LEARNED = 5, 20
 
 
 def name_label(value: object) -> str | None:
@@ -104,7 +104,8 @@ def refuse_unknown(side: str, rows: Iterable[set[str]], learned: Sequence[str]) 
         shown = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(_SHOWN))
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         hint = did_you_mean(next(iter(unknown)), learned)
+        others = f" and {len(learned) - _SHOWN_LEARNED} more" if len(learned) > _SHOWN_LEARNED else ""
         raise DataError(
             f"{side} rows have {len(unknown)} labels that aren't learned: {shown}{more}.{hint} "
-            f"Learned are: {', '.join(learned)}. Correct those rows, or leave them out."
+            f"Learned are: {', '.join(learned[:_SHOWN_LEARNED])}{others}. Correct those rows, or leave them out."
         )

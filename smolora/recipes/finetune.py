@@ -15,7 +15,14 @@ from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.attach import attach_adapter, is_adapted
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.state import AdapterWeights, copy_weights
-from smolora.adapters.store import find_adapter, load_adapter, load_bundle, reserve_virtual_tokens, save_adapter
+from smolora.adapters.store import (
+    find_adapter,
+    load_adapter,
+    load_bundle,
+    read_own_section,
+    reserve_virtual_tokens,
+    save_adapter,
+)
 from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.config.compatibility import find_float32_need
@@ -195,7 +202,6 @@ def open_tuning(
     allocator = keep_large_blocks()
     rows = read_rows(config, out, memory)
     base, machine = load_base(config, rows.fmt.labels)
-    base = reserve_virtual_tokens(base, config.adapter)
     data = encode_data(config, rows, base, memory.preprocessor)
     layout = choose_layout(base)
     steps = choose_steps(data, config, layout, num_processes)
@@ -234,7 +240,13 @@ def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tupl
 
 
 def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[ModelBundle, dict[str, str]]:
-    """Return the base model with the head of its task, and why it is where and what it is."""
+    """Return the base model with the head of its task and room for virtual tokens, and why it is where and what it is.
+
+    Raises:
+        ConfigError: The adapter to continue is of another method, or can't be continued so.
+        ModelError: The base, or that adapter, can't be read.
+    """
+    config = config.replace(adapter=read_own_section(config.adapter)) if config.adapter.path else config
     device, device_reason = resolve_device(config.model.device)
     needs = find_float32_need(method=config.adapter.method, quantization=config.model.quantization)
     dtype, dtype_reason = (torch.float32, needs) if needs else resolve_dtype(config.model.dtype, device)
@@ -257,7 +269,7 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
     if base.quantization != "none":
         machine["quantization"] = f"{base.quantization}: {describe_quantised(base.model, base.anatomy)}"
         logger.info("base in %s", machine["quantization"])
-    return base, machine
+    return reserve_virtual_tokens(base, config.adapter), machine
 
 
 def read_rows(config: ExperimentConfig, out: Path | None = None, memory: MemoryRows = FROM_SOURCES) -> SourceRows:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.attach import attach_adapter, quiet_peft
 from smolora.adapters.changes import find_changes
 from smolora.adapters.merge import merge_adapter
@@ -97,6 +98,12 @@ def test_exactly_the_adapter_is_trained_in_float32_and_no_logit_changes(tmp_path
         if method == "layernorm":
             expected = [part.name for part in bundle.anatomy.parts if part.group == "norm"]
         assert {path.removeprefix("base_model.model.") for path, _, _ in paths.values()} == set(expected)
+
+
+@pytest.mark.parametrize("method", ("lora", *ALL, "prompt_tuning", "p_tuning", "prefix_tuning"))
+def test_a_saved_adapter_says_its_method(save_moved, method):
+    _, folder, _ = save_moved(method)
+    assert read_adapter(folder).method == method
 
 
 @pytest.mark.parametrize("method", ALL)

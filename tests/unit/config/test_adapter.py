@@ -35,6 +35,7 @@ def test_every_method_comes_back_from_its_yaml(method):
         (["adapter.method=ia33"], "adapter.method: no method 'ia33'. Did you mean 'ia3'? Methods: lora, rslora"),
         (["adapter.method=vera", "adapter.rr=3"], "adapter.rr: no such setting of vera. Did you mean 'r'? Known:"),
         (["adapter.method=ia3", "adapter.r=3"], "adapter.r: no such setting of ia3. Known: layers, method, path"),
+        (["adapter.method=[lora]"], "adapter.method: no method ['lora']. Did you mean 'lora'?"),
         (["adapter.r=0"], "adapter.r: input should be greater than or equal to 1 (found 0)"),
         (["adapter.layers=x"], "adapter.layers: expected layers from 0, such as 4-11 or [0, 5] (found 'x')"),
         (["adapter.layers=5-3"], "adapter.layers: expected layers from 0, such as 4-11 or [0, 5] (found '5-3')"),
@@ -44,7 +45,7 @@ def test_every_method_comes_back_from_its_yaml(method):
     ],
 )
 def test_a_mistake_names_the_method_and_what_is_nearest(assignments, message):
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}|{re.escape(message)}"):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         resolve(*assignments)
 
 

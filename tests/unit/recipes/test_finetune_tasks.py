@@ -148,6 +148,15 @@ def test_labels_of_held_out_rows_that_are_not_learned_are_refused_with_their_cou
         open_tuning(config)
 
 
+def test_of_many_labels_a_refusal_names_some(tmp_path):
+    rows = tmp_path / "many.jsonl"
+    rows.write_text("".join(f'{{"text": "a {number}", "label": "name {number}"}}\n' for number in range(40)))
+    config = settings(tmp_path)
+    config = config.replace(data=config.data.replace(eval_source=str(config.data.sources[0]), sources=(str(rows),)))
+    with pytest.raises(DataError, match=r"Learned are: name 0, .*, name 26 and 20 more\. Correct"):
+        open_tuning(config)
+
+
 def test_examples_are_shown_with_their_label(tmp_path):
     shown = show_examples(settings(tmp_path))
     assert "".join(text for text, _ in shown[0]).startswith("[CLS]the good dog 0[SEP]")

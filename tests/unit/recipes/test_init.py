@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from smolora.config import DataConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig, resolve_config
+from smolora.config.adapter import PromptTuningConfig
 from smolora.errors import ConfigError, DataError
 from smolora.recipes.finetune import finetune
 from smolora.recipes.init import init
@@ -142,3 +143,14 @@ def test_data_that_train_would_refuse_leaves_no_file(base, tmp_path, content, me
     with pytest.raises(DataError, match=message):
         init(_config(base, file), tmp_path / "run.yaml")
     assert not (tmp_path / "run.yaml").exists()
+
+
+def test_virtual_tokens_shorten_the_context_that_rows_are_measured_by(base, tmp_path):
+    config = _config(base, _write_rows(tmp_path, 60)).replace(
+        adapter=PromptTuningConfig(num_virtual_tokens=CONTEXT - 5), training=TrainingConfig(max_steps=2)
+    )
+    with pytest.raises(DataError, match="57 are longer than 5 tokens .the context"):
+        init(config, tmp_path / "run.yaml")
+    roomy = config.replace(adapter=PromptTuningConfig(num_virtual_tokens=4))
+    init(roomy, tmp_path / "run.yaml")
+    assert f"the model reads {CONTEXT - 4}." in (tmp_path / "run.yaml").read_text()

@@ -205,3 +205,27 @@ def test_full_trains_in_phases_and_refuses_half_precision_and_an_adapter(tune):
         tune("full", "run", "model.dtype=bfloat16")
     with pytest.raises(ConfigError, match="full trains the model itself"):
         tune("full", "run", "adapter.path=x")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.gradient_checkpointing=true", "its keys and values come in the cache"),
+        ("phases.strategy=both,mlp,attn", "virtual tokens belong to no layer"),
+        ("adapter.method=ia3", "is of the method prefix_tuning, and goes on as that; found ia3. Leave the method out"),
+    ],
+)
+def test_an_adapter_is_continued_by_its_own_method_and_by_what_goes_with_it(tune, tmp_path, setting, message):
+    path = f"adapter.path={tune('prefix_tuning', 'first', 'training.max_steps=2').path}"
+    with pytest.raises(ConfigError, match=message):
+        tune("lora", "second", path, setting)
+    assert not (tmp_path / "second").exists()
+
+
+def test_settings_that_a_continued_adapter_has_no_use_for_are_said_to_have_no_effect(tune, caplog):
+    path = f"adapter.path={tune('lora', 'first', 'adapter.r=2', 'training.max_steps=2').path}"
+    run = tune("lora", "second", path, "adapter.r=3", "training.max_steps=2")
+    assert (
+        f"adapter.r: no effect, since {run.path.parent / 'first' / 'adapter_checkpoint'} keeps its own" in caplog.text
+    )
+    assert json.loads((run.adapter / "adapter_config.json").read_text())["r"] == 2
