@@ -117,7 +117,7 @@ def test_an_adapter_comes_back_bit_by_bit_here_and_in_plain_peft(save_moved, met
     assert torch.equal(logits_of(plain), expected)
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", [method for method in ALL if method != "adalora"])  # It isn't trained further.
 def test_an_adapter_on_bfloat16_keeps_its_float32_bits(save_moved, method):
     base, adapter, bundle = save_moved(method, dtype=torch.bfloat16)
     again = load_adapter(load_model(base), adapter, trainable=True)
