@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from smolora.generation.choosing import Row
+from smolora.generation.fallback import pad_prompts
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.support import find_obstacle
 from smolora.generation.text_generator import TextGenerator
@@ -85,3 +88,11 @@ def test_a_model_that_refuses_the_cache_is_found_out():
 def _refuse_a_cache(module, args, kwargs):
     if kwargs.get("past_key_values") is not None:
         raise TypeError("no cache, please")
+
+
+def test_what_an_encoder_reads_is_padded_behind_it():
+    rows = [Row([9], 4, SamplingSettings(), source_ids=ids) for ids in ([1, 2, 3], [4])]
+    inputs = pad_prompts(rows, torch.device("cpu"))
+    assert inputs["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert inputs["decoder_input_ids"].tolist() == [[9], [9]]
