@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,7 +23,9 @@ from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import resolve_model_folder
 from smolora.models.structure import PreTrainedModel
-from smolora.models.tasks import task_of
+from smolora.models.tasks import describe_task, task_of
+
+logger = logging.getLogger(__name__)
 
 
 def attach_adapter(
@@ -47,6 +50,9 @@ def attach_adapter(
         ModelError: A GPTModel, which is adapted in its saved form.
     """
     model = refuse_unadaptable(bundle)
+    if bundle.has_drawn_head:
+        heads = ", ".join(bundle.anatomy.heads)
+        logger.info("a fresh head for %s: %s", describe_task(bundle.task, bundle.labels), heads)
     if isinstance(config, FullConfig):
         return replace(bundle, model=_train_all(model))
     width = model.get_input_embeddings().weight.shape[1]

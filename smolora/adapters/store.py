@@ -116,6 +116,7 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         model=adapted,
         prompt_format=read_prompt_format(folder) or base.prompt_format,
         num_virtual_tokens=count_virtual_tokens(peft_config),
+        has_drawn_head=False,  # The adapter's own head is on.
     )
 
 

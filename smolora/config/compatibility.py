@@ -24,8 +24,6 @@ class Obstacle:
     """Why, as the end of a sentence."""
     advice: str
     """What to do instead, as a sentence."""
-    link: str | None = None
-    """Where others found it too."""
 
 
 OBSTACLES: tuple[Obstacle, ...] = (

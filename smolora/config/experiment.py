@@ -67,8 +67,7 @@ class ExperimentConfig(Section):
         checkpointing = self.training.gradient_checkpointing
         found = find_obstacle(method=method, task=task, quantization=quantization, gradient_checkpointing=checkpointing)
         if found:
-            more = f" ({found.link})" if found.link else ""
-            raise ValueError(f"adapter.method: {method} can't be used here: {found.reason}{more}. {found.advice}")
+            raise ValueError(f"adapter.method: {method} can't be used here: {found.reason}. {found.advice}")
         need = find_float32_need(method=method, quantization=quantization)
         if need and self.model.dtype not in ("auto", "float32"):
             raise ValueError(f"model.dtype: {method} needs float32, found {self.model.dtype}: {need}. Leave it out.")

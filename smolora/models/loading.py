@@ -7,7 +7,6 @@ tensor is refused (transformers would fill it with random numbers and go on).
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.heads import choose_labels, is_of_head, settle_head
 from smolora.models.quantised import build_quantisation, require_quantisation, settle_quantised
-from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, describe_task, find_heads, read_task
+from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, find_heads, read_task
 from smolora.models.weight_files import (
     StoredTensor,
     fingerprint_weights,
@@ -39,8 +38,6 @@ from smolora.models.weight_files import (
 )
 from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.pretrained import load_tokenizer
-
-logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SETTINGS_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -91,9 +88,6 @@ def load_model(
     else:
         model, missing = opening.load(dtype, device=device, quantization=quantization)
     heads = settle_head(model, missing, keeps_head=keeps_head, seed=seed)
-    draws_head = bool(heads) and (bool(missing) or not keeps_head)
-    if draws_head:
-        logger.info("a fresh head for %s: %s", describe_task(task, labels), ", ".join(heads))
     return ModelBundle(
         model=model,
         tokenizer=load_tokenizer(folder),
@@ -104,7 +98,7 @@ def load_model(
         revision=revision,
         quantization=quantization,
         task=task,
-        has_drawn_head=draws_head,
+        has_drawn_head=bool(heads) and (bool(missing) or not keeps_head),
     )
 
 

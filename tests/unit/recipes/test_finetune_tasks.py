@@ -157,6 +157,15 @@ def test_of_many_labels_a_refusal_names_some(tmp_path):
         open_tuning(config)
 
 
+def test_a_head_is_called_fresh_where_it_is_trained_and_not_where_an_adapter_brings_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = finetune(settings(tmp_path, max_steps=2), tmp_path / "run")
+    assert caplog.text.count("a fresh head for classification of 2 labels (no, yes): ") == 1
+    caplog.clear()
+    assert not load_bundle(run.path).has_drawn_head
+    assert "fresh head" not in caplog.text
+
+
 def test_examples_are_shown_with_their_label(tmp_path):
     shown = show_examples(settings(tmp_path))
     assert "".join(text for text, _ in shown[0]).startswith("[CLS]the good dog 0[SEP]")
