@@ -185,8 +185,11 @@ class _Installer:
             if part.is_linear and part.name not in done and (product := self._product([part.name])):
                 self._replace(self._model.get_submodule(part.name), product)
                 done = done | {part.name}
-        if done & set(self._anatomy.linear_modules()):
+        linear = done & set(self._anatomy.linear_modules())
+        if any(isinstance(self._model.get_submodule(name), BaseTunerLayer) for name in linear):
             self._parts.used.append("fused LoRA")
+        elif linear:
+            self._parts.used.append("linear layers as single functions")
 
     def _product(self, names: list[str], *, gated: Activation | None = None) -> LoRAProduct | None:
         layers = [self._model.get_submodule(name) for name in names]

@@ -12,6 +12,7 @@ from smolora.cli.flags import PrepareFlags, PretrainFlags, TrainFlags, collect_s
 from smolora.cli.run_config import build_config
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
+from smolora.records.run_dir import RunDir
 from smolora.runtime.console import print_plainly
 
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
@@ -103,8 +104,17 @@ def train(
 
     run = finetune(config, out, resume=flags.resume, callbacks=[ProgressCallback(terminal)])
     made = f"adapter: {run.adapter}" if run.adapter.is_dir() else f"model: {run.model}"
-    merging = f"smolora merge {out}, or " if run.adapter.is_dir() else ""
-    print_plainly(terminal, f'{made}\nnext: {merging}smolora generate {out} "..."')
+    print_plainly(terminal, f"{made}\nnext: {_propose_next(run)}")
+
+
+def _propose_next(run: RunDir) -> str:
+    """Return the commands that make sense of a finished run: virtual tokens can't be merged."""
+    from smolora.adapters.adapter_files import read_adapter
+
+    asking = f'smolora generate {run.path} "..."'
+    if not run.adapter.is_dir() or read_adapter(run.adapter).config.is_prompt_learning:
+        return asking
+    return f"smolora merge {run.path}, or {asking}"
 
 
 def probe(

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.lora_product import LoRAProduct, why_not_fast
-from smolora.config import LoRAConfig, SpeedConfig, TrainingConfig
+from smolora.config import LoRAConfig, PromptTuningConfig, SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.models.rows import Rows
@@ -123,6 +123,13 @@ def test_variants_of_lora_are_fast_and_right_or_plain_with_the_reason(extra, rea
     assert_same(found, run(bundle, by_rows=False))
     assert (reason is None) == ("is more than LoRA" not in parts.describe() and "has a bias" not in parts.describe())
     assert reason is None or reason.lower() in parts.describe().lower()
+
+
+def test_without_lora_what_is_fast_is_not_named_after_it(tmp_path):
+    bundle = attach_adapter(tiny_bundle("llama", tmp_path), PromptTuningConfig(num_virtual_tokens=2), seed=0)
+    with fast_path(bundle, SpeedConfig(), is_packed=False) as parts:
+        assert "linear layers as single functions" in parts.used
+        assert "fused LoRA" not in parts.used
 
 
 def test_two_active_adapters_stay_plain(tmp_path):

@@ -55,6 +55,12 @@ def test_pretrain_leaves_a_model_that_generate_opens(smolora, tmp_path):
     assert out.strip("\n")
 
 
+def test_what_comes_next_is_a_merge_where_the_adapter_can_be_merged(train, tmp_path):
+    assert f"next: smolora merge {tmp_path / 'lora'}, or smolora generate" in train(tmp_path / "lora")[2]
+    virtual = train(tmp_path / "virtual", "--method", "prompt_tuning", "adapter.num_virtual_tokens=2")
+    assert f"next: smolora generate {tmp_path / 'virtual'}" in virtual[2]
+
+
 def test_train_then_merge_then_generate(smolora, train, tmp_path):
     run = RunDir(tmp_path / "run")
     code, out, err = train(run.path)
