@@ -39,6 +39,8 @@ class BenchmarkRow:
     references: tuple[str, ...]
     facts: Mapping[str, object] = field(default_factory=dict)
     """What a metric needs beside the references, by name."""
+    origin: str = field(default="", compare=False)
+    """Where the row came from, for people; empty where that isn't known."""
 
 
 def read_e2e(path: Path, split: str) -> Iterator[BenchmarkRow]:

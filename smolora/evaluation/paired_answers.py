@@ -77,7 +77,7 @@ def compare_answers(
     if not rows:
         found.skipped.append("answers: no held-out row leaves room for one")
         return found
-    room = _count_affordable_tokens(bundle, rows[0], settings, budget)
+    room = _count_affordable_tokens(bundle, rows[0], settings, budget) if budget.left > 0 else 0
     if room < min(_FEWEST_TOKENS, settings.max_new_tokens):
         found.skipped.append("answers: there was no time for any")
         return found

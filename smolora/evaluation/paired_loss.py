@@ -22,7 +22,7 @@ from smolora.evaluation.metric import Sums
 from smolora.models.bundle import ModelBundle
 from smolora.models.tasks import HEAD_TASKS
 
-_BATCHES_AT_ONCE = 8
+_MOST_BATCHES_AT_ONCE = 8
 _MOST_TRIES = 32
 
 
@@ -57,7 +57,7 @@ def compare_losses(
     batch_size: int = 8,
     seed: int = 0,
 ) -> tuple[Comparison, PromptUse | None]:
-    """Measure rows in a seeded order until the time is up, 64 in any case (of batches of 8).
+    """Measure rows in a seeded order as long as there is time for more of them; one batch in any case.
 
     Args:
         bundle: A base with an adapter.
@@ -68,19 +68,22 @@ def compare_losses(
         seed: Of the order.
     """
     examples = [rows[index] for index in random.Random(seed).sample(range(len(rows)), len(rows))]
-    swapped = [_swap_prompt(examples, index, bundle) for index in range(len(examples))]
     scorer = LikelihoodScorer(bundle, batch_size=batch_size)
     tally = Tally(7)
-    for start in range(0, len(examples), batch_size * _BATCHES_AT_ONCE):
-        if start and budget.left < 0:
-            break
-        part = slice(start, start + batch_size * _BATCHES_AT_ONCE)
-        tuned = scorer.measure_examples(examples[part])
-        other = iter(scorer.measure_examples([example for example in swapped[part] if example is not None]))
+    start, num_batches = 0, 1
+    while start < len(examples) and num_batches:
+        began = budget.spent
+        stop = min(start + batch_size * num_batches, len(examples))
+        swapped = [_swap_prompt(examples, index, bundle) for index in range(start, stop)]
+        tuned = scorer.measure_examples(examples[start:stop])
+        other = iter(scorer.measure_examples([example for example in swapped if example is not None]))
         with before(bundle):
-            base = scorer.measure_examples(examples[part])
-        for earlier, later, mate in zip(base, tuned, swapped[part], strict=True):
+            base = scorer.measure_examples(examples[start:stop])
+        for earlier, later, mate in zip(base, tuned, swapped, strict=True):
             tally.add(_to_sums(earlier, later, None if mate is None else next(other)))
+        start = stop
+        of_a_batch = (budget.spent - began) / num_batches
+        num_batches = min(_MOST_BATCHES_AT_ONCE, int(max(0.0, budget.left) / of_a_batch))
     return _conclude(tally, HeadLossMetric if bundle.task in HEAD_TASKS else LossMetric)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -99,7 +99,7 @@ def open_benchmark(
     file = benchmark.find(split, data_dir)
     return RowSource(
         name=f"{benchmark.name}-{split}{limit}",
-        iter_rows=lambda: islice(benchmark.iter_rows(split, file), num_samples),
+        iter_rows=lambda: islice(_with_origin(benchmark.iter_rows(split, file), file), num_samples),
         metrics=benchmark.metrics,
         identity={"benchmark": benchmark.name, "split": split, "rows": num_samples, file.name: hash_file(file)},
         resources=Resources(labels=benchmark.labels, file=file, split=benchmark.name_split(split)),
@@ -149,6 +149,11 @@ def open_data(
             "files": {str(file): hash_file(file) if file.is_file() else None for file in files},
         },
     )
+
+
+def _with_origin(rows: Iterable[BenchmarkRow], file: Path) -> Iterator[BenchmarkRow]:
+    for number, row in enumerate(rows, start=1):
+        yield replace(row, origin=f"{file}, row {number:,}")
 
 
 def _choose_columns(
@@ -202,22 +207,24 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
     """
     prompt: Prompt | None = None
     references: list[str] = []
+    origin = ""
     for row in rows:
         asked, reference = _read_row(row, fmt, trained)
         if references and (asked != prompt or not asked):
-            yield BenchmarkRow(prompt or "", tuple(references))
+            yield BenchmarkRow(prompt or "", tuple(references), origin=origin)
             references = []
-        prompt = asked
+        if not references:
+            prompt, origin = asked, row.origin
         references.append(reference)
     if references:
-        yield BenchmarkRow(prompt or "", tuple(references))
+        yield BenchmarkRow(prompt or "", tuple(references), origin=origin)
 
 
 def iter_labelled(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[BenchmarkRow]:
     """Yield rows of a classification, each with its label as the reference."""
     for row in rows:
         texts = tuple(str(row.values[fmt.columns[role]]) for role in ("text", "text_pair") if role in fmt.columns)
-        yield BenchmarkRow("\n".join(texts), tuple(iter_labels(row.values, fmt)), {TEXTS: texts})
+        yield BenchmarkRow("\n".join(texts), tuple(iter_labels(row.values, fmt)), {TEXTS: texts}, row.origin)
 
 
 def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:

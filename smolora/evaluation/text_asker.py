@@ -48,9 +48,11 @@ class TextAsker:
         Raises:
             DataError: A prompt leaves no room for an answer, or for a label, in the model's context.
         """
+        if not self.labels:
+            self._check_room(rows, first)
         losses = self._measure_references(rows)
         if self.labels:
-            answers = [Answer(label, label=label) for label in self._choose_labels(rows)]
+            answers = [Answer(label, label=label) for label in self._choose_labels(rows, first)]
         else:
             asked = [(row.prompt, self._settings_of(number)) for number, row in enumerate(rows, first) if row.prompt]
             prompts, settings = [prompt for prompt, _ in asked], [own for _, own in asked]
@@ -60,6 +62,18 @@ class TextAsker:
             Answer(answer.text, answer.label, loss.loss_sum, loss.num_tokens)
             for answer, loss in zip(answers, losses, strict=True)
         ]
+
+    def _check_room(self, rows: Sequence[BenchmarkRow], first: int) -> None:
+        context = self.bundle.context
+        if context is None:
+            return
+        for number, row in enumerate(rows, first):
+            num_tokens = self._generator.count_tokens(row.prompt) if row.prompt else 0
+            if num_tokens >= context:
+                raise DataError(
+                    f"{_name_row(row, number)}: its prompt of {num_tokens:,} tokens leaves no room for an answer in "
+                    f"the model's context of {context:,} tokens. {_suggest(number)}"
+                )
 
     def _settings_of(self, number: int) -> SamplingSettings:
         """Return the settings with a seed of the row's own: a row is drawn alike whatever it is asked with."""
@@ -77,14 +91,25 @@ class TextAsker:
         found = [list(islice(measured, len(row.references))) for row in rows]
         return [Likelihood(sum(one.loss_sum for one in of), sum(one.num_tokens for one in of)) for of in found]
 
-    def _choose_labels(self, rows: Sequence[BenchmarkRow]) -> Iterator[str]:
+    def _choose_labels(self, rows: Sequence[BenchmarkRow], first: int) -> Iterator[str]:
         measured = iter(self._scorer.measure([(row.prompt, label) for row in rows for label in self.labels]))
-        for row in rows:
+        for number, row in enumerate(rows, first):
             found = list(islice(measured, len(self.labels)))
             if not all(one.is_whole for one in found):
+                num_tokens = self._generator.count_tokens(row.prompt)
                 raise DataError(
-                    f"a prompt leaves no room for the labels in the model's context of {self.bundle.context} tokens: "
-                    f"{str(row.prompt)[:60]!r}. Shorten it."
+                    f"{_name_row(row, number)}: its prompt of {num_tokens:,} tokens leaves no room for the labels in "
+                    f"the model's context of {self.bundle.context:,} tokens. {_suggest(number)}"
                 )
             losses = [one.loss_sum for one in found]
             yield self.labels[losses.index(min(losses))]
+
+
+def _name_row(row: BenchmarkRow, number: int) -> str:
+    return row.origin or f"row {number + 1:,}"
+
+
+def _suggest(number: int) -> str:
+    """Return what to do about row `number`, counted from 0, that doesn't fit."""
+    shorter = "Shorten it, leave the row out, or take a model with a longer context"
+    return f"{shorter}; --num-samples {number} evaluates the rows before it." if number else f"{shorter}."

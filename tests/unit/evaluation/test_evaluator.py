@@ -140,8 +140,18 @@ def test_rows_without_a_prompt_have_a_loss_and_no_answer(bundle):
 
 
 def test_a_prompt_past_the_context_is_an_error(bundle):
-    with pytest.raises(DataError, match="leaves no room"):
-        evaluate(bundle, [BenchmarkRow("\n" * 100, ("yes",))])
+    long = BenchmarkRow("\n" * 100, ("yes",))
+    with pytest.raises(DataError, match=f"row 1: .* 100 tokens leaves no room for an answer .* {CONTEXT} tokens"):
+        evaluate(bundle, [long])
+
+
+def test_the_row_of_a_prompt_past_the_context_is_named(bundle, rows, tmp_path):
+    long, log = BenchmarkRow("\n" * 100, ("yes",)), PredictionLog(tmp_path, {})
+    with pytest.raises(DataError, match="row 10: .*--num-samples 9 evaluates the rows before it"):
+        evaluate(bundle, [*rows[:9], long], log=log, batch_size=1)
+    assert len(read(log)) == 8
+    with pytest.raises(DataError, match=r"a\.jsonl:7: its prompt of 100 tokens"):
+        evaluate(bundle, [replace(long, origin="a.jsonl:7")])
 
 
 def test_sampled_answers_with_a_seed_are_the_same_again(bundle, rows, tmp_path):
@@ -168,8 +178,9 @@ def test_sampled_answers_depend_neither_on_the_batch_nor_on_a_stop(bundle, tmp_p
 
 def test_a_label_past_the_context_is_an_error(bundle):
     row = BenchmarkRow("\n" * CONTEXT, ("yes",))
-    with pytest.raises(DataError, match="leaves no room for the labels"):
-        ModelEvaluator(bundle, labels=("yes", "no")).answer([row])
+    message = f"row 5: its prompt of {CONTEXT} tokens leaves no room for the labels"
+    with pytest.raises(DataError, match=message):
+        ModelEvaluator(bundle, labels=("yes", "no")).answer([row], first=4)
 
 
 def test_references_past_the_context_are_counted_and_said_once(bundle, caplog):

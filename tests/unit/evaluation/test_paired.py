@@ -62,9 +62,26 @@ def test_answers_that_are_all_the_same_have_no_other_prompt(tuned):
     assert compare_losses(tuned, same, budget=Budget(PLENTY))[1] is None
 
 
-def test_without_time_64_rows_are_measured(tuned):
-    loss, _ = compare_losses(tuned, dataset(), budget=Budget(NONE))
-    assert loss.num_rows == 64
+def test_without_time_one_batch_is_measured(tuned):
+    loss, _ = compare_losses(tuned, dataset(), budget=Budget(NONE), batch_size=4)
+    assert loss.num_rows == 4
+
+
+class CountingBudget(Budget):
+    """Time that passes by looks at it, a second each, so that every round takes one."""
+
+    looks = 0
+
+    @property
+    def spent(self):
+        self.looks += 1
+        return float(self.looks)
+
+
+@pytest.mark.parametrize(("seconds", "num_rows"), [(3.9, 8), (4.0, 16), (6.0, 32)])
+def test_as_many_batches_are_begun_as_there_is_time_to_end(tuned, seconds, num_rows):
+    loss, _ = compare_losses(tuned, dataset(), budget=CountingBudget(seconds))
+    assert loss.num_rows == num_rows
 
 
 def test_rows_past_the_context_are_measured_as_far_as_they_go(tuned):

@@ -47,6 +47,18 @@ def test_the_columns_a_model_was_trained_on_need_no_flags(tmp_path):
     assert read(open_rows(named, trained)) == [("A", ("1",))]
 
 
+def test_a_row_knows_where_it_came_from(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("mr,ref\nA,1\nA,2\nB,3\n")
+    own = open_rows(file, prompt_field="mr", completion_field="ref")
+    assert [row.origin for row in own.iter_rows()] == [f"{file}:2", f"{file}:4"]
+    file.rename(tmp_path / "testset_w_refs.csv")
+    of_benchmark = open_benchmark("e2e_nlg", tmp_path)
+    assert [row.origin for row in of_benchmark.iter_rows()] == [
+        f"{tmp_path / 'testset_w_refs.csv'}, row {number}" for number in (1, 2)
+    ]
+
+
 def test_texts_have_no_prompt_and_are_not_grouped(tmp_path):
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     source = open_rows(tmp_path / "texts.txt")
