@@ -43,7 +43,7 @@ from tests.tiny import (
     save_tiny_model,
 )
 
-TASKS: tuple[TaskType, ...] = ("causal_lm", "classification")
+TASKS: tuple[TaskType, ...] = ("causal_lm", "classification", "token_classification", "seq2seq")
 PRECISIONS: dict[str, dict[str, str]] = {
     "float32": {"model.dtype": "float32"},
     "bfloat16": {"model.dtype": "bfloat16"},
