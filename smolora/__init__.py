@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time `__getattr__` do
     from smolora.data.readers import read_csv, read_jsonl, read_txt_folder
     from smolora.data.seq2seq import Seq2SeqPreprocessor
     from smolora.data.sources import DatasetHandler, load_dataset_from_hub, load_text_data, prepare_dataset
+    from smolora.data.spans import QuestionAnsweringPreprocessor
     from smolora.data.token_dataset import TextDataset
     from smolora.data.word_labels import TokenClassificationPreprocessor
     from smolora.errors import (
@@ -144,6 +145,7 @@ __all__ = [
     "PRESETS",
     "PhaseConfig",
     "PretrainConfig",
+    "QuestionAnsweringPreprocessor",
     "SamplingSettings",
     "Seq2SeqPreprocessor",
     "SmoLoRA",
@@ -247,6 +249,7 @@ _HOMES = {
     "PRESETS": "smolora.config",
     "PhaseConfig": "smolora.config",
     "PretrainConfig": "smolora.config",
+    "QuestionAnsweringPreprocessor": "smolora.data.spans",
     "SamplingSettings": "smolora.generation.sampling",
     "Seq2SeqPreprocessor": "smolora.data.seq2seq",
     "SmoLoRA": "smolora.api",

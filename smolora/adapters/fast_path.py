@@ -27,6 +27,7 @@ from smolora.models.registry import FAMILIES, Fused
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
 from smolora.models.structure import PreTrainedModel, replaced_forward
+from smolora.models.tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
             return written.float()
         position_ids = torch.cat([torch.arange(length) for length in _PROBE]).to(model.device)[None]
         extra = {"rows": rows} if rows is not None else {}
-        logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).logits
+        found = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
+        logits: Tensor = found.start_logits if task_of(model) == "qa" else found.logits
         return logits.float()
     finally:
         for module, mode in modes.items():

@@ -51,8 +51,8 @@ class DataConfig(_Columns):
     max_rejects: int = Field(default=0, ge=0)
     """Malformed rows to tolerate before the run stops with exit code 3."""
 
-    stride: int = Field(default=128, ge=0)
-    """qa: tokens that two windows share, where a context is longer than one."""
+    stride: int | None = Field(default=None, ge=0)
+    """qa: tokens that two windows share, where a context is longer than one. Left out, a quarter of a window's."""
 
     chunk_size: int = Field(default=0, ge=0)
     """Split plain text into pieces of this many words, or tokens of `chunk_tokenizer`; 0 keeps rows whole."""

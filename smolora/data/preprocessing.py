@@ -18,6 +18,7 @@ from smolora.data.preprocessor import DataPreprocessor, InstructionPreprocessor
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
 from smolora.data.seq2seq import Seq2SeqPreprocessor
+from smolora.data.spans import QuestionAnsweringPreprocessor
 from smolora.data.token_dataset import Example, TokenDataset
 from smolora.data.word_labels import TokenClassificationPreprocessor
 from smolora.errors import ConfigError, DataError, did_you_mean
@@ -36,20 +37,29 @@ _PREPROCESSORS: dict[str, type[DataPreprocessor]] = {
     "causal_lm": DataPreprocessor,
     "instruction": InstructionPreprocessor,
     "classification": TextClassificationPreprocessor,
+    "qa": QuestionAnsweringPreprocessor,
     "token_classification": TokenClassificationPreprocessor,
     "seq2seq": Seq2SeqPreprocessor,
 }
 
 
-def get_preprocessor(task: str, *, fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> DataPreprocessor:
+def get_preprocessor(
+    task: str, *, fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase, stride: int | None = None
+) -> DataPreprocessor:
     """Return the preprocessor of a task.
+
+    Args:
+        task: What the model is asked.
+        fmt: The form of the rows.
+        tokenizer: The model's.
+        stride: qa: tokens that two windows over a context share; left out, a quarter of those in a window.
 
     Raises:
         ConfigError: There is no such task.
     """
     if task not in _PREPROCESSORS:
         raise ConfigError(f"no task {task!r}.{did_you_mean(task, _PREPROCESSORS)} Tasks: {', '.join(_PREPROCESSORS)}.")
-    return _PREPROCESSORS[task](fmt, tokenizer)
+    return _PREPROCESSORS[task](fmt, tokenizer, stride=stride)
 
 
 def encode_rows(
@@ -158,9 +168,7 @@ class _Fitting:
         if self.limit is None or length <= self.limit:
             return self._count_learnable([example])
         if self.preprocessor.splits:
-            parts = self.preprocessor.cut(example, row.values, self.limit)
-            self.counts.added_by_windows += len(parts) - 1
-            return parts
+            return self._split(example, row, self.limit)
         if self.data.overlong == "raise":
             raise DataError(
                 f"{row.origin} becomes {length} tokens, but the longest allowed is {self.limit}. Choose with "
@@ -175,6 +183,17 @@ class _Fitting:
         self.counts.cut_target_tokens += example.num_target_tokens - left
         self.counts.truncated += bool(left)
         return self._count_learnable(parts)
+
+    def _split(self, example: Example, row: Row, limit: int) -> list[Example]:
+        try:
+            parts = self.preprocessor.cut(example, row.values, limit)
+        except DataError as error:
+            if self.data.overlong != "drop":
+                raise DataError(f"{row.origin}: {error}") from error
+            self.counts.dropped_overlong += 1
+            return []
+        self.counts.added_by_windows += len(parts) - 1
+        return parts
 
     def _count_learnable(self, examples: list[Example]) -> list[Example]:
         learnable = [example for example in examples if example.num_target_tokens]

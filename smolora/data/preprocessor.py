@@ -26,8 +26,8 @@ class DataPreprocessor:
     splits: ClassVar[bool] = False
     """Whether a row that is too long becomes several examples, whatever data.overlong says."""
 
-    def __init__(self, fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take rows of one form.
+    def __init__(self, fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase, *, stride: int | None = None) -> None:
+        """Take rows of one form; of a task that `splits`, parts that follow each other share `stride` tokens.
 
         Raises:
             DataError: The task has no use for rows of this form.
@@ -38,6 +38,7 @@ class DataPreprocessor:
             )
         self.fmt = fmt
         self.tokenizer = tokenizer
+        self.stride = stride
 
     def with_format(self, fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> Self:
         """Return the same preprocessor for rows of another form.
@@ -46,7 +47,7 @@ class DataPreprocessor:
             DataError: The task has no use for rows of this form.
         """
         changed = copy(self)
-        DataPreprocessor.__init__(changed, fmt, tokenizer)
+        DataPreprocessor.__init__(changed, fmt, tokenizer, stride=self.stride)
         return changed
 
     def encode(self, rows: Sequence[Values]) -> list[Example]:

@@ -19,6 +19,7 @@ from typing import TextIO
 
 from smolora.config.data import FileType
 from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
+from smolora.data.squad import is_squad, iter_questions
 from smolora.errors import DataError, StorageError, did_you_mean
 
 Read = Iterator[Row | Reject]
@@ -271,6 +272,11 @@ def _iter_json(path: Path) -> Read:
             raise DataError(
                 f"{path} is malformed JSON: {error}. Is it one object a line? Then its type is jsonl."
             ) from error
+    if is_squad(values):
+        try:
+            values = list(iter_questions(values))
+        except DataError as error:
+            raise DataError(f"{path}: {error}.") from error
     if not isinstance(values, list):
         raise DataError(f"{path} must hold a list of objects, found {type(values).__name__}.")
     for number, value in enumerate(values, start=1):

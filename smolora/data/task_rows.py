@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 from smolora.data.labels import name_label
 
@@ -40,22 +39,31 @@ def find_tags_problem(words: object, tags: object) -> str | None:
 
 def find_answer_problem(context: object, answers: object) -> str | None:
     """Return why the answers of a question can't be learned from, or None; none at all is an answer too."""
-    if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
-        return f"answers are {{'text': [...], 'answer_start': [...]}} as in SQuAD, found {answers!r}"[:200]
     found = read_answers(answers)
     if found is None:
-        return f"answers need as many texts as places, found {answers!r}"[:200]
+        return (
+            "answers are {'text': [...], 'answer_start': [...]} as in SQuAD, or a list of {'text', 'answer_start'}, "
+            f"found {answers!r}"
+        )[:300]
     for text, start in found:
-        at_place = str(context)[start : start + len(text)]
-        if not text or start < 0 or at_place != text:
-            return f"the answer {text!r} isn't at character {start} of the context, where {at_place!r} is"[:200]
+        at_place = str(context)[max(start, 0) : max(start, 0) + len(text)]
+        if not text.strip() or start < 0 or at_place != text:
+            return f"the answer {text!r} isn't at character {start} of the context, where {at_place!r} is"[:300]
     return None
 
 
 def read_answers(answers: object) -> list[tuple[str, int]] | None:
-    """Return (text, first character) of each answer; None where they aren't in SQuAD's form."""
-    values = cast("Mapping[str, object]", answers)
-    texts, starts = values["text"], values["answer_start"]
+    """Return (text, first character) of each answer; None where they aren't in SQuAD's form.
+
+    >>> read_answers({"text": ["a"], "answer_start": [3]}), read_answers([{"text": "a", "answer_start": 3}])
+    ([('a', 3)], [('a', 3)])
+    """
+    if isinstance(answers, Mapping):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+    elif isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
+        texts, starts = ([answer.get(name) for answer in answers] for name in ("text", "answer_start"))
+    else:
+        return None
     if not (isinstance(texts, list | tuple) and isinstance(starts, list | tuple) and len(texts) == len(starts)):
         return None
     if not all(isinstance(text, str) for text in texts) or not all(type(start) is int for start in starts):

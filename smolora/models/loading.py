@@ -242,8 +242,11 @@ class _Opening:
         return model, sorted(report["missing_keys"])
 
     def _read_config(self) -> PretrainedConfig:
-        head = {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, **(head if self.labels else {}))
+        head: dict[str, object] = {"num_labels": 2} if self.task == "qa" else {}  # Where it begins, and ends.
+        if self.labels:
+            names = dict(enumerate(self.labels))
+            head = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, **head)
         assert isinstance(config, PretrainedConfig)
         return config
 

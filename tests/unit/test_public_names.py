@@ -27,6 +27,7 @@ PROMISED = {
     "load_dataset_from_hub",
     "DatasetPipeline",
     "TextClassificationPreprocessor",
+    "QuestionAnsweringPreprocessor",
     "TokenClassificationPreprocessor",
     "Seq2SeqPreprocessor",
     "TextCleaningProcessor",
