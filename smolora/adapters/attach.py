@@ -108,6 +108,9 @@ def adapt(
             _compute_in_float32(layer)
         elif isinstance(layer, AdaLoraLayer):
             layer.ranknum.requires_grad_(False)  # peft unfreezes this constant where it widens it to float32.
+    if isinstance(adapted, peft.PeftModelForQuestionAnswering):
+        # peft 0.21 hands neither token_type_ids nor position_ids on there, and says nothing.
+        vars(adapted)["forward"] = adapted.base_model.forward
     return adapted.train(is_training)  # peft's new dropout layers would drop in an eval model.
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -80,12 +81,22 @@ def test_plain_peft_opens_it_with_the_same_logits(tmp_path):
     batch = get_data_collator("padded", "qa")([tuning.data.train[index] for index in range(5)])
     with torch.no_grad():
         ours = target_logits_of(bundle.model.eval(), "qa")(bundle.model, batch)
-        theirs = plain(
+        theirs = plain.get_base_model()(  # peft's own forward drops the segments.
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
         )
     for side, logits in enumerate((theirs.start_logits, theirs.end_logits)):
         assert torch.equal(ours[side::2][batch.candidates], logits[batch.candidates])
         assert ours[side::2][~batch.candidates].eq(float("-inf")).all()
+
+
+def test_segments_reach_the_model_through_the_adapter(tmp_path):
+    tuning = open_tuning(settings(tmp_path))
+    model, batch = tuning.bundle.model.eval(), get_data_collator("padded", "qa")([tuning.data.train[0]])
+    assert batch.token_type_ids is not None and batch.token_type_ids.any()
+    blind = replace(batch, token_type_ids=torch.zeros_like(batch.token_type_ids))
+    with torch.no_grad():
+        seen, unseen = (target_logits_of(model, "qa")(model, one) for one in (batch, blind))
+    assert not torch.equal(seen, unseen)
 
 
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path):
