@@ -108,13 +108,17 @@ def train(
 
 
 def _propose_next(run: RunDir) -> str:
-    """Return the commands that make sense of a finished run: virtual tokens can't be merged."""
+    """Return the commands that make sense of a finished run: not all answer in text, and virtual tokens don't merge."""
     from smolora.adapters.adapter_files import read_adapter
 
     asking = f'smolora generate {run.path} "..."'
-    if not run.adapter.is_dir() or read_adapter(run.adapter).config.is_prompt_learning:
+    if not run.adapter.is_dir():
         return asking
-    return f"smolora merge {run.path}, or {asking}"
+    adapter = read_adapter(run.adapter)
+    if adapter.config.is_prompt_learning:
+        return asking
+    merging = f"smolora merge {run.path}"
+    return merging if adapter.task in ("qa", "token_classification") else f"{merging}, or {asking}"
 
 
 def probe(

@@ -123,11 +123,11 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
     if votes <= 0:
         return "worse" if votes else "no change", found
     if evidence.majority is not None and evidence.majority.verdict <= 0:
-        few = "" if evidence.majority.is_counted else f", and {evidence.majority.num_rows} rows are too few to tell"
         return "no change", (
             f"{found}, but an accuracy of {evidence.majority.tuned:.4f} isn't surely above the "
-            f"{evidence.majority.base:.4f} of always naming the commonest label{few}: how frequent each label is was "
-            "learned, not which text has which. Are texts and labels paired rightly?"
+            f"{evidence.majority.base:.4f} of always naming the commonest label. Either {evidence.majority.num_rows} "
+            "held-out rows are too few to tell (hold out more: --eval-data, or data.validation_fraction), or how "
+            "frequent each label is was learned, and not which text has which: are texts and labels paired rightly?"
         )
     if use is not None and not use.is_sure:
         return "no change", (

@@ -82,4 +82,4 @@ def test_a_classifier_trained_whole_is_held_against_the_head_it_began_with(tmp_p
 def test_rows_too_few_to_tell_are_no_proof(tmp_path):
     found = read(tune(tmp_path, reviews(60), "data.validation_fraction=0.2"))
     assert found["verdict"] == "no change"
-    assert "12 rows are too few to tell" in found["reason"]
+    assert "12 held-out rows are too few to tell" in found["reason"]
