@@ -114,6 +114,12 @@ needs_bitsandbytes = pytest.mark.skipif(
     not HAS_BITSANDBYTES, reason="bitsandbytes isn't installed: pip install 'smolora[quant]'"
 )
 
+
+def sweep(*quick: str, slow: tuple[str, ...]) -> list[Any]:
+    """Parameters of a test: some in the default suite, the others among the slow ones."""
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
 _TEXT = (
     "the cat sat on the mat and the dog sat on the log. name: The Eagle, food: Italian, area: riverside. "
     "The Eagle is an Italian place in the riverside area. Where is the other one? "

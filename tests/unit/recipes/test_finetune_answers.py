@@ -22,7 +22,7 @@ from smolora.models.loading import load_model
 from smolora.recipes.finetune import finetune, load_base, open_tuning, read_rows, show_examples
 from smolora.records.staging import hash_folder
 from smolora.training.loss import sum_cross_entropy, target_logits_of
-from tests.tiny import ENCODERS, save_tiny_encoder, save_tiny_model
+from tests.tiny import ENCODERS, save_tiny_encoder, save_tiny_model, sweep
 
 PLACES = ("river", "mill", "log", "mat")
 
@@ -59,7 +59,7 @@ def heads_of(config: ExperimentConfig) -> dict[str, torch.Tensor]:
     return {name: value for name, value in base.model.named_parameters() if name.startswith(heads)}
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2"])
+@pytest.mark.parametrize("family", sweep("bert", slow=("roberta", "distilbert", "gpt2")))
 def test_a_run_trains_its_head_whole_and_is_opened_again(family, tmp_path, caplog):
     config = settings(tmp_path, family)
     with caplog.at_level(logging.WARNING):

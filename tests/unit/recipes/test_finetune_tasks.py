@@ -18,7 +18,7 @@ from smolora.errors import ConfigError, DataError
 from smolora.recipes.finetune import encode_data, finetune, load_base, open_tuning, read_rows, show_examples
 from smolora.records.staging import hash_folder
 from smolora.training.loss import target_logits_of
-from tests.tiny import ENCODERS, save_tiny_encoder, save_tiny_model
+from tests.tiny import ENCODERS, save_tiny_encoder, save_tiny_model, sweep
 
 WORDS = ("good", "fine", "bad", "poor")
 
@@ -54,7 +54,14 @@ def read_logits(bundle, config) -> torch.Tensor:
         return target_logits_of(bundle.model, bundle.task)(bundle.model.eval(), batch)
 
 
-@pytest.mark.parametrize("family", [*ENCODERS, "llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bert",
+        "llama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra", "distilbert", "gpt2", "opt")),
+    ],
+)
 def test_a_classifier_is_trained_and_opened_again_with_its_head_and_labels(family, tmp_path):
     config = settings(tmp_path, family)
     run = finetune(config, tmp_path / "run")
@@ -107,7 +114,14 @@ def test_a_resumed_classifier_is_bit_equal_to_one_that_never_stopped(family, tmp
     assert hash_folder(resumed.adapter) == hash_folder(whole.adapter)
 
 
-@pytest.mark.parametrize("family", [*ENCODERS, "llama", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bert",
+        "llama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra", "distilbert", "gpt2")),
+    ],
+)
 def test_no_head_is_a_target(family, tmp_path):
     bundle = open_tuning(settings(tmp_path, family)).bundle
     assert bundle.anatomy.heads
@@ -121,7 +135,7 @@ def test_a_head_that_is_named_as_a_target_is_refused_with_the_reason(tmp_path):
         open_tuning(config.replace(adapter=LoRAConfig(target_modules="query,classifier")))
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "gpt2"])
+@pytest.mark.parametrize("family", sweep("bert", "llama", slow=("roberta", "gpt2")))
 def test_what_fills_up_a_row_changes_no_logit(family, tmp_path):
     config = settings(tmp_path, family)
     bundle = open_tuning(config).bundle

@@ -50,7 +50,14 @@ def heads_of(config: ExperimentConfig) -> dict[str, torch.Tensor]:
     return {name: value for name, value in base.model.named_parameters() if name.startswith(heads)}
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bert",
+        "llama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "distilbert", "gpt2", "bloom")),
+    ],
+)
 def test_a_run_trains_its_head_whole_and_is_opened_again(family, tmp_path, caplog):
     config = settings(tmp_path, family)
     with caplog.at_level(logging.WARNING):

@@ -188,6 +188,7 @@ def test_a_full_run_leaves_a_model_that_plain_transformers_opens_and_a_merge_isn
 
 def test_the_verdict_of_a_full_run_compares_with_the_base_from_disk(tune, rows):
     shared = (f"data.eval_source={rows}", "model.dtype=float32", "training.max_steps=3")
+    shared += ("evaluation.verdict_share=1000",)  # All rows are asked, however busy the machine is.
     run = tune("full", "run", *shared, "training.learning_rate=1e-3")
     found, kept = json.loads(run.verdict.read_text()), (run.model / "model.safetensors").read_bytes()
     other = json.loads(tune("lora", "other", *shared).verdict.read_text())
