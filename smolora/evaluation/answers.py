@@ -166,25 +166,15 @@ class MajorityMetric(SummedMetric):
         return [float(sums.max() / sums.sum())] if sums.any() else [math.nan]
 
 
-class HeadLossMetric(SummedMetric):
+class HeadLossMetric(LossMetric):
     """Mean -log p of what is right under the head of a task."""
 
     names = ("loss",)
     variants = ("nats per right label under the head",)
-    version = _OURS
-
-    @property
-    def width(self) -> int:
-        """Losses and labels."""
-        return 2
-
-    def measure(self, answer: Answer, row: BenchmarkRow) -> Sums:
-        """Return the sum and the labels of one row."""
-        return np.array([answer.loss_sum or 0.0, float(answer.num_tokens)])
 
     def conclude(self, sums: Sums) -> Sequence[float]:
         """Return the loss; not a number where there were no labels."""
-        return [float(sums[0] / sums[1])] if sums[1] else [math.nan]
+        return super().conclude(sums)[:1]
 
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:

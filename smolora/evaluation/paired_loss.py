@@ -16,7 +16,15 @@ from smolora.adapters.toggling import disabled_adapter
 from smolora.data.token_dataset import Example, TokenArray, TokenDataset
 from smolora.evaluation.answers import HeadLossMetric, LossMetric
 from smolora.evaluation.bootstrap import Tally
-from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Before, Budget, Comparison, bound_differences, finite
+from smolora.evaluation.comparison import (
+    FEWEST_ANSWERS,
+    LEAST_LOSS_SHARE,
+    Before,
+    Budget,
+    Comparison,
+    bound_differences,
+    finite,
+)
 from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
 from smolora.evaluation.metric import Sums
 from smolora.models.bundle import ModelBundle
@@ -57,7 +65,7 @@ def compare_losses(
     batch_size: int = 8,
     seed: int = 0,
 ) -> tuple[Comparison, PromptUse | None]:
-    """Measure rows in a seeded order as long as there is time for more of them; one batch in any case.
+    """Measure rows in a seeded order as long as there is time for more of them; 16 in any case.
 
     Args:
         bundle: A base with an adapter.
@@ -70,7 +78,7 @@ def compare_losses(
     examples = [rows[index] for index in random.Random(seed).sample(range(len(rows)), len(rows))]
     scorer = LikelihoodScorer(bundle, batch_size=batch_size)
     tally = Tally(7)
-    start, num_batches = 0, 1
+    start, num_batches = 0, -(-FEWEST_ANSWERS // batch_size)
     while start < len(examples) and num_batches:
         began = budget.spent
         stop = min(start + batch_size * num_batches, len(examples))
@@ -92,7 +100,7 @@ def _to_sums(base: Likelihood, tuned: Likelihood, other: Likelihood | None) -> S
     return np.array([base.loss_sum, tuned.loss_sum, base.num_tokens, *swapped], np.float64)
 
 
-def _conclude(tally: Tally, metric: type[LossMetric | HeadLossMetric]) -> tuple[Comparison, PromptUse | None]:
+def _conclude(tally: Tally, metric: type[LossMetric]) -> tuple[Comparison, PromptUse | None]:
     with np.errstate(invalid="ignore", divide="ignore"):  # A resampling of few rows may hold none.
         base, tuned, _, own, other, _ = tally.sums[:6] / np.repeat(tally.sums[[2, 5]], 3)
         resampled = tally.resampled[:, :6] / np.repeat(tally.resampled[:, [2, 5]], 3, axis=1)

@@ -64,9 +64,25 @@ class Evidence:
         yield self._describe_movement()
         if self.overlap.rows:
             yield f"{self.overlap.rows} of {self.overlap.num_held_out} held-out rows were in the training rows too"
+        if self.has_seen_prompts:
+            yield f"{self.describe_seen_prompts()}: nothing here says how it answers new ones"
         if self.loss.num_rows < _FEW_ROWS:
             yield f"only {self.loss.num_rows} held-out rows: the intervals are rough"
         yield from (f"skipped: {what}" for what in self.skipped)
+
+    @property
+    def has_seen_prompts(self) -> bool:
+        """Whether many held-out rows have a prompt that was trained on, with another answer."""
+        return self._num_seen_prompts > _MANY_SEEN * self.overlap.num_held_out
+
+    def describe_seen_prompts(self) -> str:
+        """Return how many, as a clause."""
+        of_all = f"{self._num_seen_prompts} of {self.overlap.num_held_out}"
+        return f"the prompts of {of_all} held-out rows were trained on, with other answers"
+
+    @property
+    def _num_seen_prompts(self) -> int:
+        return 0 if self.overlap.prompts is None else self.overlap.prompts - self.overlap.rows
 
     def _describe_movement(self) -> str:
         if not self.movement.modules:
@@ -136,6 +152,8 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
         )
     if overlap.rows > _MANY_SEEN * overlap.num_held_out:
         found += f"; but {overlap.rows} of {overlap.num_held_out} held-out rows were trained on, so this may be memory"
+    elif evidence.has_seen_prompts:
+        found += f"; but {evidence.describe_seen_prompts()}, so it is for these prompts. Hold out new ones: --eval-data"
     return "learned", found
 
 

@@ -77,14 +77,6 @@ def find_heads(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def read_labels(model: nn.Module) -> tuple[str, ...]:
-    """Return the labels of a classifier, in the order of its outputs; none for other models."""
-    if not isinstance(model, PreTrainedModel) or task_of(model) not in LABEL_TASKS:
-        return ()
-    names: dict[int, str] = model.config.id2label
-    return tuple(str(names[number]) for number in range(len(names)))
-
-
 def describe_head(task: TaskType, labels: Sequence[str]) -> str:
     """Return what a model with a task's head is, and isn't, as a sentence without its end.
 

@@ -62,9 +62,10 @@ def test_answers_that_are_all_the_same_have_no_other_prompt(tuned):
     assert compare_losses(tuned, same, budget=Budget(PLENTY))[1] is None
 
 
-def test_without_time_one_batch_is_measured(tuned):
-    loss, _ = compare_losses(tuned, dataset(), budget=Budget(NONE), batch_size=4)
-    assert loss.num_rows == 4
+@pytest.mark.parametrize("batch_size", [3, 8, 32])
+def test_without_time_16_rows_are_measured_in_whole_batches(tuned, batch_size):
+    loss, _ = compare_losses(tuned, dataset(), budget=Budget(NONE), batch_size=batch_size)
+    assert loss.num_rows == {3: 18, 8: 16, 32: 32}[batch_size]
 
 
 class CountingBudget(Budget):
@@ -78,7 +79,7 @@ class CountingBudget(Budget):
         return float(self.looks)
 
 
-@pytest.mark.parametrize(("seconds", "num_rows"), [(3.9, 8), (4.0, 16), (6.0, 32)])
+@pytest.mark.parametrize(("seconds", "num_rows"), [(3.4, 16), (3.5, 24), (4.0, 32)])
 def test_as_many_batches_are_begun_as_there_is_time_to_end(tuned, seconds, num_rows):
     loss, _ = compare_losses(tuned, dataset(), budget=CountingBudget(seconds))
     assert loss.num_rows == num_rows

@@ -31,10 +31,15 @@ def score(difference, num_rows=40):
     )
 
 
-def gather(loss, *scores, use=SURE, moved=0.1, seen=0):
+def gather(loss, *scores, use=SURE, moved=0.1, seen=0, prompts=None):
     movement = Movement(moved, {"layers.0.q_proj": moved})
     return Evidence(
-        loss=loss, prompt_use=use, scores=scores, movement=movement, overlap=Overlap(40, seen, 0), skipped=("this",)
+        loss=loss,
+        prompt_use=use,
+        scores=scores,
+        movement=movement,
+        overlap=Overlap(40, seen, prompts),
+        skipped=("this",),
     )
 
 
@@ -66,6 +71,17 @@ def test_each_kind_of_run_has_its_word(evidence, word):
 
 def test_held_out_rows_that_were_trained_on_are_named():
     assert "20 of 40 held-out rows were trained on" in judge(gather(loss(1.0), seen=20)).reason
+
+
+def test_prompts_that_were_trained_on_with_other_answers_are_named():
+    verdict = judge(gather(loss(1.0), seen=2, prompts=32))
+    assert "the prompts of 30 of 40 held-out rows were trained on, with other answers" in verdict.reason
+    assert any("the prompts of 30 of 40 held-out rows" in line for line in verdict.lines)
+
+
+def test_a_few_seen_prompts_are_left_unsaid():
+    verdict = judge(gather(loss(1.0), prompts=3))
+    assert "prompts" not in verdict.reason and not any("were trained on" in line for line in verdict.lines)
 
 
 def test_the_findings_say_what_was_skipped_and_are_valid_json():
