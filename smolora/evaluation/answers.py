@@ -121,8 +121,11 @@ class DistinctMetric(CorpusMetric):
 class LossMetric(SummedMetric):
     """Mean -log p of the references' tokens under the model, and its exponential."""
 
-    names = ("loss", "perplexity")
-    variants = ("nats per token of the references and their end, given the prompt", "exp(loss), by token")
+    names: tuple[str, ...] = ("loss", "perplexity")
+    variants: tuple[str, ...] = (
+        "nats per token of the references and their end, given the prompt",
+        "exp(loss), by token",
+    )
     version = _OURS
 
     @property
