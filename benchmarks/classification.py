@@ -230,6 +230,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--child", arm, "--data", args.data, "--folder", f"{folder}/run"]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             measured.append((arm, Cost(*json.loads(output.splitlines()[-1])), score(args.data, Path(folder) / "run")))
+            print(*measured[-1], file=sys.stderr, flush=True)
     first = measured[0][1]
     rows = [
         (
