@@ -28,7 +28,7 @@ from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.heads import choose_labels, is_of_head, settle_head
 from smolora.models.quantised import build_quantisation, require_quantisation, settle_quantised
-from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, find_heads, read_task
+from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, find_heads, offer_tasks, read_task
 from smolora.models.weight_files import (
     StoredTensor,
     fingerprint_weights,
@@ -83,6 +83,7 @@ def load_model(
     task = task or read_task(architectures if isinstance(architectures, list) else ())
     labels, keeps_head = choose_labels(settings, task, labels)
     opening = _Opening(folder, task, labels)
+    opening.refuse_family()
     if quantization == "none" and device == "meta":
         model, missing = opening.build_skeleton(stored)
     else:
@@ -196,6 +197,17 @@ class _Opening:
     task: TaskType
     labels: tuple[str, ...]
 
+    def refuse_family(self) -> None:
+        """Raise where a model of this family can't be asked this."""
+        with _opening(self.folder, self.task):
+            config = self._read_config()
+        if self.task not in offer_tasks(config):
+            raise ModelError(
+                f"{self.folder} is a {config.model_type} model, which can't become a {TASK_NAMES[self.task]} "
+                f"(--task {self.task}{', the default' if self.task == 'causal_lm' else ''}). "
+                f"{self._propose_tasks(config)}"
+            )
+
     def load(
         self, dtype: torch.dtype | None, *, device: str, quantization: Quantization
     ) -> tuple[PreTrainedModel, list[str]]:
@@ -256,10 +268,19 @@ class _Opening:
         lacking = [str(name) for name in report["missing_keys"]] + mismatched
         missing = sorted(name for name in lacking if not (heads and is_of_head(name, heads)))
         if missing:
+            saved = str((model.config.architectures or ["model of another kind"])[0])
+            is_cut = saved == type(model).__name__
+            advice = "Copy or download it again." if is_cut else self._propose_tasks(model.config)
             raise ModelError(
-                f"{self.folder} lacks {len(missing)} tensors of a {model.config.model_type} model, such as "
-                f"{missing[0]}. It is another kind of model (choose with --task), or an incomplete copy."
+                f"{self.folder} lacks {len(missing)} tensors of a {type(model).__name__}, such as {missing[0]}: it is "
+                f"{'incomplete' if is_cut else f'a {saved}, or incomplete'}. {advice}"
             )
+
+    def _propose_tasks(self, config: PretrainedConfig) -> str:
+        another = f"take another base for {self.task}"
+        if others := [task for task in offer_tasks(config) if task != self.task]:
+            return f"It can be trained with --task {' or '.join(others)}; or {another}."
+        return f"{another.capitalize()}."
 
 
 @contextmanager

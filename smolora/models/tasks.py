@@ -10,11 +10,18 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -27,6 +34,15 @@ AUTO_MODELS: dict[TaskType, Any] = {
     "qa": AutoModelForQuestionAnswering,
     "seq2seq": AutoModelForSeq2SeqLM,
 }
+
+_FAMILIES: dict[TaskType, Any] = {
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "token_classification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "qa": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+}
+"""The families that transformers has a model of, by their configs' classes."""
 
 TASK_NAMES: dict[TaskType, str] = {
     "causal_lm": "causal language model",
@@ -59,6 +75,19 @@ def read_task(architectures: Iterable[str]) -> TaskType:
     """
     names = list(architectures)
     return next((task for suffix, task in _SUFFIXES.items() if any(n.endswith(suffix) for n in names)), "causal_lm")
+
+
+def offer_tasks(config: PretrainedConfig) -> tuple[TaskType, ...]:
+    """Return what a model of this family can be asked.
+
+    An encoder sees the token that it would have to predict, so it isn't asked for text, although transformers has a
+    class for that.
+    """
+    if config.is_encoder_decoder:
+        return ("seq2seq",) if type(config) in _FAMILIES["seq2seq"] else ()
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.to_dict().get("is_decoder")
+    tasks: tuple[TaskType, ...] = HEAD_TASKS if is_encoder else ("causal_lm", *HEAD_TASKS)
+    return tuple(task for task in tasks if type(config) in _FAMILIES[task])
 
 
 def task_of(model: nn.Module) -> TaskType:

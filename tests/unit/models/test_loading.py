@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
 from smolora.data.prompts import PromptFormat, write_prompt_format
 from smolora.errors import ModelError
 from smolora.models.loading import load_model, quiet_transformers
 from smolora.models.weight_files import fingerprint_weights
-from tests.tiny import FAMILIES, random_input_ids, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    FAMILIES,
+    random_input_ids,
+    save_tiny_encoder,
+    save_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 def change_json(file, **values):
@@ -117,7 +125,41 @@ def test_a_missing_tensor_is_refused_instead_of_drawn_at_random(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 tensors of a llama model, such as model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        ModelError, match=r"lacks 1 tensors of a LlamaForCausalLM, such as model\.layers\.1\.mlp\.up_proj"
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "message"),
+    [
+        (
+            "bert",
+            "causal_lm",
+            r"a bert model, .* causal .*the default\). .*--task classification or token_classif.* or qa",
+        ),
+        ("bert", "seq2seq", "a bert model, which can't become a sequence-to-sequence model .*--task classification or"),
+        ("t5", "causal_lm", r"--task causal_lm, the default.*with --task seq2seq; or take another base"),
+        ("phi", "qa", r"\(--task qa\)\. It can be trained with --task causal_lm or classification or token_class"),
+        (
+            "llama",
+            "qa",
+            "lacks 20 tensors of a LlamaForQuestionAnswering.* a LlamaForCausalLM, or incomplete. It can be",
+        ),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_task_that_a_family_has_no_head_for_is_refused_with_those_it_has(tmp_path, family, task, message, device):
+    save = save_tiny_model if family in FAMILIES else save_tiny_encoder
+    with pytest.raises(ModelError, match=message):
+        load_model(save(family, tmp_path / "base"), task=task, device=device)
+
+
+def test_an_encoder_with_a_head_for_masked_words_writes_no_text_either(tmp_path):
+    folder = save_tiny_encoder("roberta", tmp_path / "base")
+    AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(ModelError, match="a roberta model, which can't become a causal language model"):
         load_model(folder)
 
 
