@@ -26,8 +26,9 @@ from smolora.adapters.methods import count_virtual_tokens
 from smolora.adapters.starts import double_rank, subtract_start
 from smolora.adapters.state import fill_adapter
 from smolora.adapters.tensors import copy_tensors
+from smolora.config import ExperimentConfig
 from smolora.config.adapter import METHODS, LoRAConfig, PEFTConfig, SoftPromptConfig
-from smolora.config.model import Quantization
+from smolora.config.model import ModelConfig, Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
@@ -120,16 +121,30 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     )
 
 
-def read_own_section(config: PEFTConfig) -> PEFTConfig:
-    """Return the section of the adapter that `config` continues, with its own method; without one, `config` itself.
+def follow_adapter(config: ExperimentConfig) -> ExperimentConfig:
+    """Return a run with the method and the task of the adapter that it continues; without one, as it is.
 
     Raises:
-        ConfigError: Another method was asked for.
+        ConfigError: Another method or task was asked for, or one of its settings can't go with them.
         ModelError: The adapter can't be read.
     """
-    if config.path is None:
+    if config.adapter.path is None:
         return config
-    adapter = read_adapter(find_adapter(config.path))
+    adapter = read_adapter(find_adapter(config.adapter.path))
+    task = adapter.task if adapter.config.task_type else config.model.task_type  # Plain peft may leave it open.
+    if config.model.task_type not in (ModelConfig.model_fields["task_type"].default, task):
+        raise ConfigError(
+            f"model.task_type: {adapter.folder} is for {task}, and goes on as that; found {config.model.task_type}. "
+            "Leave --task out, or start a new adapter without adapter.path."
+        )
+    followed: ExperimentConfig = config.replace(
+        model=config.model if config.model.task_type == task else config.model.replace(task_type=task),
+        adapter=_read_own_section(config.adapter, adapter),
+    )
+    return followed
+
+
+def _read_own_section(config: PEFTConfig, adapter: StoredAdapter) -> PEFTConfig:
     if config.method not in (LoRAConfig.model_fields["method"].default, adapter.method):
         raise ConfigError(
             f"adapter.method: {adapter.folder} is of the method {adapter.method}, and goes on as that; found "

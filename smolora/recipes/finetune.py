@@ -17,9 +17,9 @@ from smolora.adapters.fast_path import fast_path
 from smolora.adapters.state import AdapterWeights, copy_weights
 from smolora.adapters.store import (
     find_adapter,
+    follow_adapter,
     load_adapter,
     load_bundle,
-    read_own_section,
     reserve_virtual_tokens,
     save_adapter,
 )
@@ -136,7 +136,7 @@ def finetune(
     rows = MemoryRows(dataset, eval_dataset, preprocessor)
     processes = join_processes(resolve_device(config.model.device).device)
     with processes.together():
-        asked = strategy.configure(config)
+        asked = strategy.configure(follow_adapter(config))
         config = processes.from_main(lambda: settle_config(run, asked, resume=resume, num_processes=processes.count))
         tuning = open_tuning(config, out if processes.is_main else None, rows, num_processes=processes.count)
         _refuse_unmeasured(tuning.data, config, strategy)
@@ -199,7 +199,7 @@ def open_tuning(
     """
     if memory.train is None:
         check_sources(config.data)
-    allocator = keep_large_blocks()
+    allocator, config = keep_large_blocks(), follow_adapter(config)
     rows = read_rows(config, out, memory)
     base, machine = load_base(config, rows.fmt.labels)
     data = encode_data(config, rows, base, memory.preprocessor)
@@ -233,6 +233,7 @@ def _build_trainer(
 def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tuple[str, bool]]]:
     """Return the first examples as (text, is trained on) runs; nothing is written."""
     check_sources(config.data)
+    config = follow_adapter(config)
     rows = read_rows(config)
     base, _ = load_base(config, rows.fmt.labels)
     data = encode_data(config, rows, base)
@@ -243,10 +244,9 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
     """Return the base model with the head of its task and room for virtual tokens, and why it is where and what it is.
 
     Raises:
-        ConfigError: The adapter to continue is of another method, or can't be continued so.
-        ModelError: The base, or that adapter, can't be read.
+        ConfigError: Virtual tokens leave no room in its context.
+        ModelError: The base, or the adapter to continue, can't be read.
     """
-    config = config.replace(adapter=read_own_section(config.adapter)) if config.adapter.path else config
     device, device_reason = resolve_device(config.model.device)
     needs = find_float32_need(method=config.adapter.method, quantization=config.model.quantization)
     dtype, dtype_reason = (torch.float32, needs) if needs else resolve_dtype(config.model.dtype, device)

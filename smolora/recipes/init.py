@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smolora.adapters.store import follow_adapter
 from smolora.config import ExperimentConfig
 from smolora.config.annotated import annotate_config
 from smolora.data.sources import check_sources
@@ -52,6 +53,7 @@ def init(config: ExperimentConfig, out: Path) -> ExperimentConfig:
         raise ConfigError(f"there is no folder {out.parent} to write {out.name} into. Make it, or name another file.")
     require_writable(out.parent)
     check_sources(config.data)
+    config = follow_adapter(config)
     rows = read_rows(config)
     base, _ = load_base(config, rows.fmt.labels)
     data = encode_data(_with_long_rows_left_out(config), rows, base)
@@ -62,7 +64,8 @@ def init(config: ExperimentConfig, out: Path) -> ExperimentConfig:
         "A line such as '#name: value' shows a default. What else there is: docs/config.md, smolora config --schema.",
         *found.describe(),
     )
-    write_text(out, annotate_config(chosen, head=head, reasons=reasons, others=_OFTEN))
+    others = [path for path in _OFTEN if not (config.adapter.path and path.startswith("adapter."))]
+    write_text(out, annotate_config(chosen, head=head, reasons=reasons, others=others))
     return chosen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smolora.adapters.store import open_model
+from smolora.adapters.store import follow_adapter, open_model
 from smolora.config import ExperimentConfig
 from smolora.data.memory_rows import FROM_SOURCES, MemoryRows
 from smolora.errors import DataError
@@ -34,6 +34,7 @@ def measure(
     if dataset is not None:
         config = config.replace(data=config.data.replace(validation_fraction=0.0, deduplicate=False))
         memory = MemoryRows(dataset, preprocessor=memory.preprocessor)
+    config = follow_adapter(config)
     rows = read_rows(config, memory=memory)
     bundle = open_model(model, device=config.model.device)
     data = encode_data(config, rows, bundle, memory.preprocessor)

@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import read_adapter
-from smolora.adapters.store import load_adapter, load_bundle, save_adapter
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.store import follow_adapter, load_adapter, load_bundle, save_adapter
+from smolora.config import ExperimentConfig
+from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
-from tests.tiny import FAMILIES, random_input_ids, save_tiny_model, tiny_bundle
+from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model, tiny_bundle
 from tests.unit.adapters.conftest import attach_moved
 
 # peft 0.21 reads a property that transformers 5 deprecates.
@@ -266,3 +269,30 @@ class TestLoadBundle:
         (tmp_path / "resolved_config.yaml").write_text("")
         with pytest.raises(ModelError, match="no model or adapter yet"):
             load_bundle(tmp_path)
+
+
+def save_classifier(folder, method="lora"):
+    base = load_model(save_tiny_encoder("bert", folder / "base"), task="classification", labels=("no", "yes"))
+    save_adapter(attach_adapter(base, METHODS[method](), seed=0), folder / "adapter")
+    return {"model": {"name_or_path": str(folder / "base")}, "adapter": {"path": str(folder / "adapter")}}
+
+
+def test_a_run_that_continues_an_adapter_has_its_task_and_its_method(tmp_path):
+    settings = save_classifier(tmp_path, "dora")
+    followed = follow_adapter(ExperimentConfig(**settings))
+    assert (followed.model.task_type, followed.adapter.method) == ("classification", "dora")
+    assert follow_adapter(followed) == followed
+
+
+def test_a_run_of_another_task_than_the_adapter_it_continues_is_refused(tmp_path):
+    settings = save_classifier(tmp_path)
+    settings["model"]["task_type"] = "qa"
+    with pytest.raises(ConfigError, match="adapter is for classification, and goes on as that; found qa. Leave --task"):
+        follow_adapter(ExperimentConfig(**settings))
+
+
+def test_an_adapter_that_names_no_task_goes_on_as_it_is_asked(tmp_path):
+    settings = save_classifier(tmp_path)
+    change_json(tmp_path / "adapter" / "adapter_config.json", task_type=None)
+    settings["model"]["task_type"] = "classification"
+    assert follow_adapter(ExperimentConfig(**settings)).model.task_type == "classification"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.store import save_adapter
 from smolora.config import DataConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig, resolve_config
-from smolora.config.adapter import PromptTuningConfig
+from smolora.config.adapter import IA3Config, PromptTuningConfig
 from smolora.errors import ConfigError, DataError
+from smolora.models.loading import load_model
 from smolora.recipes.finetune import finetune
 from smolora.recipes.init import init
 from tests.tiny import CONTEXT, save_tiny_model
@@ -154,3 +157,12 @@ def test_virtual_tokens_shorten_the_context_that_rows_are_measured_by(base, tmp_
     roomy = config.replace(adapter=PromptTuningConfig(num_virtual_tokens=4))
     init(roomy, tmp_path / "run.yaml")
     assert f"the model reads {CONTEXT - 4}." in (tmp_path / "run.yaml").read_text()
+
+
+def test_the_file_of_a_continued_adapter_has_its_method_and_nothing_that_has_no_effect(base, tmp_path):
+    save_adapter(attach_adapter(load_model(base), IA3Config(), seed=0), tmp_path / "adapter")
+    config = _config(base, _write_rows(tmp_path, 60)).replace(adapter={"path": str(tmp_path / "adapter")})
+    chosen = init(config, tmp_path / "run.yaml")
+    assert chosen.adapter == IA3Config(path=str(tmp_path / "adapter"))
+    assert resolve_config(ExperimentConfig, file=tmp_path / "run.yaml") == chosen
+    assert "lora_dropout" not in (tmp_path / "run.yaml").read_text()
