@@ -118,7 +118,8 @@ def _propose_next(run: RunDir) -> str:
     if adapter.config.is_prompt_learning:
         return asking
     merging = f"smolora merge {run.path}"
-    return merging if adapter.task in ("qa", "token_classification") else f"{merging}, or {asking}"
+    is_asked_alone = adapter.task not in ("qa", "token_classification")  # By a text, and nothing else.
+    return f"{merging}, or {asking if is_asked_alone else f'smolora evaluate {run.path} --data FILE'}"
 
 
 def probe(

@@ -15,6 +15,7 @@ from typing import cast
 from smolora.data.chat import Message
 from smolora.data.readers import infer_type, iter_rows, open_text
 from smolora.data.rows import Reject
+from smolora.data.squad import iter_questions
 from smolora.errors import DataError
 
 Prompt = str | Sequence[Message]
@@ -26,6 +27,12 @@ NLI_LABELS = ("entailment", "neutral", "contradiction")
 SENTIMENTS = ("negative", "positive")
 TEXTS = "texts"
 """The fact of a row that is the text to classify alone, or two of them."""
+
+WORDS, TAGS = "words", "tags"
+"""The facts of a row that are its words, and the right label of each."""
+
+ASKED = "asked"
+"""The fact of a row that is a question with its context and its answers, each at its place."""
 
 NEWS_TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 
@@ -89,20 +96,25 @@ def read_squad(path: Path, split: str) -> Iterator[BenchmarkRow]:
     """
     with open_text(path) as file:
         try:
-            articles = json.load(file)["data"]
-            for paragraph in (paragraph for article in articles for paragraph in article["paragraphs"]):
-                yield from _iter_questions(paragraph)
+            for values in iter_questions(json.load(file)):
+                answers = cast("Sequence[Mapping[str, str]]", values["answers"])
+                yield ask_about(values, [answer["text"] for answer in answers])
+        except DataError as error:
+            raise DataError(f"{path}: {error}.") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} isn't in SQuAD's format: {type(error).__name__} {error}.") from error
+            raise DataError(f"{path}: not in SQuAD's format: {type(error).__name__} {error}.") from error
 
 
-def _iter_questions(paragraph: Mapping[str, object]) -> Iterator[BenchmarkRow]:
-    context, questions = paragraph["context"], cast("Sequence[Mapping[str, object]]", paragraph["qas"])
-    for question in questions:
-        answers = cast("Sequence[Mapping[str, str]]", question["answers"])
-        references = tuple(dict.fromkeys(answer["text"] for answer in answers)) or ("",)
-        prompt = f"Context: {context}\nQuestion: {question['question']}\nAnswer:"
-        yield BenchmarkRow(prompt, references, {"id": question["id"]})
+def ask_about(asked: Mapping[str, object], answers: Sequence[str], *, origin: str = "") -> BenchmarkRow:
+    """Return the row of a question about a context: each different answer is a reference, and nothing where none is.
+
+    Args:
+        asked: Its question and context, and what else there is.
+        answers: The texts of its answers.
+        origin: Where it came from.
+    """
+    prompt = f"Context: {asked['context']}\nQuestion: {asked['question']}\nAnswer:"
+    return BenchmarkRow(prompt, tuple(dict.fromkeys(answers)) or ("",), {ASKED: asked}, origin)
 
 
 def group_references(pairs: Iterable[tuple[str, str]]) -> Iterator[BenchmarkRow]:

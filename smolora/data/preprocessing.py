@@ -189,7 +189,10 @@ class _Fitting:
             parts = self.preprocessor.cut(example, row.values, limit)
         except DataError as error:
             if self.data.overlong != "drop":
-                raise DataError(f"{row.origin}: {error}") from error
+                raise DataError(
+                    f"{row.origin}: {error}. Raise --max-length where the model allows it, or leave such rows out with "
+                    "--overlong drop."
+                ) from error
             self.counts.dropped_overlong += 1
             return []
         self.counts.added_by_windows += len(parts) - 1

@@ -47,6 +47,11 @@ class SpanAnswer:
     null_score: float
     """The same of position 0, in the window that says the least for it: above `score`, there is rather no answer."""
 
+    @property
+    def said(self) -> str:
+        """The text; nothing where there is rather no answer."""
+        return "" if self.null_score > self.score else self.text
+
 
 class QuestionAnsweringPreprocessor(DataPreprocessor):
     """Encodes a question and its context, in the tokenizer's own template of a pair, with the place of an answer."""
@@ -114,8 +119,7 @@ class QuestionAnsweringPreprocessor(DataPreprocessor):
         stride = room // 4 if self.stride is None else self.stride
         if room < 1:
             raise DataError(
-                f"the question takes {around} of {limit} tokens, with nothing left for its context, and it is never "
-                "cut. Raise --max-length where the model allows it, or leave such rows out with --overlong drop."
+                f"the question takes {around} of {limit} tokens, with nothing left for its context, and it is never cut"
             )
         if stride >= room:
             raise DataError(

@@ -24,8 +24,8 @@ def iter_questions(document: Mapping[str, object]) -> Iterator[dict[str, object]
     Raises:
         DataError: A paragraph or a question lacks one of them.
     """
-    articles = cast("Sequence[Mapping[str, Sequence[Mapping[str, object]]]]", document["data"])
     try:
+        articles = cast("Sequence[Mapping[str, Sequence[Mapping[str, object]]]]", document["data"])
         for paragraph in (paragraph for article in articles for paragraph in article["paragraphs"]):
             for question in cast("Sequence[Mapping[str, object]]", paragraph["qas"]):
                 yield {

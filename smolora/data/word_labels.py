@@ -38,7 +38,7 @@ class TokenClassificationPreprocessor(DataPreprocessor):
         Raises:
             DataError: A label isn't one of the form's.
         """
-        examples = self._encode(rows)
+        examples = [example for example, _ in self._encode(rows)]
         lost = sum(len(self._words(row)) for row in rows) - sum(example.num_target_tokens for example in examples)
         if lost:
             logger.warning("%d words have no token of their own in this tokenizer, and are no targets", lost)
@@ -46,7 +46,15 @@ class TokenClassificationPreprocessor(DataPreprocessor):
 
     def cut(self, example: Example, row: Values, limit: int) -> list[Example]:
         """Return the words whose first token is within `limit` tokens, the template's included."""
-        return self._encode([row], limit)
+        return [example for example, _ in self._encode([row], limit)]
+
+    def encode_words(self, row: Values, limit: int | None) -> tuple[Example, list[bool]]:
+        """Return a row within `limit` tokens, and of each word whether it is one of the targets, which keep its order.
+
+        Raises:
+            DataError: A label isn't one of the form's.
+        """
+        return self._encode([row], limit)[0]
 
     def render(self, example: Example) -> list[tuple[str, bool]]:
         """Return the text, with the label of each word in front of it."""
@@ -62,7 +70,7 @@ class TokenClassificationPreprocessor(DataPreprocessor):
     def _words(self, row: Values) -> Sequence[str]:
         return cast("Sequence[str]", row[self.fmt.columns["tokens"]])
 
-    def _encode(self, rows: Sequence[Values], limit: int | None = None) -> list[Example]:
+    def _encode(self, rows: Sequence[Values], limit: int | None = None) -> list[tuple[Example, list[bool]]]:
         texts = [" ".join(self._words(row)) for row in rows]
         encoded = encode_with_template(texts, self.tokenizer, limit=limit, with_offsets=True)
         segments = encoded.get("token_type_ids")
@@ -74,14 +82,13 @@ class TokenClassificationPreprocessor(DataPreprocessor):
             labels = [
                 label for label, token in zip(self._find_labels(row), first_tokens, strict=True) if token is not None
             ]
-            examples.append(
-                Example(
-                    np.asarray(encoded["input_ids"][number], np.int32),
-                    is_target,
-                    np.asarray(labels, np.int32),
-                    None if segments is None else np.asarray(segments[number], np.int32),
-                )
+            example = Example(
+                np.asarray(encoded["input_ids"][number], np.int32),
+                is_target,
+                np.asarray(labels, np.int32),
+                None if segments is None else np.asarray(segments[number], np.int32),
             )
+            examples.append((example, [token is not None for token in first_tokens]))
         return examples
 
     def _find_labels(self, row: Values) -> Iterator[int]:

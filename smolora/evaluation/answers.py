@@ -6,7 +6,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -74,12 +74,23 @@ class LabelMetric(SummedMetric):
         Raises:
             DataError: Its reference is no label.
         """
-        found = answer.label or read_label(answer.text, self.labels)
-        answered, given = np.zeros(len(self.labels)), np.zeros(len(self.labels))
-        given[self._find(row.references[0])] = 1
-        if found is not None:
-            answered[self._find(found)] = 1
-        return np.concatenate([answered * given, answered, given, [1.0]])
+        return self.count([(answer.label or read_label(answer.text, self.labels), row.references[0])])
+
+    def count(self, pairs: Iterable[tuple[str | None, str]]) -> Sums:
+        """Return the counts of labels that were found, or None, each with the right one.
+
+        Raises:
+            DataError: One of them is no label.
+        """
+        hits, answered, given, num_pairs = *np.zeros((3, len(self.labels))), 0
+        for found, right in pairs:
+            place = self._find(right)
+            given[place] += 1
+            if found is not None:
+                answered[self._find(found)] += 1
+                hits[place] += found == right
+            num_pairs += 1
+        return np.concatenate([hits, answered, given, [float(num_pairs)]])
 
     def _find(self, label: str) -> int:
         if label not in self.labels:
@@ -173,7 +184,7 @@ class HeadLossMetric(LossMetric):
     """Mean -log p of what is right under the head of a task."""
 
     names = ("loss",)
-    variants = ("nats per right label under the head",)
+    variants = ("nats per right label, or first or last token of an answer, under the head",)
 
     def conclude(self, sums: Sums) -> Sequence[float]:
         """Return the loss; not a number where there were no labels."""

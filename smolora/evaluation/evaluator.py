@@ -10,7 +10,7 @@ from typing import Protocol
 
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.errors import ConfigError
-from smolora.evaluation.head_asker import HeadAsker
+from smolora.evaluation.heads import open_head
 from smolora.evaluation.metric import Answer
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
@@ -76,7 +76,7 @@ class ModelEvaluator:
             raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
         self.batch_size = batch_size
         self._asker: Asker = (
-            HeadAsker(bundle, batch_size=batch_size)
+            open_head(bundle, batch_size=batch_size)
             if bundle.task in HEAD_TASKS
             else TextAsker(bundle, settings=settings, batch_size=batch_size, labels=labels)
         )

@@ -1,4 +1,4 @@
-"""Rows as a task's head is asked them: the texts that it was trained on, and the right answer in its own labels."""
+"""What a task's head is asked: rows as it was trained on them, with the right answers in its own labels."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from smolora.data.benchmark_rows import TEXTS, BenchmarkRow
+from smolora.config.model import TaskType
+from smolora.data.benchmark_rows import ASKED, TEXTS, WORDS, BenchmarkRow
 from smolora.data.labels import match_label, refuse_unknown
-from smolora.errors import ConfigError
-from smolora.evaluation.head_asker import HeadAsker, read_texts
+from smolora.data.spans import SpanAnswer
+from smolora.data.task_rows import find_answer_problem
+from smolora.errors import ConfigError, DataError
+from smolora.evaluation.head_rows import read_question, read_texts, read_words, tag_words
+from smolora.evaluation.heads import choose_head_metrics
+from smolora.evaluation.label_asker import LabelAsker
 from smolora.evaluation.row_source import RowSource
+from smolora.evaluation.span_asker import SpanAsker
+from smolora.evaluation.word_asker import WordAsker
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.bundle import ModelBundle
-from smolora.models.tasks import describe_head
+from smolora.models.tasks import ASKED_BY, TASK_NAMES, describe_head
 
-_METRICS = ("labels", "majority", "head_loss")
+_READS: dict[TaskType, tuple[str, str]] = {
+    "classification": (TEXTS, "labels"),
+    "token_classification": (WORDS, "words with a label each"),
+    "qa": (ASKED, "questions about contexts"),
+}
+"""The fact of a row that each head reads, and what rows without it lack."""
 
 
 def refuse_drawing(bundle: ModelBundle, settings: SamplingSettings | None, *, by_likelihood: bool) -> None:
@@ -33,16 +45,29 @@ def refuse_drawing(bundle: ModelBundle, settings: SamplingSettings | None, *, by
 
 
 def fit_to_head(source: RowSource, bundle: ModelBundle) -> RowSource:
-    """Return rows that a classifier can be asked, with its metrics.
+    """Return rows that the head of a task can be asked, with its metrics.
 
     The labels of rows are the head's but for case. A head that has numbers alone answers a benchmark by the numbers of
     its classes, and a model that wasn't tuned here takes the numbers of its outputs.
 
     Raises:
-        ConfigError: The rows have no labels, or other texts than the model was trained on.
-        DataError: Rows have labels that the head doesn't know; they are named with their counts.
+        ConfigError: The rows have nothing for this head, or other texts than the model was trained on.
+        DataError: Rows have labels that the head doesn't know, which are named with their counts; or an answer isn't
+            at its place.
     """
-    refuse_other_tasks(bundle)
+    fact, what = _READS[bundle.task]
+    first = next(source.iter_rows(), None)
+    is_named = bundle.task == "classification" and bool(source.resources.labels)
+    if first is not None and fact not in first.facts and not is_named:
+        raise ConfigError(
+            f"{source.name} has no {what}, and {describe_head(bundle.task, bundle.labels)}. Name rows that have some "
+            "with --data."
+        )
+    fit = {"classification": _fit_texts, "token_classification": _fit_words, "qa": _fit_questions}[bundle.task]
+    return replace(fit(source, bundle), metrics=choose_head_metrics(bundle))
+
+
+def _fit_texts(source: RowSource, bundle: ModelBundle) -> RowSource:
     named = source.resources.labels
     aliases = _name_numbers(named, bundle)
     asked_as_prompt = _is_asked_as_prompt(bundle)
@@ -55,29 +80,49 @@ def fit_to_head(source: RowSource, bundle: ModelBundle) -> RowSource:
     def iter_rows() -> Iterator[BenchmarkRow]:
         return map(fit, source.iter_rows())
 
-    first = next(source.iter_rows(), None)
-    if not named and first is not None and TEXTS not in first.facts:
-        raise ConfigError(
-            f"{source.name} has no labels, and {describe_head(bundle.task, bundle.labels)}. Name rows that have some "
-            "with --data."
-        )
+    first = next(iter_rows(), None)
     if first is not None:
-        refuse_other_texts(bundle, found=len(read_texts(fit(first))), where=source.name)
+        refuse_other_texts(bundle, found=len(read_texts(first)), where=source.name)
     refuse_unknown(source.name, (set(row.references) for row in iter_rows()), bundle.labels)
-    resources = replace(source.resources, labels=bundle.labels)
-    return replace(source, iter_rows=iter_rows, metrics=_METRICS, resources=resources)
+    return replace(source, iter_rows=iter_rows, resources=replace(source.resources, labels=bundle.labels))
 
 
-def refuse_other_tasks(bundle: ModelBundle) -> None:
-    """Raise where a model has the head of a task that isn't asked here yet.
+def _fit_words(source: RowSource, bundle: ModelBundle) -> RowSource:
+    aliases = _name_numbers((), bundle)
+
+    def fit(row: BenchmarkRow) -> BenchmarkRow:
+        words, tags = read_words(row)
+        return tag_words(
+            words, tuple(match_label(tag, bundle.labels, aliases) or tag for tag in tags), origin=row.origin
+        )
+
+    def iter_rows() -> Iterator[BenchmarkRow]:
+        return map(fit, source.iter_rows())
+
+    refuse_unknown(source.name, (set(read_words(row)[1]) for row in iter_rows()), bundle.labels)
+    return replace(source, iter_rows=iter_rows, resources=replace(source.resources, labels=bundle.labels))
+
+
+def _fit_questions(source: RowSource, bundle: ModelBundle) -> RowSource:
+    def check(row: BenchmarkRow) -> BenchmarkRow:
+        asked = read_question(row)
+        if problem := find_answer_problem(asked["context"], asked["answers"]):
+            raise DataError(f"{row.origin or source.name}: {problem}.")
+        return row
+
+    return replace(source, iter_rows=lambda: map(check, source.iter_rows()))
+
+
+def require_head(bundle: ModelBundle, task: TaskType) -> None:
+    """Raise where a model has another head than that of `task`, or none.
 
     Raises:
         ConfigError: So it has.
     """
-    if bundle.task != "classification":
+    if bundle.task != task:
         raise ConfigError(
-            f"{describe_head(bundle.task, bundle.labels)}: of tasks with a head of their own, only text classifiers "
-            "are asked here. Its run's verdict and PEFTTrainer.evaluate measure it on encoded rows."
+            f"this model is a {TASK_NAMES[bundle.task]}, and this is for a {TASK_NAMES[task]}: ask it with "
+            f"InferencePipeline.{ASKED_BY[bundle.task]}."
         )
 
 
@@ -114,7 +159,7 @@ def classify_texts(
         ConfigError: The model is no text classifier, has other labels, or was trained on another number of texts; or
             there are not as many second texts.
     """
-    refuse_other_tasks(bundle)
+    require_head(bundle, "classification")
     if labels and set(labels) != set(bundle.labels):
         raise ConfigError(f"this classifier's labels are {', '.join(bundle.labels)}: leave labels out.")
     if pairs is not None and len(pairs) != len(texts):
@@ -124,7 +169,45 @@ def classify_texts(
         raise ConfigError("a classifier reads texts, not conversations.")
     first = [str(text) for text in texts]
     rows = [(text,) for text in first] if pairs is None else list(zip(first, pairs, strict=True))
-    return HeadAsker(bundle, batch_size=batch_size).measure(rows)
+    return LabelAsker(bundle, batch_size=batch_size).measure(rows)
+
+
+def label_words(
+    bundle: ModelBundle, rows: Sequence[Sequence[str]], *, batch_size: int
+) -> list[npt.NDArray[np.float64]]:
+    """Return log p of every label of a token classifier for every word of rows, [words, C].
+
+    Raises:
+        ConfigError: The model is no token classifier, or a row is a text in place of its words.
+        DataError: A word has no token of its own in the model's context.
+    """
+    require_head(bundle, "token_classification")
+    if any(isinstance(words, str) for words in rows):
+        raise ConfigError("a token classifier reads lists of words, found a text: split it into words.")
+    found = WordAsker(bundle, batch_size=batch_size).measure(rows)
+    for number, (words, measured) in enumerate(zip(rows, found, strict=True), start=1):
+        lost = [word for word, line in zip(words, measured, strict=True) if np.isnan(line).any()]
+        if lost:
+            raise DataError(
+                f"row {number:,}: {len(lost)} of {len(words)} words have no token of their own within the model's "
+                f"context of {bundle.context} tokens, {lost[0]!r} first. Leave them out, or split the row."
+            )
+    return found
+
+
+def find_answers(
+    bundle: ModelBundle, questions: Sequence[str], contexts: Sequence[str], *, batch_size: int
+) -> list[SpanAnswer]:
+    """Return the best answer to each question in its context.
+
+    Raises:
+        ConfigError: The model isn't one for question answering.
+        DataError: A question leaves no room for its context, or asks nothing.
+    """
+    require_head(bundle, "qa")
+    pairs = zip(questions, contexts, strict=True)
+    asked = [{"question": question, "context": context} for question, context in pairs]
+    return SpanAsker(bundle, batch_size=batch_size).find(asked)
 
 
 def refuse_other_texts(bundle: ModelBundle, *, found: int, where: str) -> None:

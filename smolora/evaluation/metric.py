@@ -25,7 +25,9 @@ class Answer:
     loss_sum: float | None = None
     """Sum of -log p over the tokens of the references, in nats; None where no model was at hand."""
     num_tokens: int = 0
-    """Tokens of the references, each with its end token."""
+    """Tokens of the references, each with its end token; or what else the loss is a sum over."""
+    labels: tuple[str, ...] = ()
+    """Of words: the label of each, empty where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

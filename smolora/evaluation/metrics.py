@@ -24,6 +24,7 @@ from smolora.evaluation.answers import (
 from smolora.evaluation.bootstrap import Tally, find_interval
 from smolora.evaluation.metric import Answer, CorpusMetric, MetricScore, MissingResource, Resources, SummedMetric, Sums
 from smolora.evaluation.sql import Execution, LogicalForm
+from smolora.evaluation.word_metrics import EntityMetric, WordMajorityMetric, WordMetric
 
 Metric = SummedMetric | CorpusMetric
 
@@ -74,6 +75,9 @@ METRICS: Mapping[str, tuple[tuple[str, ...], Callable[[Resources], Metric]]] = {
     "execution": (Execution.names, Execution),
     "loss": (LossMetric.names, lambda _: LossMetric()),
     "majority": (MajorityMetric.names, lambda resources: MajorityMetric(resources.labels)),
+    "words": (WordMetric.names, lambda resources: WordMetric(resources.labels)),
+    "entities": (EntityMetric.names, lambda _: EntityMetric()),
+    "word_majority": (WordMajorityMetric.names, lambda resources: WordMajorityMetric(resources.labels)),
     "head_loss": (HeadLossMetric.names, lambda _: HeadLossMetric()),
 }
 """By name: what numbers it gives, and how it is made. One that lacks a resource raises MissingResource."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.evaluation.comparison import Before, Budget, Comparison, bound_differences
-from smolora.evaluation.head_asker import HeadAsker
+from smolora.evaluation.heads import choose_head_metrics, open_head
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.generation.sampling import SamplingSettings
@@ -96,21 +96,20 @@ def compare_answers(
     return found
 
 
-def compare_labels(
+def compare_heads(
     bundle: ModelBundle, rows: Sequence[BenchmarkRow], *, before: Before = disabled_adapter, budget: Budget
 ) -> PairedAnswers:
     """Ask the heads of both the rows in order, until the time is up.
 
-    Accuracy and macro F1 come base against tuned; `majority` is what the commonest label of these rows would reach,
-    against the tuned accuracy.
+    The metrics of the head come base against tuned; of labels, `majority` is what the commonest one of these rows would
+    reach, against the tuned accuracy.
     """
     found = PairedAnswers()
-    calculators = [
-        MetricsCalculator(("labels", "majority"), resources=Resources(labels=bundle.labels)) for _ in range(2)
-    ]
-    head = HeadAsker(bundle, batch_size=_AT_ONCE)
+    metrics = [metric for metric in choose_head_metrics(bundle) if metric != "head_loss"]  # Of all rows there already.
+    calculators = [MetricsCalculator(metrics, resources=Resources(labels=bundle.labels)) for _ in range(2)]
+    head = open_head(bundle, batch_size=_AT_ONCE)
     _score(found, _ask(bundle, rows, head.answer, before=before, budget=budget), calculators, num_asked=len(rows))
-    if not found.num_rows:
+    if not found.num_rows or not any(score.name == _MAJORITY for score in found.scores):
         return found
     found.scores = [score for score in found.scores if score.name != _MAJORITY]
     tuned, scores = calculators[1], calculators[1].conclude()

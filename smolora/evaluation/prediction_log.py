@@ -99,13 +99,18 @@ class PredictionLog:
 
 
 def _to_json(row: BenchmarkRow, answer: Answer, scores: Mapping[str, object]) -> dict[str, object]:
-    measured = {"label": answer.label, "loss_sum": answer.loss_sum, "num_tokens": answer.num_tokens}
+    measured: dict[str, object] = {
+        "label": answer.label,
+        "labels": answer.labels,
+        "loss_sum": answer.loss_sum,
+        "num_tokens": answer.num_tokens,
+    }
     return {
         "prompt": row.prompt,
         "references": row.references,
         "prediction": answer.text,
         "scores": scores,
-        **{name: value for name, value in measured.items() if value not in (None, 0)},
+        **{name: value for name, value in measured.items() if value not in (None, 0, ())},
     }
 
 
@@ -117,4 +122,5 @@ def _read_answer(line: bytes) -> Answer | None:
         return None
     if "prediction" not in values:
         return None
-    return Answer(values["prediction"], values.get("label"), values.get("loss_sum"), values.get("num_tokens", 0))
+    measured = values.get("loss_sum"), values.get("num_tokens", 0), tuple(values.get("labels", ()))
+    return Answer(values["prediction"], values.get("label"), *measured)

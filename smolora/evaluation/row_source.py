@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
 from smolora.config.model import TaskType
-from smolora.data.benchmark_rows import TEXTS, BenchmarkRow, Prompt
+from smolora.data.benchmark_rows import BenchmarkRow, Prompt
 from smolora.data.benchmarks import get_benchmark
 from smolora.data.chat import check_messages
-from smolora.data.labels import iter_labels
 from smolora.data.prompts import PromptFormat, render_pair
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
 from smolora.data.sources import check_sources, find_validation_file, stream_sources
 from smolora.errors import ConfigError, DataError
+from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources
 from smolora.records.staging import hash_file
 
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED_KINDS = ("text", "prompt_completion", "classification")
+_NAMED_KINDS = ("text", "prompt_completion", "classification", "token_classification")
 """Forms whose columns a person can name."""
+
+_FIELDS = {"tokens": "text_field", "tags": "label_field"}
+"""The fields of columns whose roles have other names."""
 
 _ANSWER_METRICS = ("bleu", "rouge", "exact_match", "distinct")
 
@@ -162,7 +165,7 @@ def _choose_columns(
     """Return `data` with the columns that the model was trained on, where none are named and those are there."""
     if trained is None or data.text_field or data.prompt_field or trained.kind not in _NAMED_KINDS:
         return data
-    own = {f"{role}_field": column for role, column in trained.columns.items()}
+    own = {_FIELDS.get(role, f"{role}_field"): column for role, column in trained.columns.items()}
     named: DataConfig = data.replace(**{**own, **({"label_field": data.label_field} if data.label_field else {})})
     try:
         open_stream(named)
@@ -183,8 +186,8 @@ def _iter_rows(
             num_rows += 1
             yield row
 
-    is_labelled = stream.fmt.kind == "classification"
-    grouped = iter_labelled(count(), stream.fmt) if is_labelled else group_rows(count(), stream.fmt, trained)
+    is_heads = stream.fmt.kind in HEAD_KINDS
+    grouped = iter_head_rows(count(), stream.fmt) if is_heads else group_rows(count(), stream.fmt, trained)
     yield from islice(grouped, num_samples)
     if num_samples is None or next(grouped, None) is None:
         close_report(stream.report, data, train=num_rows, held_out=0, out=None)
@@ -218,13 +221,6 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
         references.append(reference)
     if references:
         yield BenchmarkRow(prompt or "", tuple(references), origin=origin)
-
-
-def iter_labelled(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[BenchmarkRow]:
-    """Yield rows of a classification, each with its label as the reference."""
-    for row in rows:
-        texts = tuple(str(row.values[fmt.columns[role]]) for role in ("text", "text_pair") if role in fmt.columns)
-        yield BenchmarkRow("\n".join(texts), tuple(iter_labels(row.values, fmt)), {TEXTS: texts}, row.origin)
 
 
 def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:

@@ -29,7 +29,7 @@ from smolora.generation.support import find_obstacle
 from smolora.models.bundle import ModelBundle, find_start_id
 from smolora.models.gpt import GPTModel
 from smolora.models.gpt2_weights import to_gpt2
-from smolora.models.tasks import HEAD_TASKS, describe_head
+from smolora.models.tasks import ASKED_BY, HEAD_TASKS, describe_head
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class TextGenerator:
         """
         if bundle.task in HEAD_TASKS:
             raise ConfigError(
-                f"{describe_head(bundle.task, bundle.labels)}: ask it with InferencePipeline, or score it with "
-                "`smolora evaluate`."
+                f"{describe_head(bundle.task, bundle.labels)}: ask it with InferencePipeline.{ASKED_BY[bundle.task]}, "
+                "or score it with `smolora evaluate`."
             )
         self.bundle = bundle
         self._model = to_gpt2(bundle.model) if isinstance(bundle.model, GPTModel) else bundle.model

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,9 @@ from smolora.adapters.store import open_model
 from smolora.adapters.switching import BASE, AdapterSwitch
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.chat import Message
+from smolora.data.spans import SpanAnswer
 from smolora.errors import ConfigError
-from smolora.evaluation.head_source import classify_texts
+from smolora.evaluation.head_source import classify_texts, find_answers, label_words, refuse_drawing
 from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import Prompt, TextGenerator
@@ -235,18 +236,75 @@ class InferencePipeline:
         settings: SamplingSettings | None = None,
         adapter: str | None = None,
     ) -> str | list[str]:
-        """Answer a question or several, each about its text or all about one; asked as `squad` asks, greedily.
+        """Answer a question or several, each about its text or all about one.
+
+        A model for question answering cuts the answer out of the text, and says nothing where it holds that there is
+        none; see `find_answer`. One that writes is asked as `squad` asks, greedily.
 
         Raises:
-            ConfigError: There are not as many texts as questions.
+            ConfigError: There are not as many texts as questions; a model for question answering has no text, or is
+                given settings.
         """
         asked = [questions] if isinstance(questions, str) else questions
-        about = [contexts] * len(asked) if contexts is None or isinstance(contexts, str) else contexts
-        if len(about) != len(asked):
-            raise ConfigError(f"{len(about)} contexts for {len(asked)} questions: give one for all, or one for each.")
+        if self._bundle.task == "qa":
+            refuse_drawing(self._bundle, settings, by_likelihood=False)
+            spans = self._find_answers(asked, contexts, adapter)
+            return spans[0].said if isinstance(questions, str) else [span.said for span in spans]
+        about = _spread(contexts, asked)
         prompts = [_ask_about(question, context) for question, context in zip(asked, about, strict=True)]
         answers = self._answer_greedily(prompts, settings, adapter)
         return answers[0] if isinstance(questions, str) else answers
+
+    @overload
+    def find_answer(  # type: ignore[overload-overlap]
+        self, questions: str, contexts: str, *, adapter: str | None = None
+    ) -> SpanAnswer: ...
+
+    @overload
+    def find_answer(
+        self, questions: Sequence[str], contexts: str | Sequence[str], *, adapter: str | None = None
+    ) -> list[SpanAnswer]: ...
+
+    def find_answer(
+        self, questions: str | Sequence[str], contexts: str | Sequence[str], *, adapter: str | None = None
+    ) -> SpanAnswer | list[SpanAnswer]:
+        """Return the best answer in a context, where it begins, its score and that of there being none.
+
+        A context that is too long is read in windows.
+
+        Raises:
+            ConfigError: The model isn't one for question answering, or there are not as many contexts as questions.
+            DataError: A question leaves no room for its context, or asks nothing.
+        """
+        asked = [questions] if isinstance(questions, str) else questions
+        spans = self._find_answers(asked, contexts, adapter)
+        return spans[0] if isinstance(questions, str) else spans
+
+    @overload
+    def label_words(  # type: ignore[overload-overlap]
+        self, words: Sequence[str], *, adapter: str | None = None
+    ) -> list[Classification]: ...
+
+    @overload
+    def label_words(
+        self, words: Sequence[Sequence[str]], *, adapter: str | None = None
+    ) -> list[list[Classification]]: ...
+
+    def label_words(
+        self, words: Sequence[str] | Sequence[Sequence[str]], *, adapter: str | None = None
+    ) -> list[Classification] | list[list[Classification]]:
+        """Return the likeliest label of every word of a row, or of each of several rows, by a token classifier's head.
+
+        Raises:
+            ConfigError: The model is no token classifier, or what is given is a text in place of its words.
+            DataError: A word has no token of its own within the model's context.
+        """
+        is_one = not isinstance(words, str) and all(isinstance(word, str) for word in words)
+        rows = cast("Sequence[Sequence[str]]", [words] if is_one or isinstance(words, str) else words)
+        with self._opened(adapter) as bundle:
+            found = label_words(bundle, rows, batch_size=self.batch_size)
+            chosen = [[_choose(-line, bundle.labels) for line in row] for row in found]
+        return chosen[0] if is_one else chosen
 
     @overload
     def summarise(  # type: ignore[overload-overlap]
@@ -271,6 +329,17 @@ class InferencePipeline:
         """Return answers without white space around them; greedy ones, where the call has no settings of its own."""
         settings = settings or self.settings.replace(temperature=0.0)
         return [answer.strip() for answer in self.generate(prompts, settings=settings, adapter=adapter)]
+
+    def _find_answers(
+        self, questions: Sequence[str], contexts: str | Sequence[str] | None, adapter: str | None
+    ) -> list[SpanAnswer]:
+        if contexts is None:
+            raise ConfigError(
+                "a model for question answering finds answers in contexts: give one for all, or for each."
+            )
+        about = [str(context) for context in _spread(contexts, questions)]
+        with self._opened(adapter) as bundle:
+            return find_answers(bundle, questions, about, batch_size=self.batch_size)
 
     def _measure_labels(
         self, bundle: ModelBundle, prompts: Sequence[Prompt], labels: Sequence[str], pairs: Sequence[str] | None
@@ -303,6 +372,14 @@ class InferencePipeline:
         if id(bundle) not in self._generators:
             self._generators[id(bundle)] = TextGenerator(bundle)
         return self._generators[id(bundle)]
+
+
+def _spread(contexts: str | Sequence[str] | None, questions: Sequence[str]) -> Sequence[str | None]:
+    """Return a context for each question."""
+    about = [contexts] * len(questions) if contexts is None or isinstance(contexts, str) else contexts
+    if len(about) != len(questions):
+        raise ConfigError(f"{len(about)} contexts for {len(questions)} questions: give one for all, or one for each.")
+    return about
 
 
 def _ask_about(question: str, context: str | None) -> str:

@@ -64,6 +64,15 @@ HEAD_TASKS: tuple[TaskType, ...] = ("classification", "token_classification", "q
 
 LABEL_TASKS: tuple[TaskType, ...] = ("classification", "token_classification")
 
+ASKED_BY: dict[TaskType, str] = {
+    "causal_lm": "generate",
+    "classification": "classify",
+    "token_classification": "label_words",
+    "qa": "answer",
+    "seq2seq": "generate",
+}
+"""The method of `InferencePipeline` that asks a model of each task."""
+
 _SHOWN_LABELS = 8
 
 

@@ -11,12 +11,10 @@ from smolora.adapters.store import open_model
 from smolora.config.data import DataConfig
 from smolora.errors import ConfigError
 from smolora.evaluation.evaluator import Progress
-from smolora.evaluation.head_source import refuse_other_tasks
 from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark, open_data
 from smolora.evaluation.tasks import check_drawing, choose_folder, evaluate_model, evaluate_predictions
 from smolora.generation.sampling import SamplingSettings
-from smolora.models.tasks import HEAD_TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +99,6 @@ def evaluate(
         rows.count()  # What is wrong with the rows is said before a model is loaded.
     assert request.model is not None, "check has seen to that"
     bundle = open_model(request.model, device=request.device)
-    if bundle.task in HEAD_TASKS:
-        refuse_other_tasks(bundle)
     rows = rows or open_data(
         request.data,
         trained=bundle.prompt_format,

@@ -23,14 +23,17 @@ from smolora.data.prompts import render_pair
 from smolora.data.rows import Row
 from smolora.errors import BrokenRunError, ConfigError, StorageError
 from smolora.evaluation.comparison import Before, Budget
+from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources
-from smolora.evaluation.paired_answers import PairedAnswers, compare_answers, compare_labels
+from smolora.evaluation.paired_answers import PairedAnswers, compare_answers, compare_heads
 from smolora.evaluation.paired_loss import compare_losses
-from smolora.evaluation.row_source import group_rows, iter_labelled
+from smolora.evaluation.row_source import group_rows
+from smolora.evaluation.span_asker import SpanAsker
 from smolora.evaluation.verdict import Evidence, judge
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.bundle import ModelBundle
+from smolora.models.tasks import HEAD_TASKS
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder, write_json
@@ -57,7 +60,7 @@ _PAIRED_METRICS = ("labels", "squad", "bleu_lowercase", "rouge", "exact_match")
 """Metrics of benchmarks that are sums over rows and need nothing but answers, the one that says most first."""
 
 _OWN_METRICS = ("rouge", "exact_match")
-_SAYS_MOST = ("accuracy", "f1", "bleu", "rougeL", "exact_match")
+_SAYS_MOST = ("entity_f1", "accuracy", "f1", "bleu", "rougeL", "exact_match")
 
 
 @contextmanager
@@ -189,10 +192,13 @@ def _ask(
 ) -> PairedAnswers:
     """Ask both models some held-out rows, as a benchmark is asked where the rows are one's."""
     assert data.held_out is not None, "without held-out rows nothing is asked"
-    if bundle.task == "classification" and data.rows.fmt.kind == "classification":
-        labelled = list(iter_labelled(data.rows.held_out, data.rows.fmt))
-        random.Random(config.training.seed).shuffle(labelled)
-        return compare_labels(bundle, labelled, before=before, budget=budget)
+    if bundle.task in HEAD_TASKS and data.rows.fmt.kind in HEAD_KINDS:
+        asked = list(iter_head_rows(data.rows.held_out, data.rows.fmt))
+        random.Random(config.training.seed).shuffle(asked)
+        if bundle.task == "qa" and config.data.overlong == "drop":
+            head = SpanAsker(bundle, batch_size=config.evaluation.batch_size)
+            asked = [row for row in asked[:_MOST_ROWS] if head.has_room(row)]
+        return compare_heads(bundle, asked, before=before, budget=budget)
     if bundle.task not in ("causal_lm", "seq2seq"):
         return PairedAnswers(skipped=[f"answers: {bundle.task} is measured by its loss"])
     rows = list(_iter_askable(data.rows.held_out, data))

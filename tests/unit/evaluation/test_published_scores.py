@@ -84,7 +84,7 @@ def test_systems_on_xquad(system, exact_match, f1):
     rows = benchmark.iter_rows("test", require_shared("data/qa/xquad.en.json"))
     systems = json.loads(require_shared("data/qa/squad11_system_predictions_on_xquad_ids.json").read_text())
     [answers] = [answers for name, answers in systems.items() if name.startswith(system)]
-    found = score("squad", "test", "qa", [answers.get(row.facts["id"], "") for row in rows])
+    found = score("squad", "test", "qa", [answers.get(row.facts["asked"]["id"], "") for row in rows])
     assert [round(100 * found[name], 3) for name in ("exact_match", "f1")] == [exact_match, f1]
 
 

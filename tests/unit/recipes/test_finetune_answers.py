@@ -16,7 +16,6 @@ from transformers import AutoModelForQuestionAnswering
 from smolora.adapters.store import load_bundle
 from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
 from smolora.data.collate import get_data_collator
-from smolora.data.spans import QuestionAnsweringPreprocessor, find_answer
 from smolora.errors import DataError
 from smolora.models.loading import load_model
 from smolora.recipes.finetune import finetune, load_base, open_tuning, read_rows, show_examples
@@ -134,26 +133,6 @@ def test_a_base_in_half_precision_has_a_head_in_float32_that_moves(tmp_path):
     saved, fresh = load_file(finetune(config, tmp_path / "run").adapter / "adapter_model.safetensors"), heads_of(config)
     assert {value.dtype for value in fresh.values()} == {torch.float32}
     assert all(not torch.equal(saved[f"base_model.model.{name}"], start) for name, start in fresh.items())
-
-
-def test_answers_are_learned_and_read_back_from_long_contexts(tmp_path):
-    config = settings(tmp_path, sentences=6)
-    training = TrainingConfig(max_steps=120, learning_rate=1e-2, per_device_train_batch_size=16)
-    config = config.replace(training=training, adapter=LoRAConfig(r=8))
-    run = finetune(config, tmp_path / "run")
-    assert json.loads((run.path / "data_report.json").read_text())["encoded"]["train"]["added_by_windows"] > 0
-    bundle, rows = load_bundle(tmp_path / "run"), read_rows(config)
-    preprocessor = QuestionAnsweringPreprocessor(rows.fmt, bundle.tokenizer)
-    logits_of = target_logits_of(bundle.model.eval(), "qa")
-    num_right, answerable = 0, [row.values for row in rows.train if row.values["answers"]]
-    for values in answerable:
-        windows = preprocessor.encode_windows(values, bundle.context)
-        with torch.no_grad():
-            logits = logits_of(bundle.model, get_data_collator("padded", "qa")([one.example for one in windows]))
-        pairs = [(logits[2 * index].numpy(), logits[2 * index + 1].numpy()) for index in range(len(windows))]
-        found = find_answer(values["context"], windows, pairs, longest=5)
-        num_right += found.text == values["answers"][0]["text"]
-    assert num_right / len(answerable) > 0.8  # By chance, under 0.01.
 
 
 def test_a_base_that_had_three_labels_has_two_outputs_for_answers(tmp_path):

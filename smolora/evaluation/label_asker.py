@@ -1,4 +1,4 @@
-"""Asking a task's head: one forward pass answers a row, and nothing is generated."""
+"""Asking a text classifier: one forward pass answers a row, and nothing is generated."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from smolora.data.benchmark_rows import TEXTS, BenchmarkRow
-from smolora.data.collate import get_data_collator
+from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.preprocessing import get_preprocessor
 from smolora.data.prompts import PromptFormat
 from smolora.data.token_dataset import Example
 from smolora.errors import DataError
+from smolora.evaluation.head_logits import compute_head_logits
+from smolora.evaluation.head_rows import read_texts
 from smolora.evaluation.metric import Answer
-from smolora.generation.decoding import in_eval_mode
 from smolora.models.bundle import ModelBundle
-from smolora.training.loss import target_logits_of
 
 Texts = Sequence[str]
 """What is classified together: one text, or two."""
@@ -25,8 +23,8 @@ Texts = Sequence[str]
 _ROLES = ("text", "text_pair")
 
 
-class HeadAsker:
-    """Asks a classifier; the label with the highest logit is its answer."""
+class LabelAsker:
+    """Asks a classifier of texts; the label with the highest logit is its answer."""
 
     def __init__(self, bundle: ModelBundle, *, batch_size: int) -> None:
         self.bundle = bundle
@@ -61,21 +59,9 @@ class HeadAsker:
         Raises:
             DataError: A row has another number of texts than the others.
         """
-        examples = self._encode(rows)
-        found = np.zeros((len(examples), len(self.bundle.labels)))
-        order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            found[part] = self._compute([examples[index] for index in part])
-        return found
-
-    @torch.no_grad()
-    def _compute(self, examples: Sequence[Example]) -> npt.NDArray[np.float64]:
-        model, task = self.bundle.model, self.bundle.task
-        batch = get_data_collator("padded", task)(examples).to(self.bundle.device)
-        with in_eval_mode(model):
-            logits = target_logits_of(model, task)(model, batch)  # [B, C]
-        return logits.float().log_softmax(dim=-1).double().cpu().numpy()
+        logits = compute_head_logits(self.bundle, self._encode(rows), batch_size=self.batch_size)
+        losses = [own[0].log_softmax(dim=-1).double().numpy() for own in logits]
+        return np.stack(losses) if losses else np.zeros((0, len(self.bundle.labels)))
 
     def _encode(self, rows: Sequence[Texts]) -> list[Example]:
         if not rows:
@@ -96,15 +82,3 @@ class HeadAsker:
             preprocessor.cut(example, row, limit)[0] if too_long else example
             for example, row, too_long in zip(examples, values, is_long, strict=True)
         ]
-
-
-def read_texts(row: BenchmarkRow) -> tuple[str, ...]:
-    """Return the text of a row to classify, or its two.
-
-    Raises:
-        DataError: It has none.
-    """
-    texts = row.facts.get(TEXTS)
-    if not isinstance(texts, tuple):
-        raise DataError(f"{str(row.prompt)[:60]!r} is a prompt, and a classifier reads a text, or two.")
-    return texts
