@@ -186,8 +186,10 @@ def _choose_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None
 def _named_format(columns: Sequence[str], data: DataConfig) -> PromptFormat | None:
     if (data.prompt_field is None) != (data.completion_field is None):
         have, lack = ("prompt", "completion") if data.prompt_field else ("completion", "prompt")
+        find_column(str(data.prompt_field or data.completion_field), columns)  # A wrong name is the first mistake.
         raise ConfigError(
-            f"data.{have}_field is set without data.{lack}_field: a row needs both, or only a text_field."
+            f"data.{have}_field is set without data.{lack}_field: a row needs both, or only a text_field. "
+            f"Columns found: {', '.join(map(repr, columns))}."
         )
     if data.prompt_field is not None and data.completion_field is not None:
         if data.text_field is not None:

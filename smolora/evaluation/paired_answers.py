@@ -21,6 +21,7 @@ _MAJORITY = "majority_accuracy"
 _AT_ONCE = 16
 _FEWEST_TOKENS = 8
 _PROBE_TOKENS = 4
+_MORE_TIME = "a larger evaluation.verdict_share gives more"
 _MARGIN = 2.0
 """A step of 16 rows takes at most about so many times as long as one of a single row."""
 
@@ -79,10 +80,11 @@ def compare_answers(
         return found
     room = _count_affordable_tokens(bundle, rows[0], settings, budget) if budget.left > 0 else 0
     if room < min(_FEWEST_TOKENS, settings.max_new_tokens):
-        found.skipped.append("answers: there was no time for any")
+        found.skipped.append(f"answers: there was no time for any; {_MORE_TIME}")
         return found
     if room < settings.max_new_tokens:
-        found.skipped.append(f"scores of answers: there was time for {room} tokens of each")
+        cut = f"{room} of up to {settings.max_new_tokens} tokens of each"
+        found.skipped.append(f"scores of answers: there was time for {cut}; {_MORE_TIME}")
         settings, metrics = settings.replace(max_new_tokens=room), ()
     rows = rows if metrics else rows[:NUM_SAMPLES]
     generator, chosen = TextGenerator(bundle), settings

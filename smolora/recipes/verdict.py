@@ -172,7 +172,11 @@ def _gather(
         seed=config.training.seed,
     )
     answers = _ask(bundle, data, config, before=before, budget=budget)
-    missed = len(data.held_out) - loss.num_rows
+    skipped = list(answers.skipped)
+    if missed := len(data.held_out) - loss.num_rows:
+        skipped.insert(
+            0, f"the loss of {missed:,} held-out rows; the run's evaluations are of all {len(data.held_out):,}"
+        )
     return Evidence(
         loss=loss,
         prompt_use=prompt_use,
@@ -182,7 +186,7 @@ def _gather(
         samples=answers.samples,
         majority=answers.majority,
         has_drawn_head=bundle.has_drawn_head,
-        skipped=[*([f"the loss of {missed:,} held-out rows"] if missed else []), *answers.skipped],
+        skipped=skipped,
         started_from=config.adapter.path,
     )
 

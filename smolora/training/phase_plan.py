@@ -75,8 +75,7 @@ def build_phase_plan(
         if not chosen:
             raise ConfigError(
                 f"phases: phase {number} ({describe_phase(phase)}) trains nothing: the adapter has "
-                f"{_describe_places(places.values(), num_layers)}. Adapt those modules too, such as with "
-                "--target all, or choose another phase."
+                f"{_describe_places(places.values(), num_layers)}. {_advise(places.values())}"
             )
     if config.end is not None and config.end != steps.total_steps:
         raise ConfigError(
@@ -133,6 +132,12 @@ def _describe_layers(phase: PhaseConfig) -> str | None:
         return f"{phase.layers} layers" if phase.layers else None
     first, last = phase.layers
     return f"layer {first}" if first == last else f"layers {first} to {last}"
+
+
+def _advise(places: Iterable[TensorPlace]) -> str:
+    if {"attention", "mlp"} & {place.group for place in places}:
+        return "Adapt those modules too, such as with --target all, or choose another phase."
+    return "This method adapts nothing else: choose phases by layers, such as --phase-strategy early,late."
 
 
 def _describe_places(places: Iterable[TensorPlace], num_layers: int) -> str:

@@ -171,6 +171,8 @@ class Trainer:
                 self._evaluate_base()
             if resume and self._is_over:
                 logger.info("the run is finished already, at step %d of %d", self.state.step, self.state.total_steps)
+            elif resume:
+                logger.info("going on after step %d of %d", self.state.step, self.state.total_steps)
             while not self._is_over:
                 self._finish_step(self._train_step(), stop)
             require_movement(self.active_parameters, self.state.checksums, self.state.step, waiting=self.state.waiting)

@@ -160,7 +160,7 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(smolora, monkeypatch):
 def test_a_full_disk_under_stdout_exits_5_without_a_traceback():
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "smolora.cli", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "smolora", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 5
     assert done.stderr == "smolora: error: [Errno 28] No space left on device. Free space, or choose another place.\n"

@@ -164,6 +164,14 @@ def test_half_a_pair_of_fields_is_refused():
         resolve_prompt_format(["a", "b"], DataConfig(prompt_field="a"))
 
 
+@pytest.mark.parametrize("name", ["prompt_field", "completion_field"])
+def test_of_one_field_alone_a_wrong_name_is_said_before_the_missing_one(name):
+    with pytest.raises(DataError, match=r"no column 'nope'. Columns found: 'mr', 'ref'"):
+        resolve_prompt_format(["mr", "ref"], DataConfig(**{name: "nope"}))
+    with pytest.raises(ConfigError, match=rf"{name} is set without .* needs both.* Columns found: 'mr', 'ref'"):
+        resolve_prompt_format(["mr", "ref"], DataConfig(**{name: "mr"}))
+
+
 def test_contradicting_fields_are_refused():
     with pytest.raises(ConfigError, match="choose one form"):
         resolve_prompt_format(["a", "b"], DataConfig(prompt_field="a", completion_field="b", text_field="a"))

@@ -148,6 +148,15 @@ def test_virtual_tokens_refuse_phases_checkpointing_and_a_full_context_before_th
     assert not (tmp_path / "run").exists()
 
 
+def test_phases_of_groups_that_a_method_leaves_alone_are_refused_with_phases_that_it_has(tune, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"\(attention and mlp\) trains nothing.*nothing else: .* early,late"
+    ) as error:
+        tune("layernorm", "run", "phases.strategy=both,mlp,attn")
+    assert "--target" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_verdict_of_pissa_compares_with_the_whole_base(tune, rows):
     shared = (f"data.eval_source={rows}", "model.dtype=float32", "training.max_steps=3")
     found = json.loads(tune("pissa", "run", *shared).verdict.read_text())

@@ -134,10 +134,13 @@ def test_a_run_that_is_finished_says_so_in_one_line_when_it_is_resumed(make_trai
     assert [text for text in caplog.messages if "finished" in text] == ["the run is finished already, at step 6 of 6"]
 
 
-def test_more_steps_than_before_are_trained(make_trainer, run):
+def test_more_steps_than_before_are_trained_and_the_run_says_where_it_goes_on(make_trainer, run, caplog):
+    caplog.set_level("INFO", logger="smolora")
     train(make_trainer, run_dir=run)
+    assert "going on" not in caplog.text
     _, recorder = train(make_trainer, run_dir=run, max_steps=8, resume=True)
     assert [record.step for record in recorder.records] == [7, 8]
+    assert "going on after step 6 of 8" in caplog.messages
 
 
 @pytest.fixture
