@@ -108,18 +108,17 @@ def train(
 
 
 def _propose_next(run: RunDir) -> str:
-    """Return the commands that make sense of a finished run: not all answer in text, and virtual tokens don't merge."""
+    """Return the commands that make sense of a finished run: not all answer a text, and virtual tokens don't merge."""
     from smolora.adapters.adapter_files import read_adapter
+    from smolora.models.loading import read_model_settings
+    from smolora.models.tasks import read_saved_task
 
+    adapter = read_adapter(run.adapter) if run.adapter.is_dir() else None
+    task = adapter.task if adapter else read_saved_task(read_model_settings(run.model))
     asking = f'smolora generate {run.path} "..."'
-    if not run.adapter.is_dir():
-        return asking
-    adapter = read_adapter(run.adapter)
-    if adapter.config.is_prompt_learning:
-        return asking
-    merging = f"smolora merge {run.path}"
-    is_asked_alone = adapter.task not in ("qa", "token_classification")  # By a text, and nothing else.
-    return f"{merging}, or {asking if is_asked_alone else f'smolora evaluate {run.path} --data FILE'}"
+    if task in ("qa", "token_classification"):  # A text alone is no question.
+        asking = f"smolora evaluate {run.path} --data FILE"
+    return f"smolora merge {run.path}, or {asking}" if adapter and not adapter.config.is_prompt_learning else asking
 
 
 def probe(

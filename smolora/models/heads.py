@@ -17,7 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smolora.config.model import TaskType
 from smolora.errors import ConfigError, ModelError
-from smolora.models.tasks import HEAD_TASKS, LABEL_TASKS, TASK_NAMES, find_heads, read_task, task_of
+from smolora.models.tasks import HEAD_TASKS, LABEL_TASKS, TASK_NAMES, find_heads, read_saved_task, task_of
 
 _INITIAL_STD = 0.02
 _FORWARD_HEAD = "score"
@@ -46,8 +46,7 @@ def choose_labels(
             f"a {settings['model_type']} model is an encoder-decoder, which isn't made a {TASK_NAMES[task]} here. "
             "Use an encoder (bert, roberta) or a decoder (llama, gpt2), or --task seq2seq."
         )
-    architectures = settings.get("architectures")
-    has_head = read_task(architectures if isinstance(architectures, list) else ()) == task
+    has_head = read_saved_task(settings) == task
     if task not in LABEL_TASKS:
         return (), has_head
     own = _read_own_labels(settings) if has_head else ()

@@ -28,7 +28,7 @@ from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.heads import choose_labels, is_of_head, settle_head
 from smolora.models.quantised import build_quantisation, require_quantisation, settle_quantised
-from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, find_heads, offer_tasks, read_task
+from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, find_heads, offer_tasks, read_saved_task
 from smolora.models.weight_files import (
     StoredTensor,
     fingerprint_weights,
@@ -79,8 +79,7 @@ def load_model(
     settings = read_model_settings(folder)
     _refuse_requantising(folder, settings, quantization)
     stored = [tensor for file in list_weight_files(folder) for tensor in read_stored_tensors(file)]
-    architectures = settings.get("architectures")
-    task = task or read_task(architectures if isinstance(architectures, list) else ())
+    task = task or read_saved_task(settings)
     labels, keeps_head = choose_labels(settings, task, labels)
     opening = _Opening(folder, task, labels)
     opening.refuse_family()

@@ -5,7 +5,7 @@ A task is read from the name of a model's class (`...ForSequenceClassification`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -84,6 +84,12 @@ def read_task(architectures: Iterable[str]) -> TaskType:
     """
     names = list(architectures)
     return next((task for suffix, task in _SUFFIXES.items() if any(n.endswith(suffix) for n in names)), "causal_lm")
+
+
+def read_saved_task(settings: Mapping[str, object]) -> TaskType:
+    """Return the task of a model by its config.json."""
+    architectures = settings.get("architectures")
+    return read_task(architectures if isinstance(architectures, list) else ())
 
 
 def offer_tasks(config: PretrainedConfig) -> tuple[TaskType, ...]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_encoder, save_tiny_model
 
 FIELDS = ("--prompt-field", "mr", "--completion-field", "ref")
 SHORT = ("--max-steps", 4, "--batch-size", 4, "training.save_steps=2")
@@ -59,6 +59,17 @@ def test_what_comes_next_is_a_merge_where_the_adapter_can_be_merged(train, tmp_p
     assert f"next: smolora merge {tmp_path / 'lora'}, or smolora generate" in train(tmp_path / "lora")[2]
     virtual = train(tmp_path / "virtual", "--method", "prompt_tuning", "adapter.num_virtual_tokens=2")
     assert f"next: smolora generate {tmp_path / 'virtual'}" in virtual[2]
+
+
+def test_what_comes_next_after_a_whole_model_for_questions_is_no_text(smolora, tmp_path):
+    row = {"context": "the cat is red", "question": "what is it?", "answers": {"text": ["red"], "answer_start": [11]}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    base = ("--model", save_tiny_encoder("bert", tmp_path / "base"), "--data", tmp_path / "rows.jsonl")
+    out = tmp_path / "run"
+    code, _, err = smolora("train", *base, "--task", "qa", "--method", "full", "--max-steps", 1, "-o", out)
+    assert code == 0
+    assert err.endswith(f"next: smolora evaluate {out} --data FILE\n")
+    assert smolora("evaluate", out, "--data", tmp_path / "rows.jsonl")[0] == 0
 
 
 def test_train_then_merge_then_generate(smolora, train, tmp_path):
