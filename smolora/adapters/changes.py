@@ -101,9 +101,10 @@ class Replaced:
 
 @torch.no_grad()
 def find_changes(model: nn.Module, adapter: str = "default") -> dict[str, Change]:
-    """Return what an adapter changes, by the parameter's name in the plain model; soft prompts change none."""
+    """Return what an adapter changes, by the parameter's name in the plain model; soft prompts change a head alone."""
+    prefix = "base_model." if is_soft_prompt(model) else _PREFIX  # peft puts nothing around a base behind them.
     return {
-        f"{path.removeprefix(_PREFIX)}.{name}": change
+        f"{path.removeprefix(prefix)}.{name}": change
         for path, layer in model.named_modules()
         for name, change in _iter_changes(layer, adapter)
     }

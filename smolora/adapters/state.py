@@ -70,15 +70,19 @@ def training_tensors(bundle: ModelBundle) -> dict[str, Tensor]:
     """Return what a checkpoint needs beside the saved adapter: nothing, for most methods.
 
     The network behind virtual tokens isn't part of a saved adapter; PiSSA's matrices are joined there with their start.
+    What is named here is all that is restored, so a head that is trained whole is among it.
     """
     parameters = dict(bundle.model.named_parameters())
     if is_soft_prompt(bundle.model):
-        return {name: tensor for name, tensor in parameters.items() if name.startswith("prompt_encoder.")}
+        return _select(parameters, "prompt_encoder.", ".modules_to_save.")
     if bundle.taken is None:
         return {}
-    own = (".lora_A.", ".lora_B.", ".modules_to_save.")
-    trained = {name: tensor for name, tensor in parameters.items() if any(part in name for part in own)}
+    trained = _select(parameters, ".lora_A.", ".lora_B.", ".modules_to_save.")
     return trained | {f"{_START}{name}": tensor for name, tensor in bundle.taken.items()}
+
+
+def _select(parameters: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in parameters.items() if any(part in name for part in parts)}
 
 
 @torch.no_grad()

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import peft
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from smolora.adapters.changes import is_soft_prompt
 from smolora.adapters.state import replaced_weights
 from smolora.models.bundle import ModelBundle
+from smolora.models.structure import replaced_forward
 
 
 @contextmanager
@@ -44,8 +47,23 @@ def disabled_adapter(bundle: ModelBundle) -> Iterator[None]:
         return
     trained = [(parameter, parameter.requires_grad) for parameter in bundle.model.parameters()]
     try:
-        with bundle.model.disable_adapter():
+        is_headed = is_soft_prompt(bundle.model) and bool(bundle.anatomy.heads)
+        with _head_and_tokens_off(bundle.model) if is_headed else bundle.model.disable_adapter():
             yield
     finally:
         for parameter, is_trained in trained:
             parameter.requires_grad_(is_trained)
+
+
+@contextmanager
+def _head_and_tokens_off(model: peft.PeftModel) -> Iterator[None]:
+    """Do what peft 0.21 doesn't: it asks any base behind virtual tokens for `generate`, and leaves its head trained."""
+    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    with replaced_forward(model, model.get_base_model().forward):
+        for head in heads:
+            head.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for head in heads:
+                head.enable_adapters(True)

@@ -8,7 +8,9 @@ import torch
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.movement import measure_movement
 from smolora.config import LoRAConfig
-from tests.tiny import tiny_bundle
+from smolora.config.adapter import METHODS
+from smolora.models.loading import load_model
+from tests.tiny import save_tiny_encoder, tiny_bundle
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -33,6 +35,16 @@ def test_the_norms_are_those_of_the_merged_weights(tmp_path, family):
 def test_a_fresh_adapter_moves_nothing(tmp_path):
     found = measure_movement(attach_adapter(tiny_bundle("llama", tmp_path / "base"), LoRAConfig(), seed=0))
     assert (found.relative, found.num_still) == (0.0, 14)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_behind_virtual_tokens_a_head_is_what_moves(tmp_path, method):
+    base = load_model(save_tiny_encoder("bert", tmp_path), task="classification", labels=("no", "yes"))
+    bundle = attach_adapter(base, METHODS[method](num_virtual_tokens=2), seed=0)
+    assert measure_movement(bundle).modules == {"classifier": 0.0}
+    with torch.no_grad():
+        bundle.model.get_base_model().classifier.modules_to_save["default"].weight.mul_(1.5)
+    assert measure_movement(bundle).modules == {"classifier": pytest.approx(0.5)}
 
 
 def test_a_bundle_without_an_adapter_has_no_modules(tmp_path):

@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smolora.adapters.attach import attach_adapter
 from smolora.adapters.toggling import disabled_adapter
-from tests.tiny import random_input_ids, tiny_bundle
+from smolora.config.adapter import METHODS
+from smolora.models.loading import load_model
+from tests.tiny import random_input_ids, save_tiny_encoder, save_tiny_model, tiny_bundle
 from tests.unit.adapters.conftest import attach_moved
 
 
@@ -17,6 +20,25 @@ def test_inside_the_block_the_base_answers_and_after_it_the_adapter(tmp_path):
         assert torch.equal(adapted.model(ids).logits, base)
     assert torch.equal(adapted.model(ids).logits, before)
     assert not torch.equal(before, base)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_behind_virtual_tokens_a_head_is_switched_off_too(tmp_path, family, method):
+    save = save_tiny_encoder if family == "bert" else save_tiny_model
+    base = load_model(save(family, tmp_path), task="classification", labels=("no", "yes"))
+    ids, mask = random_input_ids(8), torch.ones(1, 8, dtype=torch.long)
+    plain = base.model(ids, attention_mask=mask).logits
+    adapted = attach_adapter(base, METHODS[method](num_virtual_tokens=2), seed=0)
+    with torch.no_grad():
+        for parameter in adapted.model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    adapted.model.eval()
+    before = adapted.model(ids, attention_mask=mask).logits
+    with disabled_adapter(adapted):
+        assert torch.equal(adapted.model(ids, attention_mask=mask).logits, plain)
+    assert torch.equal(adapted.model(ids, attention_mask=mask).logits, before)
+    assert not torch.equal(before, plain)
 
 
 def test_what_was_frozen_stays_frozen(tmp_path):

@@ -14,11 +14,13 @@ from torch.testing import assert_close
 
 from smolora.adapters.attach import attach_adapter
 from smolora.config import GPTConfig, LoRAConfig
+from smolora.config.adapter import METHODS
 from smolora.errors import DataError, ModelError
 from smolora.models.building import build_gpt
+from smolora.models.loading import load_model
 from smolora.records.staging import find_damage
 from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_checkpoint, save_checkpoint
-from tests.tiny import tiny_bundle
+from tests.tiny import save_tiny_encoder, tiny_bundle
 
 IDENTITY = RunIdentity(base="b", tokenizer="t", data="d", held_out="h", settings="s")
 SNAPSHOT = TrainingSnapshot(
@@ -43,6 +45,22 @@ def build(tokenizer):
 
 def parameters(bundle):
     return {name: parameter.detach().clone() for name, parameter in bundle.model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "pissa", "prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_a_head_comes_back_with_the_rest_of_its_adapter(tmp_path, method):
+    base = load_model(save_tiny_encoder("bert", tmp_path / "base"), task="classification", labels=("no", "yes"))
+    bundle = attach_adapter(base, METHODS[method](), seed=0)
+    trained = {name: p for name, p in bundle.model.named_parameters() if p.requires_grad}
+    assert any("classifier" in name for name in trained)
+    saved = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    save_checkpoint(tmp_path / "step", bundle, SNAPSHOT, IDENTITY)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(1.0)
+    load_checkpoint(tmp_path / "step", bundle)
+    for name, parameter in trained.items():
+        assert torch.equal(parameter, saved[name]), name
 
 
 def test_weights_come_back_bit_by_bit(build, tmp_path):
@@ -152,6 +170,7 @@ import torch
 from smolora.config import GPTConfig
 from smolora.errors import StorageError
 from smolora.models.building import build_gpt
+from smolora.models.loading import load_model
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import to_pretrained
 from smolora.training.checkpoint import save_checkpoint
