@@ -25,7 +25,7 @@ from smolora.adapters.merge import merge_adapter
 from smolora.adapters.store import load_bundle, save_adapter
 from smolora.config import ExperimentConfig, resolve_config
 from smolora.config.adapter import METHODS
-from smolora.config.compatibility import find_float32_need, find_obstacle
+from smolora.config.compatibility import FLOAT32_LINKS, NEEDS_FLOAT32, OBSTACLES, find_float32_need, find_obstacle
 from smolora.config.model import Quantization, TaskType
 from smolora.data.collate import get_data_collator
 from smolora.errors import ConfigError, ModelError
@@ -255,13 +255,16 @@ Written by `python -m tests.matrix` from the table that every configuration is c
 all pairs by default, and each combination in `python3 dev.py test-all`: it trains, comes back from disk to the same
 numbers, and merges where its method changes weights.
 
-f: float32, b: bfloat16, 8 and 4: a base of so many bits; -: not this task; [n]: what is refused, and why, below.
+f: float32, b: bfloat16, 8 and 4: a base of so many bits; -: not this task; [n]: what is refused, and why, below,
+with where upstream says so.
 """
 
 
 def write_page() -> str:
     """Return the documentation's table of methods and tasks, and the reasons of what is refused."""
     reasons = list(dict.fromkeys(cell.refusal for cell in CELLS if cell.refusal))
+    links = {row.reason: row.link for row in OBSTACLES}
+    links |= {reason: FLOAT32_LINKS.get(method) for method, reason in NEEDS_FLOAT32.items()}
     lines = [_HEAD, f"| method | {' | '.join(TASKS)} |", f"|---|{'---|' * len(TASKS)}"]
     for method in METHODS:
         lines.append(f"| {method} | {' | '.join(_describe(method, task, reasons) for task in TASKS)} |")
@@ -269,7 +272,9 @@ def write_page() -> str:
         cells = [cell for cell in CELLS if cell.refusal == reason]
         methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
         is_checkpointing = all(cell.is_checkpointed for cell in cells)
-        lines.append(f"{number}. {methods}{' with gradient checkpointing' if is_checkpointing else ''}: {reason}")
+        source = f"[upstream]({links[reason]})" if links[reason] else "a choice of this project"
+        condition = " with gradient checkpointing" if is_checkpointing else ""
+        lines.append(f"{number}. {methods}{condition}: {reason} ({source})")
     lines.insert(-len(reasons), "")
     return "\n".join([*lines, ""])
 

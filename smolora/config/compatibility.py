@@ -24,6 +24,12 @@ class Obstacle:
     """Why, as the end of a sentence."""
     advice: str
     """What to do instead, as a sentence."""
+    link: str | None = None
+    """Where upstream says so; None where it is a choice of this project."""
+
+    def describe(self) -> str:
+        """Return the rest of a sentence that ends in the method that can't be used, and what to do."""
+        return f"{self.reason}. {self.advice}{f' See {self.link}' if self.link else ''}"
 
 
 OBSTACLES: tuple[Obstacle, ...] = (
@@ -32,18 +38,28 @@ OBSTACLES: tuple[Obstacle, ...] = (
         quantizations=("8bit", "4bit"),
         reason="weights of few bits have no gradient",
         advice="Give model.quantization=none, or choose lora.",
+        link="https://github.com/huggingface/transformers/pull/26248",
     ),
     Obstacle(
-        methods=("prompt_tuning", "p_tuning", "prefix_tuning"),
+        methods=("prompt_tuning", "p_tuning"),
         tasks=("token_classification", "qa"),
         reason="the answers are at places of the row, and the virtual tokens before it move them",
         advice="Choose lora, or another method that changes weights.",
+        link="https://github.com/huggingface/peft/issues/482",
+    ),
+    Obstacle(
+        methods=("prefix_tuning",),
+        tasks=("qa",),
+        reason="peft 0.21 drops the segments of a question there, and what goes around that goes around the prefix too",
+        advice="Choose lora, or another method that changes weights.",
+        link="https://github.com/huggingface/peft/pull/473",
     ),
     Obstacle(
         methods=("prefix_tuning",),
         tasks=("seq2seq",),
-        reason="peft 0.21 gives the decoder keys of another size than it asks for",
+        reason="peft 0.21 reaches the decoder alone, with keys of d_model / num_heads, which not every T5 has (d_kv)",
         advice="Choose lora, or another method that changes weights.",
+        link="https://github.com/huggingface/peft/pull/2989",
     ),
     Obstacle(
         methods=("prompt_tuning", "p_tuning"),
@@ -56,18 +72,21 @@ OBSTACLES: tuple[Obstacle, ...] = (
         quantizations=("8bit", "4bit"),
         reason="it takes its start out of the base's weights, which few bits can't hold",
         advice="Choose loftq, or model.quantization=none.",
+        link="https://github.com/huggingface/peft/pull/1626",
     ),
     Obstacle(
         methods=("loftq",),
         quantizations=("none",),
         reason="it starts from what quantising loses of the base, and the base isn't quantised",
         advice="Give model.quantization=4bit, or choose lora.",
+        link="https://github.com/huggingface/peft/pull/1543",
     ),
     Obstacle(
         methods=("prefix_tuning",),
         gradient_checkpointing=True,
         reason="its keys and values come in the cache, which is off where activations are recomputed",
         advice="Leave training.gradient_checkpointing off, or choose prompt_tuning.",
+        link="https://github.com/huggingface/peft/pull/2191",
     ),
 )
 
@@ -77,6 +96,9 @@ NEEDS_FLOAT32: Mapping[str, str] = {
     "pissa": "its base's weights are changed, and 16 bits would round the change",
 }
 """Methods that change the base's own weights, and why those are float32."""
+
+FLOAT32_LINKS: Mapping[str, str] = {"full": "https://github.com/pytorch/pytorch/issues/26218"}
+"""Where upstream says so, of methods for which it isn't a choice of this project."""
 
 _FLOAT32_IF_QUANTISED = ("adalora", "ia3")
 """On layers of few bits peft 0.21 computes these in float32, whatever the base computes in: the types don't meet."""

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from smolora.config.adapter import AdapterConfig, LoRAConfig, keep_fitting
 from smolora.config.aliases import rename_aliases
 from smolora.config.base import Section
-from smolora.config.compatibility import PHASELESS, find_float32_need, find_obstacle
+from smolora.config.compatibility import FLOAT32_LINKS, PHASELESS, find_float32_need, find_obstacle
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
 from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
@@ -67,10 +67,13 @@ class ExperimentConfig(Section):
         checkpointing = self.training.gradient_checkpointing
         found = find_obstacle(method=method, task=task, quantization=quantization, gradient_checkpointing=checkpointing)
         if found:
-            raise ValueError(f"adapter.method: {method} can't be used here: {found.reason}. {found.advice}")
+            raise ValueError(f"adapter.method: {method} can't be used here: {found.describe()}")
         need = find_float32_need(method=method, quantization=quantization)
+        see = f" See {FLOAT32_LINKS[method]}" if method in FLOAT32_LINKS else ""
         if need and self.model.dtype not in ("auto", "float32"):
-            raise ValueError(f"model.dtype: {method} needs float32, found {self.model.dtype}: {need}. Leave it out.")
+            raise ValueError(
+                f"model.dtype: {method} needs float32, found {self.model.dtype}: {need}. Leave it out.{see}"
+            )
         if self.phases.is_on and method in PHASELESS:
             raise ValueError(f"phases: {method} can't be trained in phases: {PHASELESS[method]}. Leave them out.")
         return self

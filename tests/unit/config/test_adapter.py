@@ -76,7 +76,8 @@ def test_every_method_is_a_predefined_configuration_and_an_unknown_one_names_the
 def test_an_obstacle_is_said_before_a_model_is_loaded():
     found = find_obstacle(method="full", task="causal_lm", quantization="4bit", gradient_checkpointing=False)
     assert found in OBSTACLES
-    with pytest.raises(ConfigError, match="^adapter.method: full can't be used here: weights of few bits have no grad"):
+    said = r"^adapter.method: full can't be used here: weights of few bits .* lora\. See https://github.com/\S+/26248$"
+    with pytest.raises(ConfigError, match=said):
         resolve("adapter.method=full", "model.quantization=4bit")
     assert find_obstacle(method="lora", task="causal_lm", quantization="4bit", gradient_checkpointing=True) is None
 
@@ -86,10 +87,20 @@ def test_every_row_of_the_table_names_methods_that_there_are():
     assert {*NEEDS_FLOAT32, *PHASELESS} <= set(METHODS)
 
 
+def test_half_precision_is_refused_with_where_upstream_says_why():
+    with pytest.raises(
+        ConfigError, match=r"full needs float32, found bfloat16: .*\. See https://github.com/pytorch/\S+$"
+    ):
+        resolve("adapter.method=full", "model.dtype=bfloat16")
+    with pytest.raises(ConfigError, match=r"pissa needs float32, found bfloat16: .*\. Leave it out\.$"):
+        resolve("adapter.method=pissa", "model.dtype=bfloat16")
+
+
 def test_virtual_tokens_are_refused_where_the_answers_are_places_of_the_row():
     with pytest.raises(ConfigError, match="p_tuning can't be used here: the answers are at places of the row"):
         resolve("adapter.method=p_tuning", "model.task_type=qa")
     assert resolve("adapter.method=p_tuning", "model.task_type=classification").adapter.method == "p_tuning"
+    assert resolve("adapter.method=prefix_tuning", "model.task_type=token_classification").adapter.path is None
 
 
 @pytest.mark.parametrize("method", ["adalora", "ia3"])
