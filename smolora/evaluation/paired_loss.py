@@ -7,13 +7,13 @@ is, so its loss falls; but it holds an answer as likely after another row's prom
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from smolora.adapters.toggling import disabled_adapter
-from smolora.data.token_dataset import Example, TokenArray, TokenDataset
+from smolora.config.model import TaskType
+from smolora.data.token_dataset import TokenDataset
 from smolora.evaluation.answers import HeadLossMetric, LossMetric
 from smolora.evaluation.bootstrap import Tally
 from smolora.evaluation.comparison import (
@@ -27,11 +27,11 @@ from smolora.evaluation.comparison import (
 )
 from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
 from smolora.evaluation.metric import Sums
+from smolora.evaluation.swapped_prompts import PromptSwapper
 from smolora.models.bundle import ModelBundle
 from smolora.models.tasks import HEAD_TASKS
 
 _MOST_BATCHES_AT_ONCE = 8
-_MOST_TRIES = 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class PromptUse:
     high: float | None
     """Bounds of the interval that holds 95 % of the resampled differences, other less own."""
     num_rows: int
+    is_of_questions: bool = False
+    """Whether the prompts are questions, and the others those about the same contexts."""
 
     @property
     def is_sure(self) -> bool:
@@ -76,13 +78,13 @@ def compare_losses(
         seed: Of the order.
     """
     examples = [rows[index] for index in random.Random(seed).sample(range(len(rows)), len(rows))]
-    scorer = LikelihoodScorer(bundle, batch_size=batch_size)
+    scorer, swapper = LikelihoodScorer(bundle, batch_size=batch_size), PromptSwapper(examples, bundle)
     tally = Tally(7)
     start, num_batches = 0, -(-FEWEST_ANSWERS // batch_size)
     while start < len(examples) and num_batches:
         began = budget.spent
         stop = min(start + batch_size * num_batches, len(examples))
-        swapped = [_swap_prompt(examples, index, bundle) for index in range(start, stop)]
+        swapped = [swapper.swap(index) for index in range(start, stop)]
         tuned = scorer.measure_examples(examples[start:stop])
         other = iter(scorer.measure_examples([example for example in swapped if example is not None]))
         with before(bundle):
@@ -92,7 +94,7 @@ def compare_losses(
         start = stop
         of_a_batch = (budget.spent - began) / num_batches
         num_batches = min(_MOST_BATCHES_AT_ONCE, int(max(0.0, budget.left) / of_a_batch))
-    return _conclude(tally, HeadLossMetric if bundle.task in HEAD_TASKS else LossMetric)
+    return _conclude(tally, bundle.task)
 
 
 def _to_sums(base: Likelihood, tuned: Likelihood, other: Likelihood | None) -> Sums:
@@ -100,11 +102,12 @@ def _to_sums(base: Likelihood, tuned: Likelihood, other: Likelihood | None) -> S
     return np.array([base.loss_sum, tuned.loss_sum, base.num_tokens, *swapped], np.float64)
 
 
-def _conclude(tally: Tally, metric: type[LossMetric]) -> tuple[Comparison, PromptUse | None]:
+def _conclude(tally: Tally, task: TaskType) -> tuple[Comparison, PromptUse | None]:
     with np.errstate(invalid="ignore", divide="ignore"):  # A resampling of few rows may hold none.
         base, tuned, _, own, other, _ = tally.sums[:6] / np.repeat(tally.sums[[2, 5]], 3)
         resampled = tally.resampled[:, :6] / np.repeat(tally.resampled[:, [2, 5]], 3, axis=1)
     low, high = bound_differences(resampled[:, 0], resampled[:, 1], num_rows=tally.num_rows)
+    metric = HeadLossMetric if task in HEAD_TASKS else LossMetric
     variant, version = metric.variants[0], metric.version
     loss = Comparison(
         name="loss",
@@ -116,36 +119,8 @@ def _conclude(tally: Tally, metric: type[LossMetric]) -> tuple[Comparison, Promp
         variant=variant,
         version=version,
     )
-    if not tally.sums[5]:
+    num_swapped = round(tally.sums[6])
+    if not tally.sums[5] or (task == "qa" and num_swapped < FEWEST_ANSWERS):  # Few contexts have two questions.
         return loss, None
     low, high = bound_differences(resampled[:, 3], resampled[:, 4], num_rows=tally.num_rows)
-    return loss, PromptUse(float(own), float(other), low, high, round(tally.sums[6]))
-
-
-def _swap_prompt(examples: Sequence[Example], index: int, bundle: ModelBundle) -> Example | None:
-    """Return a row's answer after the prompt of the next row that has another prompt and another answer.
-
-    A label belongs to its own text alone, so a row with labels has no such mate; the answer of an encoder-decoder is
-    no label.
-    """
-    row, context = examples[index], bundle.context
-    if row.labels is not None and bundle.task != "seq2seq":
-        return None
-    for offset in range(1, min(len(examples), _MOST_TRIES)):
-        other = examples[(index + offset) % len(examples)]
-        (prompt, answer), (other_prompt, other_answer) = _split(row), _split(other)
-        if len(other_prompt) < 2 or np.array_equal(prompt, other_prompt) or np.array_equal(answer, other_answer):
-            continue
-        if row.labels is not None:
-            return replace(other, labels=row.labels)
-        if context is None or len(other_prompt) + len(answer) <= context:
-            is_target = np.concatenate([np.zeros(len(other_prompt), np.bool_), row.is_target[len(prompt) :]])
-            return Example(np.concatenate([other_prompt, answer]), is_target)
-    return None
-
-
-def _split(example: Example) -> tuple[TokenArray, TokenArray]:
-    if example.labels is not None:
-        return example.input_ids, example.labels
-    start = int(example.is_target.argmax())
-    return example.input_ids[:start], example.input_ids[start:]
+    return loss, PromptUse(float(own), float(other), low, high, num_swapped, is_of_questions=task == "qa")

@@ -60,7 +60,10 @@ class Evidence:
             yield f"always naming the commonest label against the tuned model: {self.majority.describe()}"
         if self.prompt_use:
             own, other = self.prompt_use.own, self.prompt_use.other
-            yield f"loss of the same answers after other rows' prompts {other:.4f}, after their own {own:.4f}"
+            others = (
+                "other questions about their contexts" if self.prompt_use.is_of_questions else "other rows' prompts"
+            )
+            yield f"loss of the same answers after {others} {other:.4f}, after their own {own:.4f}"
         yield self._describe_movement()
         if self.overlap.rows:
             yield f"{self.overlap.rows} of {self.overlap.num_held_out} held-out rows were in the training rows too"
@@ -146,9 +149,12 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
             "frequent each label is was learned, and not which text has which: are texts and labels paired rightly?"
         )
     if use is not None and not use.is_sure:
+        other, prompts = ("another row's prompt", "prompts")
+        if use.is_of_questions:
+            other, prompts = ("another question about its context", "questions")
         return "no change", (
-            f"{found}, but after another row's prompt an answer is as likely as after its own (to 1 %): "
-            "the form of the answers was learned, not what they answer. Are prompts and answers paired rightly?"
+            f"{found}, but after {other} an answer is as likely as after its own (to 1 %): "
+            f"the form of the answers was learned, not what they answer. Are {prompts} and answers paired rightly?"
         )
     if overlap.rows > _MANY_SEEN * overlap.num_held_out:
         found += f"; but {overlap.rows} of {overlap.num_held_out} held-out rows were trained on, so this may be memory"

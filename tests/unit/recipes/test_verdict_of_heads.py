@@ -49,6 +49,7 @@ def tune(folder, task, rows, *assignments):
         "data.validation_fraction": 0.3,
         "training.learning_rate": 1e-2,
         "training.max_steps": 30,
+        "training.eval_steps": 60,
         "evaluation.verdict_share": 1000,
     }
     given = [*(f"{name}={value}" for name, value in settings.items()), *assignments]
@@ -89,7 +90,7 @@ def test_labels_drawn_for_each_word_are_no_change_however_far_the_loss_falls(tmp
     """Three of four are yes: the random head is beaten by far, the commonest label isn't."""
     drawn = random.Random(0)
     rows = [{**row, "tags": ["yes" if drawn.random() < 0.75 else "no" for _ in row["tags"]]} for row in words()]
-    found = read(tune(tmp_path, "token_classification", rows))
+    found = read(tune(tmp_path, "token_classification", rows, "training.max_steps=15"))
     assert found["verdict"] == "no change" and found["metric"]["name"] == "accuracy"
     assert found["loss"]["high"] < 0 and found["majority"]["low"] <= 0
 
@@ -127,6 +128,23 @@ def test_held_out_questions_that_were_dropped_are_not_asked(reader):
     report = json.loads((reader.path / "data_report.json").read_text())["encoded"]["validation"]
     assert report["dropped_overlong"] > 0 and report["added_by_windows"] > 0
     assert read(reader)["metric"]["num_rows"] == report["rows"] - report["dropped_overlong"]
+
+
+def test_answers_to_another_question_about_the_context_are_no_change_however_far_the_loss_falls(tmp_path):
+    """One of two answers is learned to be right, and by chance which."""
+    rows, drawn = [], random.Random(0)
+    for number in range(80):
+        context = f"the {drawn.choice(NAMES)} sat on the {drawn.choice(PLACES)}. by {number}."
+        answers = drawn.sample([context.split()[1], context.split()[5].strip(".")], 2)
+        for question, answer in zip(("who?", "where?"), answers, strict=True):
+            found = [{"text": answer, "answer_start": context.index(answer)}]
+            rows.append({"question": question, "context": context, "answers": found})
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
+    found = read(tune(tmp_path, "qa", rows[60:], f"data.eval_source={held_out}"))
+    assert found["verdict"] == "no change" and "after another question about its context" in found["reason"]
+    assert found["loss"]["high"] < 0 and found["metric"]["low"] > 0
+    assert found["prompt_use"]["num_rows"] > 50
 
 
 def test_an_evaluation_of_questions_takes_what_training_took(reader, tmp_path):

@@ -30,6 +30,7 @@ def tune(tmp_path, rows, *assignments, base=None):
         "data.validation_fraction": 0.4,
         "training.learning_rate": 1e-2,
         "training.max_steps": 40,
+        "training.eval_steps": 60,
         "evaluation.verdict_share": 1000,
     }
     given = [*(f"{name}={value}" for name, value in settings.items()), *assignments]
