@@ -70,6 +70,9 @@ class PromptFormat(Section):
     labels: tuple[str, ...] = ()
     """classification, token_classification: the labels, in the order of the head's outputs."""
 
+    may_lack_answer: bool = False
+    """qa: whether some questions that were learned have no answer, so that a model may say nothing."""
+
     def with_end_token(self, end_token: str | None) -> PromptFormat:
         """Return the form with texts ended by `end_token`; our plain chat template too, which has none of its own."""
         if end_token is None:

@@ -47,11 +47,6 @@ class SpanAnswer:
     null_score: float
     """The same of position 0, in the window that says the least for it: above `score`, there is rather no answer."""
 
-    @property
-    def said(self) -> str:
-        """The text; nothing where there is rather no answer."""
-        return "" if self.null_score > self.score else self.text
-
 
 class QuestionAnsweringPreprocessor(DataPreprocessor):
     """Encodes a question and its context, in the tokenizer's own template of a pair, with the place of an answer."""
@@ -152,7 +147,8 @@ def find_answer(
         if not len(places):
             continue
         sums = starts[places].astype(np.float64)[:, None] + ends[places].astype(np.float64)  # [K, K]
-        sums[~(np.tri(len(places), dtype=np.bool_).T & np.tri(len(places), k=longest - 1, dtype=np.bool_))] = -np.inf
+        tokens_more = places - places[:, None]  # [K, K], behind the first token; those of white space alone count too.
+        sums[(tokens_more < 0) | (tokens_more >= longest)] = -np.inf
         first, last = divmod(int(sums.argmax()), len(places))
         if sums[first, last] > best.score:
             start, end = int(window.offsets[places[first], 0]), int(window.offsets[places[last], 1])

@@ -1,10 +1,15 @@
-"""Whether the values of a row are what a task can learn from: labels, words with labels, answers at their place."""
+"""What a task learns of its rows: labels, words with labels, answers at their place; and whether values are that."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from smolora.data.labels import name_label
+from smolora.data.labels import learn_labels, name_label
+from smolora.data.rows import Row
+
+if TYPE_CHECKING:
+    from smolora.data.prompts import PromptFormat
 
 _NO_LABEL = (-1, -100)
 """What data sets put where an annotator gave no label."""
@@ -69,3 +74,25 @@ def read_answers(answers: object) -> list[tuple[str, int]] | None:
     if not all(isinstance(text, str) for text in texts) or not all(type(start) is int for start in starts):
         return None
     return list(zip(texts, starts, strict=True))
+
+
+def learn_form(
+    train: Sequence[Row], held_out: Sequence[Row], fmt: PromptFormat, *, known: Sequence[str] = ()
+) -> PromptFormat:
+    """Return the form with what the rows teach: their labels, or whether a question may have no answer.
+
+    Args:
+        train: The rows to learn from.
+        held_out: Rows to evaluate on.
+        fmt: The rows' form.
+        known: The labels of the adapter that is trained further, which stay what they are.
+
+    Raises:
+        DataError: As `learn_labels`.
+    """
+    if fmt.kind == "qa":
+        column = fmt.columns["answers"]
+        return fmt.model_copy(update={"may_lack_answer": not all(read_answers(row.values[column]) for row in train)})
+    if fmt.kind not in ("classification", "token_classification"):
+        return fmt
+    return fmt.with_labels(learn_labels(train, held_out, fmt, known=known))

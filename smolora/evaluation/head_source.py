@@ -197,8 +197,8 @@ def label_words(
 
 def find_answers(
     bundle: ModelBundle, questions: Sequence[str], contexts: Sequence[str], *, batch_size: int
-) -> list[SpanAnswer]:
-    """Return the best answer to each question in its context.
+) -> list[tuple[str, SpanAnswer]]:
+    """Return what is said to each question, and the best answer in its context.
 
     Raises:
         ConfigError: The model isn't one for question answering.
@@ -207,7 +207,8 @@ def find_answers(
     require_head(bundle, "qa")
     pairs = zip(questions, contexts, strict=True)
     asked = [{"question": question, "context": context} for question, context in pairs]
-    return SpanAsker(bundle, batch_size=batch_size).find(asked)
+    asker = SpanAsker(bundle, batch_size=batch_size)
+    return [(asker.say(found), found) for found in asker.find(asked)]
 
 
 def refuse_other_texts(bundle: ModelBundle, *, found: int, where: str) -> None:

@@ -22,7 +22,11 @@ _FORM = PromptFormat(kind="qa", columns={role: role for role in ("context", "que
 
 
 class SpanAsker:
-    """Asks a model that finds answers in contexts; it may find that there is none, and then says nothing."""
+    """Asks a model that finds answers in contexts.
+
+    One that was tuned on questions without an answer too says nothing where position 0 is likelier than the best span.
+    Others always answer: position 0 is one place, and answers that a model is unsure of share their likelihood.
+    """
 
     def __init__(self, bundle: ModelBundle, *, batch_size: int) -> None:
         self.bundle = bundle
@@ -49,7 +53,7 @@ class SpanAsker:
         for row, own, logits in zip(rows, windows, self._compute(windows), strict=True):
             found = _read(read_question(row), own, logits)
             losses = [_measure(one, window) for one, window in zip(logits, own, strict=True)]
-            answers.append(Answer(found.said, loss_sum=sum(losses), num_tokens=2 * len(losses)))
+            answers.append(Answer(self.say(found), loss_sum=sum(losses), num_tokens=2 * len(losses)))
         return answers
 
     def has_room(self, row: BenchmarkRow) -> bool:
@@ -67,6 +71,12 @@ class SpanAsker:
         """
         windows = [self._encode({**one, "answers": []}, f"question {i:,}") for i, one in enumerate(asked, start=1)]
         return [_read(*one) for one in zip(asked, windows, self._compute(windows), strict=True)]
+
+    def say(self, found: SpanAnswer) -> str:
+        """Return the text of an answer, or nothing."""
+        trained = self.bundle.prompt_format
+        may_lack_one = trained is not None and trained.may_lack_answer
+        return "" if may_lack_one and found.null_score > found.score else found.text
 
     def _encode(self, asked: Asked, name: str) -> list[Window]:
         try:

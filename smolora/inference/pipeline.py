@@ -238,8 +238,8 @@ class InferencePipeline:
     ) -> str | list[str]:
         """Answer a question or several, each about its text or all about one.
 
-        A model for question answering cuts the answer out of the text, and says nothing where it holds that there is
-        none; see `find_answer`. One that writes is asked as `squad` asks, greedily.
+        A model for question answering cuts the answer out of the text, or says nothing where it was tuned on questions
+        without an answer too; see `find_answer`. One that writes is asked as `squad` asks, greedily.
 
         Raises:
             ConfigError: There are not as many texts as questions; a model for question answering has no text, or is
@@ -248,8 +248,8 @@ class InferencePipeline:
         asked = [questions] if isinstance(questions, str) else questions
         if self._bundle.task == "qa":
             refuse_drawing(self._bundle, settings, by_likelihood=False)
-            spans = self._find_answers(asked, contexts, adapter)
-            return spans[0].said if isinstance(questions, str) else [span.said for span in spans]
+            said = [text for text, _ in self._find_answers(asked, contexts, adapter)]
+            return said[0] if isinstance(questions, str) else said
         about = _spread(contexts, asked)
         prompts = [_ask_about(question, context) for question, context in zip(asked, about, strict=True)]
         answers = self._answer_greedily(prompts, settings, adapter)
@@ -277,7 +277,7 @@ class InferencePipeline:
             DataError: A question leaves no room for its context, or asks nothing.
         """
         asked = [questions] if isinstance(questions, str) else questions
-        spans = self._find_answers(asked, contexts, adapter)
+        spans = [span for _, span in self._find_answers(asked, contexts, adapter)]
         return spans[0] if isinstance(questions, str) else spans
 
     @overload
@@ -332,7 +332,7 @@ class InferencePipeline:
 
     def _find_answers(
         self, questions: Sequence[str], contexts: str | Sequence[str] | None, adapter: str | None
-    ) -> list[SpanAnswer]:
+    ) -> list[tuple[str, SpanAnswer]]:
         if contexts is None:
             raise ConfigError(
                 "a model for question answering finds answers in contexts: give one for all, or for each."

@@ -27,12 +27,12 @@ from smolora.adapters.tensor_places import locate_tensors
 from smolora.config import ExperimentConfig
 from smolora.config.compatibility import find_float32_need
 from smolora.data.collate import Layout, get_data_collator
-from smolora.data.labels import learn_labels
 from smolora.data.memory_rows import FROM_SOURCES, MemoryRows
 from smolora.data.preprocessing import Side, encode_rows, get_preprocessor
 from smolora.data.preprocessor import DataPreprocessor
 from smolora.data.rows import Row
 from smolora.data.sources import SourceRows, check_sources, read_dataset, read_sources
+from smolora.data.task_rows import learn_form
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle, describe_trainable_parameters
@@ -41,7 +41,6 @@ from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows
 from smolora.models.quantised import describe_quantised
 from smolora.models.saving import save_model
-from smolora.models.tasks import LABEL_TASKS
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import (
     choose_callbacks,
@@ -273,19 +272,16 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
 
 
 def read_rows(config: ExperimentConfig, out: Path | None = None, memory: MemoryRows = FROM_SOURCES) -> SourceRows:
-    """Read the rows and the labels in them; rejected rows are written to `out`, where it is given."""
+    """Read the rows and what their form learns from them; rejected rows are written to `out`, where it is given."""
     seed, task = config.evaluation.choose_split_seed(config.training.seed), config.model.task_type
     if memory.train is not None:
         rows = read_dataset(memory.train, config.data, seed=seed, eval_dataset=memory.held_out, out=out, task=task)
     else:
         rows = read_sources(config.data, seed=seed, out=out, task=task)
-    if task not in LABEL_TASKS:
-        return rows
     known = memory.preprocessor.fmt.labels if memory.preprocessor else ()
     if config.adapter.path:
         known = read_adapter(find_adapter(config.adapter.path)).labels
-    labels = learn_labels(rows.train, rows.held_out, rows.fmt, known=known)
-    return replace(rows, fmt=rows.fmt.with_labels(labels))
+    return replace(rows, fmt=learn_form(rows.train, rows.held_out, rows.fmt, known=known))
 
 
 def encode_data(

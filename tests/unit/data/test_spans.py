@@ -15,7 +15,7 @@ from smolora.data.readers import read_rows
 from smolora.data.rows import Row
 from smolora.data.spans import LONGEST_ANSWER, QuestionAnsweringPreprocessor, find_answer
 from smolora.data.squad import iter_questions
-from smolora.data.task_rows import find_answer_problem, read_answers
+from smolora.data.task_rows import find_answer_problem, learn_form, read_answers
 from smolora.errors import ConfigError, DataError
 from tests.tiny import tiny_encoder_tokenizer, tiny_tokenizer
 
@@ -170,6 +170,16 @@ def test_reading_back_finds_what_trying_all_spans_finds(seed, longest):
     assert found.null_score == min(starts[0] + ends[0] for starts, ends in logits)
 
 
+def test_tokens_of_white_space_count_among_those_of_an_answer():
+    context = "a \n \n \n \n b"
+    (window,) = qa().encode_windows(make_row(None, context), None)
+    last = int(np.flatnonzero(window.offsets[:, 1])[-1])
+    first = int(np.flatnonzero(window.offsets[:, 1])[0])
+    logits = [point_at(window, first, last)]
+    assert find_answer(context, [window], logits, longest=last - first + 1).text == context
+    assert find_answer(context, [window], logits, longest=last - first).text != context
+
+
 def test_logits_of_the_question_and_of_padding_are_never_an_answer():
     (window,) = qa().encode_windows(make_row(), None)
     places = np.flatnonzero(window.offsets[:, 1])
@@ -177,6 +187,12 @@ def test_logits_of_the_question_and_of_padding_are_never_an_answer():
     starts[places] = 0.0
     starts[places[3]] = 1.0
     assert find_answer(CONTEXT, [window], [(starts, starts)]).score == 2.0
+
+
+def test_the_form_keeps_whether_a_training_question_has_no_answer():
+    answered, unanswered = (Row(make_row(answer), "rows", 1) for answer in ("riverside", None))
+    assert not learn_form([answered], [unanswered], FORM).may_lack_answer
+    assert learn_form([answered, unanswered], [], FORM).may_lack_answer
 
 
 def test_the_nested_file_of_squad_is_a_row_a_question(tmp_path):

@@ -85,8 +85,8 @@ def test_an_answer_has_its_place_and_its_score(reader):
 def test_questions_are_about_one_context_or_each_about_its_own(reader):
     pipeline = InferencePipeline.from_path(reader, device="cpu")
     spans = pipeline.find_answer(["Where?", "What is it?"], CONTEXT_TEXT)
-    assert pipeline.answer(["Where?", "What is it?"], [CONTEXT_TEXT] * 2) == [span.said for span in spans]
-    assert pipeline.answer("Where?", CONTEXT_TEXT) == spans[0].said
+    assert pipeline.answer(["Where?", "What is it?"], [CONTEXT_TEXT] * 2) == [span.text for span in spans]
+    assert pipeline.answer("Where?", CONTEXT_TEXT) == spans[0].text
     with pytest.raises(ConfigError, match="1 contexts for 2 questions"):
         pipeline.answer(["Where?", "What?"], [CONTEXT_TEXT])
     with pytest.raises(ConfigError, match="finds answers in contexts"):

@@ -66,6 +66,7 @@ def test_a_run_trains_its_head_whole_and_is_opened_again(family, tmp_path, caplo
     assert not caplog.records
     bundle = load_bundle(tmp_path / "run")
     assert bundle.task == "qa" and bundle.labels == ()
+    assert bundle.prompt_format.may_lack_answer  # Every fifth question has none.
     saved, fresh = load_file(run.adapter / "adapter_model.safetensors"), heads_of(config)
     assert {name for name in saved if ".lora_" not in name} == {f"base_model.model.{name}" for name in fresh}
     assert all(not torch.equal(saved[f"base_model.model.{name}"], start) for name, start in fresh.items())
