@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
 from smolora.data.prompts import PromptFormat
 from smolora.data.spans import QuestionAnsweringPreprocessor
+from smolora.data.token_dataset import TokenDataset
+from smolora.evaluation.comparison import Budget
+from smolora.evaluation.paired_loss import compare_losses
 from smolora.evaluation.swapped_prompts import PromptSwapper
 from smolora.models.loading import load_model
 from tests.tiny import save_tiny_encoder, tiny_encoder_tokenizer
@@ -62,3 +67,12 @@ def test_no_answer_has_no_mate_and_is_one(bundle):
     rows = encode(make_row("who?", CONTEXT, "Eagle"), make_row("what for?", CONTEXT, None))
     swapper = PromptSwapper(rows, bundle)
     assert swapper.swap(0) is not None and swapper.swap(1) is None
+
+
+@pytest.mark.parametrize(("num_contexts", "num_swapped"), [(7, None), (8, 16)])
+def test_other_questions_count_from_16_answers_on(bundle, num_contexts, num_swapped):
+    contexts = [f"{CONTEXT} {number}" for number in range(num_contexts)]
+    rows = [make_row(*asked) for c in contexts for asked in (("who?", c, "Eagle"), ("where?", c, "log"))]
+    _, use = compare_losses(bundle, TokenDataset(encode(*rows)), before=lambda _: nullcontext(), budget=Budget(60.0))
+    assert (use.num_rows if use else None) == num_swapped
+    assert use is None or (use.is_of_questions and use.own != use.other)
