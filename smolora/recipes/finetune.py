@@ -249,12 +249,12 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
     device, device_reason = resolve_device(config.model.device)
     needs = find_float32_need(method=config.adapter.method, quantization=config.model.quantization)
     dtype, dtype_reason = (torch.float32, needs) if needs else resolve_dtype(config.model.dtype, device)
-    name = config.model.name_or_path
-    if RunDir.is_run(name):
+    name, run = config.model.name_or_path, RunDir(config.model.name_or_path)
+    if run.is_run(name) and not run.model.is_dir():  # An adapter's, which says itself what to do.
         base = load_bundle(name, dtype=dtype, device=str(device), quantization=config.model.quantization)
     else:
         base = load_model(
-            name,
+            run.model if run.is_run(name) else name,
             dtype=dtype,
             device=str(device),
             revision=config.model.revision,

@@ -78,6 +78,14 @@ def test_a_classifier_is_trained_and_opened_again_with_its_head_and_labels(famil
     assert all(not torch.equal(saved[name], fresh[name.removeprefix("base_model.model.")]) for name in heads)
 
 
+def test_the_model_of_another_run_gets_the_head_of_the_task(tmp_path):
+    save_tiny_model("gpt2", tmp_path / "pretrained" / "model")
+    (tmp_path / "pretrained" / "resolved_config.yaml").write_text("gpt: {}\n")
+    config = settings(tmp_path)
+    model = config.model.replace(name_or_path=str(tmp_path / "pretrained"))
+    assert load_base(config.replace(model=model), ("no", "yes"))[0].labels == ("no", "yes")
+
+
 def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
