@@ -55,19 +55,23 @@ class FastParts:
 
 
 @contextmanager
-def fast_path(bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool) -> Iterator[FastParts]:
+def fast_path(
+    bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool, is_sharded: bool = False
+) -> Iterator[FastParts]:
     """Make `bundle.model` fast inside the block; yields what it did.
 
     Args:
         bundle: An adapted model; its trainable tensors and their names stay what they are.
         config: The parts to use.
         is_packed: Whether its batches are packed rows; attention by rows needs that.
+        is_sharded: Whether its base will be sharded; a fused layer would keep the whole weight.
 
     A model whose probe logits differ from the plain ones by more than rounding, or that can't be probed, stays plain,
     with a warning. The probe is one forward pass over three short rows; backward passes, long rows and dropout are
     held to plain code by the tests of each family.
     """
-    parts = FastParts()
+    config = config.replace(fused_lora=False) if is_sharded else config
+    parts = FastParts(left=["linear layers, since the base is sharded"] if is_sharded else [])
     model = plain_model(bundle)
     if model is None:
         yield FastParts(left=[f"{type(bundle.model).__name__} is no transformers model"])

@@ -50,8 +50,13 @@ class LoRAPair:
     b: Tensor
     """[out, r]"""
     scaling: float
-    weight: Tensor
-    """The frozen weight, stored either way round."""
+    base: nn.Module
+    """The linear layer under it."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, stored either way round. It isn't kept: a sharded layer changes it."""
+        return self.base.get_parameter("weight")
 
 
 def locate_tensors(names: Iterable[str], anatomy: Anatomy) -> dict[str, TensorPlace]:
@@ -73,7 +78,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
             layer.lora_A[adapter].weight,
             layer.lora_B[adapter].weight,
             float(layer.scaling[adapter]),
-            layer.get_base_layer().weight,
+            layer.get_base_layer(),
         )
         for path, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer)

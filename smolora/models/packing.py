@@ -6,17 +6,32 @@ Some (bloom, opt) let the rows leak into each other without a word; they train o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from smolora.data.collate import Layout
+from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
 from smolora.models.structure import PreTrainedModel
 from smolora.models.tasks import find_heads, task_of
 
+logger = logging.getLogger(__name__)
+
 _FIRST, _OTHER_FIRST, _SECOND = (1, 3, 5, 2, 4), (6, 2, 1, 7, 3), (2, 5, 3, 6, 1, 4, 7)
+
+
+def choose_layout(base: ModelBundle) -> Layout:
+    """Return how batches are laid out: packed where the model keeps rows apart."""
+    is_packable, reason = can_pack_rows(base.model)
+    if base.num_virtual_tokens:
+        is_packable, reason = False, f"{base.num_virtual_tokens} virtual tokens stand before every row"
+    if not is_packable:
+        logger.info("batches are padded: %s", reason)
+    return "packed" if is_packable else "padded"
 
 
 def can_pack_rows(model: nn.Module) -> tuple[bool, str]:

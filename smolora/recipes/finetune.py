@@ -38,7 +38,7 @@ from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle, describe_trainable_parameters
 from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
-from smolora.models.packing import can_pack_rows
+from smolora.models.packing import choose_layout
 from smolora.models.quantised import describe_quantised
 from smolora.models.saving import save_model
 from smolora.recipes.report import leave_report
@@ -54,7 +54,7 @@ from smolora.recipes.verdict import broken_verdict, enforce_verdict, leave_verdi
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder, replaced_folder, retire_folder
 from smolora.runtime.device import resolve_device, resolve_dtype
-from smolora.runtime.memory import keep_large_blocks
+from smolora.runtime.memory import keep_large_blocks, return_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity, require_one_identity
@@ -62,6 +62,7 @@ from smolora.training.optim import trainable_parameters
 from smolora.training.phase_plan import build_phase_plan
 from smolora.training.plan import StepPlan, plan_steps
 from smolora.training.processes import Processes, join_processes
+from smolora.training.sharding import require_shardable
 from smolora.training.state import TrainerState
 from smolora.training.strategies import TrainingStrategy
 from smolora.training.trainer import Trainer
@@ -137,11 +138,14 @@ def finetune(
     with processes.together():
         asked = strategy.configure(follow_adapter(config))
         config = processes.from_main(lambda: settle_config(run, asked, resume=resume, num_processes=processes.count))
-        tuning = open_tuning(config, out if processes.is_main else None, rows, num_processes=processes.count)
+        rejects = out if processes.is_main else None
+        tuning = open_tuning(config, rejects, rows, num_processes=processes.count, is_sharding=processes.is_sharding)
         _refuse_unmeasured(tuning.data, config, strategy)
+        require_shardable(tuning.bundle, processes)
         require_one_identity(processes.gather_values(tuning.identity))
         with ExitStack() as stack, ExitStack() as training:
-            fast = training.enter_context(fast_path(tuning.bundle, config.speed, is_packed=tuning.layout == "packed"))
+            packed, sharded = tuning.layout == "packed", processes.is_sharding
+            fast = training.enter_context(fast_path(tuning.bundle, config.speed, is_packed=packed, is_sharded=sharded))
             logger.info("fast path: %s", fast.describe())
             if processes.is_main:
                 stack.enter_context(_recorded_tuning(run, config, tuning, fast.describe(), resume=resume))
@@ -183,7 +187,12 @@ def _finish(run: RunDir, config: ExperimentConfig, tuning: Tuning, state: Traine
 
 
 def open_tuning(
-    config: ExperimentConfig, out: Path | None = None, memory: MemoryRows = FROM_SOURCES, *, num_processes: int = 1
+    config: ExperimentConfig,
+    out: Path | None = None,
+    memory: MemoryRows = FROM_SOURCES,
+    *,
+    num_processes: int = 1,
+    is_sharding: bool = False,
 ) -> Tuning:
     """Load the base, encode the rows and attach the adapter: all that a run does before its folder is made.
 
@@ -192,13 +201,15 @@ def open_tuning(
         out: Where rejected rows are written; left out, they aren't.
         memory: Rows in memory, in place of `config.data.sources`.
         num_processes: How many share the run.
+        is_sharding: Whether they will shard the base.
 
     Raises:
         ConfigError, DataError, StorageError, ModelError: As `finetune`.
     """
     if memory.train is None:
         check_sources(config.data)
-    allocator, config = keep_large_blocks(), follow_adapter(config)
+    allocator = return_large_blocks() if is_sharding else keep_large_blocks()
+    config = follow_adapter(config)
     rows = read_rows(config, out, memory)
     base, machine = load_base(config, rows.fmt.labels)
     data = encode_data(config, rows, base, memory.preprocessor)
@@ -335,16 +346,6 @@ def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout, num
             config.training.gradient_accumulation_steps * num_processes,
         )
     return steps
-
-
-def choose_layout(base: ModelBundle) -> Layout:
-    """Return how batches are laid out: packed where the model keeps rows apart."""
-    is_packable, reason = can_pack_rows(base.model)
-    if base.num_virtual_tokens:
-        is_packable, reason = False, f"{base.num_virtual_tokens} virtual tokens stand before every row"
-    if not is_packable:
-        logger.info("batches are padded: %s", reason)
-    return "packed" if is_packable else "padded"
 
 
 def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData, *, total_steps: int) -> ModelBundle:

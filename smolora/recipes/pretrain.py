@@ -44,6 +44,7 @@ from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity, require_one_identity
 from smolora.training.plan import StepPlan
 from smolora.training.processes import join_processes
+from smolora.training.sharding import require_shardable
 from smolora.training.state import TrainerState
 from smolora.training.trainer import Trainer
 
@@ -77,6 +78,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         pretraining = _open_pretraining(config, out if processes.is_main else None, processes.count)
         require_one_identity(processes.gather_values(pretraining.identity))
         bundle = pretraining.bundle
+        require_shardable(bundle, processes)
         with ExitStack() as stack, fast_linears(bundle.model):
             if processes.is_main:
                 stack.enter_context(_recorded_pretraining(run, config, pretraining, resume=resume))

@@ -12,7 +12,8 @@ from smolora.config import ExperimentConfig, LoRAConfig
 from smolora.data.collate import get_data_collator
 from smolora.data.sources import check_sources
 from smolora.errors import ConfigError
-from smolora.recipes.finetune import choose_layout, choose_steps, encode_data, load_base, read_rows
+from smolora.models.packing import choose_layout
+from smolora.recipes.finetune import choose_steps, encode_data, load_base, read_rows
 from smolora.recipes.probe_config import (
     RANK_SPAN,
     ProbePlan,

@@ -25,6 +25,41 @@ def launched_processes() -> int:
     return int(text)
 
 
+def asks_to_shard() -> bool:
+    """Return whether accelerate's configuration asks for FSDP.
+
+    Raises:
+        ConfigError: In its first version, or with a part of it that this loop doesn't do.
+    """
+    if not is_switched_on("ACCELERATE_USE_FSDP"):
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":  # accelerate's default is 1.
+        raise ConfigError(
+            f"FSDP_VERSION is {os.environ.get('FSDP_VERSION', 'not set')}, and smolora shards with FSDP2 alone. Write "
+            "fsdp_version: 2 under fsdp_config of accelerate's configuration, or set FSDP_VERSION=2 beside "
+            "ACCELERATE_USE_FSDP=true."
+        )
+    for name, advice in _FSDP_UNHEEDED.items():
+        if is_switched_on(name):
+            raise ConfigError(f"{name} is set, which smolora doesn't do. {advice}")
+    return True
+
+
+def is_switched_on(name: str) -> bool:
+    """Whether accelerate set the environment's `name` to a yes."""
+    return os.environ.get(name, "false").lower() in ("1", "true")
+
+
+_FSDP_UNHEEDED = {
+    "FSDP_OFFLOAD_PARAMS": "Write fsdp_offload_params: false in accelerate's configuration.",
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "Write fsdp_activation_checkpointing: false in accelerate's configuration, and set "
+        "training.gradient_checkpointing=true."
+    ),
+}
+"""What its FSDP can be told beside the version. How layers are found and states are saved has no meaning here."""
+
+
 def is_main_launched() -> bool:
     """Whether this is the process that writes the records: the first one, or the only one."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

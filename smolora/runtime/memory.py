@@ -20,8 +20,11 @@ from smolora.runtime.available_memory import read_available_memory
 logger = logging.getLogger(__name__)
 
 # malloc.h of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _TRIM_BYTES = 2**31 - 1
+_RETURNED_BYTES, _MOST_MAPPINGS = 2**20, 2**15
+"""Blocks from this size on go back at once, as long as there are fewer of them than half of Linux's limit."""
+
 _MADV_PAGEOUT = 21
 """mman.h of Linux 5.4 and newer; older kernels refuse it and nothing happens."""
 
@@ -37,6 +40,18 @@ def keep_large_blocks() -> str:
     libc = ctypes.CDLL(None)
     done = libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
     return "large blocks are kept between steps" if done else "glibc refused mallopt; left as it is"
+
+
+def return_large_blocks() -> str:
+    """Let glibc give every large tensor back to the machine where it ends; return what was done.
+
+    The other way round than `keep_large_blocks`, for runs that go through many large blocks and must not keep them.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return f"left as it is: {sys.platform} has no glibc"
+    libc = ctypes.CDLL(None)
+    done = libc.mallopt(_M_MMAP_MAX, _MOST_MAPPINGS) and libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
+    return "large blocks are given back at once" if done else "glibc refused mallopt; left as it is"
 
 
 def page_out(tensor: torch.Tensor) -> None:

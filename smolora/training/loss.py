@@ -138,7 +138,7 @@ def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: `[N, V]`; rows behind them count nothing.
-        targets: `[N]` token ids.
+        targets: `[N]` token ids; without any the sum is 0, and so is its gradient.
     """
     loss: Tensor = _SumCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss
@@ -171,7 +171,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         if gradient is not None:
             gradient[len(targets) :] = 0
         ctx.gradient = gradient
-        return torch.cat(losses).sum()
+        return torch.cat(losses).sum() if losses else logits.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

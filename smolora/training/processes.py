@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 
 from smolora.errors import ConfigError, FailedElsewhere, SmoloraError, StorageError
 from smolora.runtime.available_memory import is_out_of_memory
-from smolora.runtime.launch import launched_processes
+from smolora.runtime.launch import asks_to_shard, is_switched_on, launched_processes
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,10 @@ _MOST_NUMBERS = 3
 _BUCKET_ELEMENTS = 2**24
 """Gradients sent at once: 64 MiB in float32."""
 
+_GLOO = re.compile(r"^\[\S*gloo\S*\] ")
+"""What an error of gloo begins with: its source file."""
+
 _UNHEEDED = {
-    "ACCELERATE_USE_FSDP": "shard the model (FSDP)",
     "ACCELERATE_USE_DEEPSPEED": "use DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "use Megatron-LM",
 }
@@ -60,6 +62,7 @@ class Processes:
         index: The number of this one, from 0.
         count: How many there are.
         device: Where what they send lies.
+        is_sharding: Whether they shard the frozen base, so that they run the model together.
 
     Example:
         ```python
@@ -69,9 +72,12 @@ class Processes:
         ```
     """
 
-    def __init__(self, index: int = 0, count: int = 1, device: torch.device | None = None) -> None:
-        self.index, self.count = index, count
+    def __init__(
+        self, index: int = 0, count: int = 1, device: torch.device | None = None, *, is_sharding: bool = False
+    ) -> None:
+        self.index, self.count, self.is_sharding = index, count, is_sharding
         self._device = device or torch.device("cpu")
+        self._is_inside = False
 
     @property
     def is_main(self) -> bool:
@@ -92,9 +98,38 @@ class Processes:
         except FailedElsewhere:
             raise
         except Exception as error:
-            if self.count > 1 and self._is_told_by_main(_describe(error)):
+            if self.count > 1 and not self._is_inside and self._is_told_by_main(_describe(error)):
                 raise FailedElsewhere(f"process 0: {error}", _describe(error).exit_code) from error
             raise
+
+    @contextmanager
+    def inside_model(self) -> Iterator[None]:
+        """Run a sharded model inside the block, with as many passes as all others: they meet in every layer.
+
+        One that fails there can't tell them: it ends by itself, and they see that it is gone.
+
+        Raises:
+            FailedElsewhere: Another process is gone.
+        """
+        self._is_inside = self.is_sharding
+        try:
+            yield
+        except RuntimeError as error:
+            if not self._is_inside or not _GLOO.match(str(error)):
+                raise
+            with _lost_processes():
+                raise
+        self._is_inside = False
+
+    def count_passes(self, mine: int) -> int:
+        """Return how many passes this process makes: its own, or with a sharded model as many as the one with most."""
+        return int(max(self.gather(mine))[0]) if self.is_sharding else mine
+
+    def open_group(self) -> distributed.ProcessGroup:
+        """Return a connection of all processes beside their own; they wait there for half an hour at most."""
+        self._meet()
+        with _lost_processes():
+            return cast("distributed.ProcessGroup", distributed.new_group())
 
     def gather(self, *numbers: float) -> list[list[float]]:
         """Return the numbers of every process, in order; at most three each.
@@ -192,9 +227,11 @@ def join_processes(device: torch.device) -> Processes:
         ConfigError: Not as many as asked for, more than there are GPUs, or accelerate's configuration asks for what
             this loop doesn't do.
     """
-    asked = launched_processes()
+    asked, is_sharding = launched_processes(), asks_to_shard()
     _refuse_unheeded()
     if asked == 1:
+        if is_sharding:
+            logger.warning("FSDP was asked of one process, which has nobody to share the model with: it stays whole")
         return Processes()
     if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
         raise ConfigError(
@@ -208,15 +245,15 @@ def join_processes(device: torch.device) -> Processes:
         raise ConfigError(f"WORLD_SIZE asks for {asked} processes, but accelerate connected {state.num_processes}.")
     if is_new:
         atexit.register(distributed.destroy_process_group)  # Not sooner: a script may tune more than once.
-    return Processes(state.process_index, state.num_processes, state.device)
+    return Processes(state.process_index, state.num_processes, state.device, is_sharding=is_sharding)
 
 
 def _refuse_unheeded() -> None:
     for name, wish in _UNHEEDED.items():
-        if os.environ.get(name, "false").lower() in ("1", "true"):
+        if is_switched_on(name):
             raise ConfigError(
                 f"accelerate's configuration asks to {wish}, which smolora doesn't do: every process holds the whole "
-                "model. Take distributed_type: MULTI_GPU, or MULTI_CPU."
+                "model, or with FSDP2 a part of it. Take distributed_type: MULTI_GPU, or FSDP."
             )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
@@ -242,7 +279,7 @@ def _lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, FailedElsewhere) or is_out_of_memory(error):
             raise
-        reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0].strip()  # Gloo's has its source file before it.
+        reason = _GLOO.sub("", str(error)).split(". ")[0].strip()
         raise FailedElsewhere(
             f"another process of the run is gone ({reason}). Its own words, if any, stand above. "
             "Start the run again with --resume: it goes on from its newest checkpoint."

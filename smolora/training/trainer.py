@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from signal import Signals
 
 import torch
@@ -46,6 +46,7 @@ from smolora.training.optim import (
 from smolora.training.plan import StepPlan
 from smolora.training.processes import Processes, join_processes
 from smolora.training.schedules import ScheduleWindow
+from smolora.training.sharding import keep_company, make_whole, sharded_base
 from smolora.training.state import StepRecord, TrainerState
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,9 @@ class Trainer:
             self._tell(lambda callback: callback.on_train_begin(self))
             if resume and self._run_dir:
                 self._prune_checkpoints()  # A kill between saving and pruning left one too many.
-            ending.enter_context(self._gradient_checkpointing())
+            if self.config.gradient_checkpointing:
+                ending.enter_context(recomputed_activations(self.bundle.model))
+            ending.enter_context(sharded_base(self.bundle, self.parameters.values(), self._processes))
             if self.eval_dataset is not None and self.state.step == 0:
                 self._evaluate_base()
             if resume and self._is_over:
@@ -193,9 +196,9 @@ class Trainer:
         mine = torch.zeros(2, dtype=torch.float64)
         rows = range(self._processes.index, len(self.eval_dataset), self._processes.count)
         size = self.evaluation.batch_size
-        with torch.no_grad():
-            for start in range(0, len(rows), size):
-                batch = self._batch(self.eval_dataset, rows[start : start + size])
+        batches = self._batches(self.eval_dataset, [rows[start : start + size] for start in range(0, len(rows), size)])
+        with torch.no_grad(), self._processes.inside_model():
+            for batch in batches:
                 loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
                 mine += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
         self.bundle.model.train(was_training)
@@ -248,7 +251,7 @@ class Trainer:
         learning_rate = self._set_learning_rate(step)
         seed_noise(self.config.seed, "noise", step, self._processes.index)
         rows_of_passes = self.plan.micro_batches(step, self._processes.index)
-        batches = [self._batch(self.train_dataset, rows) for rows in rows_of_passes]
+        batches = self._batches(self.train_dataset, rows_of_passes)
         counts = sum(len(b.targets) for b in batches), sum(b.num_input_tokens for b in batches)
         tokens, input_tokens = map(int, self._processes.sum(*counts))
         loss = self._backward(batches, tokens)
@@ -271,16 +274,18 @@ class Trainer:
     def _backward(self, batches: Sequence[Batch], tokens: int) -> float:
         """Accumulate the gradient of the step's token mean over all processes, and return that mean."""
         summed = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
-            (loss * (1 / tokens)).backward()  # type: ignore[no-untyped-call]
-            summed += loss.detach().to("cpu", torch.float64)
+        with self._processes.inside_model():
+            for batch in batches:
+                loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
+                (loss * (1 / tokens)).backward()  # type: ignore[no-untyped-call]
+                summed += loss.detach().to("cpu", torch.float64)
         self._processes.sum_gradients(list(self.active_parameters.values()))
         return self._processes.sum(summed.item())[0] / tokens
 
     def _require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
+        make_whole(self.bundle, self._processes)
         places = self._processes.gather_values(find_first_nonfinite(self.bundle.model, batches, self.bundle.task))
         # A gradient is the sum of all processes', so only the one with the row knows where the number came from.
         place = next((place for place in places if place.startswith(("parameter", "the output"))), places[0])
@@ -369,6 +374,12 @@ class Trainer:
     def _batch(self, dataset: ExampleDataset, rows: Iterable[int]) -> Batch:
         return self._collate([dataset[int(row)] for row in rows]).to(self.bundle.device)
 
+    def _batches(self, dataset: ExampleDataset, rows_of_passes: Sequence[Iterable[int]]) -> list[Batch]:
+        """Return a batch for each pass of this process, and those with which it only keeps the others company."""
+        batches = [self._batch(dataset, rows) for rows in rows_of_passes]
+        missing = self._processes.count_passes(len(batches)) - len(batches)
+        return batches + [keep_company(self._batch(dataset, [0])) for _ in range(missing)]
+
     def _require_identity(self) -> RunIdentity:
         assert self._identity is not None, "a trainer with a run_dir needs an identity"
         return self._identity
@@ -384,8 +395,3 @@ class Trainer:
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             event(callback)
-
-    def _gradient_checkpointing(self) -> AbstractContextManager[object]:
-        if not self.config.gradient_checkpointing:
-            return nullcontext()
-        return recomputed_activations(self.bundle.model)

@@ -12,12 +12,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 
+from smolora.adapters.attach import plain_model
 from smolora.cli.app import run as run_command
 from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import SmoloraError
@@ -47,6 +50,26 @@ class At(Callback):
             self.act(trainer)
 
 
+class Kept(Callback):
+    """Counts the bytes of the blocks' frozen matrices that this process keeps: before the first step, and after it."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_begin(self, trainer):
+        self.counts = [self._count(trainer)]
+
+    def on_step_end(self, trainer, record):
+        if record.step == 1:
+            self.counts.append(self._count(trainer))
+
+    def _count(self, trainer):
+        trained = set(trainer.parameters.values())
+        layers = trainer.bundle.anatomy.blocks_of(plain_model(trainer.bundle))
+        frozen = [p for layer in layers for p in layer.parameters() if p.ndim == 2 and p not in trained]
+        return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
+
+
 class FullDisk(Callback):
     """Fails where a checkpoint is saved, which the main process does alone."""
 
@@ -56,9 +79,11 @@ class FullDisk(Callback):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    full = ["train", "--model", str(folder / "base"), "--data", str(folder / "rows.jsonl"), "--method", "full"]
+    pretrain = ["pretrain", *pretraining_words(folder)]
     scenarios: dict[str, Callable[[], tuple[int, str]]] = {
         "tune": lambda: command(["train", *tuning_words(folder), "-o", str(folder / "tune")]),
-        "pretrain": lambda: command(["pretrain", *pretraining_words(folder), "-o", str(folder / "pretrain")]),
+        "pretrain": lambda: command([*pretrain, "-o", str(folder / "pretrain")]),
         "existing": lambda: command(["train", *tuning_words(folder), "-o", str(folder / "tune")]),
         "rejects": lambda: command(["train", *tuning_words(folder, "broken.jsonl"), "-o", str(folder / "rejects")]),
         "uneven": lambda: command(["train", *tuning_words(folder, batch_size=9), "-o", str(folder / "uneven")]),
@@ -71,6 +96,18 @@ def main(folder: Path) -> None:
         "other_rows": lambda: tune(folder, "other_rows", dataset=Dataset.from_list([{"text": f"row {RANK}"}] * 9)),
         "verb": lambda: command(["report", str(folder / "tune")]),
         "again": lambda: tune(folder, "again"),
+        "sharded": lambda: sharded(lambda: count_kept(folder)),
+        "sharded_stopped": lambda: sharded(lambda: stop_recomputing(folder)),
+        "sharded_resumed": lambda: sharded(
+            lambda: command(
+                ["train", "--resume", "-o", str(folder / "sharded_stopped"), "evaluation.verdict_share=0.5"]
+            )
+        ),
+        "sharded_nan": lambda: sharded(lambda: tune(folder, "sharded_nan", At(1, 1, plant_nan, is_after=True))),
+        "sharded_full": lambda: sharded(lambda: command([*full, "-o", str(folder / "sharded_full")])),
+        "sharded_pretrain": lambda: sharded(lambda: command([*pretrain, "-o", str(folder / "sharded_pretrain")])),
+        # The last one: who fails inside a sharded model tells it by ending.
+        "inside": lambda: sharded(lambda: tune(folder, "inside", At(2, 1, fail_in_model, is_after=True))),
     }
     for name, scenario in scenarios.items():
         exit_code, said = scenario()
@@ -83,11 +120,17 @@ def command(words: list[str]) -> tuple[int, str]:
         return run_command(words), said.getvalue()
 
 
-def tune(folder: Path, name: str, *callbacks: Callback, dataset: Dataset | None = None) -> tuple[int, str]:
-    settings = [f"{path}={value}" for path, value in TUNING.items()]
+def tune(
+    folder: Path,
+    name: str,
+    *callbacks: Callback,
+    dataset: Dataset | None = None,
+    settings: Mapping[str, object] = MappingProxyType({}),
+) -> tuple[int, str]:
+    chosen = [f"{path}={value}" for path, value in {**TUNING, **settings}.items()]
     sources = [f"model.name_or_path={folder / 'base'}", f"data.sources={folder / 'rows.jsonl'}"]
     rows = ["training.per_device_train_batch_size=2", f"data.eval_source={folder / 'held_out.jsonl'}"]
-    config = resolve_config(ExperimentConfig, assignments=[*settings, *sources, *rows])
+    config = resolve_config(ExperimentConfig, assignments=[*chosen, *sources, *rows])
     try:
         finetune(config, folder / name, callbacks=callbacks, dataset=dataset)
     except SmoloraError as error:
@@ -97,7 +140,33 @@ def tune(folder: Path, name: str, *callbacks: Callback, dataset: Dataset | None 
     return 0, ""
 
 
-def fail(_trainer: object) -> None:
+def sharded(scenario: Callable[[], tuple[int, str]]) -> tuple[int, str]:
+    """Run it under accelerate's configuration for FSDP2."""
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ.update(asked)
+    try:
+        return scenario()
+    finally:
+        for name in asked:
+            del os.environ[name]
+
+
+def count_kept(folder: Path) -> tuple[int, str]:
+    kept = Kept()
+    exit_code, said = tune(folder, "sharded", kept)
+    return exit_code, said or json.dumps(kept.counts)
+
+
+def stop_recomputing(folder: Path) -> tuple[int, str]:
+    stop = At(3, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    return tune(folder, "sharded_stopped", stop, settings={"training.gradient_checkpointing": True})
+
+
+def fail_in_model(trainer) -> None:
+    trainer.bundle.anatomy.blocks_of(plain_model(trainer.bundle))[1].register_forward_pre_hook(fail)
+
+
+def fail(*_: object) -> None:
     raise ValueError("a mistake of the second process")
 
 

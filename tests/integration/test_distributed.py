@@ -199,3 +199,53 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(shared, capsys):
 def test_processes_that_failed_can_run_again(shared):
     assert exit_codes(shared, "again") == [0, 0]
     assert hash_folder(shared / "again/adapter_checkpoint") == hash_folder(shared / "tune/adapter_checkpoint")
+
+
+def test_a_sharded_run_equals_that_of_one_process(shared, alone):
+    """Phases, accumulation, and a step in which one process has no row: it only keeps the other company."""
+    assert exit_codes(shared, "sharded") == [0, 0]
+    name = "adapter_checkpoint/adapter_model.safetensors"
+    assert_same_tensors(alone / "tune" / name, shared / "sharded" / name, tolerance=1e-6)
+
+
+def test_the_curve_of_a_sharded_run_is_that_of_one_process(shared, alone):
+    for one, two in zip(read_curve(alone / "tune"), read_curve(shared / "sharded"), strict=True):
+        assert two == pytest.approx(one, rel=1e-6)
+    assert read_phases(shared / "sharded") == read_phases(alone / "tune")
+
+
+def test_a_sharded_base_lies_by_halves_in_two_processes(shared):
+    counts = [json.loads(outcome["said"]) for outcome in outcomes(shared, "sharded")]
+    assert counts[0][0] == counts[1][0] == counts[0][1] + counts[1][1]
+    assert counts[0][1] == counts[1][1]
+
+
+def test_a_sharded_run_leaves_the_files_of_a_run_of_one(shared, alone):
+    one, two = (sorted(path.name for path in folder.rglob("*")) for folder in (alone / "tune", shared / "sharded"))
+    assert two == one
+
+
+def test_a_sharded_run_with_recomputed_activations_is_resumed_to_the_same_end(shared):
+    assert exit_codes(shared, "sharded_stopped") == [75, 75]
+    assert exit_codes(shared, "sharded_resumed") == [0, 0]
+    name = "adapter_checkpoint/adapter_model.safetensors"
+    assert_same_tensors(shared / "sharded" / name, shared / "sharded_stopped" / name, tolerance=1e-7)
+
+
+def test_a_number_that_is_not_finite_ends_a_sharded_run_with_its_place(shared):
+    assert exit_codes(shared, "sharded_nan") == [6, 6]
+    assert "not finite first in parameter" in outcomes(shared, "sharded_nan")[0]["said"]
+
+
+@pytest.mark.parametrize("scenario", ["sharded_full", "sharded_pretrain"])
+def test_a_model_that_is_trained_as_a_whole_is_not_sharded(shared, scenario):
+    assert exit_codes(shared, scenario) == [2, 2]
+    assert "Train an adapter" in outcomes(shared, scenario)[0]["said"]
+    assert not (shared / scenario).exists()
+
+
+def test_a_failure_inside_a_sharded_model_ends_the_other_process(shared):
+    main, other = outcomes(shared, "inside")
+    assert other["said"] == "a mistake of the second process"
+    assert main["exit_code"] == 1
+    assert main["said"].startswith("another process of the run is gone (Connection ")

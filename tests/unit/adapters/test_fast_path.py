@@ -132,6 +132,13 @@ def test_without_lora_what_is_fast_is_not_named_after_it(tmp_path):
         assert "fused LoRA" not in parts.used
 
 
+def test_a_base_that_will_be_sharded_keeps_plain_linear_layers(tmp_path):
+    bundle = adapted("llama", tmp_path)
+    with fast_path(bundle, SpeedConfig(), is_packed=True, is_sharded=True) as parts:
+        assert parts.used == ["row attention", "fused norms"]
+        assert "linear layers, since the base is sharded" in parts.describe()
+
+
 def test_two_active_adapters_stay_plain(tmp_path):
     base = tiny_bundle("llama", tmp_path)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

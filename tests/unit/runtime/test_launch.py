@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from smolora.errors import ConfigError
-from smolora.runtime.launch import is_main_launched, launched_processes
+from smolora.runtime.launch import asks_to_shard, is_main_launched, launched_processes
 
 
 def test_without_a_launcher_there_is_one_process_and_it_is_the_main_one(monkeypatch):
@@ -39,3 +39,40 @@ def test_accelerate_that_starts_one_process_of_several_is_caught(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(ConfigError, match="asked for several processes and started only one"):
         launched_processes()
+
+
+@pytest.fixture
+def asked_for_fsdp(monkeypatch):
+    for name in ("FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    return monkeypatch
+
+
+def test_the_second_version_of_fsdp_shards(asked_for_fsdp):
+    asked_for_fsdp.setenv("FSDP_VERSION", "2")
+    assert asks_to_shard()
+    asked_for_fsdp.setenv("ACCELERATE_USE_FSDP", "false")
+    assert not asks_to_shard()
+
+
+@pytest.mark.parametrize("version", [None, "1"])
+def test_another_version_of_fsdp_is_refused_with_what_to_write(asked_for_fsdp, version):
+    if version:
+        asked_for_fsdp.setenv("FSDP_VERSION", version)
+    with pytest.raises(ConfigError, match="Write fsdp_version: 2 under fsdp_config"):
+        asks_to_shard()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params: false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "training.gradient_checkpointing=true"),
+    ],
+)
+def test_a_part_of_fsdp_that_would_not_happen_is_refused(asked_for_fsdp, name, advice):
+    asked_for_fsdp.setenv("FSDP_VERSION", "2")
+    asked_for_fsdp.setenv(name, "true")
+    with pytest.raises(ConfigError, match=advice):
+        asks_to_shard()

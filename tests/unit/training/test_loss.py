@@ -63,6 +63,15 @@ def test_the_gradient_is_the_softmax_less_one_at_the_target():
     assert_close(logits.grad, expected)
 
 
+def test_without_a_target_the_sum_and_its_gradient_are_0():
+    logits, targets = random_logits(3, 5)
+    logits.requires_grad_()
+    loss = sum_cross_entropy(logits, targets[:0])
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
 def test_logits_behind_the_targets_count_nothing():
     logits, targets = random_logits(5, 7)
     filled = torch.cat((logits, torch.full((3, 7), NAN))).requires_grad_()

@@ -34,7 +34,6 @@ def test_an_error_of_one_process_is_raised_as_it_is():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "asks to shard the model"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "asks to use DeepSpeed"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "asks for mixed_precision: bf16"),
     ],
@@ -43,3 +42,10 @@ def test_what_accelerate_is_configured_for_and_would_not_happen_is_refused(monke
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=words):
         join_processes(CPU)
+
+
+def test_one_process_that_is_asked_to_shard_keeps_the_model_whole_and_says_so(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert not join_processes(CPU).is_sharding
+    assert "it stays whole" in caplog.text
