@@ -106,7 +106,7 @@ def _shard(bundle: ModelBundle, trained: Collection[nn.Parameter], group: distri
         parameters = set(layer.parameters())
         kept = {parameter for parameter in parameters if parameter.ndim < 2} | (parameters & set(trained))
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
-    for stack in _stacks(bundle):  # Layers on their own would keep what they fetch to the end of the backward pass.
+    for stack in _stacks(bundle):  # So that one layer is fetched while another computes.
         fully_shard(stack, mesh=mesh, ignored_params=set(stack.parameters()))
     return before, _count_bytes(bundle)
 
@@ -117,12 +117,14 @@ def _forget(stack: nn.Module) -> None:
 
     for module in stack.modules():
         for hooks in [table for name, table in vars(module).items() if name.endswith("_hooks")]:
-            for key in [
-                key for key, hook in hooks.items() if str(hook.__module__).startswith("torch.distributed.fsdp")
-            ]:
+            for key in [key for key, hook in hooks.items() if _is_of_fsdp(hook)]:
                 del hooks[key]
         if isinstance(module, FSDPModule):
             _, module.__class__ = type(module).__bases__  # fully_shard made a class of FSDPModule and its own.
+
+
+def _is_of_fsdp(hook: object) -> bool:
+    return str(hook.__module__).startswith("torch.distributed.fsdp.")
 
 
 def _count_bytes(bundle: ModelBundle) -> int:
