@@ -12,9 +12,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from datasets import Dataset
@@ -96,13 +95,8 @@ def main(folder: Path) -> None:
         "other_rows": lambda: tune(folder, "other_rows", dataset=Dataset.from_list([{"text": f"row {RANK}"}] * 9)),
         "verb": lambda: command(["report", str(folder / "tune")]),
         "again": lambda: tune(folder, "again"),
-        "sharded": lambda: sharded(lambda: count_kept(folder)),
-        "sharded_stopped": lambda: sharded(lambda: stop_recomputing(folder)),
-        "sharded_resumed": lambda: sharded(
-            lambda: command(
-                ["train", "--resume", "-o", str(folder / "sharded_stopped"), "evaluation.verdict_share=0.5"]
-            )
-        ),
+        "sharded": lambda: sharded(lambda: stop_sharded(folder)),
+        "sharded_resumed": lambda: sharded(lambda: resume_recomputing(folder)),
         "sharded_nan": lambda: sharded(lambda: tune(folder, "sharded_nan", At(1, 1, plant_nan, is_after=True))),
         "sharded_full": lambda: sharded(lambda: command([*full, "-o", str(folder / "sharded_full")])),
         "sharded_pretrain": lambda: sharded(lambda: command([*pretrain, "-o", str(folder / "sharded_pretrain")])),
@@ -120,17 +114,11 @@ def command(words: list[str]) -> tuple[int, str]:
         return run_command(words), said.getvalue()
 
 
-def tune(
-    folder: Path,
-    name: str,
-    *callbacks: Callback,
-    dataset: Dataset | None = None,
-    settings: Mapping[str, object] = MappingProxyType({}),
-) -> tuple[int, str]:
-    chosen = [f"{path}={value}" for path, value in {**TUNING, **settings}.items()]
+def tune(folder: Path, name: str, *callbacks: Callback, dataset: Dataset | None = None) -> tuple[int, str]:
+    settings = [f"{path}={value}" for path, value in TUNING.items()]
     sources = [f"model.name_or_path={folder / 'base'}", f"data.sources={folder / 'rows.jsonl'}"]
     rows = ["training.per_device_train_batch_size=2", f"data.eval_source={folder / 'held_out.jsonl'}"]
-    config = resolve_config(ExperimentConfig, assignments=[*chosen, *sources, *rows])
+    config = resolve_config(ExperimentConfig, assignments=[*settings, *sources, *rows])
     try:
         finetune(config, folder / name, callbacks=callbacks, dataset=dataset)
     except SmoloraError as error:
@@ -151,15 +139,17 @@ def sharded(scenario: Callable[[], tuple[int, str]]) -> tuple[int, str]:
             del os.environ[name]
 
 
-def count_kept(folder: Path) -> tuple[int, str]:
+def stop_sharded(folder: Path) -> tuple[int, str]:
+    """Stop a sharded run after its third step; say what was kept."""
     kept = Kept()
-    exit_code, said = tune(folder, "sharded", kept)
-    return exit_code, said or json.dumps(kept.counts)
+    exit_code, _ = tune(folder, "sharded", kept, At(3, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    return exit_code, json.dumps(kept.counts)
 
 
-def stop_recomputing(folder: Path) -> tuple[int, str]:
-    stop = At(3, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    return tune(folder, "sharded_stopped", stop, settings={"training.gradient_checkpointing": True})
+def resume_recomputing(folder: Path) -> tuple[int, str]:
+    """Finish it with recomputed activations and a verdict, for which the main process runs the model alone."""
+    settings = ["training.gradient_checkpointing=true", "evaluation.verdict_share=0.5"]
+    return command(["train", "--resume", "-o", str(folder / "sharded"), *settings])
 
 
 def fail_in_model(trainer) -> None:
