@@ -9,12 +9,14 @@ import importlib
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -46,7 +48,8 @@ def run_on_processes(function: Callable[[_Job], _Result], jobs: Sequence[_Job], 
         StorageError: A worker died.
     """
     size = min(workers, len(jobs))
-    crew = [_hire(function, size) for _ in range(size)]
+    threads = max(1, torch.get_num_threads() // max(1, size))
+    crew = [_hire(function, threads) for _ in range(size)]
     waiting = iter(jobs)
     busy: set[Connection] = set()
     with deferred_signals() as stop:
@@ -73,14 +76,41 @@ def run_on_processes(function: Callable[[_Job], _Result], jobs: Sequence[_Job], 
                 process.join()
 
 
-def _hire(function: Callable[[_Job], _Result], workers: int) -> tuple[BaseProcess, Connection]:
+def _hire(function: Callable[[_Job], _Result], threads: int) -> tuple[BaseProcess, Connection]:
     """Start a worker with a pipe of its own: nothing is shared, so one that is killed can't hold up the others."""
-    context = multiprocessing.get_context("spawn")  # A fork would copy locks that torch's threads hold.
+    context = _choose_context(function.__module__)
     pipe, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(function, theirs, workers))
-    process.start()
+    process = context.Process(target=_work, args=(function, theirs, threads))
+    with _held_back_interrupt():
+        process.start()
     theirs.close()  # So that the pipe ends when the worker does.
     return process, pipe
+
+
+def _choose_context(module: str) -> multiprocessing.context.ForkServerContext | multiprocessing.context.SpawnContext:
+    """Return how workers are started: never as forks of this process, which would copy locks that torch's threads hold.
+
+    On Linux they are forks of a process that has imported `module` and computed nothing, so that the seconds and the
+    memory of imports are spent once. macOS's libraries don't bear a fork.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
+
+
+@contextmanager
+def _held_back_interrupt() -> Iterator[None]:
+    """Start processes that Ctrl-C, which a terminal sends to all of a group, doesn't reach: the parent passes it on."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(pipe: Connection) -> Any:
@@ -96,10 +126,10 @@ def _receive(pipe: Connection) -> Any:
     return result
 
 
-def _work(function: Callable[[_Job], _Result], pipe: Connection, workers: int) -> None:
+def _work(function: Callable[[_Job], _Result], pipe: Connection, threads: int) -> None:
     """Do what comes through the pipe, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The terminal sends it to all; the parent passes it on once.
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    torch.set_num_threads(threads)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # A second signal, as a scheduler sends one to all of a group, interrupts a step: the run is at its last checkpoint.
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
