@@ -44,7 +44,9 @@ def test_bleu_of_e2e_systems(system):
     assert found["bleu"] == pytest.approx(100 * official(system)["BLEU"], abs=0.0051)
 
 
-@pytest.mark.parametrize("system", ["sheff2", "zhaw1"])  # Shorter than the references, and longer.
+@pytest.mark.parametrize(
+    "system", [pytest.param("sheff2", marks=pytest.mark.slow), "zhaw1"]
+)  # Shorter than the references, and longer.
 def test_nist_of_e2e_systems(system):
     found = score("e2e_nlg", "test", "e2e", read_outputs(system), "nist")
     assert round(found["nist"], 4) == official(system)["NIST"]
@@ -54,6 +56,7 @@ def test_bleu_of_tgen_depends_on_case_and_on_the_number_of_references():
     assert round(score("e2e_nlg", "test", "e2e", read_outputs("tgen"), "bleu")["bleu"], 2) == 62.13
 
 
+@pytest.mark.slow
 def test_rouge_of_tgen():
     found = score("e2e_nlg", "test", "e2e", read_outputs("tgen"), "rouge")
     assert [round(found[name], 4) for name in ("rouge1", "rouge2", "rougeL")] == [0.8366, 0.6035, 0.6810]

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 
 import pytest
 
@@ -14,7 +15,8 @@ from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import ConfigError, DataError, StoppedBySignal, StorageError
 from smolora.recipes.estimate import Estimate, Memory, Seconds, Work
 from smolora.recipes.finetune import finetune
-from smolora.recipes.plan import Plan, Proposal, apply_settings, plan, propose, run_trial
+from smolora.recipes.plan import Plan, Proposal, TrialRequest, apply_settings, plan, propose, run_trial
+from smolora.recipes.plan_trial import try_out
 from tests.tiny import save_tiny_model
 
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
@@ -107,8 +109,9 @@ def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path, base, rows, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_expected_not_to_fit_is_not_tried(base, rows):
-    estimate = run_trial(config(base, rows), available=1 << 20)
+def test_what_is_expected_not_to_fit_is_not_tried(base, rows, tmp_path):
+    asked = config(base, rows).model_dump(mode="json")
+    estimate = try_out(TrialRequest(asked, time.time(), available=1 << 20), tmp_path / "run")
     assert estimate.memory.peak > 1 << 20
     assert estimate.seconds is None
     with pytest.raises(StorageError, match=r"doesn't fit in memory: .* 1 MiB are there. Nothing that was tried does"):
