@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from smolora.analysis.report import build_report
 from smolora.analysis.run_record import RunRecord
 from smolora.analysis.run_table import describe_runs
 from tests.run_folders import SETTINGS, write_run
+
+pytestmark = pytest.mark.usefixtures("painted_reports")
 
 FASTER = {**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 1e-3}}
 

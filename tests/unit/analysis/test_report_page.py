@@ -13,6 +13,8 @@ from smolora.analysis.report_page import render_page
 from smolora.analysis.run_record import RunRecord
 from tests.run_folders import SETTINGS, write_run
 
+pytestmark = pytest.mark.usefixtures("painted_reports")
+
 PHASES = (("both", 4), ("mlp", 8))
 VOID = {"meta", "img", "br"}
 

@@ -7,6 +7,8 @@ import pytest
 from smolora.records.run_dir import RunDir
 from tests.run_folders import write_run
 
+pytestmark = pytest.mark.usefixtures("painted_reports")
+
 FIELDS = ("--prompt-field", "mr", "--completion-field", "ref")
 
 

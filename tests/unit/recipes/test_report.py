@@ -11,6 +11,8 @@ from smolora.recipes.report import leave_report, report
 from smolora.records.run_dir import RunDir
 from tests.run_folders import write_run
 
+pytestmark = pytest.mark.usefixtures("painted_reports")
+
 PLOTS = {
     "training_loss.png",
     "gradient_norms.png",
