@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 
 import smolora.recipes.plan as recipe
+from smolora.recipes.plan_trial import try_out
 
 FIELDS = ("--prompt-field", "mr", "--completion-field", "ref")
 SHORT = ("--max-steps", 4, "--batch-size", 4)
@@ -22,9 +24,13 @@ def test_plan_prints_one_object_on_stdout_and_a_few_lines_on_stderr(smolora, bas
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_does_not_fit_is_5_and_still_an_object(smolora, base, rows, monkeypatch):
-    measure = recipe.run_trial
-    monkeypatch.setattr(recipe, "run_trial", lambda config, **how: measure(config, **{**how, "available": 1 << 20}))
+def test_a_run_that_does_not_fit_is_5_and_still_an_object(smolora, base, rows, tmp_path, monkeypatch):
+    def try_here(config, **_):
+        """Try it in this process, with 1 MiB; a process of its own has a test of its own."""
+        asked = recipe.TrialRequest(config.model_dump(mode="json"), time.time(), available=1 << 20)
+        return try_out(asked, tmp_path / "trial")
+
+    monkeypatch.setattr(recipe, "run_trial", try_here)
     monkeypatch.setattr(recipe, "propose", lambda *_: None)  # Which has tests of its own, and takes minutes.
     code, out, err = smolora("plan", "--model", base, "--data", rows, *FIELDS, *SHORT, "--json")
     assert code == 5

@@ -13,9 +13,10 @@ import pytest
 from smolora.data.benchmarks import get_benchmark
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
+from tests.tiny import sweep
 from tests.unit.data.conftest import require_shared
 
-SYSTEMS = ("chen", "forge1", "forge3", "sheff2", "slug", "tgen", "tr2", "zhang", "zhaw1")
+SYSTEMS = sweep("forge1", "tgen", slow=("chen", "forge3", "sheff2", "slug", "tr2", "zhang", "zhaw1"))
 
 
 def score(benchmark, split, folder, predictions, *metrics):

@@ -28,9 +28,11 @@ from smolora.training.checkpoint import RunIdentity
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
 from smolora.training.trainer import Trainer
-from tests.tiny import VOCAB_SIZE, save_tiny_model
+from tests.tiny import VOCAB_SIZE, save_tiny_model, sweep
 
 STRATEGIES = ("both,mlp,attn", "attn,mlp,both", "both,mlp,both", "early,late")
+SOME = sweep("both,mlp,attn", "early,late", slow=("attn,mlp,both", "both,mlp,both"))
+KEPT_OR_RECOMPUTED = [pytest.param(False, id="kept"), pytest.param(True, id="recomputed", marks=pytest.mark.slow)]
 STEPS = 9
 
 
@@ -156,7 +158,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", KEPT_OR_RECOMPUTED)
 def test_each_phase_moves_exactly_its_tensors(make, run, family, name, checkpointing):
     watch = Watch()
     trainer = make(strategy(name), watch, family=family, run=run, gradient_checkpointing=checkpointing)
@@ -170,7 +172,7 @@ def test_each_phase_moves_exactly_its_tensors(make, run, family, name, checkpoin
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", SOME)
 def test_recomputed_activations_change_no_bit(make, family, name):
     plain, recomputed = (
         make(strategy(name), family=family),
@@ -181,8 +183,8 @@ def test_recomputed_activations_change_no_bit(make, family, name):
     assert_close(weights(recomputed), weights(plain), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("checkpointing", KEPT_OR_RECOMPUTED)
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("step", [3, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 5, 6, 7, 8))])
 def test_a_resume_inside_a_phase_and_on_its_boundary_is_bit_equal(make, run, tmp_path, name, step, checkpointing):
     phases = strategy(name, learning_rate="restart", moments="reset")
@@ -405,7 +407,7 @@ def test_each_plateau_is_counted_from_the_start_of_the_phase_before(make):
     assert trainer.callbacks[0].plan.starts == (0, 4, 7)
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 5])
+@pytest.mark.parametrize("step", [3, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 5))])
 @pytest.mark.parametrize("metric", ["loss", "eval_loss"])
 def test_a_resume_around_a_plateau_is_bit_equal(make, run, tmp_path, rows, metric, step):
     settings = {"eval_dataset": rows, "eval_steps": 1, "save_steps": 1}
