@@ -21,7 +21,7 @@ from smolora.training.checkpoint import RunIdentity
 from smolora.training.trainer import Trainer
 from tests.integration.killing import end_under_kills
 
-STEPS = 60
+STEPS = 30
 
 
 def train(base: Path, run: RunDir) -> None:

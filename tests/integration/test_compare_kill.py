@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from smolora.records.run_dir import RunDir
@@ -36,6 +37,7 @@ def wait_for(condition):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_continues(tmp_path):
     base, rows, out = save_tiny_model("llama", tmp_path / "base"), tmp_path / "rows.jsonl", tmp_path / "out"
     pairs = [{"prompt": f"the {a} of {b}", "completion": f"{b} {a}"} for a in "abcdefgh" for b in "klmnopqr"]

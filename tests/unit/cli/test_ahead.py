@@ -26,7 +26,7 @@ def test_plan_prints_one_object_on_stdout_and_a_few_lines_on_stderr(smolora, bas
 
 def test_a_run_that_does_not_fit_is_5_and_still_an_object(smolora, base, rows, tmp_path, monkeypatch):
     def try_here(config, **_):
-        """Try it in this process, with 1 MiB; a process of its own has a test of its own."""
+        """Try it in this process, with 1 MiB; that one of its own does the same has tests of its own."""
         asked = recipe.TrialRequest(config.model_dump(mode="json"), time.time(), available=1 << 20)
         return try_out(asked, tmp_path / "trial")
 

@@ -89,6 +89,7 @@ def test_of_a_token_budget_the_passes_of_an_update_are_equal_work(base, rows, tm
     assert one.losses == other.losses
 
 
+@pytest.mark.slow
 def test_the_same_rows_a_step_in_two_passes_are_equal_work(base, rows, tmp_path):
     halves = ("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2")
     configs = {"one": config(base, rows), "two": config(base, rows, *halves)}
