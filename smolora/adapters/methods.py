@@ -129,14 +129,22 @@ def _layernorm(config: LayerNormConfig, ground: Ground) -> peft.PeftConfig:
     return peft.LNTuningConfig(target_modules=resolve_norms(ground.anatomy, layers=config.layers))
 
 
+_ONE_STACK = 1
+"""Stacks of layers that get virtual tokens. peft 0.21 would make some for a decoder too, and put them nowhere."""
+
+
 def _prompt_tuning(config: PromptTuningConfig, ground: Ground) -> peft.PeftConfig:
     start = {"sample_vocab": "SAMPLE_VOCAB", "random": "RANDOM"}[config.prompt_tuning_init]
-    return peft.PromptTuningConfig(num_virtual_tokens=config.num_virtual_tokens, prompt_tuning_init=start)
+    return peft.PromptTuningConfig(
+        num_virtual_tokens=config.num_virtual_tokens, prompt_tuning_init=start, num_transformer_submodules=_ONE_STACK
+    )
 
 
 def _p_tuning(config: PTuningConfig, ground: Ground) -> peft.PeftConfig:
     return peft.PromptEncoderConfig(
-        num_virtual_tokens=config.num_virtual_tokens, encoder_hidden_size=config.encoder_hidden_size or ground.width
+        num_virtual_tokens=config.num_virtual_tokens,
+        encoder_hidden_size=config.encoder_hidden_size or ground.width,
+        num_transformer_submodules=_ONE_STACK,
     )
 
 

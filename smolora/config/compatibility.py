@@ -62,12 +62,6 @@ OBSTACLES: tuple[Obstacle, ...] = (
         link="https://github.com/huggingface/peft/pull/2989",
     ),
     Obstacle(
-        methods=("prompt_tuning", "p_tuning"),
-        tasks=("seq2seq",),
-        reason="how an encoder-decoder answers behind virtual tokens isn't held to plain peft here yet",
-        advice="Choose lora, or another method that changes weights.",
-    ),
-    Obstacle(
         methods=("pissa",),
         quantizations=("8bit", "4bit"),
         reason="it takes its start out of the base's weights, which few bits can't hold",

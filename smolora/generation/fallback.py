@@ -112,6 +112,10 @@ class _RowChooser(LogitsProcessor):  # type: ignore[misc]
         self._rows = rows
         self._steps = steps
 
+    def __deepcopy__(self, _memo: object) -> _RowChooser:
+        """Return this one, which answers its own rows: peft copies what `generate` of an encoder-decoder is given."""
+        return self
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores with one finite number a row."""
         live = [number for number, row in enumerate(self._rows) if not row.is_done]

@@ -9,11 +9,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from smolora.adapters.store import load_bundle
 from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
-from smolora.config.adapter import FullConfig, IA3Config
+from smolora.config.adapter import FullConfig, IA3Config, PromptTuningConfig, PTuningConfig
 from smolora.data.collate import get_data_collator
 from smolora.errors import DataError
 from smolora.evaluation.likelihood import LikelihoodScorer
@@ -136,6 +137,48 @@ def test_other_methods_train_and_are_opened_again(adapter, tmp_path):
     assert bundle.task == "seq2seq"
     losses = [sum_cross_entropy(read_logits(one, batch), batch.targets) for one in (before, bundle)]
     assert losses[1] < losses[0]
+
+
+@pytest.fixture(scope="module", params=[("t5", PromptTuningConfig), ("bart", PTuningConfig)], ids=["t5", "bart"])
+def prompted(request, tmp_path_factory):
+    """A run with virtual tokens, and its settings."""
+    family, method = request.param
+    folder = tmp_path_factory.mktemp(f"prompted-{family}")
+    config = settings(folder, family, method(num_virtual_tokens=4), learning_rate=1e-1)
+    return finetune(config, folder / "run"), config
+
+
+def open_plainly(run, config):
+    base = AutoModelForSeq2SeqLM.from_pretrained(config.model.name_or_path)
+    return peft.PeftModel.from_pretrained(base, run.adapter).eval()
+
+
+def test_virtual_tokens_stand_before_the_encoder_alone_and_plain_peft_has_the_same_logits(prompted):
+    run, config = prompted
+    [tokens] = load_file(run.adapter / "adapter_model.safetensors").values()
+    assert len(tokens) == 4
+    batch = read_batch(config)
+    theirs = ask_plainly(open_plainly(run, config), batch).logits.flatten(0, 1)[batch.target_positions]
+    assert torch.equal(read_logits(load_bundle(run.path), batch), theirs)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_behind_virtual_tokens_answers_are_those_of_plain_peft_one_by_one(prompted, num_beams):
+    bundle, plain = load_bundle(prompted[0].path), open_plainly(*prompted)
+    ours = TextGenerator(bundle).generate(PROMPTS, settings=GREEDY.replace(num_beams=num_beams))
+    for prompt, answer in zip(PROMPTS, ours, strict=True):
+        asked = bundle.tokenizer([prompt], return_tensors="pt")
+        ids = plain.generate(**asked, max_new_tokens=8, do_sample=False, num_beams=num_beams)
+        assert bundle.tokenizer.decode(ids[0, 1:], skip_special_tokens=True) == answer
+
+
+def test_a_verdict_on_virtual_tokens_is_held_against_the_base_without_them(prompted):
+    run, config = prompted
+    found = json.loads(run.verdict.read_text())
+    held_out = encode_data(config, read_rows(config), load_base(config)[0]).held_out
+    batch = get_data_collator("padded", "seq2seq")([held_out[index] for index in range(len(held_out))])
+    base = sum_cross_entropy(read_logits(load_base(config)[0], batch), batch.targets) / len(batch.targets)
+    assert found["loss"]["base"] == pytest.approx(base.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
