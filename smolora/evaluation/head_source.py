@@ -182,6 +182,8 @@ def label_words(
         DataError: A word has no token of its own in the model's context.
     """
     require_head(bundle, "token_classification")
+    if not all(isinstance(words, Sequence) and all(isinstance(word, str) for word in words) for words in rows):
+        raise ConfigError("a token classifier reads lists of words, each a text.")
     if any(isinstance(words, str) for words in rows):
         raise ConfigError("a token classifier reads lists of words, found a text: split it into words.")
     found = WordAsker(bundle, batch_size=batch_size).measure(rows)
@@ -201,10 +203,12 @@ def find_answers(
     """Return what is said to each question, and the best answer in its context.
 
     Raises:
-        ConfigError: The model isn't one for question answering.
-        DataError: A question leaves no room for its context, or asks nothing.
+        ConfigError: The model isn't one for question answering, or what is given are no texts.
+        DataError: A question leaves no room for its context.
     """
     require_head(bundle, "qa")
+    if not all(isinstance(text, str) for text in (*questions, *contexts)):
+        raise ConfigError("a model for question answering reads texts: give every question and context as one.")
     pairs = zip(questions, contexts, strict=True)
     asked = [{"question": question, "context": context} for question, context in pairs]
     asker = SpanAsker(bundle, batch_size=batch_size)

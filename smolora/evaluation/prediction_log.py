@@ -120,7 +120,10 @@ def _read_answer(line: bytes) -> Answer | None:
         values = json.loads(line) if line.endswith(b"\n") else {}
     except ValueError:
         return None
-    if "prediction" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("prediction"), str):
         return None
-    measured = values.get("loss_sum"), values.get("num_tokens", 0), tuple(values.get("labels", ()))
+    labels = values.get("labels", [])
+    if not isinstance(labels, list):
+        return None
+    measured = values.get("loss_sum"), values.get("num_tokens", 0), tuple(labels)
     return Answer(values["prediction"], values.get("label"), *measured)

@@ -67,7 +67,7 @@ class SpanAsker:
         """Return the best answer to each question, its place in the context, and how it scores.
 
         Raises:
-            DataError: A question leaves no room for its context, or nothing to go by.
+            DataError: A question leaves no room for its context.
         """
         windows = [self._encode({**one, "answers": []}, f"question {i:,}") for i, one in enumerate(asked, start=1)]
         return [_read(*one) for one in zip(asked, windows, self._compute(windows), strict=True)]

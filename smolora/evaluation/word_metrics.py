@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from smolora.data.benchmark_rows import BenchmarkRow
+from smolora.errors import DataError
 from smolora.evaluation.answers import LabelMetric, MajorityMetric
 from smolora.evaluation.head_rows import read_words
 from smolora.evaluation.metric import Answer, SummedMetric, Sums
@@ -32,9 +33,14 @@ class WordMetric(LabelMetric):
         """Return the counts of one row's words.
 
         Raises:
-            DataError: One of its labels is none of the head's.
+            DataError: One of its labels is none of the head's, or the answer is to another number of words.
         """
-        _, right = read_words(row)
+        words, right = read_words(row)
+        if len(answer.labels) != len(words):
+            raise DataError(
+                f"an answer in predictions.jsonl has {len(answer.labels)} labels for the {len(words)} words of its "
+                "row: the file was changed. Remove it, and every row is asked again."
+            )
         return self.count(zip((label or None for label in answer.labels), right, strict=True))
 
 

@@ -274,7 +274,7 @@ class InferencePipeline:
 
         Raises:
             ConfigError: The model isn't one for question answering, or there are not as many contexts as questions.
-            DataError: A question leaves no room for its context, or asks nothing.
+            DataError: A question leaves no room for its context.
         """
         asked = [questions] if isinstance(questions, str) else questions
         spans = [span for _, span in self._find_answers(asked, contexts, adapter)]
@@ -337,7 +337,7 @@ class InferencePipeline:
             raise ConfigError(
                 "a model for question answering finds answers in contexts: give one for all, or for each."
             )
-        about = [str(context) for context in _spread(contexts, questions)]
+        about = cast("Sequence[str]", _spread(contexts, questions))
         with self._opened(adapter) as bundle:
             return find_answers(bundle, questions, about, batch_size=self.batch_size)
 

@@ -73,15 +73,18 @@ def test_rows_are_kept_with_answers_and_scores(bundle, rows, tmp_path):
     assert kept["metrics"] == result.metrics
 
 
-def test_a_stopped_evaluation_goes_on_and_asks_nothing_again(bundle, rows, tmp_path):
+@pytest.mark.parametrize(
+    "torn", ['{"prediction": "torn', "5\n", '{"prediction": 5}\n', '{"prediction": "x", "labels": null}\n']
+)
+def test_a_stopped_evaluation_goes_on_and_asks_nothing_again(bundle, rows, tmp_path, torn):
     whole, log = PredictionLog(tmp_path / "whole", {}), PredictionLog(tmp_path / "stopped", {})
     expected = evaluate(bundle, rows, log=whole)
     with pytest.raises(Stop):
         evaluate(bundle, rows, log=log, progress=stop_after(16))
     with log.predictions.open("a") as file:
-        file.write('{"prediction": "torn')
-    first, *others = log.predictions.read_text().splitlines()
-    log.predictions.write_text("\n".join([first.replace('"prediction": "', '"prediction": "kept '), *others]))
+        file.write(torn)
+    kept = log.predictions.read_text().replace('"prediction": "', '"prediction": "kept ', 1)
+    log.predictions.write_text(kept)
     result = evaluate(bundle, rows, log=log)
     assert read(log)[0]["prediction"].startswith("kept ")
     assert [line["prediction"] for line in read(log)][1:] == [line["prediction"] for line in read(whole)][1:]

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from smolora.errors import DataError
 from smolora.evaluation.head_rows import tag_words
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
@@ -45,6 +46,11 @@ def test_a_word_without_a_label_is_wrong_and_ends_an_entity():
 def test_precision_and_recall_count_over_all_rows():
     found = score(["B-PER O B-PER", "O"], ["B-PER O O", "B-MISC"], "entities")
     assert (found["entity_precision"], found["entity_recall"], found["entity_f1"]) == (0.5, 0.5, 0.5)
+
+
+def test_an_answer_to_another_number_of_words_is_refused():
+    with pytest.raises(DataError, match="2 labels for the 3 words of its row: the file was changed"):
+        score(["O O"], ["O O O"], "words")
 
 
 def test_a_share_of_no_entity_is_0():

@@ -61,10 +61,20 @@ def test_what_has_no_label_is_refused(tagger):
         pipeline.label_words("the Eagle")
     with pytest.raises(ConfigError, match="reads lists of words, found a text"):
         pipeline.label_words(["the", ["Eagle"]])
+    with pytest.raises(ConfigError, match="reads lists of words, each a text"):
+        pipeline.label_words([["dog", 3]])
     with pytest.raises(DataError, match=rf"row 2: \d+ of {CONTEXT} words have no token .* context of {CONTEXT} tokens"):
         pipeline.label_words([["dog"], ["dog"] * CONTEXT])
     with pytest.raises(DataError, match="row 1: 1 of 2 words have no token of their own .*'' first"):
         pipeline.label_words(["dog", ""])
+
+
+def test_what_is_no_text_has_no_answer(reader):
+    pipeline = InferencePipeline.from_path(reader, device="cpu")
+    with pytest.raises(ConfigError, match="reads texts"):
+        pipeline.find_answer(["Where?"], [None])
+    with pytest.raises(ConfigError, match="reads texts"):
+        pipeline.answer([3], contexts=CONTEXT_TEXT)
 
 
 def test_an_answer_has_its_place_and_its_score(reader):
