@@ -13,7 +13,7 @@ from typing import Literal
 
 from smolora.adapters.movement import Movement
 from smolora.data.overlap import Overlap
-from smolora.evaluation.comparison import LEAST_LOSS_SHARE, Comparison, finite
+from smolora.evaluation.comparison import FEWEST_ANSWERS, LEAST_LOSS_SHARE, Comparison, finite
 from smolora.evaluation.paired_answers import Sample
 from smolora.evaluation.paired_loss import PromptUse
 
@@ -93,7 +93,8 @@ class Evidence:
         of_norm = f"{100 * self.movement.relative:.2f} % of their norm"
         moved = f"are {of_norm} away from the plain base" if self.started_from else f"moved by {of_norm}"
         still = f"; {self.movement.num_still} stood still" if self.movement.num_still else ""
-        return f"weights {moved}, in {len(self.movement.modules)} modules{still}"
+        num_modules = len(self.movement.modules)
+        return f"weights {moved}, in {num_modules} module{'s' * (num_modules > 1)}{still}"
 
     def to_dict(self) -> dict[str, object]:
         """Return all of it as plain values."""
@@ -132,6 +133,21 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(word=word, reason=reason, lines=tuple(evidence.describe()))
 
 
+def _doubt_labels(majority: Comparison) -> str:
+    """Return why labels may have been learned by how frequent they are alone, as a clause."""
+    more = "hold out more: --eval-data, or data.validation_fraction"
+    if majority.num_rows < FEWEST_ANSWERS:
+        return (
+            f"{majority.num_rows} held-out rows are too few to tell an accuracy of {majority.tuned:.4f} from the "
+            f"{majority.base:.4f} of always naming the commonest label: it takes {FEWEST_ANSWERS} ({more})"
+        )
+    return (
+        f"an accuracy of {majority.tuned:.4f} isn't surely above the {majority.base:.4f} of always naming the "
+        f"commonest label. Either {majority.num_rows} held-out rows are too few to tell ({more}), or how frequent each label is "
+        "was learned, and not which text has which: are texts and labels paired rightly?"
+    )
+
+
 def _choose_word(evidence: Evidence) -> tuple[Word, str]:
     loss, use, overlap = evidence.loss, evidence.prompt_use, evidence.overlap
     if ruin := _find_ruin(evidence):
@@ -142,12 +158,7 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
     if votes <= 0:
         return "worse" if votes else "no change", found
     if evidence.majority is not None and evidence.majority.verdict <= 0:
-        return "no change", (
-            f"{found}, but an accuracy of {evidence.majority.tuned:.4f} isn't surely above the "
-            f"{evidence.majority.base:.4f} of always naming the commonest label. Either {evidence.majority.num_rows} "
-            "held-out rows are too few to tell (hold out more: --eval-data, or data.validation_fraction), or how "
-            "frequent each label is was learned, and not which text has which: are texts and labels paired rightly?"
-        )
+        return "no change", f"{found}, but {_doubt_labels(evidence.majority)}"
     if use is not None and not use.is_sure:
         other, prompts = ("another row's prompt", "prompts")
         if use.is_of_questions:
