@@ -143,8 +143,8 @@ def _doubt_labels(majority: Comparison) -> str:
         )
     return (
         f"an accuracy of {majority.tuned:.4f} isn't surely above the {majority.base:.4f} of always naming the "
-        f"commonest label. Either {majority.num_rows} held-out rows are too few to tell ({more}), or how frequent each label is "
-        "was learned, and not which text has which: are texts and labels paired rightly?"
+        f"commonest label. Either {majority.num_rows} held-out rows are too few to tell ({more}), or how frequent "
+        "each label is was learned, and not which text has which: are texts and labels paired rightly?"
     )
 
 
