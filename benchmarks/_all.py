@@ -31,6 +31,8 @@ RUNS = (
     "forward.py",
     "nanogpt.py --rounds 1",
     "nanogpt.py --large --steps 100 --rounds 1",
+    "classification.py --data sst2",
+    "classification.py --data sick",
 )
 RESULTS = HERE / "RESULTS.md"
 TITLE = "# Results\n\nWritten by `python3 dev.py bench`; what a script asks and measures stands at its head.\n"

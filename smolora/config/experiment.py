@@ -284,7 +284,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} isn't YAML: {error}") from None
+        raise ConfigError(f"{file} isn't YAML: {error}\nRows are named behind --data.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold sections such as 'model:' and 'training:', found {type(values).__name__}.")
     return {name: value for name, value in values.items() if value is not None}  # A section may be empty.

@@ -105,6 +105,11 @@ def read_squad(path: Path, split: str) -> Iterator[BenchmarkRow]:
             raise DataError(f"{path}: not in SQuAD's format: {type(error).__name__} {error}.") from error
 
 
+def render_question(question: object, context: object) -> str:
+    """Return a question about a context as a model that writes is asked it."""
+    return f"Context: {context}\nQuestion: {question}\nAnswer:"
+
+
 def ask_about(asked: Mapping[str, object], answers: Sequence[str], *, origin: str = "") -> BenchmarkRow:
     """Return the row of a question about a context: each different answer is a reference, and nothing where none is.
 
@@ -113,7 +118,7 @@ def ask_about(asked: Mapping[str, object], answers: Sequence[str], *, origin: st
         answers: The texts of its answers.
         origin: Where it came from.
     """
-    prompt = f"Context: {asked['context']}\nQuestion: {asked['question']}\nAnswer:"
+    prompt = render_question(asked["question"], asked["context"])
     return BenchmarkRow(prompt, tuple(dict.fromkeys(answers)) or ("",), {ASKED: asked}, origin)
 
 

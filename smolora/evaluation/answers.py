@@ -59,7 +59,7 @@ class LabelMetric(SummedMetric):
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
         self.variants = (
-            "share of right labels: of the first label named in the answer, or of the likeliest where that was asked",
+            "share of right labels: the likeliest one is the answer, or of a written answer the first one named",
             f"macro F1 over {len(labels)} labels, without those that neither rows nor answers have",
         )
 
@@ -184,7 +184,7 @@ class HeadLossMetric(LossMetric):
     """Mean -log p of what is right under the head of a task."""
 
     names = ("loss",)
-    variants = ("nats per right label, or first or last token of an answer, under the head",)
+    variants = ("nats per right label (of an answer in a context: per end of it), under the head",)
 
     def conclude(self, sums: Sums) -> Sequence[float]:
         """Return the loss; not a number where there were no labels."""

@@ -182,10 +182,10 @@ def label_words(
         DataError: A word has no token of its own in the model's context.
     """
     require_head(bundle, "token_classification")
-    if not all(isinstance(words, Sequence) and all(isinstance(word, str) for word in words) for words in rows):
-        raise ConfigError("a token classifier reads lists of words, each a text.")
     if any(isinstance(words, str) for words in rows):
         raise ConfigError("a token classifier reads lists of words, found a text: split it into words.")
+    if not all(isinstance(words, Sequence) and all(isinstance(word, str) for word in words) for words in rows):
+        raise ConfigError("a token classifier reads lists of words, each a text.")
     found = WordAsker(bundle, batch_size=batch_size).measure(rows)
     for number, (words, measured) in enumerate(zip(rows, found, strict=True), start=1):
         lost = [word for word, line in zip(words, measured, strict=True) if np.isnan(line).any()]

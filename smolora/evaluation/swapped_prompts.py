@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class PromptSwapper:
         question, context, place = _split_question(row)
         if place is None:  # No answer is right after another question too.
             return None
-        for mate in self._about[context.tobytes()]:
+        for mate in islice(self._about[context.tobytes()], _MOST_TRIES):
             other = self._examples[mate]
             other_question, _, other_place = _split_question(other)
             if np.array_equal(question, other_question) or place == other_place or not self._fits(len(other)):

@@ -19,6 +19,7 @@ from smolora.adapters.attach import is_adapted
 from smolora.adapters.store import open_model
 from smolora.adapters.switching import BASE, AdapterSwitch
 from smolora.adapters.toggling import disabled_adapter
+from smolora.data.benchmark_rows import render_question
 from smolora.data.chat import Message
 from smolora.data.spans import SpanAnswer
 from smolora.errors import ConfigError
@@ -251,7 +252,10 @@ class InferencePipeline:
             said = [text for text, _ in self._find_answers(asked, contexts, adapter)]
             return said[0] if isinstance(questions, str) else said
         about = _spread(contexts, asked)
-        prompts = [_ask_about(question, context) for question, context in zip(asked, about, strict=True)]
+        prompts = [
+            question if context is None else render_question(question, context)
+            for question, context in zip(asked, about, strict=True)
+        ]
         answers = self._answer_greedily(prompts, settings, adapter)
         return answers[0] if isinstance(questions, str) else answers
 
@@ -380,10 +384,6 @@ def _spread(contexts: str | Sequence[str] | None, questions: Sequence[str]) -> S
     if len(about) != len(questions):
         raise ConfigError(f"{len(about)} contexts for {len(questions)} questions: give one for all, or one for each.")
     return about
-
-
-def _ask_about(question: str, context: str | None) -> str:
-    return question if context is None else f"Context: {context}\nQuestion: {question}\nAnswer:"
 
 
 def _choose(losses: npt.NDArray[np.float64], labels: Sequence[str]) -> Classification:

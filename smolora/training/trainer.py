@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from signal import Signals
 
 import torch
@@ -251,7 +252,7 @@ class Trainer:
         learning_rate = self._set_learning_rate(step)
         seed_noise(self.config.seed, "noise", step, self._processes.index)
         rows_of_passes = self.plan.micro_batches(step, self._processes.index)
-        batches = self._batches(self.train_dataset, rows_of_passes)
+        batches = list(self._batches(self.train_dataset, rows_of_passes))
         counts = sum(len(b.targets) for b in batches), sum(b.num_input_tokens for b in batches)
         tokens, input_tokens = map(int, self._processes.sum(*counts))
         loss = self._backward(batches, tokens)
@@ -374,11 +375,11 @@ class Trainer:
     def _batch(self, dataset: ExampleDataset, rows: Iterable[int]) -> Batch:
         return self._collate([dataset[int(row)] for row in rows]).to(self.bundle.device)
 
-    def _batches(self, dataset: ExampleDataset, rows_of_passes: Sequence[Iterable[int]]) -> list[Batch]:
-        """Return a batch for each pass of this process, and those with which it only keeps the others company."""
-        batches = [self._batch(dataset, rows) for rows in rows_of_passes]
-        missing = self._processes.count_passes(len(batches)) - len(batches)
-        return batches + [keep_company(self._batch(dataset, [0])) for _ in range(missing)]
+    def _batches(self, dataset: ExampleDataset, rows_of_passes: Sequence[Iterable[int]]) -> Iterator[Batch]:
+        """Return a batch for each pass of this process, and those that keep the others company, one by one."""
+        missing = self._processes.count_passes(len(rows_of_passes)) - len(rows_of_passes)
+        company = (keep_company(self._batch(dataset, [0])) for _ in range(missing))
+        return chain((self._batch(dataset, rows) for rows in rows_of_passes), company)
 
     def _require_identity(self) -> RunIdentity:
         assert self._identity is not None, "a trainer with a run_dir needs an identity"

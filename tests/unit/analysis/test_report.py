@@ -26,6 +26,7 @@ def names(report):
 
 def test_one_run_is_drawn_whole(tmp_path):
     report = build(write_run(tmp_path / "run"))
+    assert min(len(picture.png) for picture in report.pictures) > 5000, "painted, not white"
     assert names(report) == [
         "training_loss",
         "gradient_norms",

@@ -17,14 +17,10 @@ from smolora.generation.sampling import SamplingSettings
 from smolora.models.loading import load_model
 from smolora.recipes.evaluate import EvaluationRequest, evaluate
 from smolora.recipes.finetune import finetune
+from tests.head_runs import ask_rows, write_rows
 from tests.tiny import CONTEXT, save_tiny_encoder, save_tiny_model
 
 WORDS = ("good", "fine", "bad", "poor")
-
-
-def write(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def reviews(count=60):
@@ -35,7 +31,7 @@ def train(folder, family, rows, **data):
     save = save_tiny_encoder if family == "bert" else save_tiny_model
     config = ExperimentConfig(
         model=ModelConfig(name_or_path=str(save(family, folder / "base")), task_type="classification"),
-        data=DataConfig(sources=(str(write(folder / "rows.jsonl", rows)),), **data),
+        data=DataConfig(sources=(str(write_rows(folder / "rows.jsonl", rows)),), **data),
         adapter=LoRAConfig(r=2),
         training=TrainingConfig(max_steps=30, learning_rate=1e-2),
         evaluation=EvaluationConfig(verdict_share=0),
@@ -57,13 +53,8 @@ def pairs(tmp_path_factory):
     return train(tmp_path_factory.mktemp("pairs"), "bert", rows)
 
 
-def ask(run, rows, tmp_path, **given):
-    file = write(tmp_path / "own.jsonl", rows)
-    return evaluate(EvaluationRequest(model=str(run), data=DataConfig(sources=(str(file),)), **given))
-
-
 def test_the_head_answers_with_the_loss_and_what_always_one_label_would_reach(run, tmp_path):
-    result = ask(run, reviews(41), tmp_path, out=tmp_path / "out")
+    result = ask_rows(run, reviews(41), tmp_path, out=tmp_path / "out")
     assert set(result.metrics) == {"accuracy", "f1", "majority_accuracy", "loss"}
     assert result.metrics["accuracy"] == 1.0 and result.metrics["loss"] < 0.5
     assert result.metrics["majority_accuracy"] == pytest.approx(21 / 41)
@@ -87,40 +78,40 @@ def test_answers_dont_depend_on_the_batch(family, tmp_path):
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(run, tmp_path):
-    whole = ask(run, reviews(), tmp_path, out=tmp_path / "out")
+    whole = ask_rows(run, reviews(), tmp_path, out=tmp_path / "out")
     file = tmp_path / "out" / "predictions.jsonl"
     kept = file.read_text()
     file.write_text("".join(kept.splitlines(keepends=True)[:20]))
-    assert ask(run, reviews(), tmp_path, out=tmp_path / "out").metrics == whole.metrics
+    assert ask_rows(run, reviews(), tmp_path, out=tmp_path / "out").metrics == whole.metrics
     assert file.read_text() == kept
 
 
 def test_labels_that_the_head_does_not_know_are_refused_with_their_counts(run, tmp_path):
     rows = [*reviews(4), {"text": "a", "label": "maybe"}, {"text": "b", "label": "maybe"}]
     with pytest.raises(DataError, match=r"'maybe' \(2 rows\).*no, yes"):
-        ask(run, rows, tmp_path)
+        ask_rows(run, rows, tmp_path)
 
 
 def test_labels_may_differ_in_case(run, tmp_path):
     rows = [{**row, "label": row["label"].upper()} for row in reviews(8)]
-    assert ask(run, rows, tmp_path).metrics["accuracy"] == 1.0
+    assert ask_rows(run, rows, tmp_path).metrics["accuracy"] == 1.0
 
 
 def test_numbers_of_rows_are_refused_where_the_order_of_labels_is_ours(run, tmp_path):
     with pytest.raises(DataError, match=r"'1' \(1 rows\)"):
-        ask(run, [{"text": "good", "label": 1}], tmp_path)
+        ask_rows(run, [{"text": "good", "label": 1}], tmp_path)
 
 
 def test_a_classifier_that_was_not_tuned_here_takes_the_numbers_of_its_outputs(tmp_path):
     folder = save_tiny_encoder("bert", tmp_path / "base")
     AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).save_pretrained(folder)
-    by_number = ask(folder, [{"text": "good", "label": 1}], tmp_path)
-    by_name = ask(folder, [{"text": "good", "label": "LABEL_1"}], tmp_path)
+    by_number = ask_rows(folder, [{"text": "good", "label": 1}], tmp_path)
+    by_name = ask_rows(folder, [{"text": "good", "label": "LABEL_1"}], tmp_path)
     assert by_number.metrics == by_name.metrics
 
 
 def test_rows_past_the_context_are_cut_and_counted(run, tmp_path, caplog):
-    ask(run, [*reviews(4), {"text": "the dog " * CONTEXT, "label": "yes"}], tmp_path)
+    ask_rows(run, [*reviews(4), {"text": "the dog " * CONTEXT, "label": "yes"}], tmp_path)
     assert f"1 rows are cut at the model's context of {CONTEXT} tokens" in caplog.text
 
 
@@ -129,14 +120,14 @@ def test_rows_past_the_context_are_cut_and_counted(run, tmp_path, caplog):
 )
 def test_what_shapes_written_answers_is_refused(run, tmp_path, given):
     with pytest.raises(ConfigError, match="would change nothing: this model is a text classifier"):
-        ask(run, reviews(4), tmp_path, **given)
+        ask_rows(run, reviews(4), tmp_path, **given)
 
 
 def test_a_benchmark_is_asked_with_its_texts_where_the_model_was_trained_on_texts(pairs, tmp_path):
     rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "gold_label": "neutral"} for i in range(6)]
-    write(tmp_path / "multinli_1.0_dev_matched.jsonl", rows)
+    write_rows(tmp_path / "multinli_1.0_dev_matched.jsonl", rows)
     result = evaluate_benchmark("multi_nli", pairs, data_dir=tmp_path, out=tmp_path / "out")
-    own = ask(
+    own = ask_rows(
         pairs, [{"premise": r["sentence1"], "hypothesis": r["sentence2"], "label": "neutral"} for r in rows], tmp_path
     )
     assert result.metrics["loss"] == own.metrics["loss"] and result.num_rows == 6
@@ -146,23 +137,23 @@ def test_a_benchmark_is_asked_with_its_prompts_where_the_model_was_trained_on_th
     names = {"yes": "positive", "no": "negative"}
     rows = [{"prompt": f"Review: {row['text']}\nSentiment:", "completion": names[row["label"]]} for row in reviews()]
     run = train(tmp_path, "bert", rows)
-    write(tmp_path / "sst2_test.jsonl", [{**row, "label": int(row["label"] == "yes")} for row in reviews()])
-    assert evaluate_benchmark("sst2", run, data_dir=tmp_path).metrics == ask(run, rows, tmp_path).metrics
+    write_rows(tmp_path / "sst2_test.jsonl", [{**row, "label": int(row["label"] == "yes")} for row in reviews()])
+    assert evaluate_benchmark("sst2", run, data_dir=tmp_path).metrics == ask_rows(run, rows, tmp_path).metrics
 
 
 def test_a_benchmark_of_other_texts_or_without_labels_is_refused(run, pairs, tmp_path):
-    write(tmp_path / "sst2_test.jsonl", [{"text": "good", "label": 1}])
+    write_rows(tmp_path / "sst2_test.jsonl", [{"text": "good", "label": 1}])
     with pytest.raises(ConfigError, match="trained on 2 texts a row, and sst2-test has 1"):
         evaluate_benchmark("sst2", pairs, data_dir=tmp_path)
     with pytest.raises(DataError, match=r"'positive' \(1 rows\)"):
         evaluate_benchmark("sst2", run, data_dir=tmp_path)
-    write(tmp_path / "test.jsonl", [{"dialogue": "A: hi", "summary": "Hi."}])
+    write_rows(tmp_path / "test.jsonl", [{"dialogue": "A: hi", "summary": "Hi."}])
     with pytest.raises(ConfigError, match="samsum-test has no labels"):
         evaluate_benchmark("samsum", run, data_dir=tmp_path)
 
 
 def test_columns_are_those_of_the_training_unless_they_are_named(run, tmp_path):
-    file = write(
+    file = write_rows(
         tmp_path / "own.jsonl", [{"review": row["text"], "text": "x", "kind": row["label"]} for row in reviews(8)]
     )
     data = DataConfig(sources=(str(file),), text_field="review", label_field="kind")

@@ -24,6 +24,7 @@ from smolora.evaluation.tasks import evaluate_benchmark
 from smolora.inference.pipeline import InferencePipeline
 from smolora.models.loading import load_model
 from smolora.recipes.evaluate import EvaluationRequest, evaluate
+from tests.head_runs import ask_rows
 from tests.tiny import CONTEXT, save_tiny_encoder
 
 FORM = PromptFormat(kind="qa", columns={role: role for role in ("context", "question", "answers")})
@@ -54,12 +55,6 @@ def model(tmp_path_factory):
         torch.nn.init.normal_(head.qa_outputs.weight)
     head.save_pretrained(folder)
     return folder
-
-
-def ask(model, rows, tmp_path, **given):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return evaluate(EvaluationRequest(model=str(model), data=DataConfig(sources=(str(file),)), **given))
 
 
 def answer_naively(plain, tokenizer, row, *, may_lack_answer=False):
@@ -96,7 +91,7 @@ def answer_naively(plain, tokenizer, row, *, may_lack_answer=False):
 
 
 def test_answers_are_those_of_trying_all_spans_in_plain_transformers(model, tmp_path):
-    ask(model, ROWS, tmp_path, out=tmp_path / "out")
+    ask_rows(model, ROWS, tmp_path, out=tmp_path / "out")
     kept = [
         json.loads(line)["prediction"] for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     ]
@@ -120,7 +115,7 @@ def test_the_loss_is_that_of_the_windows(model, tmp_path):
     bundle = load_model(model)
     preprocessor = QuestionAnsweringPreprocessor(FORM, bundle.tokenizer)
     windows = [window.example for row in ROWS for window in preprocessor.encode_windows(row, CONTEXT)]
-    result = ask(model, ROWS, tmp_path)
+    result = ask_rows(model, ROWS, tmp_path)
     assert len(windows) > len(ROWS)
     assert result.metrics["loss"] == pytest.approx(measure_examples(bundle, TokenDataset(windows))["loss"], rel=1e-5)
     assert set(result.metrics) == {"exact_match", "f1", "loss"}
@@ -160,8 +155,8 @@ def test_a_file_of_squad_is_asked_as_a_benchmark_and_as_rows(model, tmp_path):
 
 def test_a_question_that_leaves_no_room_is_named(model, tmp_path):
     long = {**ROWS[1], "question": "where is it? " * 20}
-    with pytest.raises(DataError, match=rf"rows.jsonl:2: the question takes \d+ of {CONTEXT} tokens"):
-        ask(model, [ROWS[0], long], tmp_path)
+    with pytest.raises(DataError, match=rf"own.jsonl:2: the question takes \d+ of {CONTEXT} tokens"):
+        ask_rows(model, [ROWS[0], long], tmp_path)
     asker = SpanAsker(load_model(model), batch_size=2)
     assert [asker.has_room(ask_about(row, ())) for row in (ROWS[0], long)] == [True, False]
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from smolora.config import DataConfig
 from smolora.errors import ConfigError, DataError
 from smolora.evaluation.evaluator import ModelEvaluator
 from smolora.evaluation.head_rows import tag_words
 from smolora.evaluation.tasks import evaluate_benchmark
 from smolora.models.loading import load_model
-from smolora.recipes.evaluate import EvaluationRequest, evaluate
+from tests.head_runs import ask_rows
 from tests.tiny import CONTEXT, save_tiny_encoder
 
 LABELS = ("O", "B-PER", "I-PER")
@@ -37,12 +36,6 @@ def model(tmp_path_factory):
     return folder
 
 
-def ask(model, rows, tmp_path, **given):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return evaluate(EvaluationRequest(model=str(model), data=DataConfig(sources=(str(file),)), **given))
-
-
 def label_naively(model, rows):
     """Return log p of the labels of every word, row by row: the logits at the token of its first character."""
     plain, tokenizer = (
@@ -58,7 +51,7 @@ def label_naively(model, rows):
 
 
 def test_labels_and_numbers_are_those_of_plain_transformers(model, tmp_path):
-    result = ask(model, ROWS, tmp_path, out=tmp_path / "out")
+    result = ask_rows(model, ROWS, tmp_path, out=tmp_path / "out")
     naive = list(label_naively(model, ROWS))
     labels = [[LABELS[int(line.argmax())] for line in row] for row in naive]
     kept = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
@@ -73,11 +66,11 @@ def test_labels_and_numbers_are_those_of_plain_transformers(model, tmp_path):
 
 
 def test_a_stopped_evaluation_goes_on_with_the_labels_that_are_kept(model, tmp_path):
-    whole = ask(model, ROWS, tmp_path, out=tmp_path / "out")
+    whole = ask_rows(model, ROWS, tmp_path, out=tmp_path / "out")
     file = tmp_path / "out" / "predictions.jsonl"
     kept = file.read_text()
     file.write_text("".join(kept.splitlines(keepends=True)[:7]))
-    again = ask(model, ROWS, tmp_path, out=tmp_path / "out")
+    again = ask_rows(model, ROWS, tmp_path, out=tmp_path / "out")
     assert again.metrics == pytest.approx(whole.metrics, rel=1e-5)  # Other rows are padded together.
     labels = [[json.loads(line)["labels"] for line in lines.splitlines()] for lines in (kept, file.read_text())]
     assert labels[0] == labels[1]
@@ -94,7 +87,7 @@ def test_answers_dont_depend_on_the_batch(model):
 
 def test_words_past_the_context_count_as_wrong_and_are_counted(model, tmp_path, caplog):
     long = {"tokens": ["dog"] * CONTEXT, "tags": ["O"] * CONTEXT}
-    result = ask(model, [long], tmp_path, out=tmp_path / "out")
+    result = ask_rows(model, [long], tmp_path, out=tmp_path / "out")
     (kept,) = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     lost = kept["labels"].count("")
     assert 0 < lost < CONTEXT and kept["labels"][-lost:] == [""] * lost
@@ -103,18 +96,18 @@ def test_words_past_the_context_count_as_wrong_and_are_counted(model, tmp_path, 
 
 
 def test_a_row_without_a_token_is_wrong_and_has_no_loss(model, tmp_path):
-    result = ask(model, [{"tokens": [""], "tags": ["O"]}], tmp_path)
+    result = ask_rows(model, [{"tokens": [""], "tags": ["O"]}], tmp_path)
     assert result.metrics["accuracy"] == 0 and result.metrics["loss"] is None
 
 
 def test_a_model_that_was_not_tuned_here_takes_the_numbers_of_its_outputs(model, tmp_path):
     by_number = [{**row, "tags": [LABELS.index(tag) for tag in row["tags"]]} for row in ROWS]
-    assert ask(model, by_number, tmp_path).metrics == ask(model, ROWS, tmp_path).metrics
+    assert ask_rows(model, by_number, tmp_path).metrics == ask_rows(model, ROWS, tmp_path).metrics
 
 
 def test_labels_that_the_head_does_not_know_are_refused(model, tmp_path):
     with pytest.raises(DataError, match=r"'B-LOC' \(1 rows\).*Learned are: O, B-PER, I-PER"):
-        ask(model, [{"tokens": ["a", "b"], "tags": ["O", "B-LOC"]}], tmp_path)
+        ask_rows(model, [{"tokens": ["a", "b"], "tags": ["O", "B-LOC"]}], tmp_path)
 
 
 def test_rows_without_words_are_refused(model, tmp_path):

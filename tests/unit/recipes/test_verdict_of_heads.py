@@ -7,11 +7,10 @@ import random
 
 import pytest
 
-from smolora.config import DataConfig, ExperimentConfig, resolve_config
+from smolora.config import DataConfig
 from smolora.inference.pipeline import InferencePipeline
 from smolora.recipes.evaluate import EvaluationRequest, evaluate
-from smolora.recipes.finetune import finetune
-from tests.tiny import save_tiny_encoder
+from tests.head_runs import ask_rows, read_verdict, tune_head, write_rows
 
 NAMES, PLACES = ("Eagle", "Zoe", "Rome", "Mill"), ("river", "mill", "log", "mat")
 
@@ -40,30 +39,7 @@ def questions(count=160):
 
 
 def tune(folder, task, rows, *assignments):
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model.name_or_path": save_tiny_encoder("bert", folder / "base"),
-        "model.task_type": task,
-        "data.sources": file,
-        "data.validation_fraction": 0.3,
-        "training.learning_rate": 1e-2,
-        "training.max_steps": 30,
-        "training.eval_steps": 60,
-        "evaluation.verdict_share": 1000,
-    }
-    given = [*(f"{name}={value}" for name, value in settings.items()), *assignments]
-    return finetune(resolve_config(ExperimentConfig, assignments=given), folder / "run")
-
-
-def read(run):
-    return json.loads(run.verdict.read_text())
-
-
-def ask(run, rows, folder):
-    file = folder / "asked.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return evaluate(EvaluationRequest(model=str(run.path), data=DataConfig(sources=(str(file),)))).metrics
+    return tune_head(folder, task, rows, "data.validation_fraction=0.3", "training.max_steps=30", *assignments)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +53,7 @@ def reader(tmp_path_factory):
 
 
 def test_a_run_that_labels_words_is_told_so_by_its_entities(tagger):
-    found = read(tagger)
+    found = read_verdict(tagger)
     assert found["verdict"] == "learned"
     assert found["metric"]["name"] == "entity_f1" and found["metric"]["tuned"] == 1.0
     assert {"accuracy", "f1"} < {metric["name"] for metric in found["other_metrics"]}
@@ -90,21 +66,21 @@ def test_labels_drawn_for_each_word_are_no_change_however_far_the_loss_falls(tmp
     """Three of four are yes: the random head is beaten by far, the commonest label isn't."""
     drawn = random.Random(0)
     rows = [{**row, "tags": ["yes" if drawn.random() < 0.75 else "no" for _ in row["tags"]]} for row in words()]
-    found = read(tune(tmp_path, "token_classification", rows, "training.max_steps=15"))
+    found = read_verdict(tune(tmp_path, "token_classification", rows, "training.max_steps=15"))
     assert found["verdict"] == "no change" and found["metric"]["name"] == "accuracy"
     assert found["loss"]["high"] < 0 and found["majority"]["low"] <= 0
 
 
 def test_an_evaluation_of_words_takes_what_training_took(tagger, tmp_path):
     rows = [{"tokens": row["tokens"], "ner_tags": row["tags"]} for row in words(20)]
-    found = ask(tagger, rows, tmp_path)
+    found = ask_rows(tagger.path, rows, tmp_path).metrics
     assert found["accuracy"] == found["entity_f1"] == 1.0 and found["loss"] < 0.2
 
 
 def test_columns_are_those_of_the_training_unless_they_are_named(tagger, tmp_path):
     rows = [{"pieces": row["tokens"], "kinds": row["tags"], "labels": row["tags"]} for row in words(8)]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     data = DataConfig(sources=(str(file),), text_field="pieces", label_field="kinds")
     assert evaluate(EvaluationRequest(model=str(tagger.path), data=data)).metrics["accuracy"] == 1.0
 
@@ -117,7 +93,7 @@ def test_without_its_adapter_the_head_labels_as_at_the_start(tagger):
 
 
 def test_a_run_that_finds_answers_is_told_so_by_squads_f1(reader):
-    found = read(reader)
+    found = read_verdict(reader)
     assert found["verdict"] == "learned" and found["majority"] is None
     assert found["metric"]["name"] == "f1" and found["metric"]["tuned"] > 0.9 > 0.5 > found["metric"]["base"]
     assert [metric["name"] for metric in found["other_metrics"]] == ["exact_match"]
@@ -127,7 +103,7 @@ def test_a_run_that_finds_answers_is_told_so_by_squads_f1(reader):
 def test_held_out_questions_that_were_dropped_are_not_asked(reader):
     report = json.loads((reader.path / "data_report.json").read_text())["encoded"]["validation"]
     assert report["dropped_overlong"] > 0 and report["added_by_windows"] > 0
-    assert read(reader)["metric"]["num_rows"] == report["rows"] - report["dropped_overlong"]
+    assert read_verdict(reader)["metric"]["num_rows"] == report["rows"] - report["dropped_overlong"]
 
 
 def test_answers_to_another_question_about_the_context_are_no_change_however_far_the_loss_falls(tmp_path):
@@ -140,8 +116,8 @@ def test_answers_to_another_question_about_the_context_are_no_change_however_far
             found = [{"text": answer, "answer_start": context.index(answer)}]
             rows.append({"question": question, "context": context, "answers": found})
     held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
-    found = read(tune(tmp_path, "qa", rows[60:], f"data.eval_source={held_out}"))
+    write_rows(held_out, rows[:60])
+    found = read_verdict(tune(tmp_path, "qa", rows[60:], f"data.eval_source={held_out}"))
     assert found["verdict"] == "no change" and "after another question about its context" in found["reason"]
     assert found["loss"]["high"] < 0 and found["metric"]["low"] > 0
     assert found["prompt_use"]["num_rows"] > 50
@@ -149,7 +125,7 @@ def test_answers_to_another_question_about_the_context_are_no_change_however_far
 
 def test_an_evaluation_of_questions_takes_what_training_took(reader, tmp_path):
     rows = [row for row in questions(24) if len(row["question"]) < 20]
-    found = ask(reader, rows, tmp_path)
+    found = ask_rows(reader.path, rows, tmp_path).metrics
     assert found["f1"] > 0.9 and found["loss"] < 1.0
     asked = InferencePipeline.from_path(reader.path, device="cpu").answer(
         [row["question"] for row in rows], [row["context"] for row in rows]

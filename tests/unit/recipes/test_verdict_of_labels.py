@@ -8,9 +8,8 @@ import random
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import BrokenRunError
-from smolora.recipes.finetune import finetune
+from tests.head_runs import read_verdict, tune_head
 from tests.tiny import save_tiny_encoder
 
 WORDS = ("good", "fine", "bad", "poor")
@@ -21,28 +20,12 @@ def reviews(count=200, *, label_of=lambda number: "yes" if number % 4 < 2 else "
 
 
 def tune(tmp_path, rows, *assignments, base=None):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model.name_or_path": base or save_tiny_encoder("bert", tmp_path / "base"),
-        "model.task_type": "classification",
-        "data.sources": file,
-        "data.validation_fraction": 0.4,
-        "training.learning_rate": 1e-2,
-        "training.max_steps": 40,
-        "training.eval_steps": 60,
-        "evaluation.verdict_share": 1000,
-    }
-    given = [*(f"{name}={value}" for name, value in settings.items()), *assignments]
-    return finetune(resolve_config(ExperimentConfig, assignments=given), tmp_path / "run")
-
-
-def read(run):
-    return json.loads(run.verdict.read_text())
+    size = ("data.validation_fraction=0.4", "training.max_steps=40")
+    return tune_head(tmp_path, "classification", rows, *size, *assignments, base=base)
 
 
 def test_a_classifier_that_learns_is_told_so_with_what_it_stands_on(tmp_path):
-    found = read(tune(tmp_path, reviews()))
+    found = read_verdict(tune(tmp_path, reviews()))
     assert found["verdict"] == "learned"
     assert found["metric"]["name"] == "accuracy" and found["metric"]["tuned"] == 1.0
     assert found["loss"]["high"] < 0
@@ -55,7 +38,7 @@ def test_a_classifier_that_learns_is_told_so_with_what_it_stands_on(tmp_path):
 def test_shuffled_labels_are_no_change_however_far_the_loss_falls(tmp_path):
     """Three of four are yes: the random head is beaten by far, the commonest label isn't."""
     drawn = random.Random(0)
-    found = read(tune(tmp_path, reviews(label_of=lambda _: "yes" if drawn.random() < 0.75 else "no")))
+    found = read_verdict(tune(tmp_path, reviews(label_of=lambda _: "yes" if drawn.random() < 0.75 else "no")))
     assert found["verdict"] == "no change"
     assert found["majority"]["low"] <= 0
 
@@ -70,18 +53,18 @@ def test_a_head_that_the_files_have_is_the_base_and_is_not_called_random(tmp_pat
     base = save_tiny_encoder("bert", tmp_path / "base")
     names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     AutoModelForSequenceClassification.from_pretrained(base, **names).save_pretrained(base)
-    found = read(tune(tmp_path, reviews(), base=base))
+    found = read_verdict(tune(tmp_path, reviews(), base=base))
     assert found["verdict"] == "learned" and not found["has_drawn_head"]
     assert not any("at random" in line for line in found["findings"])
 
 
 def test_a_classifier_trained_whole_is_held_against_the_head_it_began_with(tmp_path):
-    found = read(tune(tmp_path, reviews(), "adapter.method=full", "training.learning_rate=1e-3"))
+    found = read_verdict(tune(tmp_path, reviews(), "adapter.method=full", "training.learning_rate=1e-3"))
     assert found["verdict"] == "learned" and found["has_drawn_head"]
 
 
 def test_rows_too_few_to_tell_are_no_proof(tmp_path):
-    found = read(tune(tmp_path, reviews(60), "data.validation_fraction=0.2"))
+    found = read_verdict(tune(tmp_path, reviews(60), "data.validation_fraction=0.2"))
     assert found["verdict"] == "no change"
     assert "12 held-out rows are too few to tell" in found["reason"]
     assert "it takes 16" in found["reason"] and "paired rightly" not in found["reason"]

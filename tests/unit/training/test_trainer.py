@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from smolora.config import EvaluationConfig, TrainingConfig
-from smolora.data.collate import collate_padded
+from smolora.data.collate import collate_packed, collate_padded
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.errors import BrokenRunError, ConfigError, DataError, StoppedBySignal
 from smolora.records.staging import find_damage
@@ -299,6 +299,21 @@ def test_evaluation_is_the_token_mean_and_leaves_the_mode(make_trainer, dataset)
     trainer.evaluation = EvaluationConfig(batch_size=5)
     assert trainer.evaluate() == pytest.approx(whole, rel=1e-6)
     assert trainer.bundle.model.training
+
+
+def test_evaluation_makes_its_batches_one_by_one(make_trainer, dataset):
+    made, waiting = [], []
+
+    def collate(examples):
+        made.append(len(examples))
+        return collate_packed(examples)
+
+    trainer = make_trainer(eval_dataset=dataset, collate=collate)
+    trainer.evaluation = EvaluationConfig(batch_size=2)
+    trainer.bundle.model.register_forward_hook(lambda *_: waiting.append(len(made) - len(waiting)))
+    trainer.evaluate()
+    assert len(waiting) > 2
+    assert set(waiting) == {1}
 
 
 def test_the_checkpoint_with_the_lowest_evaluation_loss_is_kept(make_trainer, run, dataset):
