@@ -47,6 +47,8 @@ class PairedAnswers:
     samples: list[Sample] = field(default_factory=list)
     scores: list[Comparison] = field(default_factory=list)
     num_rows: int = 0
+    reached: float = 1.0
+    """The share of what there was to ask that was asked; 0 where there was no time for whole answers."""
     skipped: list[str] = field(default_factory=list)
     """What there was no time for."""
     majority: Comparison | None = None
@@ -80,9 +82,11 @@ def compare_answers(
         return found
     room = _count_affordable_tokens(bundle, rows[0], settings, budget) if budget.left > 0 else 0
     if room < min(_FEWEST_TOKENS, settings.max_new_tokens):
+        found.reached = 0.0
         found.skipped.append(f"answers: there was no time for any; {_MORE_TIME}")
         return found
-    if room < settings.max_new_tokens:
+    is_cut = room < settings.max_new_tokens
+    if is_cut:
         cut = f"{room} of up to {settings.max_new_tokens} tokens of each"
         found.skipped.append(f"scores of answers: there was time for {cut}; {_MORE_TIME}")
         settings, metrics = settings.replace(max_new_tokens=room), ()
@@ -95,6 +99,8 @@ def compare_answers(
 
     calculators = [MetricsCalculator(metrics, resources=resources) for _ in range(2)]
     _score(found, _ask(bundle, rows, answer, before=before, budget=budget), calculators, num_asked=len(rows))
+    if is_cut:
+        found.reached = 0.0
     return found
 
 
@@ -143,6 +149,7 @@ def _score(
         if len(found.samples) < NUM_SAMPLES:
             found.samples.append(Sample(_show_prompt(row), row.references[0], *(answer.text for answer in answers)))
     if left := num_asked - found.num_rows:
+        found.reached = found.num_rows / num_asked
         found.skipped.append(f"answers to {left:,} of {num_asked:,} held-out rows")
     found.scores = list(_compare_scores(calculators)) if found.num_rows else []
 

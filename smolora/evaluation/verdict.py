@@ -44,6 +44,8 @@ class Evidence:
     """Classifiers only: the accuracy of always naming the commonest label, against the tuned model's."""
     has_drawn_head: bool = False
     """Whether the base of the comparison has a head that was drawn at random."""
+    reached: float = 1.0
+    """The share of what there was to measure that was measured; 0 where there was no time for whole answers."""
     started_from: str | None = None
     """The adapter that the run continued, which is then on in the base of every comparison."""
 
@@ -114,6 +116,7 @@ class Evidence:
             "overlap": asdict(self.overlap),
             "samples": [sample.to_dict() for sample in self.samples],
             "skipped": list(self.skipped),
+            "reached": self.reached,
         }
 
 

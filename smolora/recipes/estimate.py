@@ -59,13 +59,14 @@ class Seconds:
     steps: float
     evaluations: float
     checkpoints: float
+    verdict: float
     ending: float
-    """The adapter and the report."""
+    """The adapter, the report, and the end of the process."""
 
     @property
     def total(self) -> float:
         """Of the whole run."""
-        return self.preparation + self.steps + self.evaluations + self.checkpoints + self.ending
+        return self.preparation + self.steps + self.evaluations + self.checkpoints + self.verdict + self.ending
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Estimate:
             f"speed: {self.tokens_per_second:,.0f} input tokens/s, {seconds.steps / work.steps:.3g} s a step\n"
             f"time: {in_minutes(seconds.total)} (start {in_minutes(seconds.preparation)}, steps "
             f"{in_minutes(seconds.steps)}, evaluations {in_minutes(seconds.evaluations)}, checkpoints "
-            f"{in_minutes(seconds.checkpoints)}, report {in_minutes(seconds.ending)})"
+            f"{in_minutes(seconds.checkpoints)}, verdict {in_minutes(seconds.verdict)}, report "
+            f"{in_minutes(seconds.ending)})"
         )
 
     def describe_memory(self) -> str:

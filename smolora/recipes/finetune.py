@@ -176,14 +176,18 @@ def _recorded_tuning(
 
 
 def _finish(run: RunDir, config: ExperimentConfig, tuning: Tuning, state: TrainerState, training: ExitStack) -> None:
-    """Leave the best adapter, its verdict and the report; `training` is what was put under the model for training."""
     restore_best(run, tuning.bundle, state)
+    leave_results(run, config, tuning, training)
+    enforce_verdict(run, config)
+
+
+def leave_results(run: RunDir, config: ExperimentConfig, tuning: Tuning, training: ExitStack) -> None:
+    """Leave the adapter, its verdict and the report; `training` is what was put under the model for training."""
     _save(run, tuning.bundle)
     training.close()  # The fast path is made for an adapter that is on.
     reload = None if is_adapted(tuning.bundle) else lambda: load_base(config, tuning.data.rows.fmt.labels)[0].model
     leave_verdict(run, tuning.bundle, tuning.data, config, start=tuning.start, load_base=reload)
     leave_report(run)
-    enforce_verdict(run, config)
 
 
 def open_tuning(
@@ -245,8 +249,7 @@ def show_examples(config: ExperimentConfig, *, count: int = 3) -> list[list[tupl
     check_sources(config.data)
     config = follow_adapter(config)
     rows = read_rows(config)
-    base, _ = load_base(config, rows.fmt.labels)
-    data = encode_data(config, rows, base)
+    data = encode_data(config, rows, load_base(config, rows.fmt.labels)[0])
     return [data.preprocessor.render(data.train[index]) for index in range(min(count, len(data.train)))]
 
 

@@ -11,27 +11,27 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from smolora.adapters.attach import is_adapted
 from smolora.adapters.fast_path import fast_path
-from smolora.adapters.store import save_adapter
+from smolora.adapters.store import follow_adapter
 from smolora.config import ExperimentConfig
 from smolora.config.phases import DynamicLoRAConfig
 from smolora.data.collate import get_data_collator
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError, SmoloraError
-from smolora.models.saving import save_model
 from smolora.recipes.estimate import Estimate, Memory, Seconds, Work
-from smolora.recipes.finetune import Tuning, TuningData, open_tuning
+from smolora.recipes.finetune import Tuning, TuningData, leave_results, open_tuning
 from smolora.recipes.plan import REQUEST, RESULT, TrialRequest
-from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import choose_callbacks
+from smolora.recipes.verdict import expect_seconds
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json
+from smolora.records.verdict_file import read_verdict
 from smolora.runtime.available_memory import is_out_of_memory
 from smolora.runtime.console import show_log, silence_libraries, stderr_console
 from smolora.runtime.device import resolve_device
@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
 
 def try_out(request: TrialRequest, folder: Path) -> Estimate:
     """Take a few steps of a run, with its files in `folder`, and return what to expect of all of it."""
-    config = ExperimentConfig(**request.config)
+    config = follow_adapter(ExperimentConfig(**request.config))
     room = Room.look(resolve_device(config.model.device).device)
     if request.available is not None:
         room = Room(room.memory, request.available)
@@ -76,24 +76,31 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
     watch = TrialWatch(Trial.choose(data.train, plan, sizes, tuning.layout), room)
     held_out = _choose_held_out(data, config.evaluation.batch_size)
     run = RunDir(folder)
-    with fast_path(tuning.bundle, config.speed, is_packed=tuning.layout == "packed"):
+    with ExitStack() as training:
+        training.enter_context(fast_path(tuning.bundle, config.speed, is_packed=tuning.layout == "packed"))
         trainer = _build_trainer(config, tuning, held_out, run, watch)
         preparation = time.time() - request.started
         try:
             trainer.train()
         except WontFitError as error:
             return Estimate(Memory(room.available, error.peak), work)
-        ending = _time_ending(tuning, run)
+        trained = time.perf_counter()
+        leave_results(run, config, tuning, training)
+        leaving = time.perf_counter() - trained
     evaluations, checkpoints = _count_pauses(plan, request.first_step, is_evaluated=held_out is not None)
     step_time = watch.fit()
+    steps = sum(step_time.predict(size.tokens) for size in sizes)
+    verdict, share = read_verdict(run.verdict), config.evaluation.verdict_share
     seconds = Seconds(
         preparation=preparation,
-        steps=sum(step_time.predict(size.tokens) for size in sizes),
+        steps=steps,
         evaluations=evaluations * watch.evaluation * _count_tokens(data.held_out) / max(1, _count_tokens(held_out)),
         checkpoints=checkpoints * watch.checkpoint,
-        ending=ending,
+        verdict=expect_seconds(verdict, share, steps * plan.total_steps / len(sizes)) if verdict else 0.0,
+        ending=leaving - (float(str(verdict["seconds"])) if verdict else 0.0),
     )
-    return Estimate(Memory(room.available, room.peak, watch.typical_peak), work, seconds)
+    peak = room.peak + watch.expect_growth(len(sizes))
+    return Estimate(Memory(room.available, peak, watch.typical_peak), work, seconds)
 
 
 def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) -> Work:
@@ -148,16 +155,6 @@ def _build_trainer(
         callbacks=[*choose_callbacks(run, config, ()), watch],
         plan=plan,
     )
-
-
-def _time_ending(tuning: Tuning, run: RunDir) -> float:
-    started = time.perf_counter()
-    if is_adapted(tuning.bundle):
-        save_adapter(tuning.bundle, run.adapter)
-    else:
-        save_model(tuning.bundle, run.model)
-    leave_report(run)
-    return time.perf_counter() - started
 
 
 def _count_pauses(plan: StepPlan, first_step: int, *, is_evaluated: bool) -> tuple[int, int]:

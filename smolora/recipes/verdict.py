@@ -103,7 +103,7 @@ def leave_verdict(
     found = read_verdict(run.verdict) or {}
     if found.get("identity") != identity:
         run_seconds = _measure_run(run)
-        allowed = max(_LEAST_SECONDS, share * run_seconds)
+        allowed = _allow_seconds(share, run_seconds)
         budget = Budget(_AIM * allowed)
         base = load_base() if load_base else None
         before: Before = disabled_adapter if base is None else partial(replaced_by, model=base)
@@ -123,6 +123,23 @@ def leave_verdict(
         }
         write_json(run.verdict, found)
     _say(found)
+
+
+def expect_seconds(found: Mapping[str, object], share: float, run_seconds: float) -> float:
+    """Return how long the verdict of a run takes whose updates take `run_seconds`.
+
+    Args:
+        found: The verdict of a shorter run of the same rows and model.
+        share: Of the run's time, for its verdict.
+        run_seconds: Of all its updates.
+    """
+    spent, reached = float(str(found["seconds"])), float(str(found["reached"]))
+    aim = _AIM * _allow_seconds(share, run_seconds)
+    return max(spent, min(aim, spent / reached) if reached else aim)
+
+
+def _allow_seconds(share: float, run_seconds: float) -> float:
+    return max(_LEAST_SECONDS, share * run_seconds)
 
 
 def refuse_unprovable(data: TuningData, config: ExperimentConfig) -> None:
@@ -187,6 +204,7 @@ def _gather(
         majority=answers.majority,
         has_drawn_head=bundle.has_drawn_head,
         skipped=skipped,
+        reached=min(answers.reached, loss.num_rows / len(data.held_out)),
         started_from=config.adapter.path,
     )
 

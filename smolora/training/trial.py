@@ -26,9 +26,10 @@ _FEWEST, _MOST = 8, 256
 """How many steps are timed."""
 _SECONDS, _PATIENCE = 8.0, 40.0
 """How long steps are timed: the shorter where memory stands still by then."""
-_STANDING_STILL = 1.01
+_STANDING_STILL = 0.01
 """Memory grows with every new shape for a hundred steps or more (measured: 640 to 1,600 MiB with a model of 260,000
-parameters; oneDNN's cache of kernels is half of it). It stands still where `_FEWEST` steps add no more than 1 %."""
+parameters; oneDNN's cache of kernels is half of it). It stands still where the later half of the steps adds no more
+than 1 %; the first of the new shapes also take longer."""
 
 
 class WontFitError(Exception):
@@ -132,11 +133,23 @@ class TrialWatch(Callback):
         timed = self.trial.timed[: len(self.seconds)]
         return StepTime.fit([size.tokens for size in timed], self.seconds)
 
+    def expect_growth(self, num_steps: int) -> int:
+        """Return the bytes that the peak still grows by in a run of so many steps.
+
+        Shapes that are new get fewer: each doubling of the steps is taken to add half of what the one before it did.
+        """
+        doublings = math.log2(num_steps / len(self.seconds))
+        return round(max(0.0, 1 - math.exp2(-doublings)) * self._added_by_half())
+
+    def _added_by_half(self) -> int:
+        """Return the bytes that the later half of the timed steps added to the peak."""
+        return self._peaks[-1] - self._peaks[-1 - len(self.seconds) // 2]
+
     def _has_seen_enough(self) -> bool:
         spent = sum(self.seconds)
         if len(self.seconds) < _FEWEST or spent < _SECONDS:
             return False
-        return spent > _PATIENCE or self._peaks[-1] <= _STANDING_STILL * self._peaks[-1 - _FEWEST]
+        return spent > _PATIENCE or self._added_by_half() <= _STANDING_STILL * self._peaks[-1]
 
     def _expect_the_largest(self) -> None:
         less, more, most = self.trial.held

@@ -97,6 +97,7 @@ def test_answers_are_scored_in_pairs(tuned, rows):
     found = compare_answers(tuned, rows, ("rouge", "exact_match"), SHORT, budget=Budget(PLENTY))
     assert found.num_rows == 20
     assert not found.skipped
+    assert found.reached == 1
     assert [score.name for score in found.scores] == ["rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match"]
     assert len(found.samples) == 5
 
@@ -109,13 +110,13 @@ def test_a_model_against_itself_differs_by_nothing(bundle, rows):
 def test_without_time_no_answer_is_asked_and_that_is_said(tuned, rows):
     found = compare_answers(tuned, rows, ("exact_match",), SHORT, budget=Budget(NONE))
     said = "answers: there was no time for any; a larger evaluation.verdict_share gives more"
-    assert (found.samples, found.skipped) == ([], [said])
+    assert (found.samples, found.skipped, found.reached) == ([], [said], 0)
 
 
 def test_with_little_time_the_samples_are_cut_and_not_scored(tuned, rows):
     long = SHORT.replace(max_new_tokens=10**6)
     found = compare_answers(tuned, rows, ("exact_match",), long, budget=Budget(PLENTY))
-    assert not found.scores
+    assert (found.scores, found.reached) == ([], 0)
     assert len(found.samples) == 5
     assert re.fullmatch(
         r"scores of answers: there was time for \d+ of up to 1000000 tokens of each; .*verdict_share.*",

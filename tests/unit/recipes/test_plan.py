@@ -21,7 +21,7 @@ from tests.tiny import save_tiny_model
 
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
 WORK = Work(100, 10, 5000, 2000, 50, 16, 4000, 60, 110)
-SECONDS = Seconds(preparation=4.0, steps=10.0, evaluations=3.0, checkpoints=2.0, ending=1.0)
+SECONDS = Seconds(preparation=4.0, steps=10.0, evaluations=3.0, checkpoints=2.0, verdict=5.0, ending=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_an_estimate_survives_json_and_adds_up():
     estimate = Estimate(Memory(4 << 30, 3 << 30, 2 << 30), WORK, SECONDS)
     assert Estimate.from_dict(json.loads(json.dumps(estimate, default=vars))) == estimate
     printed = estimate.to_dict()
-    assert (printed["seconds"]["total"], printed["seconds"]["per_step"]) == (20.0, 0.2)
+    assert (printed["seconds"]["total"], printed["seconds"]["per_step"]) == (25.0, 0.2)
     assert (printed["work"]["tokens_per_step"], printed["tokens_per_second"]) == (80.0, 400.0)
     assert printed["memory"]["fits"] is True
 
@@ -160,7 +160,8 @@ def test_a_refusal_names_the_words_to_add_and_what_they_lead_to():
     assert "3,072 MiB in the largest; 2,048 MiB are there" in said
     words = "--batch-size 16 training.gradient_accumulation_steps=8 training.gradient_checkpointing=true\n"
     assert words in said
-    assert "time: 0:20" in said
+    assert "time: 0:25" in said
+    assert "verdict 0:05, report 0:01" in said
 
 
 def pretend(config, *, available, tried):

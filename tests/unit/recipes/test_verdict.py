@@ -16,6 +16,7 @@ from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.loading import load_model
 from smolora.recipes.finetune import finetune
+from smolora.recipes.verdict import expect_seconds
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_folder
 from tests.tiny import save_tiny_model
@@ -221,3 +222,18 @@ def test_a_continued_adapter_is_held_against_the_one_it_started_from(tmp_path, b
     assert f"the adapter of {learned.path}, where the run started" in found["findings"][0]
     assert found["samples"][0]["base"] == before["samples"][0]["tuned"]
     assert before["started_from"] is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reached", "run_seconds", "expected"),
+    [
+        (2.0, 1.0, 1000, 2.0),  # All of it was done; a longer run has nothing to add.
+        (2.0, 0.5, 1000, 4.0),
+        (2.0, 0.01, 1000, 80.0),  # Four fifths of a tenth of the run.
+        (2.0, 0.0, 1000, 80.0),  # Nobody knows how much there is to ask.
+        (9.0, 0.0, 20, 9.0),  # 16 rows are measured in any case.
+    ],
+)
+def test_the_verdict_of_a_longer_run_takes_its_share_unless_less_does(seconds, reached, run_seconds, expected):
+    found = {"verdict": "learned", "seconds": seconds, "reached": reached}
+    assert expect_seconds(found, 0.1, run_seconds) == pytest.approx(expected)
