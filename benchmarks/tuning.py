@@ -1,9 +1,10 @@
 """LoRA tuning on this machine: smolora against trl, the same weights, rows, order and learning rate, in turns.
 
 Arms: `smolora`; `trl fp32` as older guides set it (float32, no checkpointing, stock allocator); `trl bf16` (bfloat16,
-the rest alike); `trl best` (the same with glibc's allocator set as smolora sets it). Each measurement is a process of
-its own. Tokens are input tokens; the share is 4 FLOPs for each weight of the blocks and input token and for each weight
-of the head and target token, over the bfloat16 matrix rate measured in the same run.
+the rest alike); `trl best` (glibc's allocator set as smolora sets it). smolora and `trl best` hold the base in the type
+that this machine multiplies natively, bfloat16 or float32. Each measurement is a process of its own. Tokens are input
+tokens; the share is 4 FLOPs for each weight of the blocks and input token and for each weight of the head and target
+token, over the matrix rate of that type, measured in the same run.
 
 python benchmarks/tuning.py --shape 15m --rows e2e --rounds 3       # needs: pip install -e .[bench]
 """
@@ -32,6 +33,7 @@ from smolora.config import LoRAConfig, SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import Example, TokenDataset, build_example
 from smolora.models.loading import load_model
+from smolora.runtime.device import resolve_dtype
 from smolora.runtime.memory import MemoryManager, keep_large_blocks
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import to_pretrained
@@ -49,6 +51,7 @@ SHAPES = {
 ARMS = ("smolora", "trl fp32", "trl bf16", "trl best")
 ROWS_PER_STEP = 8
 RATE = 2e-4
+NATIVE = resolve_dtype("auto", torch.device("cpu")).dtype
 
 
 class Cost(NamedTuple):
@@ -98,7 +101,7 @@ class StepTimes(Callback):
 def run_smolora(folder: Path, rows: TokenDataset, config: TrainingConfig) -> tuple[list[float], list[float]]:
     """Return the seconds and the losses of every step of ours."""
     keep_large_blocks()
-    bundle = load_adapter(load_model(folder / "base", dtype=torch.bfloat16), folder / "adapter", trainable=True)
+    bundle = load_adapter(load_model(folder / "base", dtype=NATIVE), folder / "adapter", trainable=True)
     times = StepTimes()
     with fast_path(bundle, SpeedConfig(), is_packed=True):
         Trainer(bundle, rows, config, collate=collate_packed, callbacks=[times]).train()
@@ -115,7 +118,7 @@ def run_trl(arm: str, folder: Path, rows: TokenDataset, config: TrainingConfig) 
 
     if arm == "trl best":
         keep_large_blocks()
-    dtype = torch.float32 if arm == "trl fp32" else torch.bfloat16
+    dtype = {"trl fp32": torch.float32, "trl bf16": torch.bfloat16, "trl best": NATIVE}[arm]
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     plan = StepPlan(len(rows), config)
@@ -190,8 +193,8 @@ def measure(args: argparse.Namespace) -> Cost:
 
 
 def measure_matrix_rate() -> float:
-    """Return bfloat16 FLOP/s of a product of 1,024 x 2,048 x 2,048 on this machine, the best of many."""
-    x, weight = (torch.randn(1024, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16())
+    """Return FLOP/s of a product of 1,024 x 2,048 x 2,048 in the native type, the best of many."""
+    x, weight = (torch.randn(1024, 2048, dtype=NATIVE), torch.randn(2048, 2048, dtype=NATIVE))
     best = float("inf")
     for _ in range(20):
         started = time.perf_counter()
@@ -242,7 +245,8 @@ def _print_costs(args: argparse.Namespace, costs: dict[str, list[Cost]], rate: f
         )
         peak = max(cost.peak_bytes for cost in measured) / 2**30
         rows.append((arm, speed, ours / speed, seconds * 1e3, measured[0].operations / seconds / rate, peak, apart))
-    title = f"{args.shape}, {args.rows} rows, {ROWS_PER_STEP} a step; matrix rate {rate / 1e9:.0f} GFLOP/s"
+    type_name = str(NATIVE).removeprefix("torch.")
+    title = f"{args.shape}, {args.rows} rows, {ROWS_PER_STEP} a step; {type_name}, matrix rate {rate / 1e9:.0f} GFLOP/s"
     header = ["arm", "tokens/s", "smolora is", "ms a step", "share of rate", "peak GiB", "losses apart"]
     print_table(title, header, rows)
 
