@@ -24,6 +24,7 @@ from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.fused_ops import Activation, rms_norm
 from smolora.models.registry import FAMILIES, Fused
+from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
 from smolora.models.structure import PreTrainedModel, replaced_forward
@@ -67,7 +68,7 @@ def fast_path(
         is_sharded: Whether its base will be sharded; a fused layer would keep the whole weight.
 
     A model whose probe logits differ from the plain ones by more than rounding, or that can't be probed, stays plain,
-    with a warning. The probe is one forward pass over three short rows; backward passes, long rows and dropout are
+    with a warning. The probe is three forward passes over three short rows; backward passes, long rows and dropout are
     held to plain code by the tests of each family.
     """
     config = config.replace(fused_lora=False) if is_sharded else config
@@ -79,9 +80,11 @@ def fast_path(
     with ExitStack() as stack:
         try:
             expected = _probe_logits(model, None)
+            with shifted_embeddings(model):
+                tolerance = allow_rounding(expected, _probe_logits(model, None), model.dtype)
             _Installer(model, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
             rows = Rows(_PROBE, model.device) if "row attention" in parts.used else None
-            reason = _why_different(_probe_logits(model, rows), expected, model.dtype) if parts.used else None
+            reason = _why_different(_probe_logits(model, rows), expected, tolerance) if parts.used else None
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             reason = f"its forward pass refuses it ({type(error).__name__}: {error})"
         if reason:
@@ -265,9 +268,8 @@ def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
             module.training = mode
 
 
-def _why_different(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+def _why_different(found: Tensor, expected: Tensor, tolerance: float) -> str | None:
     difference = (found - expected).abs().max().item()
-    tolerance = 16 * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
     if difference <= tolerance:
         return None
     return f"its logits differ from the plain ones by {difference:.1e} (rounding explains {tolerance:.1e})"

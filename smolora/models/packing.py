@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smolora.data.collate import Layout
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
+from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.structure import PreTrainedModel
 from smolora.models.tasks import find_heads, task_of
 
@@ -48,6 +49,8 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
             packed = _second_row_logits(model, _FIRST)
             repacked = _second_row_logits(model, _OTHER_FIRST)
             alone = _second_row_logits(model, ())
+            with shifted_embeddings(model):
+                shifted = _second_row_logits(model, ())
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return False, f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
     if not torch.equal(packed, repacked):
@@ -57,7 +60,7 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
             f"packed rows leak into each other (a change of the first moves the second's logits by {leak:.1e})",
         )
     difference = (packed - alone).abs().max().item()
-    tolerance = 16 * torch.finfo(_read_dtype(model)).eps * max(1.0, alone.abs().max().item())
+    tolerance = allow_rounding(alone, shifted, next(model.parameters()).dtype)
     if not difference <= tolerance:
         return False, f"a packed row differs from the row alone by {difference:.1e} (rounding explains {tolerance:.1e})"
     return True, "a probe of two packed rows gave each row the logits it has alone"
@@ -94,7 +97,3 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, is_training in modes.items():
             module.training = is_training
-
-
-def _read_dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype

@@ -22,6 +22,7 @@ from tests.tiny import PACKABLE_FAMILIES, random_input_ids, tiny_bundle
 
 LENGTHS = (5, 9, 33, 40, 12)
 ALL_OFF = SpeedConfig(row_attention=False, fused_lora=False, fused_blocks=False, packed_weights=False)
+WIDE = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "initializer_range": 0.15}
 PARTS = ("row_attention", "fused_lora", "fused_blocks", "packed_weights")
 
 
@@ -179,6 +180,13 @@ def test_a_model_whose_probe_differs_stays_plain_and_says_so(tmp_path, caplog):
     assert parts.used == []
     assert "logits differ" in caplog.text
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_that_magnify_every_rounding_keep_the_fast_path(tmp_path, dtype):
+    bundle = adapted("llama", tmp_path, dtype=dtype, **WIDE)
+    with fast_path(bundle, SpeedConfig(), is_packed=True) as parts:
+        assert parts.used == ["row attention", "fused blocks", "fused LoRA"]
 
 
 def test_padded_batches_keep_plain_attention(tmp_path):

@@ -46,6 +46,12 @@ def test_a_bfloat16_model_is_held_to_bfloat16_rounding():
     assert can_pack_rows(tiny_model("llama").bfloat16())[0]
 
 
+def test_a_deep_model_of_large_weights_that_magnify_every_rounding_can_pack():
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 9}
+    model = tiny_model("llama", **shape, num_key_value_heads=3, initializer_range=0.15)
+    assert can_pack_rows(model) == (True, "a probe of two packed rows gave each row the logits it has alone")
+
+
 class PositionBlind(nn.Module):
     """Ignores where a row begins without looking at other rows: no leak, but the second row isn't itself."""
 
