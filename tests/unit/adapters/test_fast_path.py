@@ -73,7 +73,7 @@ def test_logits_and_gradients_are_the_plain_ones(family, tmp_path):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2"])
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_switched_off_alone(family, part, tmp_path):
     bundle = adapted(family, tmp_path)
@@ -87,6 +87,19 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_plain_code_is(family, tmp_path)
     plain, _ = run(bundle, by_rows=False)
     fast, _, _ = run_fast(bundle)
     assert (fast - exact).square().mean() < 1.5 * (plain - exact).square().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2"])
+def test_gradients_in_bfloat16_are_as_near_to_float32_as_those_of_plain_code(family, tmp_path):
+    _, exact = run(adapted(family, tmp_path / "exact"), by_rows=False)
+    bundle = adapted(family, tmp_path / "half", dtype=torch.bfloat16)
+    _, plain = run(bundle, by_rows=False)
+    _, fast, _ = run_fast(bundle)
+
+    def error(found):
+        return sum((found[name] - exact[name]).square().sum() / exact[name].square().sum() for name in exact)
+
+    assert error(fast) < 1.5 * error(plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -158,9 +171,13 @@ def test_frozen_matrices_get_no_gradient_and_the_backward_pass_stops_at_the_lowe
     for name, parameter in bundle.model.named_parameters():
         parameter.requires_grad_("lora_A" in name and ".1." in name)
     expected = run(bundle, by_rows=False)
-    found = run_fast(bundle)
+    first = next(module for name, module in bundle.model.named_modules() if name.endswith(("layers.0", "h.0")))
+    outputs = []
+    with first.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
+        found = run_fast(bundle)
     assert_same(found, expected)
     assert all("lora_A" in name and ".1." in name for name in found[1])
+    assert not any(output.requires_grad for output in outputs)
 
 
 def test_with_recomputed_activations_the_gradients_are_the_same(tmp_path):

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from smolora.data.collate import collate_packed, collate_padded, collate_windows
 from smolora.data.token_dataset import build_example
@@ -63,6 +65,16 @@ def test_the_gradient_is_the_softmax_less_one_at_the_target():
     assert_close(logits.grad, expected)
 
 
+def test_over_several_chunks_sum_and_gradient_are_torchs_own():
+    logits, targets = random_logits(5, 2**18)  # Two rows of it are one chunk.
+    expected, found = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    reference, loss = F.cross_entropy(expected, targets, reduction="sum"), sum_cross_entropy(found, targets)
+    assert_close(loss, reference, rtol=1e-5, atol=0)  # Sums of 262,144 numbers.
+    reference.backward()
+    loss.backward()
+    assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-9)
+
+
 def test_without_a_target_the_sum_and_its_gradient_are_0():
     logits, targets = random_logits(3, 5)
     logits.requires_grad_()
@@ -112,6 +124,24 @@ def test_the_logits_of_targets_are_those_of_each_row_alone(model, examples, coll
     found = target_logits_of(model)(model, collate(examples))
     # The same sums over other shapes: float32 rounding through two layers.
     assert_close(found, one_by_one(model, examples), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scaling",
+    [("gemma2", "final_logit_softcapping", 2.0), ("cohere", "logit_scale", 0.5), ("granite", "logits_scaling", 4.0)],
+)
+def test_a_familys_own_scaling_of_its_logits_is_kept(scaling, examples):
+    family, setting, value = scaling
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 288, "pad_token_id": 0, "initializer_range": 0.15}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **{setting: value})).eval()
+    scaled = target_logits_of(model)(model, collate_packed(examples))
+    assert_close(scaled, one_by_one(model, examples), rtol=1e-4, atol=1e-5)
+    setattr(model.config, setting, 1.0)
+    unscaled = AutoModelForCausalLM.from_config(model.config).eval()
+    unscaled.load_state_dict(model.state_dict())
+    assert (target_logits_of(unscaled)(unscaled, collate_packed(examples)) - scaled).abs().max() > 0.1
 
 
 @torch.no_grad()
