@@ -96,9 +96,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def describe_machine() -> str:
-    """Return processor, threads, torch and how busy the machine is: figures from a busy one say little."""
+    """Return processor, threads, torch, and how busy the machine is: figures from a busy one say little."""
+    processor = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     busy = f", load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{busy}"
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}{busy}"
 
 
 def median(values: Sequence[float]) -> float:
