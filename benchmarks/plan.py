@@ -25,6 +25,7 @@ import torch
 from _measuring import ROOT, find_shared, print_table
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
+from tuning import SHAPES
 
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import to_pretrained
@@ -90,15 +91,7 @@ NAMES = ("whole, s", "start, s", "steps, s", "evaluations and checkpoints, s", "
 
 def write_inputs(folder: Path) -> None:
     """Write a random llama that reads letters, and rows of random letters: what they say takes no time."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**SHAPES["15m"], tie_word_embeddings=True, max_position_embeddings=1024)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder / "base")
     to_pretrained(CharTokenizer.train([string.ascii_letters + " "]), 1024).save_pretrained(folder / "base")

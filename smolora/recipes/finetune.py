@@ -159,10 +159,9 @@ def finetune(
 
 def _refuse_unmeasured(data: TuningData, config: ExperimentConfig, strategy: TrainingStrategy) -> None:
     """Raise where held-out rows are needed and there are none."""
-    is_evaluated = data.held_out is not None
     refuse_unprovable(data, config)
-    refuse_unmeasurable(config, is_evaluated=is_evaluated)
-    strategy.require_held_out(is_evaluated=is_evaluated)
+    refuse_unmeasurable(config, is_evaluated=data.held_out is not None)
+    strategy.require_held_out(is_evaluated=data.held_out is not None)
 
 
 @contextmanager
