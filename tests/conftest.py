@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import io
+import os
 import signal
 
 import pytest
+import torch
+from packaging.version import Version
 from PIL import Image
 
 import smolora.analysis.report
 from smolora.analysis.canvas import render_png
+
+HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
+collect_ignore = [] if HAS_LIGER else ["triton_interpreter.py"]
+if HAS_LIGER and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported.
 
 
 def pytest_configure():
@@ -35,3 +45,16 @@ def sketched_reports():
 def painted_reports(monkeypatch):
     """Paint the pictures of reports."""
     monkeypatch.setattr(smolora.analysis.report, "render_png", render_png)
+
+
+@pytest.fixture
+def liger_device(monkeypatch):
+    """The device that Liger's kernels run on here: a GPU, else the CPU under triton's interpreter."""
+    if not HAS_LIGER:
+        pytest.skip("liger-kernel isn't installed: pip install 'smolora[liger]'")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if Version(importlib.metadata.version("triton")) < Version("3.7"):
+        pytest.skip("the interpreter of this triton can't loop up to a number it loaded")
+    importlib.import_module("tests.triton_interpreter").complete(monkeypatch)
+    return torch.device("cpu")

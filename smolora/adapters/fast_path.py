@@ -22,7 +22,8 @@ from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
 from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
-from smolora.models.fused_ops import Activation, rms_norm
+from smolora.models.fused_ops import TORCH_KERNELS, Activation
+from smolora.models.liger import choose_kernels
 from smolora.models.registry import FAMILIES, Fused
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
@@ -117,6 +118,7 @@ class _Installer:
         self._fused = family.fused if family is not None else None
         self._settings = read_config(model).to_dict()
         self._fallbacks: dict[str, set[str]] = {}
+        self._kernels = TORCH_KERNELS
 
     def install(self) -> None:
         """Install every part that is asked for and possible."""
@@ -144,6 +146,8 @@ class _Installer:
         if fused is None:
             self._parts.left.append(f"blocks, since '{self._anatomy.family}' has no profile")
             return set()
+        self._kernels, reason = choose_kernels(self._model.device, self._model.dtype)
+        self._parts.left += [reason] if reason else []
         done: set[str] = set()
         for layer in range(self._anatomy.num_layers):
             done |= self._install_attention(layer, fused) | self._install_mlp(layer)
@@ -154,7 +158,8 @@ class _Installer:
                     self._fallbacks.setdefault("norms are trained", set()).add(part.name)
                 else:
                     self._install_norm(norm, fused)
-        self._parts.used.append("fused blocks" if done else "fused norms")
+        used = "fused blocks" if done else "fused norms"
+        self._parts.used.append(used if self._kernels is TORCH_KERNELS else f"{used} with Liger's kernels")
         return done
 
     def _install_attention(self, layer: int, fused: Fused) -> set[str]:
@@ -185,6 +190,7 @@ class _Installer:
         weight = norm.get_parameter("weight")
         if not weight.requires_grad:
             eps, offset = float(self._settings["rms_norm_eps"]), fused.norm_offset
+            rms_norm = self._kernels.rms_norm
             self._replace(norm, lambda x: rms_norm(x, weight, eps=eps, offset=offset))
 
     def _install_products(self, done: set[str]) -> None:
@@ -207,7 +213,7 @@ class _Installer:
             return None
         if not self._config.fused_lora:
             return None
-        return LoRAProduct(layers, packed=self._config.packed_weights, gated=gated)
+        return LoRAProduct(layers, packed=self._config.packed_weights, gated=gated, kernels=self._kernels)
 
     def _names(self, layer: int, *roles: str) -> list[str]:
         return [

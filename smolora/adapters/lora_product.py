@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
-from smolora.models.fused_ops import Activation, draw_keep_mask, gate, gate_backward
+from smolora.models.fused_ops import TORCH_KERNELS, Activation, Kernels, draw_keep_mask
 from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed
 
 
@@ -52,12 +52,20 @@ class LoRAProduct:
         layers: Linear layers, adapted or not, that read the same input.
         packed: Hold the frozen weights packed for the CPU's matrix units.
         gated: Read `[g, u]`, `[N, 2 * D]`, and multiply act(g) * u; that product isn't kept but made again in backward.
+        kernels: What computes it.
 
     Raises:
         ValueError: A layer that `why_not_fast` refuses.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, packed: bool, gated: Activation | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        packed: bool,
+        gated: Activation | None = None,
+        kernels: Kernels = TORCH_KERNELS,
+    ) -> None:
         for layer in layers:
             if reason := why_not_fast(layer):
                 raise ValueError(reason)
@@ -66,6 +74,7 @@ class LoRAProduct:
             [_weight_of(base) for base in bases], [_bias_of(base) for base in bases], packed=packed
         )
         self.gated: Activation | None = gated
+        self.kernels = kernels
         self._branches = _build_branches(layers, self.frozen.sizes)
         self._matrices = [matrix for branch in self._branches for matrix in (branch.a, branch.b)]
         self._dropout = next((_dropout_of(layer) for layer in layers if isinstance(layer, LoraLayer)), None)
@@ -80,7 +89,7 @@ class LoRAProduct:
 
     def read(self, x: Tensor) -> Tensor:
         """Return what the frozen weights multiply: `x`, or its gated half."""
-        return gate(x, self.gated) if self.gated else x
+        return self.kernels.gate(x, self.gated) if self.gated else x
 
     def drop(self, read: Tensor, keep: Tensor | None) -> Tensor:
         """Return what the adapters multiply."""
@@ -136,7 +145,7 @@ class _Product(torch.autograd.Function):
         grad_x = product.frozen.backward(grad) if needs_x else None
         if not needs_matrices:
             if grad_x is not None and product.gated:
-                grad_x, _ = gate_backward(grad_x, saved, product.gated)
+                grad_x, _ = product.kernels.gate_backward(grad_x, saved, product.gated)
             return grad_x, None, None
         low, keep, a, b = rest
         grad_low = grad @ b  # [N, R]
@@ -146,7 +155,7 @@ class _Product(torch.autograd.Function):
             grad_x.add_((grad_low @ a).mul_(keep), alpha=product.keep_scale)
         kept = saved
         if grad_x is not None and product.gated:
-            grad_x, read = gate_backward(grad_x, saved, product.gated)
+            grad_x, read = product.kernels.gate_backward(grad_x, saved, product.gated)
             kept = product.drop(read, keep)
         elif product.gated:
             kept = product.drop(product.read(saved), keep)

@@ -19,7 +19,8 @@ class SpeedConfig(Section):
     """Compute the layers that read one input, and their adapters, as one function."""
 
     fused_blocks: bool = True
-    """Fuse norm, rotary positions and gated MLP of the families whose profile is known."""
+    """Fuse norm, rotary positions and gated MLP of the families whose profile is known; on a CUDA device with Liger's
+    kernels for norms and gates where they are installed."""
 
     packed_weights: bool = True
     """Keep frozen bfloat16 weights in the layout the CPU's matrix units read, for two more copies of them in memory."""

@@ -8,6 +8,7 @@ Legend: `N` tokens, `D` width, `I` width inside the MLP, `H` heads, `K` head wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +80,18 @@ def gate_backward(grad: Tensor, gate_up: Tensor, activation: Activation) -> tupl
     torch.mul(activated, grad, out=grad_ups)
     _activation_backward(grad * ups, gates, activation, out=grad_gates)
     return output, activated.mul_(ups)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Who computes norms and gates: the functions above, unless a device has better ones of the same signatures."""
+
+    rms_norm: Callable[..., Tensor] = rms_norm
+    gate: Callable[[Tensor, Activation], Tensor] = gate
+    gate_backward: Callable[[Tensor, Tensor, Activation], tuple[Tensor, Tensor]] = gate_backward
+
+
+TORCH_KERNELS = Kernels()
 
 
 def draw_keep_mask(like: Tensor, probability: float) -> Tensor:

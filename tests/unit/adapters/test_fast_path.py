@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import smolora.adapters.fast_path
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import LoRAConfig, PromptTuningConfig, SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
+from smolora.models.fused_ops import TORCH_KERNELS
+from smolora.models.liger import load_kernels
 from smolora.models.rows import Rows
 from smolora.training.activations import recomputed_activations
 from smolora.training.trainer import Trainer
@@ -42,11 +45,11 @@ def adapted(family, folder, *, dtype=torch.float32, config=None, **settings):
 def run(bundle, *, by_rows, lengths=LENGTHS):
     """Logits and the gradient of every trainable tensor for one packed batch."""
     bundle.model.zero_grad()
-    rows = {"rows": Rows(lengths, torch.device("cpu"))} if by_rows else {}
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    output = bundle.model(
-        input_ids=random_input_ids(sum(lengths)), position_ids=positions, use_cache=False, **rows
-    ).logits
+    device = bundle.model.device
+    rows = {"rows": Rows(lengths, device)} if by_rows else {}
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    input_ids = random_input_ids(sum(lengths)).to(device)
+    output = bundle.model(input_ids=input_ids, position_ids=positions, use_cache=False, **rows).logits
     output.float().square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in bundle.model.named_parameters() if p.grad is not None}
     return output.detach().float(), gradients
@@ -327,3 +330,21 @@ def test_recomputed_activations_are_not_kept(tmp_path):
         with recomputed_activations(bundle.model):
             recomputed = kept_bytes()
     assert recomputed < plain / 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_with_ligers_kernels_logits_and_gradients_are_the_plain_ones(family, tmp_path, liger_device, monkeypatch):
+    monkeypatch.setattr(smolora.adapters.fast_path, "choose_kernels", lambda device, dtype: (load_kernels(), None))
+    bundle = adapted(family, tmp_path)
+    bundle.model.to(liger_device)
+    expected = run(bundle, by_rows=False)
+    found = run_fast(bundle)
+    assert "fused blocks with Liger's kernels" in found[2].used
+    assert_same(found, expected)
+
+
+def test_why_ligers_kernels_are_left_is_recorded(tmp_path, monkeypatch):
+    reason = "Liger's kernels, which aren't installed"
+    monkeypatch.setattr(smolora.adapters.fast_path, "choose_kernels", lambda device, dtype: (TORCH_KERNELS, reason))
+    with fast_path(adapted("llama", tmp_path), SpeedConfig(), is_packed=True) as parts:
+        assert parts.describe().endswith(f"; plain: {reason}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from smolora.config import SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed, collate_padded, collate_windows
 from smolora.data.token_dataset import build_example
 from smolora.models.row_attention import row_attention
 from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
+from smolora.training.plan import plan_steps
 from tests.tiny import tiny_model
 
 NAN = float("nan")
@@ -157,6 +160,36 @@ def test_where_rows_attend_alone_batches_of_any_length_share_a_few_shapes(exampl
             assert_close(logits[: len(batch.targets)], one_by_one(tiny_model("llama"), chosen), rtol=1e-4, atol=1e-5)
             assert len(logits) == 16
     assert seen == {(1, 64)}
+
+
+@torch.no_grad()
+def test_passes_of_a_token_budget_have_few_shapes_and_the_loss_of_passes_without_filler():
+    """Few enough for a compiler or a graph that is made for every shape."""
+    drawn = np.random.default_rng(0)
+    rows = [drawn.integers(1, 200, length).tolist() for length in drawn.integers(20, 130, 150)]
+    examples = [build_example(row, [(len(row) // 2, len(row))]) for row in rows]
+    plan = plan_steps(
+        np.array([len(row) for row in rows]),
+        TrainingConfig(gradient_accumulation_steps=1),
+        SpeedConfig(max_tokens_per_batch=512),
+    )
+    batches = [
+        collate_packed([examples[row] for row in chosen])
+        for step in range(plan.total_steps)
+        for chosen in plan.micro_batches(step)
+    ]
+    model = tiny_model("llama")
+    expected = [sum_cross_entropy(target_logits_of(model)(model, batch), batch.targets) for batch in batches]
+    shapes = set()
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.add((kwargs["input_ids"].shape, kwargs["logits_to_keep"].shape)), with_kwargs=True
+    )
+    with row_attention(model):
+        for batch, loss in zip(batches, expected, strict=True):
+            found = sum_cross_entropy(target_logits_of(model)(model, batch), batch.targets)
+            assert_close(found, loss, rtol=1e-6, atol=0)
+    assert len(batches) > 20
+    assert len(shapes) <= 4
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
