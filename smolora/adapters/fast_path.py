@@ -70,7 +70,8 @@ def fast_path(
 
     A model whose probe logits differ from the plain ones by more than rounding, or that can't be probed, stays plain,
     with a warning. The probe is three forward passes over three short rows; backward passes, long rows and dropout are
-    held to plain code by the tests of each family.
+    held to plain code by the tests of each family. An adapter that is switched to inside the block is followed; layers
+    whose adapter is switched off, merged, or one of several are plain for that time, with a warning.
     """
     config = config.replace(fused_lora=False) if is_sharded else config
     parts = FastParts(left=["linear layers, since the base is sharded"] if is_sharded else [])
@@ -119,6 +120,7 @@ class _Installer:
         self._settings = read_config(model).to_dict()
         self._fallbacks: dict[str, set[str]] = {}
         self._kernels = TORCH_KERNELS
+        self._warned: set[str] = set()
 
     def install(self) -> None:
         """Install every part that is asked for and possible."""
@@ -170,7 +172,8 @@ class _Installer:
         if inputs is None or output is None:
             return set()
         attention = self._model.get_submodule(names[0].rpartition(".")[0])
-        self._replace(attention, _attention_forward(attention, inputs, output, window=self._window(layer)))
+        forward = _attention_forward(attention, inputs, output, window=self._window(layer))
+        self._replace(attention, forward, inputs, output)
         return set(names)
 
     def _install_mlp(self, layer: int) -> set[str]:
@@ -183,7 +186,8 @@ class _Installer:
         gate_up, down = self._product(names[:2]), self._product(names[2:], gated=activation)
         if gate_up is None or down is None:
             return set()
-        self._replace(self._model.get_submodule(names[0].rpartition(".")[0]), lambda x: down(gate_up(x)))
+        mlp = self._model.get_submodule(names[0].rpartition(".")[0])
+        self._replace(mlp, lambda x: down(gate_up(x)), gate_up, down)
         return set(names)
 
     def _install_norm(self, norm: nn.Module, fused: Fused) -> None:
@@ -197,7 +201,7 @@ class _Installer:
         """Fuse every linear layer, the head too, that isn't in a fused block."""
         for part in self._anatomy.parts:
             if part.is_linear and part.name not in done and (product := self._product([part.name])):
-                self._replace(self._model.get_submodule(part.name), product)
+                self._replace(self._model.get_submodule(part.name), product, product)
                 done = done | {part.name}
         linear = done & set(self._anatomy.linear_modules())
         if any(isinstance(self._model.get_submodule(name), BaseTunerLayer) for name in linear):
@@ -227,8 +231,23 @@ class _Installer:
         window = self._settings.get("sliding_window")
         return int(window) if window else None
 
-    def _replace(self, module: nn.Module, forward: Callable[..., object]) -> None:
-        self._stack.enter_context(replaced_forward(module, forward))
+    def _replace(self, module: nn.Module, forward: Callable[..., object], *products: LoRAProduct) -> None:
+        """Let `module` compute `forward`, or its own where an adapter is on now that a product can't compute."""
+        plain = module.forward
+
+        def forward_or_plain(*args: object, **kwargs: object) -> object:
+            for product in products:
+                if reason := product.follow():
+                    self._warn_once(reason)
+                    return plain(*args, **kwargs)
+            return forward(*args, **kwargs)
+
+        self._stack.enter_context(replaced_forward(module, forward_or_plain if products else forward))
+
+    def _warn_once(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning("layers leave the fast path while their adapter is so: %s", reason)
 
 
 def _attention_forward(

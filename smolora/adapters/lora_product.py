@@ -45,6 +45,55 @@ class _Joint(NamedTuple):
     """[O, R]: every scaled B, on the diagonal."""
 
 
+@dataclass(frozen=True)
+class _Adapters:
+    """The adapters that are on in layers side by side; a backward pass keeps those of its forward pass."""
+
+    branches: Sequence[_Branch]
+    dropout: nn.Dropout | None
+    num_outputs: int
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """A_1, B_1, A_2, ..."""
+        return [matrix for branch in self.branches for matrix in (branch.a, branch.b)]
+
+    def draw(self, like: Tensor) -> Tensor | None:
+        """Return which inputs dropout keeps, or None for all."""
+        if self.dropout is None or not self.dropout.training or not self.dropout.p:
+            return None
+        return draw_keep_mask(like, self.dropout.p)
+
+    def drop(self, read: Tensor, keep: Tensor | None) -> Tensor:
+        """Return what the adapters multiply."""
+        return read if keep is None else (read * keep).mul_(self.keep_scale)
+
+    @property
+    def keep_scale(self) -> float:
+        """What dropout multiplies the kept inputs by."""
+        return 1.0 if self.dropout is None else 1 / (1 - self.dropout.p)
+
+    def join(self, dtype: torch.dtype) -> _Joint:
+        """Return the joint matrices of this moment. (The fused optimiser doesn't count versions, so none are kept.)"""
+        a = torch.cat([branch.a.detach() for branch in self.branches]).to(dtype)
+        b = a.new_zeros(self.num_outputs, len(a))
+        for branch in self.branches:
+            torch.mul(branch.b.detach(), branch.scale, out=b[branch.outputs, branch.ranks])
+        return _Joint(a, b)
+
+    def split_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> list[Tensor | None]:
+        """Return the gradients of A_1, B_1, A_2, ... from those of the joint matrices, B's being `[R, O]`."""
+        gradients: list[Tensor | None] = []
+        wide = None if grad_a is None else grad_a.to(self.branches[0].a.dtype)
+        for branch in self.branches:
+            gradients.append(wide[branch.ranks] if wide is not None and branch.a.requires_grad else None)
+            b = None
+            if grad_b is not None and branch.b.requires_grad:
+                b = torch.empty_like(branch.b).copy_(grad_b[branch.ranks, branch.outputs].t()).mul_(branch.scale)
+            gradients.append(b)
+        return gradients
+
+
 class LoRAProduct:
     """x -> [x W_i^T + b_i + scale_i * dropout(x) A_i^T B_i^T for each layer i], side by side.
 
@@ -75,63 +124,48 @@ class LoRAProduct:
         )
         self.gated: Activation | None = gated
         self.kernels = kernels
-        self._branches = _build_branches(layers, self.frozen.sizes)
-        self._matrices = [matrix for branch in self._branches for matrix in (branch.a, branch.b)]
-        self._dropout = next((_dropout_of(layer) for layer in layers if isinstance(layer, LoraLayer)), None)
+        self._layers = list(layers)
+        self._adapters = _read_adapters(layers, self.frozen.sizes)
+        self._switched = [_switches_of(layer) for layer in layers]
+        self._reason: str | None = None
+
+    def follow(self) -> str | None:
+        """Read which adapter is on; return why this can't compute it, or None where it can.
+
+        It is cheap, so that every forward pass can ask.
+        """
+        switched = [_switches_of(layer) for layer in self._layers]
+        if switched != self._switched:
+            self._switched = switched
+            self._reason = next((reason for layer in self._layers if (reason := why_not_fast(layer))), None)
+            self._adapters = self._adapters if self._reason else _read_adapters(self._layers, self.frozen.sizes)
+        return self._reason
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return `[..., O]` of `[..., D]`."""
-        flat, keep = x.flatten(0, -2), None
-        if self._dropout is not None and self._dropout.training and self._dropout.p:
-            keep = draw_keep_mask(flat[:, : self.frozen.num_inputs], self._dropout.p)
-        output: Tensor = _Product.apply(flat, self, keep, *self._matrices)  # type: ignore[no-untyped-call]
+        """Return `[..., O]` of `[..., D]`, with the adapters that `follow` found."""
+        flat, adapters = x.flatten(0, -2), self._adapters
+        keep = adapters.draw(flat[:, : self.frozen.num_inputs])
+        output: Tensor = _Product.apply(flat, self, adapters, keep, *adapters.matrices)  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)
 
     def read(self, x: Tensor) -> Tensor:
         """Return what the frozen weights multiply: `x`, or its gated half."""
         return self.kernels.gate(x, self.gated) if self.gated else x
 
-    def drop(self, read: Tensor, keep: Tensor | None) -> Tensor:
-        """Return what the adapters multiply."""
-        return read if keep is None else (read * keep).mul_(self.keep_scale)
-
-    @property
-    def keep_scale(self) -> float:
-        """What dropout multiplies the kept inputs by."""
-        return 1.0 if self._dropout is None else 1 / (1 - self._dropout.p)
-
-    def join(self, dtype: torch.dtype) -> _Joint:
-        """Return the joint matrices of this moment. (The fused optimiser doesn't count versions, so none are kept.)"""
-        a = torch.cat([branch.a.detach() for branch in self._branches]).to(dtype)
-        b = a.new_zeros(sum(self.frozen.sizes), len(a))
-        for branch in self._branches:
-            torch.mul(branch.b.detach(), branch.scale, out=b[branch.outputs, branch.ranks])
-        return _Joint(a, b)
-
-    def split_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> list[Tensor | None]:
-        """Return the gradients of A_1, B_1, A_2, ... from those of the joint matrices, B's being `[R, O]`."""
-        gradients: list[Tensor | None] = []
-        wide = None if grad_a is None else grad_a.to(self._matrices[0].dtype)
-        for branch in self._branches:
-            gradients.append(wide[branch.ranks] if wide is not None and branch.a.requires_grad else None)
-            b = None
-            if grad_b is not None and branch.b.requires_grad:
-                b = torch.empty_like(branch.b).copy_(grad_b[branch.ranks, branch.outputs].t()).mul_(branch.scale)
-            gradients.append(b)
-        return gradients
-
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: LoRAProduct, keep: Tensor | None, *matrices: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, product: LoRAProduct, adapters: _Adapters, keep: Tensor | None, *matrices: Tensor
+    ) -> Tensor:
         read = product.read(x)
         output = product.frozen.forward(read)
-        ctx.product = product
+        ctx.product, ctx.adapters = product, adapters
         if not matrices:
             ctx.save_for_backward(x if product.gated else None)
             return output
-        joint = product.join(x.dtype)
-        kept = product.drop(read, keep)
+        joint = adapters.join(x.dtype)
+        kept = adapters.drop(read, keep)
         low = kept @ joint.a.t()  # [N, R]
         # What was dropped is kept as it is, unless it can be made again from the gate's input.
         ctx.save_for_backward(x if product.gated else kept, low, keep, *joint)
@@ -140,28 +174,29 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         product: LoRAProduct = ctx.product
-        needs_x, _, _, *needs_matrices = ctx.needs_input_grad
+        adapters: _Adapters = ctx.adapters
+        needs_x, _, _, _, *needs_matrices = ctx.needs_input_grad
         saved, *rest = ctx.saved_tensors  # Once: recomputed activations are gone after the first look.
         grad_x = product.frozen.backward(grad) if needs_x else None
         if not needs_matrices:
             if grad_x is not None and product.gated:
                 grad_x, _ = product.kernels.gate_backward(grad_x, saved, product.gated)
-            return grad_x, None, None
+            return grad_x, None, None, None
         low, keep, a, b = rest
         grad_low = grad @ b  # [N, R]
         if grad_x is not None and keep is None:
             grad_x.addmm_(grad_low, a)
         elif grad_x is not None:
-            grad_x.add_((grad_low @ a).mul_(keep), alpha=product.keep_scale)
+            grad_x.add_((grad_low @ a).mul_(keep), alpha=adapters.keep_scale)
         kept = saved
         if grad_x is not None and product.gated:
             grad_x, read = product.kernels.gate_backward(grad_x, saved, product.gated)
-            kept = product.drop(read, keep)
+            kept = adapters.drop(read, keep)
         elif product.gated:
-            kept = product.drop(product.read(saved), keep)
+            kept = adapters.drop(product.read(saved), keep)
         grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
         grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
-        return grad_x, None, None, *product.split_gradients(grad_a, grad_b)
+        return grad_x, None, None, None, *adapters.split_gradients(grad_a, grad_b)
 
 
 def why_not_fast(layer: nn.Module) -> str | None:
@@ -179,28 +214,36 @@ def why_not_fast(layer: nn.Module) -> str | None:
 
 
 def _why_not_plain_lora(layer: LoraLayer) -> str | None:
-    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    if name is None or name not in layer.lora_A:
-        return f"{len(layer.active_adapters)} adapters are active, and one of LoRA is needed"
+    if len(layer.active_adapters) != 1:
+        return f"{len(layer.active_adapters)} adapters are active, and one is needed"
+    (name,) = layer.active_adapters
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__} is more than LoRA"
-    if layer.lora_bias[name]:
+    if name in layer.lora_A and layer.lora_bias[name]:
         return "its LoRA has a bias"
     return "it is switched off or merged" if layer.disable_adapters or layer.merged else None
 
 
-def _build_branches(layers: Sequence[nn.Module], sizes: Sequence[int]) -> list[_Branch]:
+def _switches_of(layer: nn.Module) -> tuple[tuple[str, ...], bool, bool] | None:
+    """Return what peft switches: the adapters that are on, whether they are disabled, whether they are merged."""
+    if not isinstance(layer, LoraLayer):
+        return None
+    return tuple(layer.active_adapters), layer.disable_adapters, layer.merged
+
+
+def _read_adapters(layers: Sequence[nn.Module], sizes: Sequence[int]) -> _Adapters:
     branches: list[_Branch] = []
+    dropout: nn.Module | None = None
     rank = output = 0
     for layer, size in zip(layers, sizes, strict=True):
-        if isinstance(layer, LoraLayer):
-            name = layer.active_adapters[0]
+        if isinstance(layer, LoraLayer) and (name := layer.active_adapters[0]) in layer.lora_A:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             ranks, outputs = slice(rank, rank + len(a)), slice(output, output + size)
             branches.append(_Branch(a, b, layer.scaling[name], ranks, outputs))
+            dropout = layer.lora_dropout[name]  # One adapter's layers have one probability.
             rank += len(a)
         output += size
-    return branches
+    return _Adapters(branches, dropout if isinstance(dropout, nn.Dropout) else None, output)
 
 
 def _base_of(layer: nn.Module) -> nn.Module:
@@ -214,8 +257,3 @@ def _weight_of(base: nn.Module) -> Tensor:
 
 def _bias_of(base: nn.Module) -> Tensor | None:
     return dict(base.named_parameters(recurse=False)).get("bias")
-
-
-def _dropout_of(layer: LoraLayer) -> nn.Dropout | None:
-    dropout = layer.lora_dropout[layer.active_adapters[0]]
-    return dropout if isinstance(dropout, nn.Dropout) else None

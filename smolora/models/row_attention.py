@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ def attend_rows(
     """
     assert sum(rows.lengths) <= len(heads), "rows are tokens of the batch"
     if _has_kernel(heads, settings):
-        return _attend_by_kernel(heads if rotary is None else rotary.apply(heads), num_heads, rows, settings)
+        turned = heads if rotary is None else rotary.apply(heads)
+        return attend_by_kernel(turned, num_heads=num_heads, rows=rows, settings=settings)
     output: Tensor = _RowAttention.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
     return output
 
@@ -144,24 +145,50 @@ def _has_kernel(heads: Tensor, settings: AttentionSettings) -> bool:
     return is_half and heads.shape[2] <= 256 and not settings.dropout
 
 
-def _attend_by_kernel(heads: Tensor, num_heads: int, rows: Rows, settings: AttentionSettings) -> Tensor:
-    shared, num_tokens = (heads.shape[1] - num_heads) // 2, sum(rows.lengths)
-    query, key, value = torch.split(heads[:num_tokens], [num_heads, shared, shared], dim=1)
+class KernelArguments(TypedDict):
+    """What torch's `varlen_attn` takes, by its own names."""
+
+    query: Tensor
+    """[n, H, K]: the tokens of rows alone, without filler"""
+    key: Tensor
+    """[n, G, K]"""
+    value: Tensor
+    """[n, G, K]"""
+    cu_seq_q: Tensor
+    cu_seq_k: Tensor
+    max_q: int
+    max_k: int
+    scale: float
+    window_size: tuple[int, int]
+    """How many tokens before and behind itself a token sees, of its own row; -1 is all."""
+    enable_gqa: bool
+
+
+def kernel_arguments(heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings) -> KernelArguments:
+    """Return how torch's kernel is asked for `attend_rows`."""
+    shared = (heads.shape[1] - num_heads) // 2
+    parts = torch.split(heads[: sum(rows.lengths)], [num_heads, shared, shared], dim=1)
+    query, key, value = (part.contiguous() for part in parts)
     longest = max(rows.lengths)
-    attended = varlen_attn(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        rows.boundaries,
-        rows.boundaries,
-        longest,
-        longest,
+    return KernelArguments(
+        query=query,
+        key=key,
+        value=value,
+        cu_seq_q=rows.boundaries,
+        cu_seq_k=rows.boundaries,
+        max_q=longest,
+        max_k=longest,
         scale=settings.scale,
         window_size=(-1 if settings.window is None else settings.window - 1, 0),
         enable_gqa=num_heads != shared,
     )
+
+
+def attend_by_kernel(heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings) -> Tensor:
+    """`attend_rows` by torch's kernel for rows of any length, which computes on a GPU alone."""
+    attended = varlen_attn(**kernel_arguments(heads, num_heads=num_heads, rows=rows, settings=settings))
     assert isinstance(attended, Tensor), "no auxiliary output was asked for"
-    return F.pad(attended, (0, 0, 0, 0, 0, len(heads) - num_tokens))
+    return F.pad(attended, (0, 0, 0, 0, 0, len(heads) - len(attended)))
 
 
 class _RowAttention(torch.autograd.Function):

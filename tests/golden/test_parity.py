@@ -47,7 +47,8 @@ def smolora_losses(folder, rows, *, accumulation, layout="packed", speed=PLAIN):
     losses = Losses()
     bundle = attach_adapter(load_model(folder, dtype=torch.float32), LoRAConfig(lora_dropout=0.0), seed=7)
     config = training_config(accumulation)
-    with fast_path(bundle, speed, is_packed=layout == "packed"):
+    with fast_path(bundle, speed, is_packed=layout == "packed") as parts:
+        assert bool(parts.used) == (speed != PLAIN)
         Trainer(bundle, rows, config, collate=get_data_collator(layout), callbacks=[losses]).train()
     return losses.found
 
@@ -96,8 +97,9 @@ def pad(examples):
     return input_ids, mask, labels
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("family", "accumulation"), [("llama", 1), ("llama", 4), ("gpt2", 1), ("gpt2", 4), ("qwen3", 1), ("gemma", 1)]
+)
 @pytest.mark.parametrize("speed", [PLAIN, SpeedConfig()], ids=["plain", "fast"])
 def test_losses_equal_plain_transformers_and_peft_step_by_step(tmp_path, rows, family, accumulation, speed):
     folder = save_tiny_model(family, tmp_path / family)

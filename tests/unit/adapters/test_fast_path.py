@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import peft
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 import smolora.adapters.fast_path
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
-from smolora.adapters.lora_product import LoRAProduct, why_not_fast
+from smolora.adapters.lora_product import why_not_fast
 from smolora.config import LoRAConfig, PromptTuningConfig, SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
@@ -21,50 +22,12 @@ from smolora.models.liger import load_kernels
 from smolora.models.rows import Rows
 from smolora.training.activations import recomputed_activations
 from smolora.training.trainer import Trainer
+from tests.packed_runs import LENGTHS, adapted, assert_same, run, run_fast
 from tests.tiny import PACKABLE_FAMILIES, random_input_ids, tiny_bundle
 
-LENGTHS = (5, 9, 33, 40, 12)
 ALL_OFF = SpeedConfig(row_attention=False, fused_lora=False, fused_blocks=False, packed_weights=False)
 WIDE = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "initializer_range": 0.15}
 PARTS = ("row_attention", "fused_lora", "fused_blocks", "packed_weights")
-
-
-def adapted(family, folder, *, dtype=torch.float32, config=None, **settings):
-    """A tiny model with an adapter whose B isn't zero."""
-    bundle = tiny_bundle(family, folder, **settings)
-    bundle.model.to(dtype)
-    bundle = attach_adapter(bundle, config or LoRAConfig(lora_dropout=0.0), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in bundle.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=generator)
-    return bundle
-
-
-def run(bundle, *, by_rows, lengths=LENGTHS):
-    """Logits and the gradient of every trainable tensor for one packed batch."""
-    bundle.model.zero_grad()
-    device = bundle.model.device
-    rows = {"rows": Rows(lengths, device)} if by_rows else {}
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-    input_ids = random_input_ids(sum(lengths)).to(device)
-    output = bundle.model(input_ids=input_ids, position_ids=positions, use_cache=False, **rows).logits
-    output.float().square().mean().backward()
-    gradients = {name: p.grad.clone() for name, p in bundle.model.named_parameters() if p.grad is not None}
-    return output.detach().float(), gradients
-
-
-def run_fast(bundle, config=None):
-    with fast_path(bundle, config or SpeedConfig(), is_packed=True) as parts:
-        return *run(bundle, by_rows="row attention" in parts.used), parts
-
-
-def assert_same(found, expected):
-    """float32 to 1e-5 of the largest number: the sums run in another order."""
-    assert found[1].keys() == expected[1].keys()
-    for a, b in [(found[0], expected[0]), *((found[1][name], expected[1][name]) for name in expected[1])]:
-        assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("family", PACKABLE_FAMILIES)
@@ -158,8 +121,97 @@ def test_two_active_adapters_stay_plain(tmp_path):
     model.base_model.set_adapter(["default", "second"])
     bundle = replace(base, model=model)
     *found, parts = run_fast(bundle)
-    assert "2 adapters are active" in parts.describe()
+    assert "2 adapters are active, and one is needed" in parts.describe()
     assert_same(found, run(bundle, by_rows=False))
+
+
+def with_two_adapters(folder):
+    """A tiny llama with `default`, which is on, and `second`: on layers of both, and on layers of each alone."""
+    config = LoRAConfig(lora_dropout=0.0, target_modules=("q_proj", "k_proj", "up_proj", "down_proj"))
+    bundle = adapted("llama", folder, config=config)
+    second = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["v_proj", "gate_proj", "down_proj"], init_lora_weights=False
+    )
+    bundle.model.add_adapter("second", second)
+    return bundle
+
+
+def test_of_two_adapters_the_active_one_is_fast_and_right(tmp_path):
+    bundle = with_two_adapters(tmp_path)
+    found = {}
+    for name in ("default", "second"):
+        bundle.model.set_adapter(name)
+        *found[name], parts = run_fast(bundle)
+        assert parts.left == []
+        assert_same(found[name], run(bundle, by_rows=False))
+        assert all(f".{name}." in parameter for parameter in found[name][1])
+    assert (found["default"][0] - found["second"][0]).abs().max() > 1e-2
+
+
+def test_an_adapter_that_is_switched_to_inside_the_block_is_fast_and_right(tmp_path, caplog):
+    bundle = with_two_adapters(tmp_path)
+    expected = {}
+    for name in ("second", "default"):
+        bundle.model.set_adapter(name)
+        expected[name] = run(bundle, by_rows=False)
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        for name in ("default", "second", "default"):
+            bundle.model.set_adapter(name)
+            assert_same(run(bundle, by_rows=True), expected[name])
+    assert not caplog.text
+
+
+def test_a_switch_between_forward_and_backward_leaves_the_gradients_of_the_forward_pass(tmp_path):
+    bundle = with_two_adapters(tmp_path)
+    _, expected = run(bundle, by_rows=False)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    inputs = {"input_ids": random_input_ids(sum(LENGTHS)), "position_ids": positions, "use_cache": False}
+    bundle.model.zero_grad()
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        rows = Rows(LENGTHS, torch.device("cpu"))
+        first = bundle.model(**inputs, rows=rows).logits
+        bundle.model.set_adapter("second")
+        with torch.no_grad():
+            bundle.model(**inputs, rows=rows)
+        for name, parameter in bundle.model.named_parameters():
+            parameter.requires_grad_(".default." in name)  # Which the switch took from it.
+        first.square().mean().backward()
+    found = {name: p.grad for name, p in bundle.model.named_parameters() if p.grad is not None}
+    assert_same((first.detach(), found), (first.detach(), expected))
+
+
+@contextmanager
+def switched(model, state):
+    if state == "disabled":
+        with model.disable_adapter():
+            yield
+    elif state == "merged":
+        model.merge_adapter()
+        yield
+        model.unmerge_adapter()
+    else:
+        model.base_model.set_adapter(["default", "second"])
+        yield
+        model.set_adapter("default")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [("disabled", "switched off"), ("merged", "merged"), ("both on", "2 adapters are active")]
+)
+def test_while_an_adapter_is_as_no_product_computes_it_layers_are_plain_and_say_why(tmp_path, caplog, state, reason):
+    bundle = with_two_adapters(tmp_path) if state == "both on" else adapted("llama", tmp_path)
+    inputs = {"input_ids": random_input_ids(20), "use_cache": False}
+    before = run(bundle, by_rows=False)
+    with torch.no_grad(), switched(bundle.model, state):
+        expected = bundle.model(**inputs).logits
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        with torch.no_grad(), switched(bundle.model, state):
+            found = bundle.model(**inputs, rows=Rows([20], torch.device("cpu"))).logits
+        assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        bundle.model.set_adapter("default")
+        assert_same(run(bundle, by_rows=True), before)
+    assert caplog.text.count("layers leave the fast path") == 1
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -208,29 +260,6 @@ def test_padded_batches_keep_plain_attention(tmp_path):
     with fast_path(bundle, SpeedConfig(), is_packed=False) as parts:
         assert "row attention" not in parts.used
         assert "padded" in parts.describe()
-
-
-def test_dropout_drops_its_share_and_keeps_the_mean(tmp_path):
-    bundle = adapted("llama", tmp_path, config=LoRAConfig(lora_dropout=0.25))
-    layer = bundle.model.get_base_model().model.layers[0].self_attn.q_proj.train()
-    product = LoRAProduct([layer], packed=False)
-    x = torch.ones(4000, 32, requires_grad=True)
-    torch.manual_seed(0)
-    output = product(x)
-    low = layer.eval()(torch.ones(1, 32)).detach() - layer.base_layer(torch.ones(1, 32)).detach()
-    base = layer.base_layer(torch.ones(1, 32)).detach()
-    # The mean over 4,000 draws is within 5 standard errors of the undropped branch.
-    error = (output - base).detach().std(dim=0) / 4000**0.5
-    assert (((output - base).detach().mean(dim=0) - low[0]).abs() < 5 * error).all()
-    # Its gradient is the one of the mask that was drawn: the branch of every kept input, exactly.
-    output.sum().backward()
-    branch = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).sum(0).detach() * layer.scaling[
-        "default"
-    ]
-    dropped = x.grad - layer.base_layer.weight.sum(0).detach()
-    kept = dropped.abs() > 1e-4 * branch.abs()
-    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
-    assert_close(dropped[kept], (branch / 0.75).expand_as(dropped)[kept], rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_with_dropout_is_the_same_bits_twice(tmp_path):

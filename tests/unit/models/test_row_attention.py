@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from smolora.models.fused_ops import Rotary
-from smolora.models.row_attention import AttentionSettings, attend_rows
+from smolora.models.row_attention import AttentionSettings, attend_by_kernel, attend_rows, kernel_arguments
 from smolora.models.rows import Rows
 
 HEADS, SHARED, WIDTH = 6, 2, 8
@@ -109,6 +110,50 @@ def test_filler_behind_the_rows_gives_and_takes_nothing():
     (gradient,) = torch.autograd.grad(output.square().sum(), heads)
     assert gradient[:41].any()
     assert not gradient[41:].any()
+
+
+def kernel_by_its_documentation(query, key, value, *, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
+    """What torch documents of `varlen_attn`, sequence by sequence."""
+    assert all(x.is_contiguous() for x in (query, key, value))
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[0], cu_seq_q[-1]) == (0, len(query)), "what lies outside is left as memory had it"
+    assert max_q == cu_seq_q.diff().max()
+    assert max_k == cu_seq_k.diff().max()
+    outputs = []
+    for start, end in pairwise(cu_seq_q.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        places = torch.arange(end - start)
+        ahead = places - places[:, None]
+        before, behind = (len(places) if size == -1 else size for size in window_size)
+        sees = (ahead >= -before) & (ahead <= behind)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("lengths", [[5, 70, 33], [1], [40, 40]])
+def test_what_the_kernel_is_asked_for_is_attention_by_rows(lengths, window):
+    heads, _ = random_inputs([sum(lengths) + 20])  # 20 tokens of filler.
+    rows, how = Rows(lengths, torch.device("cpu")), AttentionSettings(0.3, window=window)
+    arguments = kernel_arguments(heads, num_heads=HEADS, rows=rows, settings=how)
+    found = kernel_by_its_documentation(**arguments)
+    expected = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how)[: sum(lengths)]
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    gradients = [torch.autograd.grad(x.square().sum(), heads)[0] for x in (found, expected)]
+    assert_close(*gradients, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("shared", [HEADS, SHARED])
+def test_the_kernel_takes_what_it_is_asked_and_filler_gets_a_place(shared):
+    # On torch's device for shapes: the kernel itself computes on a GPU alone.
+    meta = torch.device("meta")
+    heads = torch.empty(128, HEADS + 2 * shared, WIDTH, dtype=torch.bfloat16, device=meta, requires_grad=True)
+    rows, how = Rows([5, 70, 33], meta), AttentionSettings(0.3, window=9)
+    output = attend_by_kernel(heads, num_heads=HEADS, rows=rows, settings=how)
+    assert output.shape == (128, HEADS, WIDTH)
+    output.sum().backward()
+    assert heads.grad.shape == heads.shape
 
 
 @pytest.mark.gpu
