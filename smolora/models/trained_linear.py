@@ -1,4 +1,4 @@
-"""Linear layers that train, with all three products of a step by oneDNN.
+"""Linear layers that train, with all three products of a step by the faster of torch's libraries.
 
 Legend: `N` tokens, `D` input width, `O` outputs.
 """
@@ -19,7 +19,7 @@ from smolora.models.structure import has_plain_forward, replaced_forward
 
 @contextmanager
 def fast_linears(model: nn.Module) -> Iterator[int]:
-    """Let the float32 linear layers of `model` on a CPU multiply by oneDNN inside the block; yields how many do.
+    """Let the float32 linear layers of `model` on a CPU multiply by `multiply` inside the block; yields how many do.
 
     Names and weights stay what they are; results change by rounding.
     """

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from smolora.models.frozen_linear import FrozenLinear, can_pack
+from smolora.models.frozen_linear import FrozenLinear, can_pack, goes_by_onednn, multiply, multiply_by_onednn
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -35,3 +35,19 @@ def test_a_float32_base_is_not_held_twice_more():
 def test_bfloat16_is_packed_where_the_cpu_computes_it_and_float64_never():
     assert can_pack(draw(4, 4, dtype=torch.bfloat16)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not can_pack(draw(4, 4, dtype=torch.float64))
+
+
+def test_onednn_multiplies_views_as_the_plain_product_does():
+    x, grad, weight = draw(70, 32), draw(70, 48, seed=1), draw(48, 32, seed=2)
+    for first, second in ((x, weight), (grad, weight.t()), (grad.t(), x.t())):
+        expected = F.linear(first.double(), second.double()).float()
+        assert_close(multiply_by_onednn(first, second, None), expected, rtol=1e-5, atol=1e-5)
+        assert_close(multiply(first, second), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float32_goes_by_onednn_with_avx512_only_bfloat16_always_and_float64_never():
+    has_wide_units = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    assert goes_by_onednn(draw(2, 2)) == has_wide_units
+    assert goes_by_onednn(draw(2, 2, dtype=torch.bfloat16))
+    assert not goes_by_onednn(draw(2, 2, dtype=torch.float64))
+    assert not goes_by_onednn(torch.empty(2, 2, device="meta"))

@@ -148,18 +148,23 @@ def test_a_familys_own_scaling_of_its_logits_is_kept(scaling, examples):
 
 
 @torch.no_grad()
-def test_where_rows_attend_alone_batches_of_any_length_share_a_few_shapes(examples):
-    """A processor's library makes and keeps a kernel for every shape that it meets."""
-    model = tiny_model("llama")
-    seen = set()
-    model.register_forward_pre_hook(lambda _, __, kwargs: seen.add(kwargs["input_ids"].shape), with_kwargs=True)
+@pytest.mark.parametrize(
+    ("dtype", "shapes", "num_logits"),
+    [(torch.bfloat16, {64}, {16}), (torch.float64, {5, 20, 25}, {3, 10, 13})],
+    ids=["oneDNN makes a kernel for each shape", "another library"],
+)
+def test_where_rows_attend_alone_batches_are_filled_up_if_few_shapes_pay(examples, dtype, shapes, num_logits):
+    model, found, logits_found = tiny_model("llama").to(dtype), set(), set()
+    model.register_forward_pre_hook(lambda _, __, kwargs: found.add(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    plain = tiny_model("llama").to(dtype)
     with row_attention(model):
         for chosen in (examples[:1], examples[1:], examples, examples[::-1]):
             batch = collate_packed(chosen)
             logits = target_logits_of(model)(model, batch)
-            assert_close(logits[: len(batch.targets)], one_by_one(tiny_model("llama"), chosen), rtol=1e-4, atol=1e-5)
-            assert len(logits) == 16
-    assert seen == {(1, 64)}
+            tolerance = 0.05 if dtype == torch.bfloat16 else 1e-9
+            assert_close(logits[: len(batch.targets)], one_by_one(plain, chosen), rtol=tolerance, atol=tolerance)
+            logits_found.add(len(logits))
+    assert (found, logits_found) == (shapes, num_logits)
 
 
 @torch.no_grad()
@@ -178,7 +183,7 @@ def test_passes_of_a_token_budget_have_few_shapes_and_the_loss_of_passes_without
         for step in range(plan.total_steps)
         for chosen in plan.micro_batches(step)
     ]
-    model = tiny_model("llama")
+    model = tiny_model("llama").bfloat16()  # In which every device fills batches up.
     expected = [sum_cross_entropy(target_logits_of(model)(model, batch), batch.targets) for batch in batches]
     shapes = set()
     model.register_forward_pre_hook(
@@ -187,14 +192,14 @@ def test_passes_of_a_token_budget_have_few_shapes_and_the_loss_of_passes_without
     with row_attention(model):
         for batch, loss in zip(batches, expected, strict=True):
             found = sum_cross_entropy(target_logits_of(model)(model, batch), batch.targets)
-            assert_close(found, loss, rtol=1e-6, atol=0)
+            assert_close(found, loss, rtol=1e-3, atol=0)
     assert len(batches) > 20
     assert len(shapes) <= 4
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_filler_needs_no_place_in_the_context_and_no_token_of_its_own(family, examples):
-    model = tiny_model(family, max_position_embeddings=16, tie_word_embeddings=False)
+    model = tiny_model(family, max_position_embeddings=16, tie_word_embeddings=False).bfloat16()
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = NAN  # Which no row holds.
     batch = collate_packed(examples)
