@@ -19,8 +19,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 RUNS = (
     "tuning.py --shape 15m --rows e2e",
-    "tuning.py --shape 15m --rows samsum --arms smolora 'trl best' --steps 8",
-    "tuning.py --shape 135m --rows e2e --arms smolora 'trl best'",
+    "tuning.py --shape 15m --rows samsum --arms smolora 'trl best' 'peft loop' litgpt --steps 8",
+    "tuning.py --shape 135m --rows e2e --arms smolora 'trl fp32' 'trl best' 'peft loop' litgpt",
     "phases.py --shape 135m",
     "gradient_norms.py --sizes 15M 135M",
     "generation.py",
@@ -41,7 +41,7 @@ RUNS = (
 RESULTS = HERE / "RESULTS.md"
 TITLE = "# Results\n\nWritten by `python3 dev.py bench`; what a script asks and measures stands at its head.\n"
 NAMES = [f"`python benchmarks/{run}`" for run in RUNS]
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "litgpt")
 
 
 def main(words: list[str]) -> int:

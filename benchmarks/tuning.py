@@ -1,10 +1,13 @@
-"""LoRA tuning on this machine: smolora against trl, the same weights, rows, order and learning rate, in turns.
+"""LoRA tuning on this machine: smolora against its peers, the same weights, rows, order and learning rate, in turns.
 
 Arms: `smolora`; `trl fp32` as older guides set it (float32, no checkpointing, stock allocator); `trl bf16` (bfloat16,
-the rest alike); `trl best` (glibc's allocator set as smolora sets it). smolora and `trl best` hold the base in the type
-that this machine multiplies natively, bfloat16 or float32. Each measurement is a process of its own. Tokens are input
-tokens; the share is 4 FLOPs for each weight of the blocks and input token and for each weight of the head and target
-token, over the matrix rate of that type, measured in the same run.
+the rest alike); `trl best` (glibc's allocator set as smolora sets it); `peft loop`, transformers and peft in a plain
+loop; `litgpt`, its model and LoRA in the same loop, where it is installed (_peers.py says how). smolora and the last
+three hold the base in the type that this machine multiplies natively, bfloat16 or float32, and keep large blocks.
+Each measurement is a process of its own. Tokens are input tokens; the share is 4 FLOPs for each weight of the blocks
+and input token and for each weight of the head and target token, over the rate of a matrix product of that type: the
+best product of the run, and the median one, which a long run can sustain. Exits with 1 where losses are apart by more
+than rounding, or where a part of smolora's fast path is off.
 
 python benchmarks/tuning.py --shape 15m --rows e2e --rounds 3       # needs: pip install -e .[bench]
 """
@@ -17,13 +20,14 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from _measuring import median, print_table
+from _measuring import median, print_table, time_steps
+from _peers import Steps, run_litgpt, run_peft, run_trl
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smolora.adapters.attach import attach_adapter
@@ -38,7 +42,6 @@ from smolora.runtime.memory import MemoryManager, keep_large_blocks
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import to_pretrained
 from smolora.training.callback import Callback
-from smolora.training.plan import StepPlan
 from smolora.training.state import StepRecord
 from smolora.training.trainer import Trainer
 
@@ -48,10 +51,13 @@ SHAPES = {
     "135m": {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
     | {"num_key_value_heads": 3, "vocab_size": 49_152},
 }
-ARMS = ("smolora", "trl fp32", "trl bf16", "trl best")
 ROWS_PER_STEP = 8
 RATE = 2e-4
 NATIVE = resolve_dtype("auto", torch.device("cpu")).dtype
+
+
+FARTHEST_LOSSES = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
+"""How far losses may be apart by rounding."""
 
 
 class Cost(NamedTuple):
@@ -98,74 +104,34 @@ class StepTimes(Callback):
         self.records.append(record)
 
 
-def run_smolora(folder: Path, rows: TokenDataset, config: TrainingConfig) -> tuple[list[float], list[float]]:
-    """Return the seconds and the losses of every step of ours."""
-    keep_large_blocks()
-    bundle = load_adapter(load_model(folder / "base", dtype=NATIVE), folder / "adapter", trainable=True)
+def run_smolora(folder: Path, rows: TokenDataset, config: TrainingConfig, dtype: torch.dtype) -> Steps:
+    """Train with our loop and the whole fast path; exit where a part of it is off, since that is another question."""
+    bundle = load_adapter(load_model(folder / "base", dtype=dtype), folder / "adapter", trainable=True)
     times = StepTimes()
-    with fast_path(bundle, SpeedConfig(), is_packed=True):
+    with fast_path(bundle, SpeedConfig(), is_packed=True) as parts:
+        if parts.left:
+            sys.exit(f"smolora's fast path is not whole, so this would measure something else: {parts.describe()}.")
         Trainer(bundle, rows, config, collate=collate_packed, callbacks=[times]).train()
-    return [record.seconds for record in times.records], [record.loss for record in times.records]
+    return Steps([record.seconds for record in times.records], [record.loss for record in times.records])
 
 
-def run_trl(arm: str, folder: Path, rows: TokenDataset, config: TrainingConfig) -> tuple[list[float], list[float]]:
-    """Return the seconds and the losses of every step of trl's, on the same rows in the same order."""
-    from datasets import Dataset
-    from peft import PeftModel
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+class Arm(NamedTuple):
+    """Who trains, and how it is set."""
 
-    if arm == "trl best":
-        keep_large_blocks()
-    dtype = {"trl fp32": torch.float32, "trl bf16": torch.bfloat16, "trl best": NATIVE}[arm]
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
-    plan = StepPlan(len(rows), config)
-    ordered = [rows[index] for step in range(plan.total_steps) for index in plan.rows_of(step)]
-    columns = {
-        "input_ids": [example.input_ids.tolist() for example in ordered],
-        "completion_mask": [example.is_target.astype(int).tolist() for example in ordered],
-    }
-    seconds: list[float] = []
+    run: Callable[[Path, TokenDataset, TrainingConfig, torch.dtype], Steps]
+    package: str
+    dtype: torch.dtype = NATIVE
+    keeps_blocks: bool = True
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_args: object, **_kwargs: object) -> None:
-            self.started = time.perf_counter()
 
-        def on_step_end(self, *_args: object, **_kwargs: object) -> None:
-            seconds.append(time.perf_counter() - self.started)
-
-    class InOrder(SFTTrainer):
-        def _get_train_sampler(self, *_args: object) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset)
-
-    settings = SFTConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=plan.total_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        bf16=False,  # The weights are bfloat16 already; autocast on top made the step slower.
-        gradient_checkpointing=False,
-        use_cpu=True,
-        max_length=None,
-        completion_only_loss=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = InOrder(
-        model=model,
-        args=settings,
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=AutoTokenizer.from_pretrained(folder / "base", pad_token="<|endoftext|>"),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    return seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+ARMS = {
+    "smolora": Arm(run_smolora, "smolora"),
+    "trl fp32": Arm(run_trl, "trl", torch.float32, keeps_blocks=False),
+    "trl bf16": Arm(run_trl, "trl", torch.bfloat16, keeps_blocks=False),
+    "trl best": Arm(run_trl, "trl"),
+    "peft loop": Arm(run_peft, "peft"),
+    "litgpt": Arm(run_litgpt, "litgpt"),
+}
 
 
 def measure(args: argparse.Namespace) -> Cost:
@@ -173,9 +139,10 @@ def measure(args: argparse.Namespace) -> Cost:
     examples = make_rows(args.rows, SHAPES[args.shape]["vocab_size"], ROWS_PER_STEP * args.steps)
     config = TrainingConfig(max_steps=args.steps, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0)
     rows = TokenDataset(examples)
-    folder = Path(args.folder)
-    run = run_smolora if args.child == "smolora" else lambda *rest: run_trl(args.child, *rest)
-    seconds, losses = run(folder, rows, config)
+    arm = ARMS[args.child]
+    if arm.keeps_blocks:
+        keep_large_blocks()
+    seconds, losses = arm.run(Path(args.folder), rows, config, arm.dtype)
     tokens = rows.num_input_tokens / args.steps
     kept = seconds[args.warmup :]
     shape = SHAPES[args.shape]
@@ -192,63 +159,81 @@ def measure(args: argparse.Namespace) -> Cost:
     )
 
 
-def measure_matrix_rate() -> float:
-    """Return FLOP/s of a product of 1,024 x 2,048 x 2,048 in the native type, the best of many."""
+def time_products() -> list[float]:
+    """Return the seconds of products of 1,024 x 2,048 x 2,048 in the native type, one after another."""
     x, weight = (torch.randn(1024, 2048, dtype=NATIVE), torch.randn(2048, 2048, dtype=NATIVE))
-    best = float("inf")
-    for _ in range(20):
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - started)
-    return 2 * 1024 * 2048 * 2048 / best
+    return time_steps(lambda: torch.nn.functional.linear(x, weight), num_warmup=3, num_steps=20)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="15m")
     parser.add_argument("--rows", choices=("e2e", "samsum"), default="e2e")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="smolora is always one")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--child", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=tuple(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(args)))
         return
-    arms = args.arms if importlib.util.find_spec("trl") else ["smolora"]
-    if arms != args.arms:
-        print("trl isn't installed (pip install -e .[bench]): smolora alone", file=sys.stderr)
+    arms = [name for name in ARMS if name == "smolora" or name in args.arms]
+    for name in [name for name in arms if not importlib.util.find_spec(ARMS[name].package)]:
+        arms.remove(name)
+        print(f"left out: {name}, since {ARMS[name].package} isn't installed (_peers.py says how)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         prepare(args.shape, Path(folder))
         costs: dict[str, list[Cost]] = {arm: [] for arm in arms}
-        rate = measure_matrix_rate()
+        products = time_products()
         for _ in range(args.rounds):
             for arm in arms:
-                options = [f"--{name}={getattr(args, name)}" for name in ("shape", "rows", "steps", "warmup")]
-                command = [sys.executable, __file__, "--child", arm, "--folder", folder, *options]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                costs[arm].append(Cost(*json.loads(output.splitlines()[-1])))
-            rate = max(rate, measure_matrix_rate())  # The best of the run: a busy moment is no rate.
-    _print_costs(args, costs, rate)
+                costs[arm].append(_measure_apart(arm, folder, args))
+            products += time_products()
+    _print_costs(args, costs, products)
+    _require_equal_losses(costs)
 
 
-def _print_costs(args: argparse.Namespace, costs: dict[str, list[Cost]], rate: float) -> None:
+def _measure_apart(arm: str, folder: str, args: argparse.Namespace) -> Cost:
+    """Run one arm in a process of its own."""
+    options = [f"--{name}={getattr(args, name)}" for name in ("shape", "rows", "steps", "warmup")]
+    command = [sys.executable, __file__, "--child", arm, "--folder", folder, *options]
+    process = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(f"{arm} ended with status {process.returncode}; nothing is measured without it.")
+    return Cost(*json.loads(process.stdout.splitlines()[-1]))
+
+
+def _print_costs(args: argparse.Namespace, costs: dict[str, list[Cost]], products: list[float]) -> None:
     ours = median([cost.tokens_per_second for cost in costs["smolora"]])
+    best, usual = (2 * 1024 * 2048 * 2048 / seconds for seconds in (min(products), median(products)))
     rows = []
     for arm, measured in costs.items():
         speed = median([cost.tokens_per_second for cost in measured])
         seconds = median([cost.seconds for cost in measured])
-        apart = max(
-            abs(a - b) for cost in measured for a, b in zip(cost.losses, costs["smolora"][0].losses, strict=True)
-        )
+        rate = measured[0].operations / seconds
         peak = max(cost.peak_bytes for cost in measured) / 2**30
-        rows.append((arm, speed, ours / speed, seconds * 1e3, measured[0].operations / seconds / rate, peak, apart))
+        rows.append((arm, speed, ours / speed, seconds * 1e3, rate / best, rate / usual, peak, _apart(costs, arm)))
     type_name = str(NATIVE).removeprefix("torch.")
-    title = f"{args.shape}, {args.rows} rows, {ROWS_PER_STEP} a step; {type_name}, matrix rate {rate / 1e9:.0f} GFLOP/s"
-    header = ["arm", "tokens/s", "smolora is", "ms a step", "share of rate", "peak GiB", "losses apart"]
+    rates = f"{type_name} products at {best / 1e9:.0f} GFLOP/s at best, {usual / 1e9:.0f} in the median"
+    title = f"{args.shape}, {args.rows} rows, {ROWS_PER_STEP} a step; {rates}"
+    header = ["arm", "tokens/s", "smolora is", "ms a step", "of the best", "of the median", "peak GiB", "losses apart"]
     print_table(title, header, rows)
+
+
+def _apart(costs: dict[str, list[Cost]], arm: str) -> float:
+    """Return how far the losses of an arm are from ours, at most."""
+    ours = costs["smolora"][0].losses
+    return float(np.max([np.abs(np.subtract(cost.losses, ours)) for cost in costs[arm]]))
+
+
+def _require_equal_losses(costs: dict[str, list[Cost]]) -> None:
+    """Exit where an arm learned something else than ours did."""
+    for arm in costs:
+        allowed = max(FARTHEST_LOSSES[dtype] for dtype in (NATIVE, ARMS[arm].dtype))
+        if not (apart := _apart(costs, arm)) <= allowed:  # Not a number is apart, too.
+            sys.exit(f"{arm}: a loss is {apart:.1e} from smolora's, and rounding explains {allowed:.0e}: not one task.")
 
 
 if __name__ == "__main__":
