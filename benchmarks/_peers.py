@@ -109,7 +109,8 @@ def run_litgpt(folder: Path, rows: TokenDataset, config: TrainingConfig, dtype: 
     model = _load_litgpt(folder, dtype)
 
     def compute_loss(input_ids: Tensor, _attention_mask: Tensor, labels: Tensor) -> Tensor:
-        logits = model(input_ids, lm_head_chunk_size=128)  # Causal attention sees no padding on the right.
+        # Causal attention sees no padding on the right. Logits in float32, as Fabric hands them to litgpt's recipe.
+        logits = [chunk.float() for chunk in model(input_ids, lm_head_chunk_size=128)]
         logits[-1] = logits[-1][..., :-1, :]
         return chunked_cross_entropy(logits, labels[..., 1:], ignore_index=_IGNORED)
 
