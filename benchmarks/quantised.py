@@ -1,8 +1,9 @@
-"""LoRA tuning on bases of fewer bits: a step's time and memory next to bfloat16, in turns; and what a merge keeps.
+"""LoRA tuning on bases of fewer bits: a step's time and memory next to a whole base, in turns; and what a merge keeps.
 
-Arms: `bf16` on the whole fast path; `bf16 plain` without fused layers and blocks, which quantised ones are left with;
-`8bit`; `4bit`. Each measurement is a process of its own. The 15m shape is 320 wide, not 288 as in tuning.py: 4-bit
-layers take inputs in blocks of 64.
+Arms: the base in the type that this machine multiplies natively, bfloat16 or float32; `8bit`; `4bit`. All compute in
+that type. Each measurement is a process of its own. The 15m shape is 320 wide, not 288 as in tuning.py: 4-bit layers
+take inputs in blocks of 64. Memory is the process's: once the model is there, and at its peaks until then and in
+training; mapped files count while they are read.
 
 The KL is from a 4-bit run's model to itself merged, in nats per token of held-out text: into the base's own weights,
 into the dequantised ones (which `smolora merge` does), and the latter quantised again. It needs the real data.
@@ -26,7 +27,7 @@ from _measuring import find_shared, median, print_table
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-from tuning import ROWS_PER_STEP, SHAPES, make_rows
+from tuning import NATIVE, ROWS_PER_STEP, SHAPES, StepTimes, make_rows
 
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
@@ -43,11 +44,10 @@ from smolora.records.staging import write_json
 from smolora.runtime.memory import MemoryManager, keep_large_blocks
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import to_pretrained
-from smolora.training.callback import Callback
-from smolora.training.state import StepRecord
 from smolora.training.trainer import Trainer
 
-ARMS = ("bf16", "bf16 plain", "8bit", "4bit")
+PLAIN = str(NATIVE).removeprefix("torch.")
+ARMS = (PLAIN, "8bit", "4bit")
 
 
 class Cost(NamedTuple):
@@ -58,8 +58,8 @@ class Cost(NamedTuple):
     layer_bytes: int
     """Weights of the blocks' linear layers, with their scales."""
     loaded_bytes: int
-    """Of the process, once the model is there."""
-    peak_bytes: int
+    loading_peak_bytes: int
+    training_peak_bytes: int
     loss: float
     """Of the last step."""
 
@@ -77,32 +77,30 @@ def prepare(shape: str, folder: Path) -> None:
     to_pretrained(CharTokenizer.train(["abc"]), 1024).save_pretrained(folder)
 
 
-class _StepTimes(Callback):
-    def __init__(self) -> None:
-        self.records: list[StepRecord] = []
-
-    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
-        self.records.append(record)
-
-
 def measure(args: argparse.Namespace) -> Cost:
     """Run one arm in this process."""
     keep_large_blocks()
     held = args.child if args.child in ("8bit", "4bit") else "none"
-    base = load_model(args.folder, dtype=torch.bfloat16, quantization=held)
+    base = load_model(args.folder, dtype=NATIVE, quantization=held)
+    loaded = MemoryManager().get_memory_usage()
+    restart_peak()
     layer_bytes = sum(count_bytes(base.model.get_submodule(name)) for name in base.anatomy.linear_modules())
-    loaded_bytes = MemoryManager().get_memory_usage().process
     bundle = attach_adapter(base, LoRAConfig(lora_dropout=0.0), seed=0)
     rows = TokenDataset(make_rows("e2e", SHAPES[args.shape]["vocab_size"], ROWS_PER_STEP * args.steps))
     config = TrainingConfig(max_steps=args.steps, learning_rate=2e-4, lr_scheduler_type="constant", warmup_steps=0)
-    is_plain = args.child == "bf16 plain"
-    times = _StepTimes()
-    speed = SpeedConfig(fused_lora=not is_plain, fused_blocks=not is_plain)
-    with fast_path(bundle, speed, is_packed=True):
+    times = StepTimes()
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
         Trainer(bundle, rows, config, collate=collate_packed, callbacks=[times]).train()
     seconds = median([record.seconds for record in times.records[args.warmup :]])
     peak = MemoryManager().get_memory_usage().process_peak
-    return Cost(seconds, layer_bytes, loaded_bytes, peak, times.records[-1].loss)
+    return Cost(seconds, layer_bytes, loaded.process, loaded.process_peak, peak, times.records[-1].loss)
+
+
+def restart_peak() -> None:
+    """Let the process's peak start anew at what it holds now; Linux only."""
+    place = Path("/proc/self/clear_refs")
+    if place.exists():
+        place.write_text("5", encoding="ascii")
 
 
 def count_bytes(layer: nn.Module) -> int:
@@ -192,10 +190,19 @@ def _print_costs(args: argparse.Namespace, costs: dict[str, list[Cost]]) -> None
     for arm, measured in costs.items():
         mebibytes = [
             max(getattr(cost, name) for cost in measured) / 2**20
-            for name in ("layer_bytes", "loaded_bytes", "peak_bytes")
+            for name in ("layer_bytes", "loaded_bytes", "loading_peak_bytes", "training_peak_bytes")
         ]
-        rows.append((arm, seconds[arm] * 1e3, seconds[arm] / seconds["bf16"], *mebibytes, measured[0].loss))
-    header = ["base", "ms a step", "of bf16", "layers MiB", "loaded MiB", "peak MiB", "last loss"]
+        rows.append((arm, seconds[arm] * 1e3, seconds[arm] / seconds[PLAIN], *mebibytes, measured[0].loss))
+    header = [
+        "base",
+        "ms a step",
+        f"of {PLAIN}",
+        "layers MiB",
+        "loaded MiB",
+        "loading peak",
+        "training peak",
+        "last loss",
+    ]
     print_table(f"{args.shape}, {ROWS_PER_STEP} rows a step, {args.rounds} rounds of {args.steps} steps", header, rows)
 
 

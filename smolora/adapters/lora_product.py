@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import TORCH_KERNELS, Activation, Kernels, draw_keep_mask
+from smolora.models.quantised import HeldLinear, is_dequantised_to_multiply
 from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed
 
 
@@ -119,9 +120,7 @@ class LoRAProduct:
             if reason := why_not_fast(layer):
                 raise ValueError(reason)
         bases = [_base_of(layer) for layer in layers]
-        self.frozen = FrozenLinear(
-            [_weight_of(base) for base in bases], [_bias_of(base) for base in bases], packed=packed
-        )
+        self.frozen = _freeze(bases, packed=packed)
         self.gated: Activation | None = gated
         self.kernels = kernels
         self._layers = list(layers)
@@ -205,8 +204,9 @@ def why_not_fast(layer: nn.Module) -> str | None:
         return f"{type(layer).__module__.split('.')[2]} isn't LoRA"  # peft.tuners.<method>.layer
     base = _base_of(layer)
     if is_quantised(base):
-        return f"{type(base).__name__} holds its weight quantised"
-    if not is_linear(base) or not has_plain_forward(base):
+        if not is_dequantised_to_multiply(base):
+            return f"{type(base).__name__} multiplies by its quantised weight itself"
+    elif not is_linear(base) or not has_plain_forward(base):
         return f"{type(base).__name__} isn't a plain linear layer"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "its base is trained too"
@@ -244,6 +244,12 @@ def _read_adapters(layers: Sequence[nn.Module], sizes: Sequence[int]) -> _Adapte
             rank += len(a)
         output += size
     return _Adapters(branches, dropout if isinstance(dropout, nn.Dropout) else None, output)
+
+
+def _freeze(bases: Sequence[nn.Module], *, packed: bool) -> FrozenLinear | HeldLinear:
+    if all(map(is_quantised, bases)):
+        return HeldLinear(bases)
+    return FrozenLinear([_weight_of(base) for base in bases], [_bias_of(base) for base in bases], packed=packed)
 
 
 def _base_of(layer: nn.Module) -> nn.Module:

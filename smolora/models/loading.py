@@ -27,7 +27,7 @@ from smolora.errors import ConfigError, ModelError, SmoloraError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.heads import choose_labels, is_of_head, settle_head
-from smolora.models.quantised import build_quantisation, require_quantisation, settle_quantised
+from smolora.models.quantised import quantise, require_quantisation
 from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, find_heads, offer_tasks, read_saved_task
 from smolora.models.weight_files import (
     StoredTensor,
@@ -214,10 +214,8 @@ class _Opening:
         if quantization == "none":
             model, missing = self._load(dtype)
             return model.to(device), missing
-        with _opening(self.folder, self.task):
-            how = build_quantisation(self.folder, quantization, self.task)
-        model, missing = self._load(None, quantization_config=how, device_map={"": device})
-        settle_quantised(model, dtype or model.dtype)
+        model, missing = self._load(None)  # Mapped from the files: a weight is read where it is quantised.
+        quantise(model, quantization, dtype=dtype or model.dtype, device=device)
         return model, missing
 
     def build_skeleton(self, stored: Sequence[StoredTensor]) -> tuple[PreTrainedModel, list[str]]:
@@ -235,7 +233,7 @@ class _Opening:
             missing = self._load(None)[1]
         return model.eval(), missing
 
-    def _load(self, dtype: torch.dtype | None, **options: object) -> tuple[PreTrainedModel, list[str]]:
+    def _load(self, dtype: torch.dtype | None) -> tuple[PreTrainedModel, list[str]]:
         with _opening(self.folder, self.task), torch.random.fork_rng():  # What is missing is drawn again, by the seed.
             model, report = AUTO_MODELS[self.task].from_pretrained(
                 self.folder,
@@ -246,7 +244,6 @@ class _Opening:
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=self.task in LABEL_TASKS,
-                **options,
             )
         assert isinstance(model, PreTrainedModel)
         self._refuse_incomplete(model, report)

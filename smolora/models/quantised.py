@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from smolora.config.model import Quantization, TaskType
+from smolora.config.model import Quantization
 from smolora.errors import ConfigError
 from smolora.models.anatomy import Anatomy, build_anatomy
-from smolora.models.structure import is_linear, is_quantised, read_shape
-from smolora.models.tasks import AUTO_MODELS
+from smolora.models.frozen_linear import multiply
+from smolora.models.structure import is_quantised, is_stored_transposed, read_shape
+from smolora.runtime.memory import page_out, return_freed_blocks
 
 _BLOCK = 64
 """Weights of NF4 that share one scale."""
+_OUTLIER = 6.0
+"""Inputs from this size on stay in 16 bits in bitsandbytes' own product of 8 bits, on a GPU (Dettmers et al. 2022)."""
 
 
 def require_quantisation(quantization: Quantization) -> None:
@@ -45,31 +47,37 @@ def require_quantisation(quantization: Quantization) -> None:
         )
 
 
-def build_quantisation(folder: Path, quantization: Quantization, task: TaskType = "causal_lm") -> BitsAndBytesConfig:
-    """Return how transformers is to load the model of `folder`: every linear layer but the head, where it can be held.
+def quantise(model: PreTrainedModel, quantization: Quantization, *, dtype: torch.dtype, device: str) -> None:
+    """Hold every linear layer but the head in few bits, where it can be; the rest, and what is computed, is of `dtype`.
+
+    `model` is changed, one layer after the other: where its weights are mapped from files, as they are once it has been
+    opened in the files' own type, no more than one of them is in memory beside what is held already.
 
     Raises:
-        ConfigError: No layer of it can.
+        ConfigError: No layer of it can be held.
     """
-    with torch.device("meta"):  # The shapes alone; no weight is read.
-        skeleton = AUTO_MODELS[task].from_config(AutoConfig.from_pretrained(folder))
-    chosen = [
-        name
-        for name in build_anatomy(skeleton).linear_modules()
-        if _is_holdable(skeleton.get_submodule(name), quantization)
-    ]
-    if not chosen:
+    linears = {name: model.get_submodule(name) for name in build_anatomy(model).linear_modules()}
+    holdable = {name: linear for name, linear in linears.items() if _is_holdable(linear, quantization)}
+    if not holdable:
         raise ConfigError(
-            f"model.quantization: no linear layer of {folder} can be held in 4 bits, which takes a multiple of "
-            f"{_BLOCK} inputs. Choose 8bit or none."
+            f"model.quantization: no linear layer of {model.name_or_path} can be held in 4 bits, which takes a "
+            f"multiple of {_BLOCK} inputs. Choose 8bit or none."
         )
-    skipped = [name for name, module in skeleton.named_modules() if is_linear(module) and name not in chosen]
-    return BitsAndBytesConfig(
-        load_in_8bit=quantization == "8bit",
-        load_in_4bit=quantization == "4bit",
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=skipped,
-    )
+    for name, linear in holdable.items():
+        model.set_submodule(name, _hold(linear, quantization, device))
+        page_out(linear.get_parameter("weight"))
+        return_freed_blocks()  # Between them, layers that stay would keep the allocator from giving anything back.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(device, dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    for layer in filter(is_quantised, model.modules()):
+        if quantization == "4bit":
+            layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+        if is_dequantised_to_multiply(layer):
+            layer.forward = MethodType(_multiply, layer)
+    vars(model)[f"is_loaded_in_{quantization}"] = True  # How peft and accelerate know.
 
 
 def _is_holdable(linear: nn.Module, quantization: Quantization) -> bool:
@@ -81,20 +89,29 @@ def _is_holdable(linear: nn.Module, quantization: Quantization) -> bool:
     return quantization == "8bit" or read_shape(linear)[0] % _BLOCK == 0
 
 
-def settle_quantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let a model that was just quantised compute in `dtype`, and on a CPU the same in training and evaluation."""
+def _hold(linear: nn.Module, quantization: Quantization, device: str) -> nn.Linear:
+    """Return a linear layer in few bits that computes what `linear` does."""
     import bitsandbytes as bnb
 
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for layer in filter(is_quantised, model.modules()):
-        if isinstance(layer, bnb.nn.Linear4bit):
-            layer.compute_dtype = layer.weight.quant_state.dtype = dtype
-        else:
-            layer.init_8bit_state()
-        if layer.weight.device.type == "cpu":
-            layer.forward = MethodType(_multiply, layer)
+    weight = linear.get_parameter("weight").detach()
+    weight = weight.T if is_stored_transposed(linear) else weight
+    layer: nn.Linear
+    if quantization == "8bit":
+        eight = bnb.nn.Linear8bitLt(*read_shape(linear), has_fp16_weights=False, threshold=_OUTLIER, device="meta")
+        eight.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(device)
+        eight.init_8bit_state()
+        layer = eight
+    else:
+        layer = bnb.nn.Linear4bit(*read_shape(linear), quant_type="nf4", compress_statistics=False, device="meta")
+        layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=False, module=layer).to(device)
+    layer.register_parameter("bias", _bias_of(linear))
+    vars(layer)["source_cls"] = type(linear)
+    return layer.train(linear.training)
+
+
+def is_dequantised_to_multiply(layer: nn.Module) -> bool:
+    """Whether a layer multiplies by its dequantised weight, as quantised ones do on a CPU."""
+    return is_quantised(layer) and layer.get_parameter("weight").device.type == "cpu"
 
 
 def dequantise(layer: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -139,22 +156,52 @@ def describe_quantised(model: nn.Module, anatomy: Anatomy) -> str:
     )
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b; the backward pass dequantises W anew, since kept it would take the memory that quantising saves."""
+class HeldLinear:
+    """x -> x W^T + b and its transpose, for one or several quantised layers on a CPU that read the same input.
 
+    A weight is dequantised for each product and let go of, since kept it would take the memory that quantising saves.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = list(layers)
+        self.sizes = [read_shape(layer)[1] for layer in layers]
+        self.num_inputs = read_shape(layers[0])[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[N, sum O_i]` of `[N, D]`."""
+        outputs = [multiply(x, dequantise(layer, x.dtype), _bias_of(layer)) for layer in self._layers]
+        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Return `[N, D]`, the gradient of the input, of `[N, sum O_i]`."""
+        first, *others = [
+            multiply(part, dequantise(layer, grad.dtype).t())
+            for part, layer in zip(torch.split(grad, self.sizes, dim=-1), self._layers, strict=True)
+        ]
+        for other in others:
+            first.add_(other)
+        return first
+
+
+class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, dequantise(layer, x.dtype), layer.bias)
+    def forward(ctx: Any, x: Tensor, held: HeldLinear) -> Tensor:
+        ctx.held = held
+        return held.forward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ dequantise(ctx.layer, grad.dtype), None
+        held: HeldLinear = ctx.held
+        return held.backward(grad), None
 
 
 def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
-    output: Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
+    output: Tensor = _Product.apply(x, HeldLinear([layer]))  # type: ignore[no-untyped-call]
     return output
+
+
+def _bias_of(layer: nn.Module) -> nn.Parameter | None:
+    return dict(layer.named_parameters(recurse=False)).get("bias")
 
 
 def _scale_rows(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -54,6 +54,12 @@ def return_large_blocks() -> str:
     return "large blocks are given back at once" if done else "glibc refused mallopt; left as it is"
 
 
+def return_freed_blocks() -> None:
+    """Give the machine what has ended but was kept for later, as `keep_large_blocks` has it; glibc only."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def page_out(tensor: torch.Tensor) -> None:
     """Ask the kernel to take the tensor's pages out of memory until they are read again; its values stay.
 

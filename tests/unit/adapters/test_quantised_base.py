@@ -81,12 +81,25 @@ def test_another_way_to_hold_the_base_is_said(save_held, caplog):
 
 
 @needs_bitsandbytes
-def test_the_fast_path_leaves_quantised_layers_plain_and_says_so(save_held):
-    _, adapter = save_held("4bit")
-    bundle = load_bundle(adapter)
-    with fast_path(bundle, SpeedConfig(), is_packed=True) as parts:
-        assert parts.used == ["row attention", "fused norms"]
-        assert parts.left == ["Linear4bit holds its weight quantised (14 layers)"]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_fused_layers_on_a_quantised_base_give_the_plain_ones_logits_and_gradients(save_held, family, kind):
+    base, adapter = save_held(kind, family)
+    bundle = load_adapter(load_model(base, quantization=kind), adapter, trainable=True)
+    ids = random_input_ids(20)
+
+    def compute():
+        bundle.model.zero_grad()
+        logits = bundle.model(ids).logits
+        logits.square().mean().backward()
+        return logits, [p.grad for p in bundle.model.parameters() if p.requires_grad]
+
+    expected = compute()
+    with fast_path(bundle, SpeedConfig(), is_packed=False) as parts:
+        found = compute()
+    assert "fused LoRA" in parts.used
+    assert not [reason for reason in parts.left if "quantised" in reason]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_bitsandbytes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,3 +158,34 @@ def test_an_unknown_kind_of_model_is_a_model_error(save):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nosuch"}))
     with pytest.raises(ModelError, match="can't be opened as a causal language model"):
         load_model(folder, quantization="4bit")
+
+
+_LOADING = """
+import re, sys
+from pathlib import Path
+import torch
+from smolora.models.loading import load_model
+from smolora.runtime.memory import MemoryManager, keep_large_blocks
+
+keep_large_blocks()
+load_model(sys.argv[1], quantization=sys.argv[3])  # Imports count no more.
+Path("/proc/self/clear_refs").write_text("5")
+before = MemoryManager().get_memory_usage().process
+bundle = load_model(sys.argv[2], quantization=sys.argv[3], dtype=torch.float32)
+after = MemoryManager().get_memory_usage()
+print(after.process - before, after.process_peak - before)
+"""
+
+
+@needs_bitsandbytes
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process starts anew on Linux alone")
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_holds_no_more_of_the_whole_weights_than_a_few_layers_at_once(save, tmp_path, kind):
+    size = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 14}
+    large = save_tiny_model("llama", tmp_path / "large", **size)
+    whole = sum(p.nbytes for p in load_model(large).model.model.layers.parameters())
+    command = [sys.executable, "-c", _LOADING, save(), large, kind]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    loaded, peak = map(int, run.stdout.split())
+    assert loaded < whole * 0.4
+    assert peak < whole * 0.75
