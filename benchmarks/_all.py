@@ -1,4 +1,6 @@
-"""Runs benchmarks and writes what each prints to its section of benchmarks/RESULTS.md, with the machine and versions.
+"""Runs benchmarks and writes what each prints to a section of benchmarks/RESULTS.md, with the machine and versions.
+
+There is a section for each run and each kind of processor: what one measured stays when another measures.
 
 python dev.py bench              # all, on a quiet machine: about an hour
 python dev.py bench tuning       # those whose command line holds a word
@@ -41,7 +43,6 @@ RUNS = (
 )
 RESULTS = HERE / "RESULTS.md"
 TITLE = "# Results\n\nWritten by `python3 dev.py bench`; what a script asks and measures stands at its head.\n"
-NAMES = [f"`python benchmarks/{run}`" for run in RUNS]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "litgpt")
 
 
@@ -56,11 +57,21 @@ def main(words: list[str]) -> int:
         if process.returncode:
             failed += 1
             continue
-        sections[NAMES[RUNS.index(run)]] = f"{_describe()}\n\n```\n{process.stdout.strip()}\n```\n"
+        kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        sections[f"{_title(run)} ({kind})"] = f"{_describe()}\n\n```\n{process.stdout.strip()}\n```\n"
         # Now, so that what was measured outlives an interrupt.
-        ordered = [f"## {name}\n\n{sections[name]}" for name in NAMES if name in sections]
+        ordered = [f"## {title}\n\n{sections[title]}" for title in sorted(sections, key=_place)]
         RESULTS.write_text("\n".join([TITLE, *ordered]), encoding="utf-8")
     return failed
+
+
+def _title(run: str) -> str:
+    return f"`python benchmarks/{run}`"
+
+
+def _place(title: str) -> int:
+    """Return where a section stands: in the order of the runs, behind them if it is of one that is made no more."""
+    return next((place for place, run in enumerate(RUNS) if title.startswith(_title(run))), len(RUNS))
 
 
 def _read_sections() -> dict[str, str]:

@@ -183,6 +183,9 @@ def main() -> None:
     for name in [name for name in arms if not importlib.util.find_spec(ARMS[name].package)]:
         arms.remove(name)
         print(f"left out: {name}, since {ARMS[name].package} isn't installed (_peers.py says how)", file=sys.stderr)
+    for name in [name for name in arms if ARMS[name].dtype not in (NATIVE, torch.float32)]:
+        arms.remove(name)
+        print(f"left out: {name}, since this machine computes its type by another", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         prepare(args.shape, Path(folder))
         costs: dict[str, list[Cost]] = {arm: [] for arm in arms}
