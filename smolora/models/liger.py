@@ -9,6 +9,7 @@ Legend: `N` tokens, `D` width, `I` width inside the MLP.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -70,7 +71,16 @@ def why_not(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str |
 
     A few random tensors go through norm and gate and back; 16 eps of the largest number are rounding.
     """
-    refusals: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, AttributeError, *_triton_errors())
+    # A compiler that lacks Python's headers ends in a SubprocessError, a cache that can't be written in an OSError.
+    refusals: tuple[type[Exception], ...] = (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OSError,
+        SubprocessError,
+    )
+    refusals += _triton_errors()
     try:
         pairs = zip(_sample(kernels, device, dtype), _sample(TORCH_KERNELS, device, dtype), strict=True)
         shares = torch.stack([(found - expected).abs().max() / expected.abs().max() for found, expected in pairs])

@@ -56,14 +56,15 @@ def quantise(model: PreTrainedModel, quantization: Quantization, *, dtype: torch
     Raises:
         ConfigError: No layer of it can be held.
     """
-    linears = {name: model.get_submodule(name) for name in build_anatomy(model).linear_modules()}
-    holdable = {name: linear for name, linear in linears.items() if _is_holdable(linear, quantization)}
+    linears = build_anatomy(model).linear_modules()
+    holdable = [name for name in linears if _is_holdable(model.get_submodule(name), quantization)]
     if not holdable:
         raise ConfigError(
             f"model.quantization: no linear layer of {model.name_or_path} can be held in 4 bits, which takes a "
             f"multiple of {_BLOCK} inputs. Choose 8bit or none."
         )
-    for name, linear in holdable.items():
+    for name in holdable:
+        linear = model.get_submodule(name)
         model.set_submodule(name, _hold(linear, quantization, device))
         page_out(linear.get_parameter("weight"))
         return_freed_blocks()  # Between them, layers that stay would keep the allocator from giving anything back.

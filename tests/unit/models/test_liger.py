@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from subprocess import CalledProcessError
 
 import pytest
 import torch
@@ -82,12 +83,13 @@ def test_the_check_before_use_finds_a_wrong_kernel(wrong, factor):
     assert why_not(TORCH_KERNELS, torch.device("cpu"), torch.float32) is None
 
 
-def test_a_kernel_that_fails_is_refused_with_its_error():
+@pytest.mark.parametrize("error", [RuntimeError("no C compiler"), CalledProcessError(1, "gcc"), OSError("no cache")])
+def test_a_kernel_that_fails_is_refused_with_its_error(error):
     def refuse(*_):
-        raise RuntimeError("no C compiler")
+        raise error
 
     reason = why_not(Kernels(gate=refuse), torch.device("cpu"), torch.float32)
-    assert reason == "fail here (RuntimeError: no C compiler)"
+    assert reason == f"fail here ({type(error).__name__}: {error})"
 
 
 def test_a_cpu_keeps_torchs_operations_and_gives_no_reason():
