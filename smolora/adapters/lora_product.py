@@ -224,11 +224,11 @@ def _why_not_plain_lora(layer: LoraLayer) -> str | None:
     return "it is switched off or merged" if layer.disable_adapters or layer.merged else None
 
 
-def _switches_of(layer: nn.Module) -> tuple[tuple[str, ...], bool, bool] | None:
-    """Return what peft switches: the adapters that are on, whether they are disabled, whether they are merged."""
+def _switches_of(layer: nn.Module) -> tuple[tuple[str, ...], dict[str, float], bool, bool] | None:
+    """Return what peft switches: the adapters that are on, all scales, whether adapters are disabled, or merged."""
     if not isinstance(layer, LoraLayer):
         return None
-    return tuple(layer.active_adapters), layer.disable_adapters, layer.merged
+    return tuple(layer.active_adapters), dict(layer.scaling), layer.disable_adapters, layer.merged
 
 
 def _read_adapters(layers: Sequence[nn.Module], sizes: Sequence[int]) -> _Adapters:

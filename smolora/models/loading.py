@@ -215,7 +215,8 @@ class _Opening:
             model, missing = self._load(dtype)
             return model.to(device), missing
         model, missing = self._load(None)  # Mapped from the files: a weight is read where it is quantised.
-        quantise(model, quantization, dtype=dtype or model.dtype, device=device)
+        with _opening(self.folder, self.task):
+            quantise(model, quantization, dtype=dtype or model.dtype, device=device)
         return model, missing
 
     def build_skeleton(self, stored: Sequence[StoredTensor]) -> tuple[PreTrainedModel, list[str]]:

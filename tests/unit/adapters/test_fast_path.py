@@ -8,6 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.testing import assert_close
 
 import smolora.adapters.fast_path
@@ -159,6 +160,18 @@ def test_an_adapter_that_is_switched_to_inside_the_block_is_fast_and_right(tmp_p
             bundle.model.set_adapter(name)
             assert_same(run(bundle, by_rows=True), expected[name])
     assert not caplog.text
+
+
+def test_a_scale_that_is_changed_inside_the_block_is_followed(tmp_path):
+    bundle = with_two_adapters(tmp_path)
+    layers = [module for module in bundle.model.modules() if isinstance(module, LoraLayer)]
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        before = run(bundle, by_rows=True)[0]
+        for layer in layers:
+            layer.scale_layer(3.0)
+        found = run(bundle, by_rows=True)
+    assert_same(found, run(bundle, by_rows=False))
+    assert (found[0] - before).abs().max() > 1e-2
 
 
 def test_a_switch_between_forward_and_backward_leaves_the_gradients_of_the_forward_pass(tmp_path):
