@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import TORCH_KERNELS, Activation, Kernels, draw_keep_mask
 from smolora.models.quantised import HeldLinear, is_dequantised_to_multiply
-from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed
+from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed, read_bias
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _read_adapters(layers: Sequence[nn.Module], sizes: Sequence[int]) -> _Adapte
 def _freeze(bases: Sequence[nn.Module], *, packed: bool) -> FrozenLinear | HeldLinear:
     if all(map(is_quantised, bases)):
         return HeldLinear(bases)
-    return FrozenLinear([_weight_of(base) for base in bases], [_bias_of(base) for base in bases], packed=packed)
+    return FrozenLinear([_weight_of(base) for base in bases], [read_bias(base) for base in bases], packed=packed)
 
 
 def _base_of(layer: nn.Module) -> nn.Module:
@@ -259,7 +259,3 @@ def _base_of(layer: nn.Module) -> nn.Module:
 def _weight_of(base: nn.Module) -> Tensor:
     weight = base.get_parameter("weight")
     return weight.t() if is_stored_transposed(base) else weight
-
-
-def _bias_of(base: nn.Module) -> Tensor | None:
-    return dict(base.named_parameters(recurse=False)).get("bias")

@@ -24,7 +24,7 @@ from smolora.config.model import Quantization
 from smolora.errors import ConfigError
 from smolora.models.anatomy import Anatomy, build_anatomy
 from smolora.models.frozen_linear import multiply
-from smolora.models.structure import is_quantised, is_stored_transposed, read_shape
+from smolora.models.structure import is_quantised, is_stored_transposed, read_bias, read_shape
 from smolora.runtime.memory import page_out, return_freed_blocks
 
 _BLOCK = 64
@@ -105,7 +105,7 @@ def _hold(linear: nn.Module, quantization: Quantization, device: str) -> nn.Line
     else:
         layer = bnb.nn.Linear4bit(*read_shape(linear), quant_type="nf4", compress_statistics=False, device="meta")
         layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=False, module=layer).to(device)
-    layer.register_parameter("bias", _bias_of(linear))
+    layer.register_parameter("bias", read_bias(linear))
     vars(layer)["source_cls"] = type(linear)
     return layer.train(linear.training)
 
@@ -170,7 +170,7 @@ class HeldLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[N, sum O_i]` of `[N, D]`."""
-        outputs = [multiply(x, dequantise(layer, x.dtype), _bias_of(layer)) for layer in self._layers]
+        outputs = [multiply(x, dequantise(layer, x.dtype), read_bias(layer)) for layer in self._layers]
         return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -199,10 +199,6 @@ class _Product(torch.autograd.Function):
 def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
     output: Tensor = _Product.apply(x, HeldLinear([layer]))  # type: ignore[no-untyped-call]
     return output
-
-
-def _bias_of(layer: nn.Module) -> nn.Parameter | None:
-    return dict(layer.named_parameters(recurse=False)).get("bias")
 
 
 def _scale_rows(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

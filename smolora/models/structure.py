@@ -67,6 +67,11 @@ def read_shape(linear: nn.Module) -> tuple[int, int]:
     return linear.nx, linear.nf
 
 
+def read_bias(linear: nn.Module) -> nn.Parameter | None:
+    """Return the bias of a linear layer, or None where it has none."""
+    return dict(linear.named_parameters(recurse=False)).get("bias")
+
+
 def infer_family(model: nn.Module) -> Family:
     """Return where `model` keeps what, read from its modules alone.
 

@@ -112,7 +112,7 @@ def _packed_inputs(batch: Batch) -> dict[str, object]:
 
 _TOKEN_STEP, _TARGET_STEP = 64, 16
 """Batches are filled up to multiples of these, so that few shapes occur: oneDNN makes a kernel for each, in .4 ms and
-.3 MB, and a step met 43 new ones. (Filler costs the head the most; it took 6 % of a step in which none was needed.)"""
+.3 MB, and a step met 43 new ones. (Filler costs the head the most.)"""
 
 
 def _fill_up(plain: nn.Module, batch: Batch) -> dict[str, object]:
