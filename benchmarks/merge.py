@@ -35,8 +35,8 @@ def save_pair(args: argparse.Namespace, dtype: str, folder: Path) -> None:
         hidden_size=args.width,
         intermediate_size=args.width * 8 // 3,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 192,
+        num_attention_heads=max(1, args.width // 64),
+        num_key_value_heads=max(1, args.width // 192),
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)

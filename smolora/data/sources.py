@@ -356,7 +356,7 @@ def _find_files(path: Path, file_type: FileType | None) -> list[tuple[Path, File
         kind = file_type or infer_type(path)
         if kind is None:
             raise DataError(
-                f"can't tell the type of {path} from its name. Name it with --file-type: {', '.join(sorted(known))}."
+                f"can't tell the type of {path} from its name. Name it with data.file_type: {', '.join(sorted(known))}."
             )
         return [(path, kind)]
     files = list_files(path, {file_type} if file_type else known)  # First, as it says so where the folder is locked.
@@ -367,7 +367,9 @@ def _find_files(path: Path, file_type: FileType | None) -> list[tuple[Path, File
         wanted = file_type or ", ".join(sorted(known))
         raise DataError(f"the folder {path} holds no file to read ({wanted}), at any depth.")
     if len(kinds) > 1:
-        raise DataError(f"{path} holds files of several types ({', '.join(sorted(kinds))}). Choose with --file-type.")
+        raise DataError(
+            f"{path} holds files of several types ({', '.join(sorted(kinds))}). Choose with data.file_type=TYPE."
+        )
     return [(file, kind) for file in files for kind in kinds]
 
 

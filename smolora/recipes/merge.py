@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
+from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.merge import MergeReport, merge_adapter
 from smolora.adapters.store import find_adapter
 from smolora.errors import ConfigError
@@ -28,6 +29,7 @@ def merge(source: Path, out: Path | None = None) -> MergeReport:
     adapter = find_adapter(source)
     run = RunDir(adapter.parent)
     if out is None and not RunDir.is_run(run.path):
+        read_adapter(adapter)  # What holds no adapter is refused as such.
         raise ConfigError(f"{adapter} is in no run, so the merged model has no default place. Name one with -o.")
     with run.locked() if RunDir.is_run(run.path) else nullcontext():  # No run may rewrite the adapter meanwhile.
         return merge_adapter(adapter, out or run.merged)

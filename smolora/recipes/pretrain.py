@@ -21,8 +21,9 @@ from smolora.data.sources import Documents, read_source_documents
 from smolora.data.token_dataset import TextDataset, TokenArray
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
+from smolora.models.frozen_linear import goes_by_onednn
 from smolora.models.gpt import GPTModel
-from smolora.models.trained_linear import fast_linears
+from smolora.models.trained_linear import linears_by_onednn
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import (
     choose_callbacks,
@@ -79,7 +80,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         require_one_identity(processes.gather_values(pretraining.identity))
         bundle = pretraining.bundle
         require_shardable(bundle, processes)
-        with ExitStack() as stack, fast_linears(bundle.model):
+        with ExitStack() as stack:
+            if goes_by_onednn(next(bundle.model.parameters())):
+                stack.enter_context(linears_by_onednn(bundle.model))
             if processes.is_main:
                 stack.enter_context(_recorded_pretraining(run, config, pretraining, resume=resume))
             trainer = Trainer(

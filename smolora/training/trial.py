@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from smolora.training.trainer import Trainer
 
 _FEWEST, _MOST = 8, 256
-"""How many steps are timed."""
+"""How many steps are timed, where there is the patience."""
 _SECONDS, _PATIENCE = 8.0, 40.0
 """How long steps are timed: the shorter where memory stands still by then."""
+_PART_ROWS = 64
+"""Of the larger part of a pass. From it a pass of thousands of rows, which takes minutes, is refused in seconds."""
 _STANDING_STILL = 0.01
 """Memory grows with every new shape for a hundred steps or more (measured: 640 to 1,600 MiB with a model of 260,000
 parameters; oneDNN's cache of kernels is half of it). It stands still where the later half of the steps adds no more
@@ -68,7 +70,7 @@ class Trial:
     """The steps to take: two parts of a pass, a typical step, the largest ones, and those that are timed."""
 
     parts: list[np.ndarray]
-    """Rows of the two parts: the shortest row, and a quarter of a typical pass."""
+    """Rows of the two parts: the shortest row, and up to a quarter of a typical pass."""
     held: tuple[int, int, int]
     """Tokens that the two parts hold, and the largest pass of the run."""
     whole: list[StepSize]
@@ -81,7 +83,7 @@ class Trial:
         """Choose steps of a run by their sizes."""
         typical, largest = sorted(sizes, key=lambda size: size.tokens)[len(sizes) // 2], find_largest(sizes)
         one_pass = plan.micro_batches(typical.step)[0]
-        parts = [np.array([dataset.lengths.argmin()]), one_pass[: max(1, len(one_pass) // 4)]]
+        parts = [np.array([dataset.lengths.argmin()]), one_pass[: min(max(1, len(one_pass) // 4), _PART_ROWS)]]
         first, second = (count_held(dataset.lengths[part], layout) for part in parts)
         whole, timed = [typical, *largest], sample_steps(sizes, max(_FEWEST, min(_MOST, len(sizes))))
         steps = [*([part] for part in parts), *(plan.micro_batches(size.step) for size in (*whole, *timed))]
@@ -147,9 +149,11 @@ class TrialWatch(Callback):
 
     def _has_seen_enough(self) -> bool:
         spent = sum(self.seconds)
+        if spent > _PATIENCE:
+            return True
         if len(self.seconds) < _FEWEST or spent < _SECONDS:
             return False
-        return spent > _PATIENCE or self._added_by_half() <= _STANDING_STILL * self._peaks[-1]
+        return self._added_by_half() <= _STANDING_STILL * self._peaks[-1]
 
     def _expect_the_largest(self) -> None:
         less, more, most = self.trial.held

@@ -63,6 +63,11 @@ def test_a_missing_file_is_named(tmp_path):
         resolve_config(ExperimentConfig, file=tmp_path / "none.yaml")
 
 
+def test_a_folder_in_place_of_a_file_is_refused_with_the_words_that_continue_a_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder, not a configuration file\. .*-o .* --resume"):
+        resolve_config(ExperimentConfig, file=tmp_path)
+
+
 def test_pretraining_keeps_its_own_defaults_beside_what_is_set():
     training = resolve_config(PretrainConfig, assignments=["training.seed=3"]).training
     assert (training.seed, training.learning_rate, training.max_steps) == (3, 3e-3, 2000)

@@ -171,7 +171,7 @@ def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path):
 
 def test_a_file_of_unknown_type_asks_for_the_type(tmp_path):
     (tmp_path / "a.dat").write_text("one\n")
-    with pytest.raises(DataError, match="--file-type: csv, json, jsonl, parquet, txt"):
+    with pytest.raises(DataError, match="data.file_type: csv, json, jsonl, parquet, txt"):
         read(tmp_path / "a.dat")
     assert read(tmp_path / "a.dat", file_type="txt").train[0].values == {"text": "one"}
 

@@ -206,6 +206,12 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(name):
         load_model(name)
 
 
+def test_an_adapter_in_place_of_its_base_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an adapter, and no model. .* --adapter"):
+        load_model(tmp_path)
+
+
 def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="is a file, not a folder"):

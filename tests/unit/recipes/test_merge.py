@@ -52,6 +52,11 @@ def test_an_adapter_in_no_run_needs_a_folder(run, tmp_path):
         merge(adapter)
 
 
+def test_a_base_in_place_of_an_adapter_is_refused_as_one(tmp_path):
+    with pytest.raises(ModelError, match="holds no adapter"):
+        merge(save_tiny_model("llama", tmp_path / "base"))
+
+
 def test_a_second_merge_is_refused(run):
     merge(run)
     with pytest.raises(ConfigError, match="final_merged exists"):

@@ -72,3 +72,18 @@ def test_the_peak_of_a_longer_run_is_expected_to_grow_by_less_and_less():
 def test_steps_are_timed_until_the_later_half_of_them_adds_no_memory(last, is_enough):
     _, loop = watch_steps([1000] * 6 + [last] * 4, seconds=2.0)
     assert loop.state.should_stop is is_enough
+
+
+def test_steps_that_take_a_minute_are_not_timed_eight_times():
+    watch, loop = watch_steps([1000], seconds=60.0)
+    assert loop.state.should_stop
+    assert watch.fit().predict(72) == 60.0
+    assert watch.expect_growth(100) == 0
+
+
+def test_a_pass_of_thousands_of_rows_is_judged_by_a_part_that_takes_seconds():
+    rows = TokenDataset([build_example([1] * 9, [(1, 9)]) for _ in range(4000)])
+    plan = plan_steps(rows.lengths, TrainingConfig(per_device_train_batch_size=2000), SpeedConfig())
+    trial = Trial.choose(rows, plan, measure_steps(rows, plan, layout="packed"), "packed")
+    assert [len(part) for part in trial.parts] == [1, 64]
+    assert trial.held == (9, 64 * 9, 2000 * 9)
