@@ -23,14 +23,14 @@ def linears_by_onednn(model: nn.Module) -> Iterator[int]:
 
     Names and weights stay what they are; results change by rounding. It pays where `goes_by_onednn` says so.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_go(module)]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_replaced(module)]
     with ExitStack() as stack:
         for linear in linears:
             stack.enter_context(replaced_forward(linear, partial(_forward, linear)))
         yield len(linears)
 
 
-def _can_go(linear: nn.Linear) -> bool:
+def _can_be_replaced(linear: nn.Linear) -> bool:
     weight = linear.weight
     return has_plain_forward(linear) and weight.dtype == torch.float32 and weight.device.type == "cpu"
 

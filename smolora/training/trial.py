@@ -27,7 +27,7 @@ _FEWEST, _MOST = 8, 256
 _SECONDS, _PATIENCE = 8.0, 40.0
 """How long steps are timed: the shorter where memory stands still by then."""
 _PART_ROWS = 64
-"""Of the larger part of a pass. From it a pass of thousands of rows, which takes minutes, is refused in seconds."""
+"""Of the larger part of a pass: a quarter of one of thousands takes minutes."""
 _STANDING_STILL = 0.01
 """Memory grows with every new shape for a hundred steps or more (measured: 640 to 1,600 MiB with a model of 260,000
 parameters; oneDNN's cache of kernels is half of it). It stands still where the later half of the steps adds no more
@@ -74,21 +74,22 @@ class Trial:
     held: tuple[int, int, int]
     """Tokens that the two parts hold, and the largest pass of the run."""
     whole: list[StepSize]
-    """A typical step, then the largest."""
+    """A typical step, then the largest, each once."""
     timed: list[StepSize]
     plan: ChosenSteps
 
     @classmethod
     def choose(cls, dataset: TokenDataset, plan: StepPlan, sizes: Sequence[StepSize], layout: Layout) -> Trial:
         """Choose steps of a run by their sizes."""
-        typical, largest = sorted(sizes, key=lambda size: size.tokens)[len(sizes) // 2], find_largest(sizes)
+        typical = sorted(sizes, key=lambda size: size.tokens)[len(sizes) // 2]
+        whole = list(dict.fromkeys((typical, *find_largest(sizes))))
         one_pass = plan.micro_batches(typical.step)[0]
         parts = [np.array([dataset.lengths.argmin()]), one_pass[: min(max(1, len(one_pass) // 4), _PART_ROWS)]]
         first, second = (count_held(dataset.lengths[part], layout) for part in parts)
-        whole, timed = [typical, *largest], sample_steps(sizes, max(_FEWEST, min(_MOST, len(sizes))))
+        timed = sample_steps(sizes, max(_FEWEST, min(_MOST, len(sizes))))
         steps = [*([part] for part in parts), *(plan.micro_batches(size.step) for size in (*whole, *timed))]
         chosen = ChosenSteps(plan.num_units, plan.config, steps=steps)
-        return cls(parts, (first, second, max(size.held for size in largest)), whole, timed, chosen)
+        return cls(parts, (first, second, max(size.held for size in whole)), whole, timed, chosen)
 
 
 class TrialWatch(Callback):

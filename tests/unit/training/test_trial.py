@@ -87,3 +87,10 @@ def test_a_pass_of_thousands_of_rows_is_judged_by_a_part_that_takes_seconds():
     trial = Trial.choose(rows, plan, measure_steps(rows, plan, layout="packed"), "packed")
     assert [len(part) for part in trial.parts] == [1, 64]
     assert trial.held == (9, 64 * 9, 2000 * 9)
+
+
+def test_a_typical_step_that_is_the_largest_is_taken_once():
+    rows = TokenDataset([build_example([1] * 9, [(1, 9)]) for _ in range(8)])
+    plan = plan_steps(rows.lengths, TrainingConfig(per_device_train_batch_size=8, num_train_epochs=1), SpeedConfig())
+    trial = Trial.choose(rows, plan, measure_steps(rows, plan, layout="packed"), "packed")
+    assert len(trial.whole) == 1
