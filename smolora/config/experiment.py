@@ -280,7 +280,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ConfigError: There is none, or it isn't a YAML mapping.
     """
     if file.is_dir():
-        raise ConfigError(f"{file} is a folder, not a configuration file. A run in it goes on with -o {file} --resume.")
+        raise ConfigError(
+            f"{file} is a folder, not a configuration file. A run in it goes on with -o {file} --resume; "
+            "rows are named behind --data."
+        )
     if not file.is_file():
         raise ConfigError(f"no configuration file {file}.")
     try:

@@ -151,11 +151,11 @@ def read_model_settings(folder: Path) -> dict[str, object]:
     """
     refuse_code(folder)
     settings = _read_json(folder / "config.json")
-    if settings is None and (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{folder} is an adapter, and no model. Name its base instead, and the adapter with --adapter."
-        )
     if settings is None:
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} is an adapter, and no model. Name its base instead, and the adapter with --adapter."
+            )
         raise ModelError(
             f"{folder} has no config.json, so it is no model folder. Name a model folder, a run, or a hub id."
         )

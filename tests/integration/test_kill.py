@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import save_tiny_model
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_kills_lose_nothing_and_change_no_bit(tmp_path, kills):
     base = save_tiny_model("llama", tmp_path / "base")
     command = [sys.executable, "-m", "tests.integration.kill_worker", str(base), str(tmp_path), str(kills), "0"]

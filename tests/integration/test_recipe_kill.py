@@ -13,7 +13,7 @@ from tests.tiny import save_tiny_model
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_random_kills_of_a_recipe_change_no_byte_of_the_adapter(tmp_path, kills):
     base, rows = save_tiny_model("llama", tmp_path / "base"), tmp_path / "rows.jsonl"
     pairs = [
