@@ -70,12 +70,26 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What was run in place of whole steps, since one would not fit or take minutes."""
+
+    tokens: int
+    """Input tokens of the largest part; 0 where the evaluation before the first step took more than there is."""
+    pass_tokens: int
+    """What the largest pass of the run holds, padding included."""
+    bytes_per_token: float
+    """What each further token of a pass adds to the peak."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What to expect of a run. What isn't known because memory ran out is None."""
 
     memory: Memory
     work: Work | None = None
     seconds: Seconds | None = None
+    parts: Parts | None = None
+    """None where whole steps were run."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -85,8 +99,13 @@ class Estimate:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
         """Read what `asdict` wrote."""
-        work, seconds = values["work"], values["seconds"]
-        return cls(Memory(**values["memory"]), Work(**work) if work else None, Seconds(**seconds) if seconds else None)
+        work, seconds, parts = values["work"], values["seconds"], values["parts"]
+        return cls(
+            Memory(**values["memory"]),
+            Work(**work) if work else None,
+            Seconds(**seconds) if seconds else None,
+            Parts(**parts) if parts else None,
+        )
 
     def to_dict(self) -> dict[str, object]:
         """Return what `plan --json` prints of it."""
@@ -97,7 +116,9 @@ class Estimate:
             "per_step": self.seconds.steps / self.work.steps if self.work else None,
         }
         memory = {**asdict(self.memory), "fits": self.memory.fits}
-        return {"work": work, "memory": memory, "seconds": seconds, "tokens_per_second": self.tokens_per_second}
+        parts = self.parts and asdict(self.parts)
+        speed = self.tokens_per_second
+        return {"work": work, "memory": memory, "seconds": seconds, "tokens_per_second": speed, "parts": parts}
 
     def describe(self) -> str:
         """Return a few lines for a person."""
@@ -105,6 +126,10 @@ class Estimate:
         if self.work and self.seconds:
             parts.append(self._describe_time(self.work, self.seconds))
         parts.append(f"memory: {self.describe_memory()}")
+        if self.parts and self.parts.tokens:
+            parts.append(
+                f"measured: parts of a step, of up to {self.parts.tokens:,} tokens; the rest follows from them"
+            )
         return "\n".join(part for part in parts if part)
 
     def _describe_work(self, work: Work) -> str:

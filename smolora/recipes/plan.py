@@ -7,6 +7,8 @@ the run doesn't fit.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import signal
 import subprocess
@@ -26,6 +28,8 @@ from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json
 from smolora.runtime.signals import deferred_signals
 
+logger = logging.getLogger(__name__)
+
 _GLANCE = 0.1
 """Seconds between two looks for a signal."""
 
@@ -35,6 +39,11 @@ _ROWS, _PASSES = "training.per_device_train_batch_size", "training.gradient_accu
 _TOKENS = "speed.max_tokens_per_batch"
 _SHORTEST = 32
 """Tokens; no shorter `max_length` is proposed."""
+
+_PATIENCE, _PATIENCE_FOR_A_PROPOSAL = 80.0, 20.0
+"""Seconds for whole steps; where those that must be run need more, parts stand for them."""
+_MARGIN = 1.15
+"""Over a peak that is expected from parts: the line is off by some, and a smaller pass of many rows costs nothing."""
 
 Settings = Mapping[str, object]
 """Values by path of the configuration."""
@@ -51,6 +60,10 @@ class TrialRequest:
     """Updates that are done already."""
     available: int | None = None
     """Bytes that the run may hold, in place of what is free."""
+    patience: float = _PATIENCE
+    """Seconds for a typical step, the largest and one that is timed."""
+    tells_progress: bool = False
+    """Whether it says on stderr what it measures."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +75,7 @@ class Proposal:
 
     def describe(self) -> str:
         """Return what to add to the command line, and what it leads to."""
-        words = [f"{path}={str(value).lower()}" for path, value in self.settings.items() if path != _ROWS]
-        if _ROWS in self.settings:
-            words.insert(0, f"--batch-size {int(str(self.settings[_ROWS])) * int(str(self.settings[_PASSES]))}")
-        return f"{' '.join(words)}\n{self.estimate.describe()}"
+        return f"{_describe_settings(self.settings)}\n{self.estimate.describe()}"
 
 
 @dataclass(frozen=True)
@@ -114,11 +124,14 @@ def plan(
     estimate = run_trial(config, first_step=first_step, available=available)
     if estimate.memory.fits:
         return Plan(estimate)
-    try_out = partial(run_trial, first_step=first_step, available=estimate.memory.available)
+    patience, available = _PATIENCE_FOR_A_PROPOSAL, estimate.memory.available
+    try_out = partial(run_trial, first_step=first_step, available=available, patience=patience)
     return Plan(estimate, propose(config, estimate, try_out))
 
 
-def run_trial(config: ExperimentConfig, *, first_step: int = 0, available: int | None = None) -> Estimate:
+def run_trial(
+    config: ExperimentConfig, *, first_step: int = 0, available: int | None = None, patience: float = _PATIENCE
+) -> Estimate:
     """Run the trial of a configuration in a child process.
 
     Raises:
@@ -127,7 +140,8 @@ def run_trial(config: ExperimentConfig, *, first_step: int = 0, available: int |
     """
     with tempfile.TemporaryDirectory(prefix="smolora-plan-") as name:
         folder = Path(name)
-        request = TrialRequest(config.model_dump(mode="json"), time.time(), first_step, available)
+        values, tells_progress = config.model_dump(mode="json"), logger.isEnabledFor(logging.INFO)
+        request = TrialRequest(values, time.time(), first_step, available, patience, tells_progress)
         write_json(folder / REQUEST, asdict(request))
         # -P and our own path: a file named like a library in the current folder must not come before it.
         command = [sys.executable, "-P", "-m", "smolora.recipes.plan_trial", name]
@@ -176,46 +190,97 @@ def propose(
         estimate: Of it.
         try_out: Returns the estimate of another.
     """
-    from smolora.runtime.memory import MemoryManager  # Here, since it takes torch.
-
     budget, passes = config.speed.max_tokens_per_batch, config.training.gradient_accumulation_steps
     path, whole = (_TOKENS, budget) if budget else (_ROWS, config.training.per_device_train_batch_size)
     for change in _iter_changes(config, estimate.work):
-        trials = _Trials(partial(_split, path, whole * passes, change), partial(_try_changed, config, try_out))
+        settings_of = partial(_split, path, whole * passes, change)
+        trials = _Trials(settings_of, partial(_try_changed, config, try_out), counts_tokens=path == _TOKENS)
         if not change:
             trials.known[whole] = estimate
         try:
-            fitting = MemoryManager().optimize_batch_size(
-                trials.measure, whole, passes, available=estimate.memory.available
-            )
+            size = trials.find_fitting(whole, passes, available=estimate.memory.available)
         except errors.DataError:
             return None  # Cut this short, the rows have nothing left to learn.
-        if fitting and fitting[0] in trials.known:
-            return Proposal(trials.settings_of(fitting[0]), trials.known[fitting[0]])
+        if size and (fitting := trials.known[size]):
+            return Proposal(trials.settings_of(size), fitting)
     return None
 
 
 @dataclass(frozen=True)
 class _Trials:
-    """Runs that differ in the size of a pass alone, each tried once."""
+    """Runs that differ in the size of a pass alone, each tried once, and few of them."""
 
     settings_of: Callable[[int], Settings]
     try_out: Callable[[Settings], Estimate]
-    known: dict[int, Estimate] = field(default_factory=dict)
+    counts_tokens: bool
+    """Whether the size of a pass is its tokens; else it is its rows."""
+    known: dict[int, Estimate | None] = field(default_factory=dict)
+    """What was tried, by size; None where no run can have it."""
+
+    def find_fitting(self, whole: int, passes: int, *, available: int | None) -> int | None:
+        """Return the largest size of a pass that fits: expected from larger ones where their parts say it, then tried.
+
+        None where not even the smallest does.
+        """
+        from smolora.runtime.memory import MemoryManager  # Here, since it takes torch.
+
+        self._try(whole)
+        while fitting := MemoryManager().optimize_batch_size(self.measure, whole, passes, available=available):
+            if fitting[0] in self.known:
+                return fitting[0]
+            self._try(fitting[0])
+        return None
 
     def measure(self, size: int) -> int:
         """Return the peak in bytes of a run whose passes have this size; none for a size that no run can have."""
-        if size not in self.known:
-            try:
-                self.known[size] = self.try_out(self.settings_of(size))
-            except errors.ConfigError:
-                return 0  # A budget below a row. The search goes on upwards.
-        peak = self.known[size].memory.peak
-        return sys.maxsize if peak is None else peak
+        larger = [other for other, found in self.known.items() if other > size and found and found.parts]
+        if size not in self.known and larger:
+            return self._expect(size, min(larger))
+        self._try(size)
+        found = self.known[size]
+        if found is None:
+            return 0  # The search goes on upwards.
+        return sys.maxsize if found.memory.peak is None else found.memory.peak
+
+    def _try(self, size: int) -> None:
+        if size in self.known:
+            return
+        settings = self.settings_of(size)
+        logger.info("it doesn't fit; trying %s", _describe_settings(settings))
+        try:
+            self.known[size] = self.try_out(settings)
+        except errors.ConfigError:
+            self.known[size] = None  # A budget below a row.
+
+    def _expect(self, size: int, larger: int) -> int:
+        """Return the peak to allow for, by the line through the parts of a larger pass.
+
+        The more rows a pass has, the nearer it is to the mean: what the largest of many has beyond that grows with the
+        root of its rows, and of a single row it is the longest.
+        """
+        found = self.known[larger]
+        assert found and found.parts and found.work and found.memory.peak, "parts come with all of these"
+        parts, work = found.parts, found.work
+        if self.counts_tokens and size < work.longest_row:
+            return 0
+        held = float(size)
+        if not self.counts_tokens:
+            mean = parts.pass_tokens / min(larger, work.rows)
+            held = size * mean + math.sqrt(size) * (work.longest_row - mean)
+        held = min(held, parts.pass_tokens)
+        return round(_MARGIN * (found.memory.peak - parts.bytes_per_token * (parts.pass_tokens - held)))
 
 
 def _split(path: str, whole: int, change: Settings, size: int) -> Settings:
     return {path: size, _PASSES: whole // size, **change}
+
+
+def _describe_settings(settings: Settings) -> str:
+    """Return them as words of a command line."""
+    words = [f"{path}={str(value).lower()}" for path, value in settings.items() if path != _ROWS]
+    if _ROWS in settings:
+        words.insert(0, f"--batch-size {int(str(settings[_ROWS])) * int(str(settings[_PASSES]))}")
+    return " ".join(words)
 
 
 def _try_changed(

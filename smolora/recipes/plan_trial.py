@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from smolora.config.phases import DynamicLoRAConfig
 from smolora.data.collate import get_data_collator
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError, SmoloraError
-from smolora.recipes.estimate import Estimate, Memory, Seconds, Work
+from smolora.recipes.estimate import Estimate, Memory, Parts, Seconds, Work
 from smolora.recipes.finetune import Tuning, TuningData, leave_results, open_tuning
 from smolora.recipes.plan import REQUEST, RESULT, TrialRequest
 from smolora.recipes.run_folder import choose_callbacks
@@ -50,6 +51,8 @@ def main(folder: Path) -> None:
     show_log(stderr_console(quiet=True))
     _offer_to_be_killed()
     request = TrialRequest(**json.loads((folder / REQUEST).read_text(encoding="utf-8")))
+    if request.tells_progress:
+        logging.getLogger(TrialWatch.__module__).setLevel(logging.INFO)
     try:
         result = asdict(try_out(request, folder / "run"))
     except SmoloraError as error:
@@ -73,7 +76,7 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
     if not sizes:
         raise ConfigError(f"the run has done all of its {plan.total_steps} steps: nothing is left to plan.")
     work = _describe_work(data, plan, sizes)
-    watch = TrialWatch(Trial.choose(data.train, plan, sizes, tuning.layout), room)
+    watch = TrialWatch(Trial.choose(data.train, plan, sizes, tuning.layout), room, request.patience)
     held_out = _choose_held_out(data, config.evaluation.batch_size)
     run = RunDir(folder)
     with ExitStack() as training:
@@ -83,7 +86,7 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
         try:
             trainer.train()
         except WontFitError as error:
-            return Estimate(Memory(room.available, error.peak), work)
+            return Estimate(Memory(room.available, error.peak), work, parts=_describe_parts(watch))
         trained = time.perf_counter()
         leave_results(run, config, tuning, training)
         leaving = time.perf_counter() - trained
@@ -99,8 +102,8 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
         verdict=expect_seconds(verdict, share, steps * plan.total_steps / len(sizes)) if verdict else 0.0,
         ending=leaving - (float(str(verdict["seconds"])) if verdict else 0.0),
     )
-    peak = room.peak + watch.expect_growth(len(sizes))
-    return Estimate(Memory(room.available, peak, watch.typical_peak), work, seconds)
+    memory = Memory(room.available, watch.expect_peak(len(sizes)), watch.typical_peak)
+    return Estimate(memory, work, seconds, _describe_parts(watch))
 
 
 def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) -> Work:
@@ -115,6 +118,13 @@ def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) 
         longest_row=int(data.train.lengths.max()),
         longest_step_tokens=max(size.tokens for size in sizes),
     )
+
+
+def _describe_parts(watch: TrialWatch) -> Parts | None:
+    ladder, most = watch.trial.ladder, watch.trial.most_held
+    if watch.kind == "whole steps":
+        return None
+    return Parts(ladder.last.part.tokens, most, ladder.bytes_per_token) if ladder.runs else Parts(0, most, 0.0)
 
 
 def _choose_held_out(data: TuningData, size: int) -> TokenDataset | None:

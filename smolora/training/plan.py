@@ -189,7 +189,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, budget: int, *, seed: int
 class ChosenSteps(StepPlan):
     """Steps with the passes that they are given, whatever order a run would take."""
 
-    steps: Sequence[Sequence[np.ndarray]] = ()
+    steps: list[list[np.ndarray]] = field(default_factory=list)
 
     @property
     def total_steps(self) -> int:
@@ -198,4 +198,4 @@ class ChosenSteps(StepPlan):
 
     def micro_batches(self, step: int, process: int = 0) -> list[np.ndarray]:
         """Return the rows of each micro-step of update `step` (from 0)."""
-        return list(self.steps[step])
+        return self.steps[step]

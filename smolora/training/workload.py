@@ -54,6 +54,11 @@ def count_held(lengths: npt.NDArray[np.int64], layout: Layout) -> int:
     return int(lengths.max() * len(lengths) if layout == "padded" else lengths.sum())
 
 
+def find_typical(sizes: Sequence[StepSize]) -> StepSize:
+    """Return the step of middle size."""
+    return sorted(sizes, key=lambda size: size.tokens)[len(sizes) // 2]
+
+
 def find_largest(sizes: Sequence[StepSize]) -> list[StepSize]:
     """Return the steps that can be the peak of memory: the most tokens, targets or squares in one pass."""
     largest = [

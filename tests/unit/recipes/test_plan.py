@@ -8,12 +8,13 @@ import signal
 import tempfile
 import threading
 import time
+from functools import partial
 
 import pytest
 
 from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import ConfigError, DataError, StoppedBySignal, StorageError
-from smolora.recipes.estimate import Estimate, Memory, Seconds, Work
+from smolora.recipes.estimate import Estimate, Memory, Parts, Seconds, Work
 from smolora.recipes.finetune import finetune
 from smolora.recipes.plan import Plan, Proposal, TrialRequest, apply_settings, plan, propose, run_trial
 from smolora.recipes.plan_trial import try_out
@@ -47,7 +48,10 @@ def read_tokens(run):
     return sum(line["input_tokens"] for line in lines if "loss" in line)
 
 
-def test_a_plan_counts_what_the_run_then_does_and_leaves_nothing(tmp_path, base, rows, monkeypatch):
+def test_a_plan_counts_what_the_run_then_does_and_says_what_it_measures_and_leaves_nothing(
+    tmp_path, base, rows, monkeypatch, caplog, capfd
+):
+    caplog.set_level("INFO", "smolora")
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -57,6 +61,10 @@ def test_a_plan_counts_what_the_run_then_does_and_leaves_nothing(tmp_path, base,
     (tmp_path / "temporary").mkdir()
     asked = config(base, rows, "training.logging_steps=1", "training.gradient_accumulation_steps=2")
     estimate = plan(asked, tmp_path / "run").estimate
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("measuring whole steps, of about ")
+    assert said.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert [path.name for path in here.iterdir()] == ["datasets.py"]
     assert list((tmp_path / "temporary").iterdir()) == []
@@ -114,8 +122,20 @@ def test_what_is_expected_not_to_fit_is_not_tried(base, rows, tmp_path):
     estimate = try_out(TrialRequest(asked, time.time(), available=1 << 20), tmp_path / "run")
     assert estimate.memory.peak > 1 << 20
     assert estimate.seconds is None
+    assert "measured" not in estimate.describe()
     with pytest.raises(StorageError, match=r"doesn't fit in memory: .* 1 MiB are there. Nothing that was tried does"):
         Plan(estimate).require_fit()
+
+
+def test_a_step_that_takes_longer_than_there_is_patience_is_planned_from_parts_of_it(base, rows, tmp_path):
+    asked = config(base, rows, "training.per_device_train_batch_size=40", "training.gradient_accumulation_steps=1000")
+    request = TrialRequest(asked.model_dump(mode="json"), time.time(), patience=0.0)
+    estimate = try_out(request, tmp_path / "run")
+    assert estimate.parts.tokens >= estimate.parts.pass_tokens / 4
+    assert estimate.memory.typical_peak is None
+    assert estimate.memory.fits
+    assert min(vars(estimate.seconds).values()) > 0
+    assert f"measured: parts of a step, of up to {estimate.parts.tokens:,} tokens" in estimate.describe()
 
 
 def test_a_proposal_is_applied_by_path_and_keeps_the_rest(base, rows):
@@ -131,12 +151,13 @@ def test_a_proposal_is_applied_by_path_and_keeps_the_rest(base, rows):
 
 
 def test_an_estimate_survives_json_and_adds_up():
-    estimate = Estimate(Memory(4 << 30, 3 << 30, 2 << 30), WORK, SECONDS)
+    estimate = Estimate(Memory(4 << 30, 3 << 30, 2 << 30), WORK, SECONDS, Parts(60, 110, 2.5))
     assert Estimate.from_dict(json.loads(json.dumps(estimate, default=vars))) == estimate
     printed = estimate.to_dict()
     assert (printed["seconds"]["total"], printed["seconds"]["per_step"]) == (25.0, 0.2)
     assert (printed["work"]["tokens_per_step"], printed["tokens_per_second"]) == (80.0, 400.0)
     assert printed["memory"]["fits"] is True
+    assert printed["parts"] == {"tokens": 60, "pass_tokens": 110, "bytes_per_token": 2.5}
 
 
 @pytest.mark.parametrize(
@@ -236,6 +257,67 @@ def test_a_budget_of_tokens_is_divided_and_never_below_the_longest_row(base, row
         "speed.packed_weights": False,
     }
     assert proposal.describe().startswith("speed.max_tokens_per_batch=64 training.gradient_accumulation_steps=4 ")
+
+
+HUGE = Work(4000, 0, 600_000, 300_000, 1, 4000, 600_000, 300, 600_000)
+"""Of one step of 4,000 rows of 150 tokens; one has 300."""
+
+
+def pretend_by_parts(config, *, available, tried, weights=1000):
+    """Estimate what is too large to be run: bytes for weights, and for each token of a pass."""
+    budget = config.speed.max_tokens_per_batch
+    tried.append(budget or config.training.per_device_train_batch_size)
+    held = min(budget or 150 * tried[-1], 600_000)
+    return Estimate(Memory(available, weights + 2 * held), HUGE, parts=Parts(40_000, held, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("available", "rows_of_a_pass"),
+    [(1_000_000, 2500), (10_000, 20), (2300, 1)],
+)
+def test_the_parts_of_a_huge_pass_say_which_one_fits_and_no_other_is_tried(base, rows, available, rows_of_a_pass):
+    asked = config(base, rows, "training.per_device_train_batch_size=40000")
+    tried = []
+    estimate = pretend_by_parts(asked, available=available, tried=tried)
+    proposal = propose(asked, estimate, partial(pretend_by_parts, available=available, tried=tried))
+    assert proposal.settings == {
+        "training.per_device_train_batch_size": rows_of_a_pass,
+        "training.gradient_accumulation_steps": 40_000 // rows_of_a_pass,
+    }
+    assert tried == [40_000, rows_of_a_pass]
+
+
+def test_a_pass_that_takes_more_than_its_line_gives_way_to_a_smaller_one(base, rows, caplog):
+    caplog.set_level("INFO")
+    asked = config(base, rows, "training.per_device_train_batch_size=40000")
+    tried = []
+    estimate = pretend_by_parts(asked, available=10_000, tried=tried)
+    heavier = partial(pretend_by_parts, available=10_000, tried=tried, weights=5000)
+    proposal = propose(asked, estimate, heavier)
+    assert tried == [40_000, 20, 8]
+    assert proposal.settings["training.per_device_train_batch_size"] == 8
+    assert "it doesn't fit; trying --batch-size 40000 training.gradient_accumulation_steps=5000" in caplog.text
+
+
+def test_no_smaller_pass_is_tried_where_the_evaluation_before_the_first_step_takes_too_much(base, rows):
+    asked = config(base, rows, "training.gradient_checkpointing=true", "speed.packed_weights=false")
+    tried = []
+
+    def estimate(changed):
+        tried.append((changed.training.per_device_train_batch_size, changed.data.max_length))
+        return Estimate(Memory(800, 900), Work(**{**vars(WORK), "longest_row": 64}), parts=Parts(0, 500, 0.0))
+
+    assert propose(asked, estimate(asked), estimate) is None
+    assert tried == [(8, None), (8, 32)]
+
+
+def test_no_budget_of_tokens_below_a_row_is_tried(base, rows):
+    asked = config(base, rows, "speed.max_tokens_per_batch=600000")
+    tried = []
+    estimate = pretend_by_parts(asked, available=1840, tried=tried)
+    proposal = propose(asked, estimate, partial(pretend_by_parts, available=1840, tried=tried))
+    assert proposal.settings["speed.max_tokens_per_batch"] == 300
+    assert tried == [600_000, 300]
 
 
 def test_nothing_is_proposed_where_nothing_fits_or_nothing_is_left_to_learn(base, rows):
