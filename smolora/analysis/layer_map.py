@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
 from smolora.analysis.canvas import (
     BAR_ROOM,
-    add_color_bar,
-    locate_decades,
+    add_shades,
     name_panel,
     new_figure,
     positive_range,
@@ -50,10 +49,7 @@ def plot_layer_map(densities: Mapping[str, tuple[int | None, float]]) -> Figure:
     panel.set_xticks(np.arange(len(kinds)) + 0.5, _shorten(kinds))
     panel.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     name_panel(panel, "gradient per parameter by layer, over its mean")
-    bar = add_color_bar(panel, ScalarMappable(norm=shades, cmap=_COLORS))
-    bar.locator = locate_decades(low, high)
-    bar.formatter = StrMethodFormatter("{x:g}")
-    bar.minorticks_off()
+    add_shades(panel, shades, colormaps[_COLORS])
     return cast("Figure", panel.figure)
 
 

@@ -11,24 +11,21 @@ from typing import NamedTuple, cast
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import BoundaryNorm, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from smolora.analysis.canvas import (
     BAR_ROOM,
-    FONT_SIZE,
     GROUP_STYLES,
-    INK,
     RUN_STYLES,
     LineEnd,
     Style,
     add_color_bar,
+    add_shades,
     label_ends,
-    locate_decades,
     name_panel,
     new_figure,
     part_phases,
@@ -120,8 +117,7 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
     [record] = open_runs([run])
     table = record.layer_norms
     matrices = _layers_of(record, table)
-    low, high = _widen(*positive_range(list(matrices.values())))
-    shades = LogNorm(low, high)
+    shades = LogNorm(*_widen(*positive_range(list(matrices.values()))))
     count = len(next(iter(matrices.values())))
     texts, key = _name_phases(record)
     panels = new_figure([min(1.6, max(0.7, 0.055 * count))] * len(matrices), labels=[BAR_ROOM], key=key)
@@ -133,10 +129,7 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
         frozen = " (hatched: frozen)" if np.isnan(matrix).any() else ""
         name_panel(panel, f"{group}: gradient norm by layer{frozen}", record.phases, texts)
         panel.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-        bar = add_color_bar(panel, ScalarMappable(norm=shades, cmap=_LAYER_COLORS))
-        bar.locator = locate_decades(low, high)
-        bar.formatter = StrMethodFormatter("{x:g}")
-        bar.minorticks_off()
+        add_shades(panel, shades, colormaps[_LAYER_COLORS])
     return _figure_of(panels[0])
 
 
@@ -210,10 +203,8 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
         part_phases(panel, record.phases)
         panel.set_ylim(0, 1)
         panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    bar = add_color_bar(panels[1], ScalarMappable(norm=BoundaryNorm(np.arange(count + 1) - 0.5, count), cmap=shades))
-    bar.set_ticks(sorted({0, count // 2, count - 1}))
-    bar.minorticks_off()
-    bar.ax.set_title("layer", loc="left", fontsize=FONT_SIZE, color=INK, pad=3)
+    shown = sorted({0, count // 2, count - 1})
+    add_color_bar(panels[1], shades, {(layer + 0.5) / count: str(layer) for layer in shown}, title="layer")
     return _figure_of(panels[0])
 
 
