@@ -31,6 +31,9 @@ Mask = NDArray[np.bool_]
 GROUPS = ("attention", "mlp", "embed", "lm_head", "norm", "other")
 """The columns whose squares sum to the square of `total`; the last two are there only where they are trained."""
 
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+"""libyaml reads a configuration in a tenth of the time."""
+
 _LAYER_COLUMN = re.compile(r"layer_(\d+)_(\w+)")
 
 
@@ -99,7 +102,7 @@ class RunRecord:
     def settings(self) -> dict[str, object]:
         """The configuration by dotted path; empty where it is lost."""
         try:
-            stored = yaml.safe_load(self.run.resolved_config.read_text(encoding="utf-8"))
+            stored = yaml.load(self.run.resolved_config.read_text(encoding="utf-8"), Loader=_LOADER)
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return {}
         return flatten_settings(stored) if isinstance(stored, dict) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 
 import numpy as np
@@ -28,7 +29,7 @@ class BleuMetric(SummedMetric):
     names = ("bleu1", "bleu2", "bleu3", "bleu")
 
     def __init__(self, *, lowercase: bool = False) -> None:
-        self._bleu = BLEU(lowercase=lowercase)
+        self._bleu = _open_bleu(lowercase=lowercase)
         self.version = f"sacrebleu {version('sacrebleu')}"
         case = "lc" if lowercase else "mixed"
         self.variants = tuple(f"corpus BLEU-{order}, 13a tokens, case {case}, smoothing exp" for order in _ORDERS)
@@ -51,6 +52,12 @@ class BleuMetric(SummedMetric):
             BLEU.compute_bleu(correct[:n], total[:n], answered, given, smooth_method="exp", max_ngram_order=n).score
             for n in _ORDERS
         ]
+
+
+@cache
+def _open_bleu(*, lowercase: bool) -> BLEU:
+    """Return one for all: it remembers the tokens of references, which base and tuned model share."""
+    return BLEU(lowercase=lowercase)
 
 
 class NistMetric(CorpusMetric):

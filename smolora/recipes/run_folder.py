@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import yaml
@@ -230,5 +231,11 @@ def _describe_environment() -> dict[str, object]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        "versions": _read_versions(),
     }
+
+
+@cache
+def _read_versions() -> dict[str, str]:
+    """Return what is installed, which a process reads once: it takes longer than a step of a tiny model."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONS}

@@ -5,13 +5,14 @@ An empty cell means that nothing there has a gradient: it is frozen, or the mode
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from smolora.errors import DataError
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import describe_os_error, write_json, write_text
+from smolora.records.staging import describe_os_error, write_text
 
 Cell = float | int | None
 
@@ -69,8 +70,8 @@ class GradientNormLog:
         self._layers.cut(step)
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
-        """Write summary.json."""
-        write_json(self._summary, summary)
+        """Write summary.json, each statistic on a line."""
+        write_text(self._summary, _render(summary) + "\n")
 
 
 _EXTRA = ("norm", "other")
@@ -125,6 +126,23 @@ class _Table:
         header, *lines = [line.rstrip("\r\n") for line in text.splitlines(keepends=True) if line.endswith("\n")] or [""]
         whole = [line for line in lines if line.count(",") == header.count(",") and line.partition(",")[0].isdigit()]
         return [header, *whole] if header else []
+
+
+def _render(value: object, margin: str = "") -> str:
+    """Return JSON in which an object of plain values stands on one line.
+
+    >>> print(_render({"groups": {"mlp": {"count": 1, "mean": 0.5}}}))
+    {
+      "groups": {
+        "mlp": {"count": 1, "mean": 0.5}
+      }
+    }
+    """
+    if not isinstance(value, Mapping) or not any(isinstance(inner, Mapping) for inner in value.values()):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    deeper = margin + "  "
+    lines = [f"{deeper}{_render(name)}: {_render(inner, deeper)}" for name, inner in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
 
 
 def _format(value: Cell) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from typing import cast
 
 
@@ -61,20 +61,20 @@ class GradientSummary:
         """
         summary: dict[str, object] = {"groups": {}, "matrices": {}, "modules": {}, "phases": {}}
         for path, statistic in self._statistics.items():
-            _put(summary, path.split("/"), asdict(statistic))
+            _put(summary, path.split("/"), dict(vars(statistic)))
         modules = cast("dict[str, dict[str, object]]", summary["modules"])
         summary["modules"] = {
             name: {"group": places[name][0], "layer": places[name][1], **numbers} for name, numbers in modules.items()
         }
         phases = cast("dict[str, dict[str, object]]", summary["phases"])
-        summary["phases"] = {name: {**asdict(span), **phases.get(name, {})} for name, span in self._phases.items()}
+        summary["phases"] = {name: {**vars(span), **phases.get(name, {})} for name, span in self._phases.items()}
         return summary
 
     def to_state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
         return {
-            "statistics": {path: list(astuple(statistic)) for path, statistic in self._statistics.items()},
-            "phases": {name: list(astuple(span)) for name, span in self._phases.items()},
+            "statistics": {path: list(vars(statistic).values()) for path, statistic in self._statistics.items()},
+            "phases": {name: list(vars(span).values()) for name, span in self._phases.items()},
         }
 
     @classmethod

@@ -127,7 +127,7 @@ def save_checkpoint(
                 f"{name}/{key}": t for name, tensors in snapshot.callback_tensors.items() for key, t in tensors.items()
             }
             save_file(_contiguous(named), staging / _CALLBACKS)
-        write_json(staging / _STATE, {"trainer": snapshot.state, "callbacks": snapshot.callbacks})
+        write_json(staging / _STATE, {"trainer": snapshot.state, "callbacks": snapshot.callbacks}, indent=None)
         facts = {"step": snapshot.state["step"], "processes": num_processes, "identity": vars(identity)}
         write_manifest(staging, facts)
 
