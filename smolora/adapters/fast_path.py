@@ -30,6 +30,7 @@ from smolora.models.row_attention import AttentionSettings, attend_rows, row_att
 from smolora.models.rows import Rows
 from smolora.models.structure import PreTrainedModel, replaced_forward
 from smolora.models.tasks import task_of
+from smolora.runtime.memory import return_freed_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class _Installer:
             done = self._install_blocks()
         if self._config.fused_lora:
             self._install_products(done)
+            return_freed_blocks()  # What weights took before they became parts of joint ones.
         self._parts.left += [f"{reason} ({len(names)} layers)" for reason, names in self._fallbacks.items()]
 
     def _install_row_attention(self) -> None:

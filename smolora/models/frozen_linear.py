@@ -1,7 +1,8 @@
 """Products with weights that never change, in the layout the CPU's matrix units read fastest.
 
 oneDNN arranges a weight for its kernels at every call; a frozen one can be arranged once, for the forward and for the
-backward product. That costs two more copies of the weights.
+backward product. That costs two more copies of the weights. Elsewhere there is one: weights that read the same input
+become parts of a joint one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ class FrozenLinear:
     """x -> x W^T + b and its transpose, for one or several weights that read the same input.
 
     Args:
-        weights: `[O_i, D]` each; the outputs lie side by side, `[N, sum O_i]`.
+        weights: `[O_i, D]` each; the outputs lie side by side, `[N, sum O_i]`. Unless they are packed, several keep
+            their values as views of the joint weight.
         biases: `[O_i]` each, or None for a layer without.
-        packed: Keep both layouts packed, where `can_pack` allows it.
+        packed: Keep both layouts packed, where `is_worth_packing`.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, packed: bool) -> None:
@@ -31,15 +33,18 @@ class FrozenLinear:
         self.num_inputs = weights[0].shape[1]
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         self._bias = _join_biases(self.sizes, biases, weight)
-        self._is_packed = packed and weight.dtype == torch.bfloat16 and can_pack(weight)
+        self._is_packed = packed and is_worth_packing(weight)
         if self._is_packed:
             self._forward_weight = pack(weight, num_rows=_TYPICAL_TOKENS)
             self._backward_weight = pack(weight.t(), num_rows=_TYPICAL_TOKENS)
         else:
             self._forward_weight, self._backward_weight = weight, weight.t()
-        if self._is_packed or len(weights) > 1:
+        if self._is_packed:
             for original in weights:
                 page_out(original)
+        elif len(weights) > 1:
+            for original, part in zip(weights, torch.split(weight, self.sizes), strict=True):
+                original.data = part
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[N, sum O_i]` of `[N, D]`."""
@@ -76,6 +81,11 @@ def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     """Return the same by oneDNN, of a weight that may be packed."""
     output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return output
+
+
+def is_worth_packing(weight: Tensor) -> bool:
+    """Whether a frozen weight is held packed for training: bfloat16 that this CPU computes natively."""
+    return weight.dtype == torch.bfloat16 and can_pack(weight)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,8 +12,11 @@ from torch.testing import assert_close
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.lora_product import LoRAProduct
 from smolora.config import LoRAConfig, SpeedConfig
+from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import draw_keep_mask
+from smolora.models.loading import load_model
 from smolora.models.rows import Rows
+from smolora.models.saving import save_model
 from tests.packed_runs import LENGTHS, adapted, assert_same, run, run_fast
 from tests.tiny import NUM_LAYERS, random_input_ids
 
@@ -143,3 +149,29 @@ def test_for_backward_it_keeps_what_backward_needs_and_nothing_else(probability,
     )  # q, k, v and the attention weights of padded rows.
     masks = tokens * (3 * width + inner) if probability else 0  # One byte each.
     assert found <= NUM_LAYERS * (4 * (norms + inputs + adapters + blocks) + masks)
+
+
+def frozen_products():
+    return [thing for thing in gc.get_objects() if type(thing) is FrozenLinear]
+
+
+def test_the_products_of_a_base_that_is_not_packed_hold_no_weights_beside_its_own(tmp_path):
+    bundle = adapted("llama", tmp_path / "model", config=LoRAConfig())
+    before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+    others = frozen_products()
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        owned = {parameter.untyped_storage().data_ptr() for parameter in bundle.model.parameters()}
+        held = [product._forward_weight for product in frozen_products() if product not in others]
+        assert held and all(weight.untyped_storage().data_ptr() in owned for weight in held)
+    after = bundle.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_base_whose_weights_became_parts_of_joint_ones_is_saved_whole(tmp_path):
+    bundle = adapted("llama", tmp_path / "model", config=LoRAConfig())
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        pass
+    base = replace(bundle, model=bundle.model.unload())
+    save_model(base, tmp_path / "saved")
+    found = load_model(tmp_path / "saved").model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.model.state_dict().items())

@@ -32,6 +32,14 @@ def test_a_float32_base_is_not_held_twice_more():
     assert not FrozenLinear([draw(8, 8)], [None], packed=True)._is_packed
 
 
+def test_several_weights_that_are_not_packed_become_parts_of_one():
+    weights = [draw(48, 32), draw(16, 32, seed=1)]
+    expected = torch.cat(weights)
+    linear = FrozenLinear(weights, [None, None], packed=False)
+    assert len({weight.untyped_storage().data_ptr() for weight in (*weights, linear._forward_weight)}) == 1
+    assert torch.equal(torch.cat(weights), expected)
+
+
 def test_bfloat16_is_packed_where_the_cpu_computes_it_and_float64_never():
     assert can_pack(draw(4, 4, dtype=torch.bfloat16)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not can_pack(draw(4, 4, dtype=torch.float64))
