@@ -7,7 +7,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    Parameter,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from smolora import __version__
 from smolora.cli.ahead import plan
@@ -83,8 +91,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _describe_usage(error: CycloptsError) -> str:
+    verb = " ".join(["smolora", *(error.command_chain or ())])
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
-        return f"unexpected argument '{error.unused_tokens[0]}'. See smolora --help."
+        more = error.unused_tokens[0]
+        return f"unexpected argument '{more}'. Text of several words stands in quotes. See {verb} --help."
+    if isinstance(error, MissingArgumentError) and error.argument:
+        name, *_ = error.argument.names
+        what = f"{name} with a value" if error.argument.index is None else name.removeprefix("--").upper()
+        return f"{verb} needs {what}. See {verb} --help."
     if isinstance(error, UnknownOptionError) and error.command_chain:
         from smolora.cli.equal_flags import find_equal
 

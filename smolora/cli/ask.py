@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,8 @@ from smolora.errors import ConfigError
 
 if TYPE_CHECKING:
     from smolora.generation.sampling import SamplingSettings
+
+logger = logging.getLogger(__name__)
 
 
 @Parameter(name="*")
@@ -76,6 +80,8 @@ def generate(
     """
     open_terminal()
     settings = (flags or SamplingFlags()).to_settings()
+    if os.path.isfile(prompt):  # noqa: PTH113 - Path.is_file raises where text is too long to be a name
+        logger.warning('the prompt is the name of a file, not what it holds; for that, give "$(cat %s)"', prompt)
     from smolora.recipes.generate import generate as run_generate
 
     print(run_generate(model, prompt, settings, device=device))

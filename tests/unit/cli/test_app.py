@@ -67,8 +67,13 @@ def test_the_version_is_the_installed_one(smolora):
         (["train", "--lr", "fast", "-o", "y"], 'Invalid value for --lr: unable to convert "fast" into float.'),
         (["train", "--preset", "e2e"], "no preset 'e2e'. Did you mean 'e2e_mlp'?"),
         (["train", "--warmup-steps", "9"], "Did you mean training.warmup_steps=VALUE?"),
-        (["generate", "model"], 'Command "generate" parameter PROMPT requires an argument.'),
-        (["generate", "model", "prompt", "more"], "unexpected argument 'more'."),
+        (["generate", "model"], "smolora generate needs PROMPT. See smolora generate --help."),
+        (["merge"], "smolora merge needs RUN. See smolora merge --help."),
+        (["generate", "m", "p", "--top-k"], "smolora generate needs --top-k with a value."),
+        (
+            ["generate", "model", "prompt", "more"],
+            "unexpected argument 'more'. Text of several words stands in quotes.",
+        ),
         (
             ["generate", "m", "p", "--greedy", "--temperature", "2"],
             "--greedy and --temperature 2 contradict each other",
@@ -84,7 +89,7 @@ def test_the_version_is_the_installed_one(smolora):
         ),
         (["train", "none.yaml", "-o", "y"], "no configuration file none.yaml"),
         (["pretrain", "--data", "d", "-o", "y", "--heads", "3"], "gpt.num_heads must divide width, but 128"),
-        (["pretrain", "--data", "d"], 'Command "pretrain" parameter --out requires an argument.'),
+        (["pretrain", "--data", "d"], "smolora pretrain needs --out with a value."),
         (
             ["prepare", "d", "-o", "y", "data.cunk_size=3"],
             "data.cunk_size: no such setting. Did you mean 'chunk_size'?",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 from smolora.generation.sampling import SamplingSettings
 from smolora.recipes.generate import generate
@@ -43,6 +44,15 @@ def test_beams_are_searched_and_go_with_no_other_choice(smolora, base):
 
 def test_a_prompt_may_begin_with_a_dash(smolora, base):
     assert smolora("generate", base, "- the cat", *FEW)[0] == 0
+
+
+def test_a_prompt_that_names_a_file_is_asked_as_it_is_with_a_warning(smolora, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ask").write_text("the cat", encoding="utf-8")
+    code, out, err = smolora("generate", base, "ask", "--greedy", *FEW)
+    assert (code, out) == (0, generate(str(base), "ask", SamplingSettings(temperature=0.0, max_new_tokens=8)) + "\n")
+    assert "the prompt is the name of a file, not what it holds" in err
+    assert "the name of a file" not in smolora("generate", base, "the cat " * 400)[2]
 
 
 def test_an_empty_prompt_starts_from_nothing(smolora, base):
