@@ -23,14 +23,14 @@ from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
 from smolora.adapters.store import load_adapter, load_base, resolve_base_folder
 from smolora.data.prompts import PROMPT_FORMAT_FILE
-from smolora.errors import ConfigError, ModelError
+from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
 from smolora.models.saving import save_model
 from smolora.models.structure import is_quantised, is_stored_transposed
 from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
-from smolora.records.staging import staged_folder, write_json
+from smolora.records.staging import refuse_existing, staged_folder, write_json
 
 REPORT_FILE = "merge_report.json"
 
@@ -97,11 +97,10 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         base: The base's folder or hub id, where the adapter's own record doesn't lead to it.
 
     Raises:
-        ConfigError: `out` exists.
+        ConfigError: `out` exists, and is no empty folder.
         ModelError: The adapter can't be merged into this base, or what was merged isn't base and adapter.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists. Choose another output folder, or remove it first.")
+    refuse_existing(out)
     adapter = read_adapter(adapter_folder)
     _refuse_unmergeable(adapter)
     if adapter.task in HEAD_TASKS:

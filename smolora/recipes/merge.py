@@ -21,7 +21,7 @@ def merge(source: Path, out: Path | None = None) -> MergeReport:
         out: The new folder. Left out, it is `final_merged` in the run.
 
     Raises:
-        ConfigError: `out` exists, or is left out for an adapter that is in no run.
+        ConfigError: `out` exists and isn't empty, or is left out for an adapter that is in no run.
         ModelError: There is no adapter, or it can't be merged.
         FolderInUseError: The run is being trained.
     """

@@ -36,11 +36,10 @@ def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
     """Yield a temporary sibling of `final`; rename it into place when the block ends without an error.
 
     Raises:
-        ConfigError: `final` exists.
+        ConfigError: `final` exists, and is no empty folder.
         StorageError: The folder can't be written.
     """
-    if final.exists():
-        raise ConfigError(f"{final} exists. Choose another output folder, or remove it first.")
+    refuse_existing(final)
     staging = final.parent / f".tmp-{final.name}-{os.getpid()}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,8 @@ def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
                 file.chmod(0o644)  # safetensors writes 0600, which the next person can't read.
                 _flush(file)
         _flush_folder(staging)
+        if final.is_dir():
+            final.rmdir()
         staging.rename(final)
         _flush_folder(final.parent)
     except OSError as error:
@@ -68,6 +69,12 @@ def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
     except BaseException:  # Also KeyboardInterrupt: a half-written folder must not stay.
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise a ConfigError where `folder` is anything but an empty folder or nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists. Choose another output folder, or remove it first.")
 
 
 @contextmanager

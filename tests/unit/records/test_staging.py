@@ -38,11 +38,20 @@ def test_an_error_in_the_block_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize("name", ["out", "out/a.txt"])
+def test_a_folder_that_holds_something_and_a_file_are_refused_and_kept(tmp_path, name):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="exists"), staged_folder(tmp_path / "out"):
+    (tmp_path / "out" / "a.txt").write_text("kept")
+    with pytest.raises(ConfigError, match="exists"), staged_folder(tmp_path / name):
         pass
-    assert (tmp_path / "out").is_dir()
+    assert (tmp_path / "out" / "a.txt").read_text() == "kept"
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    with staged_folder(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("a")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "a.txt"]
 
 
 def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path):
