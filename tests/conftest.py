@@ -9,17 +9,15 @@ import os
 import signal
 
 import pytest
-import torch
 from packaging.version import Version
-from PIL import Image
-
-import smolora.analysis.report
-from smolora.analysis.canvas import render_png
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 collect_ignore = [] if HAS_LIGER else ["triton_interpreter.py"]
-if HAS_LIGER and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported.
+if HAS_LIGER:
+    import torch  # Not above: the process that only hands out tests to others begins seconds sooner without.
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported.
 
 
 def pytest_configure():
@@ -34,17 +32,21 @@ def sketched_reports():
 
     They are laid out as ever. What looks at them asks for `painted_reports`.
     """
+    from PIL import Image
+
     white = io.BytesIO()
     Image.new("L", (1, 1), 255).save(white, "png")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smolora.analysis.report, "render_png", lambda figure: white.getvalue())
+        patch.setattr("smolora.analysis.report.render_png", lambda figure: white.getvalue())
         yield
 
 
 @pytest.fixture
 def painted_reports(monkeypatch):
     """Paint the pictures of reports."""
-    monkeypatch.setattr(smolora.analysis.report, "render_png", render_png)
+    from smolora.analysis.canvas import render_png
+
+    monkeypatch.setattr("smolora.analysis.report.render_png", render_png)
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from smolora.analysis.run_record import RunRecord
 from smolora.analysis.run_table import describe_runs
 from tests.run_folders import SETTINGS, write_run
 
-pytestmark = pytest.mark.usefixtures("painted_reports")
-
 FASTER = {**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 1e-3}}
 
 
@@ -24,6 +22,7 @@ def names(report):
     return [picture.name for picture in report.pictures]
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_one_run_is_drawn_whole(tmp_path):
     report = build(write_run(tmp_path / "run"))
     assert min(len(picture.png) for picture in report.pictures) > 5000, "painted, not white"
@@ -38,6 +37,7 @@ def test_one_run_is_drawn_whole(tmp_path):
     assert ["training.learning_rate", "0.0002"] in report.table.rows
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_several_runs_are_laid_over_each_other_and_their_layers_shown_one_by_one(tmp_path):
     report = build(write_run(tmp_path / "a"), write_run(tmp_path / "b"))
     assert names(report) == [

@@ -13,8 +13,6 @@ from smolora.analysis.report_page import render_page
 from smolora.analysis.run_record import RunRecord
 from tests.run_folders import SETTINGS, write_run
 
-pytestmark = pytest.mark.usefixtures("painted_reports")
-
 PHASES = (("both", 4), ("mlp", 8))
 VOID = {"meta", "img", "br"}
 
@@ -52,6 +50,7 @@ def run(tmp_path):
     return write_run(tmp_path / "run", phases=PHASES, eval_losses={0: 4.0, 8: 3.0})
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_the_page_asks_for_nothing_from_outside(run):
     page = render_page(build_report([RunRecord(run)]))
     sources = [value for name, value in Reader(page).attributes if name in ("src", "href", "srcset", "action", "data")]
@@ -85,12 +84,14 @@ def test_all_that_comes_from_a_run_is_only_text(tmp_path, evil):
     assert folder.name in reader.text
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_a_folder_whose_name_is_no_text_can_be_reported(tmp_path):
     run = write_run(tmp_path / os.fsdecode(b"run-\xff"))
     page = render_page(build_report([RunRecord(run)]))
     assert b"run-?" in page.encode("utf-8")
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_every_picture_has_its_size_and_says_what_it_shows(run):
     attributes = read(run).attributes
     assert [value for name, value in attributes if name == "width"] == ["748"] * 5

@@ -7,11 +7,10 @@ import pytest
 from smolora.records.run_dir import RunDir
 from tests.run_folders import write_run
 
-pytestmark = pytest.mark.usefixtures("painted_reports")
-
 FIELDS = ("--prompt-field", "mr", "--completion-field", "ref")
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_report_prints_the_summary_and_writes_the_page(smolora, tmp_path):
     run = RunDir(write_run(tmp_path / "run", phases=(("both", 4), ("mlp", 8))))
     code, out, err = smolora("report", run.path)
@@ -39,6 +38,7 @@ def test_report_of_nothing_is_said(smolora, arguments, expected):
     assert expected[1] in err
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_train_ends_with_a_report(smolora, base, rows, tmp_path):
     run = RunDir(tmp_path / "run")
     code, _, err = smolora("train", "--model", base, "--data", rows, *FIELDS, "--max-steps", 2, "-o", run.path)

@@ -11,8 +11,6 @@ from smolora.recipes.report import leave_report, report
 from smolora.records.run_dir import RunDir
 from tests.run_folders import write_run
 
-pytestmark = pytest.mark.usefixtures("painted_reports")
-
 PLOTS = {
     "training_loss.png",
     "gradient_norms.png",
@@ -27,12 +25,14 @@ def run(tmp_path):
     return RunDir(write_run(tmp_path / "run", phases=(("both", 4), ("mlp", 8))))
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_the_report_of_one_run_lies_in_it(run):
     assert report([run.path]) == run.report
     assert {file.name for file in run.plots.iterdir()} == PLOTS
     assert run.report.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.usefixtures("painted_reports")
 def test_several_runs_need_a_place(tmp_path, run):
     other = write_run(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"-o is missing: the folder for a report of several runs"):
