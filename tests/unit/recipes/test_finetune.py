@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import peft
 import pytest
@@ -26,14 +28,17 @@ from tests.tiny import save_tiny_model
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
 
 
-@pytest.fixture
-def base(tmp_path):
-    return save_tiny_model("llama", tmp_path / "base")
+PHASED = "phases.strategy=attn,mlp,both"
 
 
-@pytest.fixture
-def rows(tmp_path):
-    file = tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model("llama", tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     pairs = [(f"{a} and {b} of {c}", f"{b} {a}") for a in NUMBERS for b in NUMBERS for c in NUMBERS[:2]]
     file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
     return file
@@ -44,6 +49,29 @@ def config(base, rows, *assignments):
     return resolve_config(
         ExperimentConfig, assignments=[*settings, "model.dtype=float32", "training.max_steps=12", *assignments]
     )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, base, rows):
+    """A run that has ended, for tests to read."""
+    return finetune(config(base, rows), tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="module")
+def phased(tmp_path_factory, base, rows):
+    """One in phases."""
+    return finetune(config(base, rows, PHASED), tmp_path_factory.mktemp("phased") / "run")
+
+
+def copy(run, folder):
+    """Return a run of a test's own that has ended as another did."""
+    return RunDir(shutil.copytree(run.path, folder))
+
+
+@pytest.fixture
+def own_rows(tmp_path, rows):
+    """Rows that a test may change."""
+    return Path(shutil.copy(rows, tmp_path))
 
 
 class Interrupt(Callback):
@@ -58,14 +86,13 @@ def adapter_bytes(run):
     return (run.adapter / "adapter_model.safetensors").read_bytes()
 
 
-def test_the_adapter_learns_and_loads_in_plain_peft(tmp_path, base, rows):
-    run = finetune(config(base, rows), tmp_path / "run")
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+def test_the_adapter_learns_and_loads_in_plain_peft(base, finished):
+    lines = [json.loads(line) for line in finished.metrics.read_text().splitlines()]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5
-    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run.adapter)).eval()
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(finished.adapter)).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        expected = load_bundle(run.path).model(input_ids=ids).logits
+        expected = load_bundle(finished.path).model(input_ids=ids).logits
         torch.testing.assert_close(plain(input_ids=ids).logits, expected)
 
 
@@ -75,9 +102,8 @@ def test_missing_data_is_noticed_before_a_model_is_loaded(tmp_path, verb):
         verb(config(tmp_path / "no-model", tmp_path / "rows.jsonl"), tmp_path / "run")
 
 
-def test_the_adapter_folder_names_base_and_prompt_format(tmp_path, base, rows):
-    run = finetune(config(base, rows), tmp_path / "run")
-    assert {path.name for path in run.adapter.iterdir()} == {
+def test_the_adapter_folder_names_base_and_prompt_format(finished):
+    assert {path.name for path in finished.adapter.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
         "base_identity.json",
@@ -85,12 +111,11 @@ def test_the_adapter_folder_names_base_and_prompt_format(tmp_path, base, rows):
     }
 
 
-def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, base, rows):
-    whole = finetune(config(base, rows), tmp_path / "whole")
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, base, rows, finished):
     with pytest.raises(StoppedBySignal, match="SIGINT after step 5"):
         finetune(config(base, rows), tmp_path / "run", callbacks=[Interrupt()])
     run = finetune(config(base, rows), tmp_path / "run", resume=True)
-    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert adapter_bytes(run) == adapter_bytes(finished)
 
 
 @pytest.mark.parametrize("order", ["speed.max_tokens_per_batch=64", "speed.group_by_length=true"])
@@ -113,11 +138,10 @@ def test_a_budget_of_tokens_is_refused_where_batches_are_padded(tmp_path, rows):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_resumes_by_writing_what_is_missing(tmp_path, base, rows):
-    run = finetune(config(base, rows), tmp_path / "run")
-    expected = adapter_bytes(run)
+def test_a_finished_run_resumes_by_writing_what_is_missing(tmp_path, base, rows, finished):
+    run = copy(finished, tmp_path / "run")
     retire_folder(run.adapter)
-    assert adapter_bytes(finetune(config(base, rows), run.path, resume=True)) == expected
+    assert adapter_bytes(finetune(config(base, rows), run.path, resume=True)) == adapter_bytes(finished)
 
 
 def test_a_new_learning_rate_at_resume_is_honoured(tmp_path, base, rows, caplog):
@@ -131,32 +155,29 @@ def test_a_new_learning_rate_at_resume_is_honoured(tmp_path, base, rows, caplog)
 
 
 @pytest.mark.parametrize("change", ["adapter.r=4", "training.seed=1", "training.per_device_train_batch_size=4"])
-def test_what_a_checkpoint_depends_on_cannot_change(tmp_path, base, rows, change):
-    finetune(config(base, rows), tmp_path / "run")
+def test_what_a_checkpoint_depends_on_cannot_change(base, rows, finished, change):
     with pytest.raises(ConfigError, match=f"{change.partition('=')[0]} can't change within a run"):
-        finetune(config(base, rows, change), tmp_path / "run", resume=True)
+        finetune(config(base, rows, change), finished.path, resume=True)
 
 
-def test_a_resume_on_changed_rows_is_refused(tmp_path, base, rows):
-    finetune(config(base, rows), tmp_path / "run")
-    rows.write_text(rows.read_text().replace("five", "ten"))
+def test_a_resume_on_changed_rows_is_refused(base, own_rows, finished):
+    own_rows.write_text(own_rows.read_text().replace("five", "ten"))
     with pytest.raises(DataError, match="other data"):
-        finetune(config(base, rows), tmp_path / "run", resume=True)
+        finetune(config(base, own_rows), finished.path, resume=True)
 
 
-def test_a_resume_on_another_base_of_the_same_shape_is_refused(tmp_path, base, rows):
-    finetune(config(base, rows), tmp_path / "run")
+def test_a_resume_on_another_base_of_the_same_shape_is_refused(tmp_path, rows, finished):
     other = save_tiny_model("llama", tmp_path / "other", seed=1)
-    before = RunDir(tmp_path / "run").resolved_config.read_text()
+    before = finished.resolved_config.read_text()
     with pytest.raises(ModelError, match="other base"):
-        finetune(config(other, rows), tmp_path / "run", resume=True)
-    assert RunDir(tmp_path / "run").resolved_config.read_text() == before
+        finetune(config(other, rows), finished.path, resume=True)
+    assert finished.resolved_config.read_text() == before
 
 
-def test_a_rejected_row_stops_the_run_before_it_is_one(tmp_path, base, rows):
-    rows.write_text(rows.read_text() + '{"prompt": "half a row\n')
+def test_a_rejected_row_stops_the_run_before_it_is_one(tmp_path, base, own_rows):
+    own_rows.write_text(own_rows.read_text() + '{"prompt": "half a row\n')
     with pytest.raises(DataError, match="1 of 73 rows can't be used"):
-        finetune(config(base, rows), tmp_path / "run")
+        finetune(config(base, own_rows), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "rejects.jsonl").read_text())["line"] == 73
     assert not RunDir.is_run(tmp_path / "run")
 
@@ -173,10 +194,9 @@ def test_an_unknown_target_module_is_refused_without_a_folder(tmp_path, base, ro
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_can_be_continued_on_new_rows(tmp_path, base, rows):
-    first = finetune(config(base, rows), tmp_path / "first")
-    second = finetune(config(base, rows, f"adapter.path={first.path}"), tmp_path / "second")
-    starts = [json.loads(run.metrics.read_text().splitlines()[0])["eval_loss"] for run in (first, second)]
+def test_an_adapter_can_be_continued_on_new_rows(tmp_path, base, rows, finished):
+    second = finetune(config(base, rows, f"adapter.path={finished.path}"), tmp_path / "second")
+    starts = [json.loads(run.metrics.read_text().splitlines()[0])["eval_loss"] for run in (finished, second)]
     assert starts[1] < starts[0] - 0.5
 
 
@@ -242,10 +262,9 @@ def test_a_run_with_phases_resumes_to_the_same_bits(tmp_path, base, rows):
 
 
 @pytest.mark.parametrize("change", ["phases.strategy=early,late", "phases.moments=reset", "phases.enabled=false"])
-def test_phases_cannot_change_within_a_run(tmp_path, base, rows, change):
-    finetune(config(base, rows, "phases.strategy=attn,mlp,both"), tmp_path / "run")
+def test_phases_cannot_change_within_a_run(base, rows, phased, change):
     with pytest.raises(ConfigError, match=f"{change.partition('=')[0]} can't change within a run"):
-        finetune(config(base, rows, "phases.strategy=attn,mlp,both", change), tmp_path / "run", resume=True)
+        finetune(config(base, rows, PHASED, change), phased.path, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import cache
 
 import peft
 import pytest
@@ -22,21 +23,26 @@ from smolora.training.callback import Callback
 from tests.tiny import random_input_ids, save_tiny_model
 
 SOFT = ("prompt_tuning", "p_tuning", "prefix_tuning")
+FAST = "training.learning_rate=3e-2"
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
 
 
-@pytest.fixture
-def rows(tmp_path):
-    file = tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     pairs = [(f"{a} and {b}", f"{b} {a}") for a in NUMBERS for b in NUMBERS]
     file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
     return file
 
 
-@pytest.fixture
-def tune(tmp_path, rows):
-    """Return a function that makes a run of a method, or resumes it."""
-    base = save_tiny_model("llama", tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model("llama", tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def tune_in(base, rows):
+    """Return a function that makes a run of a method in a folder, or resumes it."""
     fixed = [
         f"model.name_or_path={base}",
         f"data.sources={rows}",
@@ -44,11 +50,23 @@ def tune(tmp_path, rows):
         "training.save_steps=2",
     ]
 
-    def run(method, name, *assignments, **options):
+    def run(folder, method, *assignments, **options):
         assignments = [*fixed, f"adapter.method={method}", "training.max_steps=12", *assignments]
-        return finetune(resolve_config(ExperimentConfig, assignments=assignments), tmp_path / name, **options)
+        return finetune(resolve_config(ExperimentConfig, assignments=assignments), folder, **options)
 
     return run
+
+
+@pytest.fixture
+def tune(tune_in, tmp_path):
+    """Return a function that does so in a folder of this test's own."""
+    return lambda method, name, *assignments, **options: tune_in(tmp_path / name, method, *assignments, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tune_in, tmp_path_factory):
+    """Return a function that gives a run of a method that never stopped, for tests to read."""
+    return cache(lambda method: tune_in(tmp_path_factory.mktemp(method) / "run", method, FAST))
 
 
 class StopIn(Callback):
@@ -72,8 +90,8 @@ def weights_of(run):
 
 
 @pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "vera", "layernorm", "adalora", "pissa", "full", *SOFT])
-def test_a_run_lowers_the_loss(tune, method):
-    losses = losses_of(tune(method, "run", "training.learning_rate=3e-2"))
+def test_a_run_lowers_the_loss(whole, method):
+    losses = losses_of(whole(method))
     assert losses[-1] < losses[0]
 
 
@@ -83,14 +101,13 @@ def test_a_run_of_a_single_update_is_whole(tune, method):
 
 
 @pytest.mark.parametrize("step", [3, 10])  # While ranks are moved, and after the last time.
-def test_a_stopped_adalora_run_resumes_to_the_same_bits(tune, step):
-    whole = tune("adalora", "whole")
+def test_a_stopped_adalora_run_resumes_to_the_same_bits(tune, whole, step):
     with pytest.raises(StoppedBySignal):
-        tune("adalora", "run", callbacks=[StopIn(step)])
-    assert weights_of(tune("adalora", "run", resume=True)) == weights_of(whole)
+        tune("adalora", "run", FAST, callbacks=[StopIn(step)])
+    assert weights_of(tune("adalora", "run", FAST, resume=True)) == weights_of(whole("adalora"))
 
 
-def test_adalora_takes_ranks_away_as_many_as_asked_for(tune, caplog):
+def test_adalora_takes_ranks_away_as_many_as_asked_for(tune, base, caplog):
     caplog.set_level("INFO", logger="smolora")
     run = tune("adalora", "run", "adapter.init_r=4", "adapter.target_r=2")
     tensors = load_file(run.adapter / "adapter_model.safetensors")
@@ -98,7 +115,7 @@ def test_adalora_takes_ranks_away_as_many_as_asked_for(tune, caplog):
     assert sum(ranks) == 2 * len(ranks) == 28
     assert max(ranks) <= 4
     assert "28 of 56 are left" in caplog.text
-    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.path.parent / "base"), run.adapter)
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.adapter)
     ids = random_input_ids(9)
     assert torch.equal(plain.eval()(ids).logits, load_bundle(run.path, dtype=torch.float32).model(ids).logits)
 
@@ -124,18 +141,16 @@ def test_adalora_refuses_a_run_that_is_too_short_and_phases(tune, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adalora_adapter_is_not_continued(tune):
-    run = tune("adalora", "run")
+def test_an_adalora_adapter_is_not_continued(tune, whole):
     with pytest.raises(ConfigError, match="AdaLoRA spreads its ranks over one run"):
-        tune("lora", "more", f"adapter.path={run.path}")
+        tune("lora", "more", f"adapter.path={whole('adalora').path}")
 
 
 @pytest.mark.parametrize("method", [*SOFT, "pissa", "full"])
-def test_a_stopped_run_resumes_to_the_same_bits(tune, method):
-    whole = tune(method, "whole")
+def test_a_stopped_run_resumes_to_the_same_bits(tune, whole, method):
     with pytest.raises(StoppedBySignal):
-        tune(method, "run", callbacks=[StopIn(5)])
-    assert weights_of(tune(method, "run", resume=True)) == weights_of(whole)
+        tune(method, "run", FAST, callbacks=[StopIn(5)])
+    assert weights_of(tune(method, "run", FAST, resume=True)) == weights_of(whole(method))
 
 
 def test_virtual_tokens_refuse_phases_checkpointing_and_a_full_context_before_the_folder_is_made(tune, tmp_path):
@@ -174,7 +189,7 @@ def test_pissa_refuses_half_precision_and_few_bits(tune):
         tune("loftq", "run")
 
 
-def test_a_full_run_leaves_a_model_that_plain_transformers_opens_and_a_merge_isn_t_needed(tune, rows):
+def test_a_full_run_leaves_a_model_that_plain_transformers_opens_and_a_merge_isn_t_needed(tune, base, rows):
     run = tune("full", "run", f"data.eval_source={rows}", "training.max_steps=4", "training.learning_rate=1e-3")
     assert not run.adapter.exists()
     ids = random_input_ids(9)
@@ -184,10 +199,10 @@ def test_a_full_run_leaves_a_model_that_plain_transformers_opens_and_a_merge_isn
     plain = AutoModelForCausalLM.from_pretrained(run.model).eval()
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
     assert torch.equal(plain(ids).logits, bundle.model(ids).logits)
-    base = load_bundle(run.path.parent / "base").model
+    before = load_bundle(base).model
     still = [
         name
-        for (name, p), (_, q) in zip(plain.named_parameters(), base.named_parameters(), strict=True)
+        for (name, p), (_, q) in zip(plain.named_parameters(), before.named_parameters(), strict=True)
         if torch.equal(p, q)
     ]
     assert not still
@@ -225,8 +240,8 @@ def test_full_trains_in_phases_and_refuses_half_precision_and_an_adapter(tune):
         ("adapter.method=ia3", "is of the method prefix_tuning, and goes on as that; found ia3. Leave the method out"),
     ],
 )
-def test_an_adapter_is_continued_by_its_own_method_and_by_what_goes_with_it(tune, tmp_path, setting, message):
-    path = f"adapter.path={tune('prefix_tuning', 'first', 'training.max_steps=2').path}"
+def test_an_adapter_is_continued_by_its_own_method_and_by_what_goes_with_it(tune, whole, tmp_path, setting, message):
+    path = f"adapter.path={whole('prefix_tuning').path}"
     with pytest.raises(ConfigError, match=message):
         tune("lora", "second", path, setting)
     assert not (tmp_path / "second").exists()

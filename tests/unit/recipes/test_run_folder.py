@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -72,9 +73,9 @@ def base(tmp_path_factory):
     return save_tiny_model("llama", tmp_path_factory.mktemp("run_folder") / "base")
 
 
-@pytest.fixture
-def rows(tmp_path):
-    return write_rows(tmp_path / "rows.jsonl", NUMBERS)
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", NUMBERS)
 
 
 def write_rows(file, words):
@@ -83,7 +84,7 @@ def write_rows(file, words):
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tuning(base, rows):
     """Return a function that gives the configuration of a short tuning run."""
 
@@ -112,6 +113,19 @@ def pretraining(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     return RunDir(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(tuning, tmp_path_factory):
+    """A tuning run that has ended, for tests to copy."""
+    return finetune(tuning(), tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def tuned(finished, run):
+    """A tuning run of this test's own that has ended."""
+    shutil.copytree(finished.path, run.path)
+    return run
 
 
 @pytest.fixture
@@ -146,12 +160,11 @@ def test_train_does_not_resume_a_pretraining_run(run, tuning, pretraining):
     assert snapshot(run.path) == before
 
 
-def test_pretrain_does_not_resume_a_tuning_run(run, tuning, pretraining):
-    finetune(tuning(), run.path)
-    before = snapshot(run.path)
+def test_pretrain_does_not_resume_a_tuning_run(tuned, tuning, pretraining):
+    before = snapshot(tuned.path)
     with pytest.raises(ConfigError, match="a run of the other kind: pretrain and train can't resume each other's"):
-        pretrain(pretraining, run.path, resume=True)
-    assert snapshot(run.path) == before
+        pretrain(pretraining, tuned.path, resume=True)
+    assert snapshot(tuned.path) == before
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -170,12 +183,11 @@ def test_a_folder_in_use_that_holds_no_run_yet_is_refused(run, tuning, hold):
     assert [entry.name for entry in run.path.iterdir()] == ["run.lock"]
 
 
-def test_a_run_that_is_being_trained_is_not_merged(run, tuning, hold):
-    finetune(tuning(), run.path)
-    hold(run.path)
+def test_a_run_that_is_being_trained_is_not_merged(tuned, tuning, hold):
+    hold(tuned.path)
     with pytest.raises(FolderInUseError, match="another process is writing in"):
-        merge(run.path)
-    assert not run.merged.exists()
+        merge(tuned.path)
+    assert not tuned.merged.exists()
 
 
 def test_a_world_of_one_process_is_a_run_like_any_other(run, tuning, monkeypatch):
@@ -231,23 +243,21 @@ def test_a_resume_on_other_held_out_rows_is_refused(run, tuning, tmp_path):
 @pytest.mark.parametrize(
     "fewer", [["training.max_steps=5"], ["training.max_steps=null", "training.num_train_epochs=0.5"]]
 )
-def test_a_resume_with_fewer_steps_than_were_done_is_refused_and_changes_nothing(run, tuning, fewer):
-    finetune(tuning(), run.path)
-    before = snapshot(run.path)
+def test_a_resume_with_fewer_steps_than_were_done_is_refused_and_changes_nothing(tuned, tuning, fewer):
+    before = snapshot(tuned.path)
     with pytest.raises(ConfigError, match="has done 6 steps, more than the 5 asked for"):
-        finetune(tuning(*fewer), run.path, resume=True)
-    assert snapshot(run.path) == before
+        finetune(tuning(*fewer), tuned.path, resume=True)
+    assert snapshot(tuned.path) == before
 
 
-def test_a_run_of_a_version_that_lacked_a_setting_resumes_where_it_is_at_its_default(run, tuning):
-    finetune(tuning(), run.path)
-    stored = yaml.safe_load(run.resolved_config.read_text())
+def test_a_run_of_a_version_that_lacked_a_setting_resumes_where_it_is_at_its_default(tuned, tuning):
+    stored = yaml.safe_load(tuned.resolved_config.read_text())
     del stored["speed"]["group_by_length"]
-    run.resolved_config.write_text(yaml.safe_dump(stored))
-    finetune(tuning(), run.path, resume=True)
-    run.resolved_config.write_text(yaml.safe_dump(stored))
+    tuned.resolved_config.write_text(yaml.safe_dump(stored))
+    finetune(tuning(), tuned.path, resume=True)
+    tuned.resolved_config.write_text(yaml.safe_dump(stored))
     with pytest.raises(ConfigError, match=r"speed\.group_by_length can't change within a run: it was False, now True"):
-        finetune(tuning("speed.group_by_length=true"), run.path, resume=True)
+        finetune(tuning("speed.group_by_length=true"), tuned.path, resume=True)
 
 
 def test_settings_at_their_default_are_no_part_of_what_a_checkpoint_depends_on(tuning):
@@ -256,13 +266,12 @@ def test_settings_at_their_default_are_no_part_of_what_a_checkpoint_depends_on(t
     assert fingerprint_settings(tuning("adapter.r=2", "speed.group_by_length=true")) != said
 
 
-def test_a_refused_resume_says_nothing_of_resuming_and_loads_no_model(run, tuning, caplog):
-    finetune(tuning(), run.path)
+def test_a_refused_resume_says_nothing_of_resuming_and_loads_no_model(tuned, tuning, caplog):
     caplog.clear()
     caplog.set_level("INFO", logger="smolora")
     for changes in (["training.max_steps=5"], ["training.learning_rate=1e-4", "training.seed=3"]):
         with pytest.raises(ConfigError):
-            finetune(tuning(*changes), run.path, resume=True)
+            finetune(tuning(*changes), tuned.path, resume=True)
     assert caplog.text == ""
 
 
@@ -275,32 +284,28 @@ def test_pretraining_with_fewer_steps_than_were_done_is_refused_and_changes_noth
     assert snapshot(run.path) == before
 
 
-def test_a_lost_configuration_lets_no_other_rank_through(run, tuning):
-    finetune(tuning("adapter.r=2"), run.path)
-    run.resolved_config.unlink()
+def test_a_lost_configuration_lets_no_other_rank_through(tuned, tuning):
+    tuned.resolved_config.unlink()
     with pytest.raises(ModelError, match="written with other settings"):
-        finetune(tuning("adapter.r=4"), run.path, resume=True)
+        finetune(tuning("adapter.r=4"), tuned.path, resume=True)
 
 
-def test_a_lost_configuration_does_not_keep_the_run_from_going_on(run, tuning):
-    finetune(tuning(), run.path)
-    run.resolved_config.unlink()
-    finetune(tuning("training.max_steps=8"), run.path, resume=True)
-    assert run.newest_checkpoint().step == 8
+def test_a_lost_configuration_does_not_keep_the_run_from_going_on(tuned, tuning):
+    tuned.resolved_config.unlink()
+    finetune(tuning("training.max_steps=8"), tuned.path, resume=True)
+    assert tuned.newest_checkpoint().step == 8
 
 
-def test_a_new_run_among_the_checkpoints_of_an_old_one_is_refused_before_it_is_trained(run, tuning):
-    finetune(tuning(), run.path)
-    run.resolved_config.unlink()
-    before = snapshot(run.path)
+def test_a_new_run_among_the_checkpoints_of_an_old_one_is_refused_before_it_is_trained(tuned, tuning):
+    tuned.resolved_config.unlink()
+    before = snapshot(tuned.path)
     with pytest.raises(ConfigError, match="already holds"):
-        finetune(tuning(), run.path)
-    assert snapshot(run.path) == before
+        finetune(tuning(), tuned.path)
+    assert snapshot(tuned.path) == before
 
 
 @pytest.mark.parametrize("content", ["nonsense: [", "", "- a list"])
-def test_a_configuration_that_cannot_be_read_is_named(run, tuning, content):
-    finetune(tuning(), run.path)
-    run.resolved_config.write_text(content)
+def test_a_configuration_that_cannot_be_read_is_named(tuned, tuning, content):
+    tuned.resolved_config.write_text(content)
     with pytest.raises(ModelError, match=r"resolved_config\.yaml can't be read"):
-        finetune(tuning(), run.path, resume=True)
+        finetune(tuning(), tuned.path, resume=True)
