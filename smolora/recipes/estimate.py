@@ -74,7 +74,7 @@ class Parts:
     """What was run in place of whole steps, since one would not fit or take minutes."""
 
     tokens: int
-    """Input tokens of the largest part; 0 where the evaluation before the first step took more than there is."""
+    """Input tokens of the largest part; 0 where steps would fit, and an evaluation or the verdict takes too much."""
     pass_tokens: int
     """What the largest pass of the run holds, padding included."""
     bytes_per_token: float

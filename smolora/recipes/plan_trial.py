@@ -122,9 +122,11 @@ def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) 
 
 def _describe_parts(watch: TrialWatch) -> Parts | None:
     ladder, most = watch.trial.ladder, watch.trial.most_held
+    if watch.has_room_for_steps_alone:
+        return Parts(0, most, 0.0)
     if watch.kind == "whole steps":
         return None
-    return Parts(ladder.last.part.tokens, most, ladder.bytes_per_token) if ladder.runs else Parts(0, most, 0.0)
+    return Parts(ladder.last.part.tokens, most, ladder.bytes_per_token)
 
 
 def _choose_held_out(data: TuningData, size: int) -> TokenDataset | None:

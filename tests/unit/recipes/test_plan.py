@@ -299,7 +299,7 @@ def test_a_pass_that_takes_more_than_its_line_gives_way_to_a_smaller_one(base, r
     assert "it doesn't fit; trying --batch-size 40000 training.gradient_accumulation_steps=5000" in caplog.text
 
 
-def test_no_smaller_pass_is_tried_where_the_evaluation_before_the_first_step_takes_too_much(base, rows):
+def test_no_smaller_pass_is_tried_where_something_else_than_a_step_takes_too_much(base, rows):
     asked = config(base, rows, "training.gradient_checkpointing=true", "speed.packed_weights=false")
     tried = []
 
