@@ -71,14 +71,14 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Parts:
-    """What was run in place of whole steps, since one would not fit or take minutes."""
+    """What parts of a step say of larger and smaller ones, where whole steps don't fit or would take minutes."""
 
     tokens: int
-    """Input tokens of the largest part; 0 where steps would fit, and an evaluation or the verdict takes too much."""
+    """Input tokens of the largest part that stands for whole steps; 0 where none does."""
     pass_tokens: int
     """What the largest pass of the run holds, padding included."""
     bytes_per_token: float
-    """What each further token of a pass adds to the peak."""
+    """What each further token of a pass adds to the peak; 0 where an evaluation before any step took too much."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Estimate:
     work: Work | None = None
     seconds: Seconds | None = None
     parts: Parts | None = None
-    """None where whole steps were run."""
+    """None where whole steps were run, and fit."""
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -225,6 +225,8 @@ class _Trials:
         from smolora.runtime.memory import MemoryManager  # Here, since it takes torch.
 
         self._try(whole)
+        if available is not None and self.measure(whole) <= available:
+            return whole
         while fitting := MemoryManager().optimize_batch_size(self.measure, whole, passes, available=available):
             if fitting[0] in self.known:
                 return fitting[0]

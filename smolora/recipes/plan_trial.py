@@ -103,7 +103,8 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
         ending=leaving - (float(str(verdict["seconds"])) if verdict else 0.0),
     )
     memory = Memory(room.available, watch.expect_peak(len(sizes)), watch.typical_peak)
-    return Estimate(memory, work, seconds, _describe_parts(watch))
+    is_measured = watch.kind == "whole steps" and memory.fits
+    return Estimate(memory, work, seconds, None if is_measured else _describe_parts(watch))
 
 
 def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) -> Work:
@@ -120,13 +121,11 @@ def _describe_work(data: TuningData, plan: StepPlan, sizes: Sequence[StepSize]) 
     )
 
 
-def _describe_parts(watch: TrialWatch) -> Parts | None:
+def _describe_parts(watch: TrialWatch) -> Parts:
     ladder, most = watch.trial.ladder, watch.trial.most_held
-    if watch.has_room_for_steps_alone:
+    if not ladder.runs:
         return Parts(0, most, 0.0)
-    if watch.kind == "whole steps":
-        return None
-    return Parts(ladder.last.part.tokens, most, ladder.bytes_per_token)
+    return Parts(0 if watch.kind == "whole steps" else ladder.last.part.tokens, most, ladder.bytes_per_token)
 
 
 def _choose_held_out(data: TuningData, size: int) -> TokenDataset | None:

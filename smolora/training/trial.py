@@ -137,12 +137,6 @@ class TrialWatch(Callback):
         """Bytes; None where no whole step was run."""
         return self._peaks[0] if self._peaks else None
 
-    @property
-    def has_room_for_steps_alone(self) -> bool:
-        """Whether more was held than there is, and not by a step: smaller passes would change nothing."""
-        taken = [*(run.peak for run in self.trial.ladder.runs), *self._peaks]
-        return not self.room.can_hold(self.room.peak) and all(map(self.room.can_hold, taken))
-
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         match self.kind:
             case "parts":

@@ -122,6 +122,7 @@ def test_what_is_expected_not_to_fit_is_not_tried(base, rows, tmp_path):
     estimate = try_out(TrialRequest(asked, time.time(), available=1 << 20), tmp_path / "run")
     assert estimate.memory.peak > 1 << 20
     assert estimate.seconds is None
+    assert (estimate.parts.tokens, estimate.parts.bytes_per_token) == (0, 0)
     assert "measured" not in estimate.describe()
     with pytest.raises(StorageError, match=r"doesn't fit in memory: .* 1 MiB are there. Nothing that was tried does"):
         Plan(estimate).require_fit()
@@ -299,7 +300,7 @@ def test_a_pass_that_takes_more_than_its_line_gives_way_to_a_smaller_one(base, r
     assert "it doesn't fit; trying --batch-size 40000 training.gradient_accumulation_steps=5000" in caplog.text
 
 
-def test_no_smaller_pass_is_tried_where_something_else_than_a_step_takes_too_much(base, rows):
+def test_no_smaller_pass_is_tried_where_the_evaluation_before_the_first_step_takes_too_much(base, rows):
     asked = config(base, rows, "training.gradient_checkpointing=true", "speed.packed_weights=false")
     tried = []
 
@@ -309,6 +310,18 @@ def test_no_smaller_pass_is_tried_where_something_else_than_a_step_takes_too_muc
 
     assert propose(asked, estimate(asked), estimate) is None
     assert tried == [(8, None), (8, 32)]
+
+
+def test_where_a_change_makes_the_whole_pass_fit_no_smaller_one_is_tried(base, rows):
+    tried = []
+
+    def estimate(changed):
+        tried.append((changed.training.per_device_train_batch_size, changed.training.gradient_checkpointing))
+        return Estimate(Memory(800, 700 if changed.training.gradient_checkpointing else 900), WORK)
+
+    asked = config(base, rows)
+    assert propose(asked, estimate(asked), estimate).settings["training.gradient_checkpointing"] is True
+    assert [size for size, is_checkpointed in tried if is_checkpointed] == [8]
 
 
 def test_no_budget_of_tokens_below_a_row_is_tried(base, rows):

@@ -126,14 +126,6 @@ def test_a_step_that_took_more_than_there_is_ends_the_trial():
     assert caught.value.peak == 900
 
 
-@pytest.mark.parametrize(("afterwards", "expected"), [(900, True), (700, False)])
-def test_smaller_passes_help_only_where_a_step_took_too_much(afterwards, expected):
-    watch, counts = watch_steps([100], seconds_per_row=2.5, available=800)
-    assert len(counts) == 7
-    watch.room.sizes[:] = [afterwards]
-    assert watch.has_room_for_steps_alone is expected
-
-
 def test_a_typical_step_that_is_the_largest_is_taken_once():
     rows = TokenDataset([build_example([1] * 9, [(1, 9)]) for _ in range(8)])
     plan = plan_steps(rows.lengths, TrainingConfig(per_device_train_batch_size=8, num_train_epochs=1), SpeedConfig())
