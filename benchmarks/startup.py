@@ -79,7 +79,9 @@ def main() -> None:
     for name, value in {"rounds": 5, "layers": 6, "width": 288, "vocab-size": 32000}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # Empty: where a shell says that no bytecode is kept, every process would compile what was installed without it.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_inputs(args, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -12,8 +12,10 @@ from smolora.cli.flags import PrepareFlags, PretrainFlags, TrainFlags, collect_s
 from smolora.cli.run_config import build_config
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
-from smolora.records.run_dir import RunDir
 from smolora.runtime.console import print_plainly
+
+if TYPE_CHECKING:
+    from smolora.records.run_dir import RunDir
 
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 OutIfAny = Annotated[Path | None, Parameter(name=["--out", "-o"])]

@@ -10,7 +10,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from smolora.cli.flags import AnswerFlags, RowFlags, collect_settings
 from smolora.cli.terminal import open_terminal
@@ -80,6 +79,8 @@ def evaluate(
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[int], Callable[[int], None]]]:
     """Yield what makes a listener: a bar on a terminal, elsewhere a plain line now and then."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
