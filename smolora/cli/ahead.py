@@ -12,7 +12,6 @@ from smolora.cli.flags import TrainFlags
 from smolora.cli.make import OutIfAny
 from smolora.cli.run_config import build_config
 from smolora.cli.terminal import open_terminal
-from smolora.errors import ConfigError
 from smolora.runtime.console import print_plainly
 
 
@@ -35,8 +34,6 @@ def plan(
         as_json: Print the plan on stdout as one JSON object.
     """
     flags = flags or TrainFlags()
-    if flags.resume and out is None:
-        raise ConfigError("--resume needs -o RUN: the folder of the run that is to go on.")
     terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import ExperimentConfig
 

@@ -47,7 +47,9 @@ def build_config(
     from smolora.records.run_dir import RunDir
 
     file, assignments = split_words(words)
-    base = RunDir(out).resolved_config if flags.resume and out is not None else None
+    if flags.resume and out is None:
+        raise ConfigError("--resume goes on with a run: it is for train, pretrain and plan, with -o RUN.")
+    base = RunDir(out).resolved_config if flags.resume and out else None
     settings = {**_find_data(preset, dataset, data_dir, flags), **collect_settings(flags)}
     start = read_preset(preset) if preset else None
     config = resolve_config(kind, preset=start, base=base, file=file, flags=settings, assignments=assignments)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -18,7 +21,7 @@ from smolora.models.loading import load_model
 from smolora.models.rows import Rows
 from smolora.models.saving import save_model
 from tests.packed_runs import LENGTHS, adapted, assert_same, run, run_fast
-from tests.tiny import NUM_LAYERS, random_input_ids
+from tests.tiny import NUM_LAYERS, random_input_ids, save_tiny_model
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean(tmp_path):
@@ -175,3 +178,28 @@ def test_a_base_whose_weights_became_parts_of_joint_ones_is_saved_whole(tmp_path
     save_model(base, tmp_path / "saved")
     found = load_model(tmp_path / "saved").model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in base.model.state_dict().items())
+
+
+HELD = """
+import sys, torch
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.fast_path import fast_path
+from smolora.config import LoRAConfig, SpeedConfig
+from smolora.models.loading import load_model
+from smolora.runtime.memory import MemoryManager, keep_large_blocks
+
+keep_large_blocks()
+bundle = attach_adapter(load_model(sys.argv[1], dtype=torch.float32), LoRAConfig(), seed=0)
+before = MemoryManager().get_memory_usage().process
+with fast_path(bundle, SpeedConfig(), is_packed=True):
+    print(MemoryManager().get_memory_usage().process - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this system's allocator is not glibc's")
+def test_the_memory_of_weights_that_became_parts_of_joint_ones_goes_back(tmp_path):
+    wide = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4}
+    base = save_tiny_model("llama", tmp_path / "base", dtype=torch.bfloat16, **wide)
+    done = subprocess.run([sys.executable, "-c", HELD, str(base)], capture_output=True, text=True, check=True)
+    gates = 4 * wide["num_hidden_layers"] * 2 * wide["intermediate_size"] * wide["hidden_size"]
+    assert int(done.stdout) < gates / 2

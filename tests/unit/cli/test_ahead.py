@@ -38,12 +38,6 @@ def test_a_run_that_does_not_fit_is_5_and_still_an_object(smolora, base, rows, t
     assert "error: the run doesn't fit in memory" in err
 
 
-def test_what_is_left_of_a_run_needs_the_run(smolora):
-    code, _, err = smolora("plan", "--resume")
-    assert code == 2
-    assert "--resume needs -o RUN" in err
-
-
 def test_plan_takes_what_train_takes_and_refuses_what_it_refuses(smolora, base):
     assert smolora("plan", "--model", base, "--batch-size", 3, "training.gradient_accumulation_steps=2")[0] == 2
     code, _, err = smolora("plan", "--learning-rate=1e-3")

@@ -160,10 +160,12 @@ def test_what_a_checkpoint_depends_on_cannot_change(base, rows, finished, change
         finetune(config(base, rows, change), finished.path, resume=True)
 
 
-def test_a_resume_on_changed_rows_is_refused(base, own_rows, finished):
+def test_a_resume_on_changed_rows_is_refused_and_on_the_same_ones_elsewhere_is_not(tmp_path, base, own_rows, finished):
+    run = copy(finished, tmp_path / "run")
+    finetune(config(base, own_rows), run.path, resume=True)
     own_rows.write_text(own_rows.read_text().replace("five", "ten"))
     with pytest.raises(DataError, match="other data"):
-        finetune(config(base, own_rows), finished.path, resume=True)
+        finetune(config(base, own_rows), run.path, resume=True)
 
 
 def test_a_resume_on_another_base_of_the_same_shape_is_refused(tmp_path, rows, finished):
