@@ -222,7 +222,7 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
     except ConnectionError as error:
         raise DataError(
             f"no file or folder '{name}' here, and the hub didn't give it: {problem or error}. "
-            "Check the name, or the network."
+            f"Check the name, or the network.{_suggest_sibling(Path(name))}"
         ) from error
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -200,6 +200,14 @@ def test_a_hub_id_that_is_not_there_is_asked_for_once(hub, status, reason):
     with pytest.raises(DataError, match=f"no file or folder 'smolora-tests/none' here, and the hub .*: {reason}"):
         load_dataset_from_hub("smolora-tests/none")
     assert hub.requests == ["/api/datasets/smolora-tests/none"]
+
+
+def test_a_name_that_the_hub_lacks_is_held_against_the_files_here(hub, tmp_path, monkeypatch):
+    hub.status = 404
+    (tmp_path / "devset.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"Check the name, or the network\. Did you mean 'devset\.csv'\?"):
+        load_dataset_from_hub("devset.cs")
     assert not datasets.config.HF_HUB_OFFLINE
 
 
