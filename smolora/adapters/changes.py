@@ -151,7 +151,15 @@ def has_bias(module: nn.Module) -> bool:
     return "bias" in dict(module.named_parameters(recurse=False))
 
 
-def base_of(layer: nn.Module) -> nn.Module:
+def find_base(model: nn.Module, path: str) -> nn.Module:
+    """Return the base's own layer at a path of the plain model; of a head, peft gives parts of the adapter's."""
+    found = model
+    for name in path.split("."):
+        found = _base_of(found.get_submodule(name))
+    return found
+
+
+def _base_of(layer: nn.Module) -> nn.Module:
     """Return the plain layer under an adapter's, or the layer itself."""
     found: nn.Module = layer
     if isinstance(layer, BaseTunerLayer):

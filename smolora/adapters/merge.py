@@ -16,7 +16,7 @@ import peft
 import torch
 
 from smolora.adapters.adapter_files import StoredAdapter, read_adapter
-from smolora.adapters.changes import base_of, find_changes
+from smolora.adapters.changes import find_base, find_changes
 from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof
 from smolora.adapters.merge_proof import Finding, Proof, WeightProof
 from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write_merged_file
@@ -254,7 +254,7 @@ def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Upd
     """Return what becomes of each parameter, by its name in the plain model."""
     assert isinstance(bundle.model, peft.PeftModel), "an adapter was put on"
     changes, plain = find_changes(bundle.model), bundle.model.get_base_model()
-    layers = {part.name: base_of(plain.get_submodule(part.name)) for part in bundle.anatomy.parts}
+    layers = {part.name: find_base(plain, part.name) for part in bundle.anatomy.parts}
     held = [f"{path}.weight" for path, layer in layers.items() if is_quantised(layer)]
     return {
         name: Update(

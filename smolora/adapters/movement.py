@@ -10,7 +10,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from smolora.adapters.changes import Change, LowRank, base_of, find_changes
+from smolora.adapters.changes import Change, LowRank, find_base, find_changes
 from smolora.adapters.starts import subtract_start
 from smolora.adapters.tensors import adapter_tensors
 from smolora.models.bundle import ModelBundle
@@ -47,7 +47,7 @@ def measure_movement(bundle: ModelBundle, base: nn.Module | None = None) -> Move
     norms: dict[str, tuple[float, float]] = {}
     for name, (change, start) in _find_changes(bundle).items():
         module, _, own = name.rpartition(".")
-        weight = _read_weight(base_of(plain.get_submodule(module)), own)
+        weight = _read_weight(find_base(plain, module), own)
         weight = start.apply(weight) if start else weight
         moved, held = norms.get(module, (0.0, 0.0))  # A module may have a bias too.
         norms[module] = math.hypot(moved, change.measure(weight)), math.hypot(held, _length(weight))

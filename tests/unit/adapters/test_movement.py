@@ -49,3 +49,15 @@ def test_behind_virtual_tokens_a_head_is_what_moves(tmp_path, method):
 
 def test_a_bundle_without_an_adapter_has_no_modules(tmp_path):
     assert measure_movement(tiny_bundle("llama", tmp_path / "base")).modules == {}
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_a_head_of_several_layers_is_held_against_the_base_s_own(tmp_path, method):
+    base = load_model(save_tiny_encoder("roberta", tmp_path), task="classification", labels=("no", "yes"))
+    bundle = attach_adapter(base, METHODS[method](), seed=0)
+    with torch.no_grad():
+        for layer in bundle.model.get_base_model().classifier.modules_to_save["default"].children():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.mul_(1.5)
+    moved = {name: value for name, value in measure_movement(bundle).modules.items() if value}
+    assert moved == {f"classifier.{name}": pytest.approx(0.5) for name in ("dense", "out_proj")}
