@@ -25,6 +25,7 @@ from smolora.config.phases import DynamicLoRAConfig
 from smolora.data.collate import get_data_collator
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError, SmoloraError
+from smolora.integrations.tracking import require_trackers
 from smolora.recipes.estimate import Estimate, Memory, Parts, Seconds, Work
 from smolora.recipes.finetune import Tuning, TuningData, leave_results, open_tuning
 from smolora.recipes.plan import REQUEST, RESULT, TrialRequest
@@ -67,6 +68,7 @@ def main(folder: Path) -> None:
 def try_out(request: TrialRequest, folder: Path) -> Estimate:
     """Take a few steps of a run, with its files in `folder`, and return what to expect of all of it."""
     config = follow_adapter(ExperimentConfig(**request.config))
+    require_trackers(config.training.report_to)
     room = Room.look(resolve_device(config.model.device).device)
     if request.available is not None:
         room = Room(room.memory, request.available)
@@ -147,11 +149,11 @@ def _build_trainer(
 ) -> Trainer:
     """Return a trainer that takes the steps of the trial, then evaluates and saves.
 
-    All of the adapter is trained: no phase takes more memory or time than that.
+    All of the adapter is trained: no phase takes more memory or time than that. Trackers hear nothing of it.
     """
     run.path.mkdir()
-    plan = watch.trial.plan
-    plan.config = config.training.replace(profile_steps=None, eval_steps=plan.total_steps, save_steps=plan.total_steps)
+    plan, last = watch.trial.plan, watch.trial.plan.total_steps
+    plan.config = config.training.replace(profile_steps=None, eval_steps=last, save_steps=last, report_to=())
     evaluation = config.evaluation.replace(early_stopping_patience=None, plateau_patience=None)
     config = config.replace(training=plan.config, evaluation=evaluation, phases=DynamicLoRAConfig())
     return Trainer(

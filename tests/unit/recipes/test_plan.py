@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -115,6 +116,21 @@ def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path, base, rows, monkey
         is_over.set()
         thread.join()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="pip install 'smolora[tensorboard]'")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trial_sends_nothing_to_the_trackers_of_the_run(base, rows, tmp_path):
+    asked = config(base, rows, "training.report_to=tensorboard").model_dump(mode="json")
+    assert try_out(TrialRequest(asked, time.time()), tmp_path / "run").seconds is not None
+    assert not (tmp_path / "run" / "trackers").exists()
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("wandb")), reason="wandb is installed")
+def test_a_tracker_that_is_not_installed_stops_the_trial_as_it_stops_the_run(base, rows, tmp_path):
+    asked = config(base, rows, "training.report_to=wandb").model_dump(mode="json")
+    with pytest.raises(ConfigError, match="wandb isn't installed"):
+        try_out(TrialRequest(asked, time.time()), tmp_path / "run")
 
 
 def test_what_is_expected_not_to_fit_is_not_tried(base, rows, tmp_path):
