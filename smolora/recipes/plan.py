@@ -183,7 +183,9 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
 def propose(
     config: ExperimentConfig, estimate: Estimate, try_out: Callable[[ExperimentConfig], Estimate]
 ) -> Proposal | None:
-    """Return the first change that makes a run fit; an update sees as many rows as before.
+    """Return the first changes that make a run fit; an update sees as many rows as before.
+
+    Each is tried on top of those before it; one that the run's method refuses is left out.
 
     Args:
         config: The run that doesn't fit.
@@ -192,10 +194,12 @@ def propose(
     """
     budget, passes = config.speed.max_tokens_per_batch, config.training.gradient_accumulation_steps
     path, whole = (_TOKENS, budget) if budget else (_ROWS, config.training.per_device_train_batch_size)
+    kept: Settings = {}
     for change in _iter_changes(config, estimate.work):
-        settings_of = partial(_split, path, whole * passes, change)
+        changes = {**kept, **change}
+        settings_of = partial(_split, path, whole * passes, changes)
         trials = _Trials(settings_of, partial(_try_changed, config, try_out), counts_tokens=path == _TOKENS)
-        if not change:
+        if not changes:
             trials.known[whole] = estimate
         try:
             size = trials.find_fitting(whole, passes, available=estimate.memory.available)
@@ -203,6 +207,8 @@ def propose(
             return None  # Cut this short, the rows have nothing left to learn.
         if size and (fitting := trials.known[size]):
             return Proposal(trials.settings_of(size), fitting)
+        if trials.known[whole]:
+            kept = changes
     return None
 
 
@@ -247,12 +253,10 @@ class _Trials:
     def _try(self, size: int) -> None:
         if size in self.known:
             return
-        settings = self.settings_of(size)
-        logger.info("it doesn't fit; trying %s", _describe_settings(settings))
         try:
-            self.known[size] = self.try_out(settings)
+            self.known[size] = self.try_out(self.settings_of(size))
         except errors.ConfigError:
-            self.known[size] = None  # A budget below a row.
+            self.known[size] = None  # A budget below a row, or a change that the method refuses.
 
     def _expect(self, size: int, larger: int) -> int:
         """Return the peak to allow for, by the line through the parts of a larger pass.
@@ -288,23 +292,22 @@ def _describe_settings(settings: Settings) -> str:
 def _try_changed(
     config: ExperimentConfig, try_out: Callable[[ExperimentConfig], Estimate], settings: Settings
 ) -> Estimate:
-    return try_out(apply_settings(config, settings))
+    changed = apply_settings(config, settings)
+    logger.info("it doesn't fit; trying %s", _describe_settings(settings))
+    return try_out(changed)
 
 
 def _iter_changes(config: ExperimentConfig, work: Work | None) -> Iterator[Settings]:
     """Yield what to change beside the rows of a pass, from what costs least to what loses most."""
-    change: dict[str, object] = {}
-    yield change
+    yield {}
     if not config.training.gradient_checkpointing:
-        change = {**change, "training.gradient_checkpointing": True}
-        yield change
+        yield {"training.gradient_checkpointing": True}
     if config.speed.packed_weights:
-        change = {**change, "speed.packed_weights": False}
-        yield change
+        yield {"speed.packed_weights": False}
     length = work.longest_row // 2 if work else 0
     while length >= _SHORTEST:
         overlong = "drop" if config.data.overlong == "drop" else "truncate"
-        yield {**change, "data.max_length": length, "data.overlong": overlong}
+        yield {"data.max_length": length, "data.overlong": overlong}
         length //= 2
 
 

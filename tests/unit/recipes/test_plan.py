@@ -255,6 +255,17 @@ def test_the_change_that_costs_least_is_proposed_and_keeps_the_rows_of_an_update
     assert {changed.training.rows_per_step for changed in tried} == {16}
 
 
+def test_a_change_that_the_method_can_not_have_is_left_out_of_what_is_proposed(base, rows):
+    asked = config(base, rows, "adapter.method=prefix_tuning", "training.gradient_accumulation_steps=2")
+    outgrown = Estimate(Memory(250, None), WORK)
+    proposal = propose(asked, outgrown, lambda changed: pretend(changed, available=250, tried=[]))
+    assert proposal.settings == {
+        "training.per_device_train_batch_size": 1,
+        "training.gradient_accumulation_steps": 16,
+        "speed.packed_weights": False,
+    }
+
+
 def test_a_budget_of_tokens_is_divided_and_never_below_the_longest_row(base, rows):
     asked = config(base, rows, "speed.max_tokens_per_batch=256")
     tried = []
