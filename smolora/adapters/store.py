@@ -103,7 +103,7 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     peft_config = copy.deepcopy(adapter.config)
     peft_config.inference_mode = not trainable
     try:
-        adapted = adapt(model, peft_config, source=adapter.base, revision=peft_config.revision)
+        adapted = adapt(model, peft_config, source=base.source, revision=base.revision)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         reason = textwrap.shorten(str(error), 160).rstrip(".")
         raise ModelError(f"{folder} doesn't fit this base: {reason}. It is for another model.") from None

@@ -238,6 +238,13 @@ def test_an_adapter_that_names_no_base_is_refused(save_peft_pair):
         load_bundle(adapter)
 
 
+def test_an_adapter_that_goes_on_names_the_place_where_its_base_is_now(save_pair, tmp_path):
+    base, adapter = save_pair()
+    moved = base.rename(tmp_path / "moved")
+    save_adapter(load_adapter(load_model(moved), adapter, trainable=True), tmp_path / "again")
+    assert load_bundle(tmp_path / "again").source == str(moved.resolve())
+
+
 class TestLoadBundle:
     def test_a_model_folder(self, tmp_path):
         folder = save_tiny_model("llama", tmp_path / "base")
