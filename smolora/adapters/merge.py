@@ -15,17 +15,17 @@ from typing import NamedTuple
 import peft
 import torch
 
-from smolora.adapters.adapter_files import StoredAdapter, read_adapter
+from smolora.adapters.adapter_files import StoredAdapter
 from smolora.adapters.changes import find_base, find_changes
 from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof
 from smolora.adapters.merge_proof import Finding, Proof, WeightProof
 from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write_merged_file
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
-from smolora.adapters.store import load_adapter, load_base, resolve_base_folder
+from smolora.adapters.store import load_adapter, load_base, read_on_base, resolve_base_folder
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle, read_config
-from smolora.models.loading import load_model, read_model_settings, resolve_model_folder
+from smolora.models.loading import load_model, read_model_settings
 from smolora.models.saving import save_model
 from smolora.models.structure import is_quantised, is_stored_transposed
 from smolora.models.tasks import HEAD_TASKS
@@ -101,15 +101,15 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         ModelError: The adapter can't be merged into this base, or what was merged isn't base and adapter.
     """
     refuse_existing(out)
-    adapter = read_adapter(adapter_folder)
+    adapter = read_on_base(adapter_folder, base)
     _refuse_unmergeable(adapter)
-    if adapter.task in HEAD_TASKS:
-        return _merge_with_head(adapter, out, base)
-    base_folder = resolve_model_folder(base) if base else resolve_base_folder(adapter)
+    base_folder = resolve_base_folder(adapter)
     _refuse_quantised(base_folder)
+    if adapter.task in HEAD_TASKS:
+        return _merge_with_head(adapter, out)
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
-    source, fingerprint, updates, proof = _open(adapter, base, _choose_dtype(stored))
+    source, fingerprint, updates, proof = _open(adapter, _choose_dtype(stored))
     matched = match_updates(updates, stored)
     updates_by_tensor = {name: update for name, (update, _) in matched.items()}
     with staged_folder(out) as staging:
@@ -123,10 +123,10 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     return report
 
 
-def _merge_with_head(adapter: StoredAdapter, out: Path, base: str | Path | None) -> MergeReport:
+def _merge_with_head(adapter: StoredAdapter, out: Path) -> MergeReport:
     """Merge in memory, and save anew: the base's files have no place for the head that was trained with the adapter."""
-    bundle = load_adapter(_open_base(adapter, base, torch.float32, device="cpu"), adapter.folder)
-    plain = load_model(base or str(adapter.base), revision=bundle.revision, task=adapter.task, labels=adapter.labels)
+    bundle = load_adapter(_open_base(adapter, torch.float32, device="cpu"), adapter.folder)
+    plain = load_model(bundle.source, revision=bundle.revision, task=adapter.task, labels=adapter.labels)
     proof, updates = LogitProof(bundle, torch.float32), _build_updates(adapter, bundle)
     weights = dict(plain.model.named_parameters())
     for name, update in updates.items():
@@ -183,9 +183,9 @@ class _Opened(NamedTuple):
     proof: Proof
 
 
-def _open(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype) -> _Opened:
+def _open(adapter: StoredAdapter, dtype: torch.dtype) -> _Opened:
     if is_plain_lora(adapter):
-        bundle = _open_base(adapter, base, dtype, device="meta")
+        bundle = _open_base(adapter, dtype, device="meta")
         changes = read_plain_lora(adapter, bundle)
         _refuse_tied_head(adapter, bundle, changes)
         modules = dict(bundle.model.named_modules())
@@ -194,7 +194,7 @@ def _open(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype) -
             for name, change in changes.items()
         }
         return _Opened(bundle.source, bundle.fingerprint, updates, WeightProof())
-    bundle = load_adapter(_open_base(adapter, base, dtype, device="cpu"), adapter.folder)
+    bundle = load_adapter(_open_base(adapter, dtype, device="cpu"), adapter.folder)
     _refuse_tied_head(adapter, bundle, find_changes(bundle.model))
     return _Opened(bundle.source, bundle.fingerprint, _build_updates(adapter, bundle), LogitProof(bundle, dtype))
 
@@ -242,11 +242,9 @@ def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle, names: Iterab
         )
 
 
-def _open_base(adapter: StoredAdapter, base: str | Path | None, dtype: torch.dtype, *, device: str) -> ModelBundle:
+def _open_base(adapter: StoredAdapter, dtype: torch.dtype, *, device: str) -> ModelBundle:
     if adapter.quantization != "none":
         dtype = torch.float32  # A quantised layer rounds what it dequantises to its own type.
-    if base:
-        return load_model(base, dtype=dtype, device=device, quantization=adapter.quantization)
     return load_base(adapter, dtype=dtype, device=device)
 
 

@@ -235,11 +235,27 @@ def open_model(source: str | Path, base: str | Path | None = None, *, device: st
     place = str(resolve_device(device).device)
     if base is None:
         return load_bundle(source, device=place)
-    return load_adapter(load_bundle(base, device=place), find_adapter(source))
+    adapter = read_on_base(find_adapter(source), base)
+    return load_adapter(load_base(adapter, device=place), adapter.folder)
+
+
+def read_on_base(folder: Path, base: str | Path | None) -> StoredAdapter:
+    """Read an adapter folder, as one that names `base`, where there is one: a model folder, a run or a hub id.
+
+    Raises:
+        ModelError: As `read_adapter`; or a run has made no model yet.
+    """
+    adapter = read_adapter(folder)
+    if base is None:
+        return adapter
+    config = copy.deepcopy(adapter.config)
+    config.base_model_name_or_path = str(_find_result(RunDir(base)) if RunDir.is_run(base) else base)
+    config.revision = None
+    return replace(adapter, config=config)
 
 
 def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, device: str = "cpu") -> ModelBundle:
-    """Open the base that an adapter names, held as in its training.
+    """Open the base that an adapter names, held and asked as in its training.
 
     Raises:
         ModelError: It names none, or that one isn't there.
@@ -251,7 +267,7 @@ def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, devic
         device=device,
         revision=adapter.config.revision,
         quantization=adapter.quantization,
-        task=adapter.task,
+        task=adapter.task if adapter.config.task_type else None,  # Plain peft may leave it open; the base says it.
         labels=adapter.labels,
     )
 

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from smolora.adapters.attach import quiet_peft
 from smolora.adapters.merge import merge_adapter
+from smolora.adapters.store import save_adapter
 from smolora.data.prompts import PromptFormat, read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
-from tests.tiny import FAMILIES, random_input_ids, save_tiny_model
+from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model
+from tests.unit.adapters.conftest import attach_moved
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -176,6 +178,25 @@ def test_another_place_of_the_base_can_be_named(save_pair, tmp_path):
     assert_merged(tmp_path / "moved", adapter, tmp_path / "out")
 
 
+@pytest.fixture
+def save_classifier(tmp_path):
+    """Return a function that saves a tiny BERT and a classifier's adapter on it, and returns both folders."""
+
+    def save():
+        base = load_model(save_tiny_encoder("bert", tmp_path / "base"), task="classification", labels=("no", "yes"))
+        save_adapter(attach_moved(base), tmp_path / "adapter")
+        return tmp_path / "base", tmp_path / "adapter"
+
+    return save
+
+
+def test_a_classifier_is_merged_into_another_place_of_its_base(save_classifier, tmp_path):
+    base, adapter = save_classifier()
+    base.rename(tmp_path / "moved")
+    merge_adapter(adapter, tmp_path / "out", base=tmp_path / "moved")
+    assert load_model(tmp_path / "out").task == "classification"
+
+
 class TestRefused:
     """Nothing appears at the final path, and nothing is left beside it."""
 
@@ -255,6 +276,12 @@ class TestRefused:
         base, adapter = save_pair()
         change_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
         with pytest.raises(ModelError, match="is quantised"):
+            merge_adapter(adapter, tmp_path / "out")
+
+    def test_a_quantised_base_of_a_classifier(self, save_classifier, tmp_path):
+        base, adapter = save_classifier()
+        change_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+        with pytest.raises(ModelError, match="is quantised, and merging into rounded weights loses the adapter"):
             merge_adapter(adapter, tmp_path / "out")
 
 

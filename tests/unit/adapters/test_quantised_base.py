@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.merge import merge_adapter
-from smolora.adapters.store import load_adapter, load_bundle, save_adapter
+from smolora.adapters.store import load_adapter, load_bundle, open_model, save_adapter
 from smolora.config import SpeedConfig
 from smolora.errors import ModelError
 from smolora.models.loading import load_model
@@ -70,6 +70,13 @@ def test_an_adapter_opens_on_its_base_as_it_was_held(save_held, tmp_path, kind):
     bundle = load_bundle(adapter)
     assert bundle.quantization == kind
     assert torch.equal(logits_of(bundle), expected)
+
+
+@needs_bitsandbytes
+def test_a_base_that_is_named_is_held_as_the_adapter_s_was(save_held, tmp_path):
+    base, adapter = save_held("8bit")
+    base.rename(tmp_path / "moved")
+    assert open_model(adapter, tmp_path / "moved", device="cpu").quantization == "8bit"
 
 
 @needs_bitsandbytes

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.attach import attach_adapter
-from smolora.adapters.store import follow_adapter, load_adapter, load_bundle, save_adapter
+from smolora.adapters.store import follow_adapter, load_adapter, load_bundle, open_model, save_adapter
 from smolora.config import ExperimentConfig
 from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, write_prompt_format
@@ -303,3 +303,28 @@ def test_an_adapter_that_names_no_task_goes_on_as_it_is_asked(tmp_path):
     change_json(tmp_path / "adapter" / "adapter_config.json", task_type=None)
     settings["model"]["task_type"] = "classification"
     assert follow_adapter(ExperimentConfig(**settings)).model.task_type == "classification"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_on_a_base_that_is_named_an_adapter_is_asked_its_own_task(tmp_path, family):
+    save = save_tiny_encoder if family == "bert" else save_tiny_model
+    base = load_model(save(family, tmp_path / "base"), task="classification", labels=("no", "maybe", "yes"))
+    fmt = PromptFormat(kind="classification", columns={"text": "text", "label": "label"}, labels=base.labels)
+    save_adapter(replace(attach_moved(base), prompt_format=fmt), tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    bundle = open_model(tmp_path / "adapter", tmp_path / "moved")
+    assert (bundle.task, bundle.labels) == ("classification", ("no", "maybe", "yes"))
+
+
+def test_a_run_that_holds_a_model_can_be_named_as_a_base(save_pair, tmp_path):
+    base, adapter = save_pair()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/resolved_config.yaml").write_text("")
+    base.rename(tmp_path / "run/model")
+    assert open_model(adapter, tmp_path / "run").source == str((tmp_path / "run/model").resolve())
+
+
+def test_an_adapter_that_names_no_task_is_asked_what_its_base_is(tmp_path):
+    base = load_model(save_tiny_encoder("t5", tmp_path / "base"))
+    peft.get_peft_model(base.model, peft.LoraConfig(target_modules=["q", "v"])).save_pretrained(tmp_path / "adapter")
+    assert load_bundle(tmp_path / "adapter").task == "seq2seq"
