@@ -91,13 +91,6 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     model = refuse_unadaptable(base)
     adapter = read_adapter(folder)
     adapter.refuse_other_base(base.fingerprint, base.source)
-    if adapter.identity and adapter.quantization != base.quantization:
-        logger.warning(
-            "%s was trained on its base with quantization %s, and goes on it with %s: it answers somewhat differently",
-            folder,
-            adapter.quantization,
-            base.quantization,
-        )
     if trainable:
         _refuse_continuation(adapter)
     peft_config = copy.deepcopy(adapter.config)
@@ -112,11 +105,23 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     except ModelError:
         take_off(adapted)
         raise
+    return bundle_adapted(base, adapted, adapter)
+
+
+def bundle_adapted(base: ModelBundle, adapted: peft.PeftModel, adapter: StoredAdapter) -> ModelBundle:
+    """Return what is known of a base with a saved adapter on; warns where it is held otherwise than in training."""
+    if adapter.identity and adapter.quantization != base.quantization:
+        logger.warning(
+            "%s was trained on its base with quantization %s, and goes on it with %s: it answers somewhat differently",
+            adapter.folder,
+            adapter.quantization,
+            base.quantization,
+        )
     return replace(
         base,
         model=adapted,
-        prompt_format=read_prompt_format(folder) or base.prompt_format,
-        num_virtual_tokens=count_virtual_tokens(peft_config),
+        prompt_format=read_prompt_format(adapter.folder) or base.prompt_format,
+        num_virtual_tokens=count_virtual_tokens(adapter.config),
         has_drawn_head=False,  # The adapter's own head is on.
     )
 

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -15,10 +14,9 @@ import torch
 from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.attach import refuse_unadaptable
 from smolora.adapters.state import fill_adapter
-from smolora.adapters.store import find_adapter, load_adapter
+from smolora.adapters.store import bundle_adapted, find_adapter, load_adapter
 from smolora.adapters.tensors import quiet_peft
 from smolora.adapters.toggling import disabled_adapter
-from smolora.data.prompts import read_prompt_format
 from smolora.errors import ConfigError, ModelError, did_you_mean
 from smolora.models.bundle import ModelBundle
 
@@ -51,6 +49,7 @@ class AdapterSwitch:
         folders = {name: find_adapter(source) for name, source in adapters.items()}
         for folder in folders.values():
             read_adapter(folder).refuse_other_base(base.fingerprint, base.source)
+        self._base = base
         self._bundles: dict[str, ModelBundle] = {}
         self._inner: dict[str, str] = {}
         for number, (name, folder) in enumerate(folders.items()):
@@ -99,7 +98,7 @@ class AdapterSwitch:
         return model
 
     def _add(self, folder: Path, inner: str) -> ModelBundle:
-        first, adapter = next(iter(self._bundles.values())), read_adapter(folder)
+        adapter = read_adapter(folder)
         peft_config = copy.deepcopy(adapter.config)
         peft_config.inference_mode = True
         try:
@@ -108,8 +107,8 @@ class AdapterSwitch:
         except (ValueError, TypeError) as error:  # Such as another method than the first one's.
             raise ModelError(f"{folder} can't be beside the other adapters: {error}") from None
         fill_adapter(self._model, adapter, inner)
-        self._model.train(first.model.training)
-        return replace(first, prompt_format=read_prompt_format(folder))
+        self._model.train(self._model.training)  # peft's new dropout layers would drop in an eval model.
+        return bundle_adapted(self._base, self._model, adapter)
 
     def _set(self, inner: str) -> None:
         self._model.set_adapter(inner, inference_mode=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import peft
 import pytest
 import torch
@@ -11,6 +13,11 @@ from smolora.adapters.store import save_adapter
 from smolora.config.adapter import LoRAConfig
 from smolora.models.loading import load_model
 from tests.tiny import save_tiny_model
+
+
+def change_json(file, **values):
+    """Give keys of a JSON file other values."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def move_adapter(model, *, seed=5):

@@ -19,13 +19,9 @@ from smolora.data.prompts import PromptFormat, read_prompt_format, write_prompt_
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model
-from tests.unit.adapters.conftest import attach_moved
+from tests.unit.adapters.conftest import attach_moved, change_json
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-
-
-def change_json(file, **values):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def plain_logits(folder):

@@ -19,7 +19,7 @@ from smolora.data.prompts import PromptFormat, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model, tiny_bundle
-from tests.unit.adapters.conftest import attach_moved
+from tests.unit.adapters.conftest import attach_moved, change_json
 
 # peft 0.21 reads a property that transformers 5 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -28,10 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def change_tensors(folder, change):
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(change(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def change_json(file, **values):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

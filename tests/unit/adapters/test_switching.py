@@ -1,0 +1,72 @@
+"""Several adapters on one base: each is asked as it is when it is alone on the base."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.store import load_bundle, save_adapter
+from smolora.adapters.switching import AdapterSwitch
+from smolora.config.adapter import METHODS
+from smolora.data.prompts import PromptFormat, write_prompt_format
+from smolora.models.loading import load_model
+from tests.tiny import random_input_ids, save_tiny_model
+from tests.unit.adapters.conftest import attach_moved, change_json
+
+IDS = random_input_ids(9)
+FORMS = [PromptFormat(kind="text", columns={"text": name}) for name in ("base", "adapter")]
+
+
+def switch(tmp_path):
+    return AdapterSwitch(load_model(tmp_path / "base"), {name: tmp_path / name for name in ("one", "two")})
+
+
+@pytest.fixture
+def save_two(tmp_path):
+    """Return a function that saves a base and two adapters on it, given how each is made."""
+
+    def save(*attach, form=None):
+        base = save_tiny_model("llama", tmp_path / "base")
+        for name, make in zip(("one", "two"), attach, strict=True):
+            save_adapter(
+                replace(make(load_model(base)), prompt_format=form if name == "one" else None), tmp_path / name
+            )
+
+    return save
+
+
+def soft_prompt(length):
+    return lambda base: attach_adapter(base, METHODS["prompt_tuning"](num_virtual_tokens=length), seed=length)
+
+
+@torch.no_grad()
+def test_soft_prompts_of_two_lengths_have_their_own_context_and_logits(save_two, tmp_path):
+    save_two(soft_prompt(3), soft_prompt(7))
+    adapters = switch(tmp_path)
+    for name in ("two", "one"):
+        alone = load_bundle(tmp_path / name)
+        with adapters.switched_to(name) as bundle:
+            assert bundle.context == alone.context
+            assert torch.equal(bundle.model(input_ids=IDS).logits, alone.model(input_ids=IDS).logits)
+
+
+def test_an_adapter_without_a_form_has_the_base_s_and_not_the_first_one_s(save_two, tmp_path):
+    save_two(attach_moved, attach_moved, form=FORMS[1])
+    write_prompt_format(FORMS[0], tmp_path / "base")
+    adapters = switch(tmp_path)
+    for name, form in (("one", FORMS[1]), ("two", FORMS[0])):
+        with adapters.switched_to(name) as bundle:
+            assert bundle.prompt_format == form
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_each_adapter_whose_base_was_held_otherwise_is_named(save_two, tmp_path, caplog, name):
+    save_two(attach_moved, attach_moved)
+    change_json(tmp_path / name / "base_identity.json", quantization="4bit")
+    with caplog.at_level(logging.WARNING, logger="smolora"):
+        switch(tmp_path)
+    assert f"{tmp_path / name} was trained on its base with quantization 4bit" in caplog.text
