@@ -101,7 +101,9 @@ class StoredAdapter:
         if fmt is not None and fmt.labels:
             return fmt.labels
         heads = [tensor for key, tensor in self.tensors.items() if not _METHOD_KEY.search(key) and tensor.ndim == 2]
-        return tuple(f"LABEL_{number}" for number in range(len(heads[-1]) if heads else 0))
+        # Layers of a head that come before the answer are square; of DistilBERT's one, the files name it last.
+        answering = min(heads, key=lambda weight: weight.shape[0] == weight.shape[1], default=())
+        return tuple(f"LABEL_{number}" for number in range(len(answering)))
 
     def refuse_other_base(self, fingerprint: str, source: str) -> None:
         """Raise if the adapter says that it was trained on other weights.

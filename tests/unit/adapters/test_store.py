@@ -312,6 +312,14 @@ def test_on_a_base_that_is_named_an_adapter_is_asked_its_own_task(tmp_path, fami
     assert (bundle.task, bundle.labels) == ("classification", ("no", "maybe", "yes"))
 
 
+@pytest.mark.parametrize("num_labels", [3, 40])
+def test_an_adapter_that_names_no_labels_has_as_many_as_its_head_answers(tmp_path, num_labels):
+    names = [f"LABEL_{number}" for number in range(num_labels)]
+    base = load_model(save_tiny_encoder("distilbert", tmp_path / "base"), task="classification", labels=names)
+    save_adapter(attach_moved(base), tmp_path / "adapter")  # Its head has a layer of 32 x 32 before the labels.
+    assert load_bundle(tmp_path / "adapter").labels == tuple(names)
+
+
 def test_a_run_that_holds_a_model_can_be_named_as_a_base(save_pair, tmp_path):
     base, adapter = save_pair()
     (tmp_path / "run").mkdir()
