@@ -79,21 +79,43 @@ def refuse_existing(folder: Path) -> None:
 
 @contextmanager
 def replaced_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that takes the place of `final` when the block ends; until then `final` stays."""
+    """Yield a temporary sibling that takes the place of `final` when the block ends; until then `final` stays.
+
+    Raises:
+        StorageError: The folder can't be written, or the old one not be moved.
+    """
     successor = final.with_name(f".tmp-new-{final.name}-{os.getpid()}")
+    shutil.rmtree(successor, ignore_errors=True)
     with staged_folder(successor, named=final) as staging:
         yield staging
-    if final.exists():
-        retire_folder(final)
-    successor.rename(final)
-    _flush_folder(final.parent)
+    try:
+        old = _set_aside(final) if final.exists() else None
+        successor.rename(final)
+        _flush_folder(final.parent)
+    except OSError as error:
+        shutil.rmtree(successor, ignore_errors=True)
+        raise describe_os_error(error, final) from error
+    if old:  # Last: to remove it takes a while, in which a kill must find the new one in its place.
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def retire_folder(folder: Path) -> None:
-    """Remove a folder in one step: a kill in between leaves a whole folder or none."""
-    doomed = folder.with_name(f".tmp-retired-{folder.name}-{os.getpid()}")
-    folder.rename(doomed)
+    """Remove a folder in one step: a kill in between leaves a whole folder or none.
+
+    Raises:
+        StorageError: It can't be moved.
+    """
+    try:
+        doomed = _set_aside(folder)
+    except OSError as error:
+        raise describe_os_error(error, folder) from error
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f".tmp-retired-{folder.name}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)  # Of a killed process that had the number of this one.
+    return folder.rename(aside)
 
 
 def describe_os_error(error: OSError, path: Path) -> StorageError:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 from safetensors import SafetensorError
@@ -181,6 +184,49 @@ def test_a_disk_that_fills_up_keeps_the_old_folder(old, tmp_path):
     with pytest.raises(StorageError, match="No space left on device"):
         fill_up(replaced_folder(old))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert (old / "old.txt").read_text() == "old"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from smolora.records.staging import replaced_folder
+
+def die(event, arguments):
+    if event == "shutil.rmtree" and Path(arguments[0]).is_dir():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with replaced_folder(Path(sys.argv[1])) as staging:
+    (staging / "new.txt").write_text("new")
+    sys.addaudithook(die)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_process_that_is_killed_as_it_removes_the_old_folder_leaves_the_new_one(old):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(old)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [file.name for file in old.iterdir()] == ["new.txt"]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(old, tmp_path):
+    """In a container, a process often has the number of the one before it."""
+    for kind in ("new", "retired"):
+        (tmp_path / f".tmp-{kind}-out-{os.getpid()}" / "a").mkdir(parents=True)
+    with replaced_folder(old) as staging:
+        (staging / "new.txt").write_text("new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert [file.name for file in old.iterdir()] == ["new.txt"]
+
+
+def test_a_folder_that_can_not_be_set_aside_stays_and_is_a_storage_error(old, tmp_path):
+    in_the_way = tmp_path / f".tmp-retired-out-{os.getpid()}"
+    in_the_way.write_text("a file, where a folder is to go")
+    with pytest.raises(StorageError, match=f"^can't write {old}: Not a directory"), replaced_folder(old):
+        pass
+    with pytest.raises(StorageError, match=f"^can't write {old}: Not a directory"):
+        retire_folder(old)
+    assert sorted(tmp_path.iterdir()) == [in_the_way, old]
     assert (old / "old.txt").read_text() == "old"
 
 
