@@ -180,7 +180,11 @@ class _SumCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient.mul_(grad), None
+        # Let go of: the loss, and so this, lives until the next pass has its own.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the gradient of a loss is scaled in place, so there is one backward pass of it.")
+        return gradient.mul_(grad), None
 
 
 @torch.no_grad()

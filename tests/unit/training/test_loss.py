@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -66,6 +67,24 @@ def test_the_gradient_is_the_softmax_less_one_at_the_target():
     expected = logits.detach().softmax(-1)
     expected[torch.arange(5), targets] -= 1
     assert_close(logits.grad, expected)
+
+
+def test_after_the_backward_pass_the_loss_keeps_no_gradient_of_the_logits():
+    """It lives until the next pass has its loss: a batch of logits more at the peak."""
+    logits, targets = random_logits(5, 7)
+    logits, seen = logits.requires_grad_() * 1, []
+    logits.register_hook(lambda gradient: seen.append(weakref.ref(gradient)))
+    loss = sum_cross_entropy(logits, targets)
+    loss.backward()
+    assert seen[0]() is None
+
+
+def test_a_second_backward_pass_is_refused():
+    logits, targets = random_logits(5, 7)
+    loss = sum_cross_entropy(logits.requires_grad_(), targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
 
 
 def test_over_several_chunks_sum_and_gradient_are_torchs_own():
