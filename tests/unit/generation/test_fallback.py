@@ -77,6 +77,23 @@ def test_a_model_whose_state_is_no_keys_and_values_is_found_out(tmp_path):
     assert find_obstacle(model) is not None
 
 
+def test_a_deep_model_of_large_weights_that_magnify_every_rounding_has_slots():
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 9}
+    model = tiny_model("llama", **shape, num_key_value_heads=3, initializer_range=0.3)
+    assert find_obstacle(model) is None
+
+
+def test_a_model_whose_slots_give_other_logits_is_found_out():
+    model = tiny_model("llama")
+    model.register_forward_hook(_add_where_there_is_a_cache, with_kwargs=True)
+    assert "with a cache of slots its logits differ by" in find_obstacle(model)
+
+
+def _add_where_there_is_a_cache(module, args, kwargs, output):
+    if kwargs.get("past_key_values") is not None:
+        output.logits = output.logits + 1e-3
+
+
 def test_a_model_that_refuses_the_cache_is_found_out():
     model = tiny_model("llama")
     handle = model.model.layers[0].register_forward_pre_hook(_refuse_a_cache, with_kwargs=True)
