@@ -147,8 +147,10 @@ def _draw(logits: Tensor, shape: tuple[float, int | None, float | None], chances
         probabilities, kept = _nucleus(probabilities, top_p)
         candidates = kept if candidates is None else candidates.gather(1, kept)
     sums = probabilities.cumsum(-1)  # [B, C]
-    chosen = torch.searchsorted(sums, (chances.to(sums.dtype) * sums[:, -1])[:, None], right=True)
-    chosen = chosen.clamp_(max=sums.shape[1] - 1)  # Rounding may lift a chance to the whole sum.
+    whole = sums[:, -1:].contiguous()
+    chosen = torch.searchsorted(sums, chances.to(sums.dtype)[:, None] * whole, right=True)
+    # Rounding may lift a chance to the whole sum: none passes that, and the last candidate that can come reaches it.
+    chosen = torch.minimum(chosen, torch.searchsorted(sums, whole))
     return (chosen if candidates is None else candidates.gather(1, chosen))[:, 0]
 
 

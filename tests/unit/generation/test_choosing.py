@@ -45,6 +45,16 @@ def test_tokens_are_drawn_in_proportion_to_their_probabilities(settings):
     assert (counts - probabilities).abs().max() < 4 * 0.5 / num_rows**0.5
 
 
+@pytest.mark.parametrize(
+    ("settings", "last"), [({}, 3), ({"top_k": 9}, 3), ({"top_p": 0.6}, 1), ({"top_k": 9, "top_p": 0.6}, 1)]
+)
+def test_a_chance_that_rounds_to_1_draws_the_last_token_that_may_come(settings, last):
+    """One of 2**25 does; this key was looked for."""
+    row = Row([1, 2], 9, SamplingSettings(**settings), key=(30_092_842).to_bytes(4, "big"))
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1] + [0.0] * (V - 4))
+    assert choose_tokens(probabilities.log().clamp(min=-1e4)[None], [row]) == [last]
+
+
 def test_a_nucleus_wider_than_the_first_candidates_is_found():
     drawn = choose_tokens(torch.zeros(4000, V), _rows(4000, top_p=0.9))
     assert 0.8 * V < len(set(drawn)) <= 0.9 * V + 1
