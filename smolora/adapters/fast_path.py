@@ -155,13 +155,10 @@ class _Installer:
         done: set[str] = set()
         for layer in range(self._anatomy.num_layers):
             done |= self._install_attention(layer, fused) | self._install_mlp(layer)
-        for part in self._anatomy.parts:
-            if part.group == "norm" or part.name.endswith(("q_norm", "k_norm")):
-                norm = self._model.get_submodule(part.name)
-                if isinstance(norm, BaseTunerLayer):
-                    self._fallbacks.setdefault("norms are trained", set()).add(part.name)
-                else:
-                    self._install_norm(norm, fused)
+        norms = [part.name for part in self._anatomy.parts if part.group == "norm"]
+        fast_norms = [name for name in norms if self._install_norm(name, fused)]
+        if not done and not fast_norms:
+            return done
         used = "fused blocks" if done else "fused norms"
         self._parts.used.append(used if self._kernels is TORCH_KERNELS else f"{used} with Liger's kernels")
         return done
@@ -192,12 +189,16 @@ class _Installer:
         self._replace(mlp, lambda x: down(gate_up(x)), gate_up, down)
         return set(names)
 
-    def _install_norm(self, norm: nn.Module, fused: Fused) -> None:
-        weight = norm.get_parameter("weight")
-        if not weight.requires_grad:
-            eps, offset = float(self._settings["rms_norm_eps"]), fused.norm_offset
-            rms_norm = self._kernels.rms_norm
-            self._replace(norm, lambda x: rms_norm(x, weight, eps=eps, offset=offset))
+    def _install_norm(self, name: str, fused: Fused) -> bool:
+        """Fuse a norm that is frozen; return whether it is."""
+        norm = self._model.get_submodule(name)
+        if isinstance(norm, BaseTunerLayer) or norm.get_parameter("weight").requires_grad:
+            self._fallbacks.setdefault("norms are trained", set()).add(name)
+            return False
+        weight, rms_norm = norm.get_parameter("weight"), self._kernels.rms_norm
+        eps, offset = float(self._settings["rms_norm_eps"]), fused.norm_offset
+        self._replace(norm, lambda x: rms_norm(x, weight, eps=eps, offset=offset))
+        return True
 
     def _install_products(self, done: set[str]) -> None:
         """Fuse every linear layer, the head too, that isn't in a fused block."""

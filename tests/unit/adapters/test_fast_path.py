@@ -15,7 +15,7 @@ import smolora.adapters.fast_path
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.lora_product import why_not_fast
-from smolora.config import LoRAConfig, PromptTuningConfig, SpeedConfig, TrainingConfig
+from smolora.config import FullConfig, LoRAConfig, PromptTuningConfig, SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.models.fused_ops import TORCH_KERNELS
@@ -331,6 +331,13 @@ def test_what_isnt_a_frozen_base_under_one_adapter_is_plain_and_right(tmp_path, 
         is_trained = (kind == "biases" and name.endswith("bias")) or (kind == "norms" and "norm" in name)
         parameter.requires_grad_(parameter.requires_grad or is_trained)
     assert_same(run_fast(bundle), run(bundle, by_rows=False))
+
+
+def test_norms_that_are_trained_are_plain_and_not_called_fused(tmp_path):
+    bundle = attach_adapter(tiny_bundle("llama", tmp_path), FullConfig(), seed=0)
+    *_, parts = run_fast(bundle)
+    assert parts.used == ["row attention"]
+    assert "norms are trained (5 layers)" in parts.left
 
 
 def test_a_model_that_cannot_be_probed_stays_plain_and_says_why(tmp_path, caplog):
