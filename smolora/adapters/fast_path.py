@@ -9,7 +9,7 @@ Legend: `N` tokens of the packed batch, `D` width, `H` heads, `K` head width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
 from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
+from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import TORCH_KERNELS, Activation
 from smolora.models.liger import choose_kernels
 from smolora.models.registry import FAMILIES, Fused
@@ -95,6 +96,32 @@ def fast_path(
             parts = FastParts(left=[reason])
             logger.warning("the fast path is off: %s", reason)
         yield parts
+
+
+def page_out_copied(model: nn.Module) -> None:
+    """Take the weights out of memory that the fast path holds packed, after something else has read them."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        for product in forward.products if isinstance(forward, _FastForward) else ():
+            if isinstance(product.frozen, FrozenLinear):
+                product.frozen.page_out_copied()
+
+
+@dataclass(frozen=True)
+class _FastForward:
+    """What a module computes inside the block: `fast`, or `plain` while a product can't compute its adapter."""
+
+    plain: Callable[..., object]
+    fast: Callable[..., object]
+    products: Sequence[LoRAProduct]
+    warn: Callable[[str], None]
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        for product in self.products:
+            if reason := product.follow():
+                self.warn(reason)
+                return self.plain(*args, **kwargs)
+        return self.fast(*args, **kwargs)
 
 
 class _Installer:
@@ -236,16 +263,8 @@ class _Installer:
 
     def _replace(self, module: nn.Module, forward: Callable[..., object], *products: LoRAProduct) -> None:
         """Let `module` compute `forward`, or its own where an adapter is on now that a product can't compute."""
-        plain = module.forward
-
-        def forward_or_plain(*args: object, **kwargs: object) -> object:
-            for product in products:
-                if reason := product.follow():
-                    self._warn_once(reason)
-                    return plain(*args, **kwargs)
-            return forward(*args, **kwargs)
-
-        self._stack.enter_context(replaced_forward(module, forward_or_plain if products else forward))
+        found = _FastForward(module.forward, forward, products, self._warn_once) if products else forward
+        self._stack.enter_context(replaced_forward(module, found))
 
     def _warn_once(self, reason: str) -> None:
         if reason not in self._warned:

@@ -39,12 +39,16 @@ class FrozenLinear:
             self._backward_weight = pack(weight.t(), num_rows=_TYPICAL_TOKENS)
         else:
             self._forward_weight, self._backward_weight = weight, weight.t()
-        if self._is_packed:
-            for original in weights:
-                page_out(original)
-        elif len(weights) > 1:
+        self._copied = list(weights) if self._is_packed else []
+        self.page_out_copied()
+        if not self._is_packed and len(weights) > 1:
             for original, part in zip(weights, torch.split(weight, self.sizes), strict=True):
                 original.data = part
+
+    def page_out_copied(self) -> None:
+        """Take the weights out of memory that are held packed beside; whatever reads them brings them back."""
+        for original in self._copied:
+            page_out(original)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[N, sum O_i]` of `[N, D]`."""

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from smolora.adapters.fast_path import page_out_copied
 from smolora.adapters.tensor_places import LoRAPair, TensorPlace, find_lora_pairs, locate_tensors, read_anatomy
-from smolora.models.frozen_linear import is_worth_packing
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.gradient_summary import GradientSummary
-from smolora.runtime.memory import page_out
 from smolora.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -169,8 +168,7 @@ class GradientNormCallback(Callback):
         self._pairs = find_lora_pairs(model)
         weights = {pair.module: pair.weight.detach() for pair in self._pairs if pair.weight.is_floating_point()}
         self._weight_norms = to_floats(measure_norms(weights))
-        for weight in filter(is_worth_packing, weights.values()):
-            page_out(weight)  # The fast path has copies of its own; reading brought these back into memory.
+        page_out_copied(model)  # Reading brought them back.
 
     def take(self, measured: Mapping[str, Tensor]) -> None:
         """Take the norms of this step's gradients, by parameter, before clipping."""

@@ -202,4 +202,4 @@ def test_the_memory_of_weights_that_became_parts_of_joint_ones_goes_back(tmp_pat
     base = save_tiny_model("llama", tmp_path / "base", dtype=torch.bfloat16, **wide)
     done = subprocess.run([sys.executable, "-c", HELD, str(base)], capture_output=True, text=True, check=True)
     gates = 4 * wide["num_hidden_layers"] * 2 * wide["intermediate_size"] * wide["hidden_size"]
-    assert int(done.stdout) < gates / 2
+    assert int(done.stdout) < gates  # 17 to 46 MiB, where kept blocks make it 92 and the gates are 72.

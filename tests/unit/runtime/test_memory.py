@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from smolora.runtime.memory import MemoryManager, keep_large_blocks, return_large_blocks
+from smolora.runtime.memory import MemoryManager, keep_large_blocks, page_out, return_large_blocks
+from tests.resident import resident_bytes
 
 FAULTS = """
 import os, resource, torch
@@ -67,6 +70,18 @@ def test_usage_counts_what_a_tensor_takes():
     assert grown > 100 << 20
     assert below_peak <= 16 << 20
     assert device == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages are left to the system")
+def test_a_mapped_weight_leaves_memory_and_its_values_stay(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.arange(1 << 18)}, file)
+    weight = load_file(file)["weight"]
+    total = weight.sum()
+    assert resident_bytes(file) >= weight.nbytes
+    page_out(weight)
+    assert resident_bytes(file) < weight.nbytes / 10
+    assert weight.sum() == total
 
 
 def test_clearing_the_cache_of_a_cpu_does_nothing():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from smolora.adapters.attach import setup_model_with_lora
+from smolora.adapters.attach import attach_adapter, setup_model_with_lora
+from smolora.adapters.fast_path import fast_path
 from smolora.adapters.tensor_places import find_lora_pairs, locate_tensors, read_anatomy
-from smolora.config import ExperimentConfig, GPTConfig, LoRAConfig, resolve_config
+from smolora.config import ExperimentConfig, GPTConfig, LoRAConfig, SpeedConfig, resolve_config
 from smolora.models.anatomy import build_anatomy
 from smolora.models.gpt import GPTModel
 from smolora.recipes.finetune import finetune
@@ -20,7 +22,8 @@ from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
 from smolora.training.callback import Callback
 from smolora.training.gradients import GradientMeter, GradientNormCallback, measure_delta_norms, measure_gradient_norms
-from tests.tiny import FAMILIES, random_input_ids, save_tiny_model, tiny_model
+from tests.resident import resident_bytes
+from tests.tiny import FAMILIES, random_input_ids, save_tiny_model, tiny_bundle, tiny_model
 
 
 def backward(model):
@@ -228,6 +231,21 @@ def test_measuring_changes_no_bit_of_a_run(make_trainer):
     assert_close(
         dict(measured.bundle.model.named_parameters()), dict(plain.bundle.model.named_parameters()), rtol=0, atol=0
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages are left to the system")
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no weight is packed: this CPU computes no bfloat16 itself"
+)
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_weights_that_were_read_leave_memory_only_where_they_are_held_packed(tmp_path, is_fast):
+    base = tiny_bundle("llama", tmp_path, dtype=torch.bfloat16, hidden_size=512, intermediate_size=2048)
+    bundle = attach_adapter(base, LoRAConfig(), seed=0)
+    file = tmp_path / "model.safetensors"
+    with fast_path(bundle, SpeedConfig(fused_lora=is_fast), is_packed=True):
+        GradientNormCallback().begin(bundle.model, {}, bundle.anatomy)
+        share = resident_bytes(file) / file.stat().st_size
+    assert share < 0.3 if is_fast else share > 0.8  # The embedding and the head are in use in any case.
 
 
 @pytest.fixture(scope="module")
