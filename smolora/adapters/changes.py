@@ -21,7 +21,9 @@ from peft.tuners.vera.layer import VeraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-_PREFIX = "base_model.model."
+from smolora.models.anatomy import PEFT_PREFIX
+from smolora.models.structure import read_bias
+
 _ADALORA_EPS = 1e-5
 """peft divides AdaLoRA's scale by the rank and this."""
 
@@ -102,7 +104,7 @@ class Replaced:
 @torch.no_grad()
 def find_changes(model: nn.Module, adapter: str = "default") -> dict[str, Change]:
     """Return what an adapter changes, by the parameter's name in the plain model; soft prompts change a head alone."""
-    prefix = "base_model." if is_soft_prompt(model) else _PREFIX  # peft puts nothing around a base behind them.
+    prefix = "base_model." if is_soft_prompt(model) else PEFT_PREFIX  # peft puts nothing around a base behind them.
     return {
         f"{path.removeprefix(prefix)}.{name}": change
         for path, layer in model.named_modules()
@@ -121,7 +123,7 @@ def _iter_changes(layer: nn.Module, adapter: str) -> Iterator[tuple[str, Change]
     elif isinstance(layer, IA3Layer):
         factors = layer.ia3_l[adapter]
         yield "weight", Rescaled(factors)
-        if not layer.is_feedforward and has_bias(layer.get_base_layer()):
+        if not layer.is_feedforward and read_bias(layer.get_base_layer()) is not None:
             yield "bias", Rescaled(factors.flatten())
     elif isinstance(layer, LNTuningLayer):
         yield from _replace(layer.ln_tuning_layers[adapter])
@@ -144,11 +146,6 @@ def _read_vera(layer: VeraLayer, adapter: str) -> LowRank:
 
 def _replace(module: nn.Module) -> Iterator[tuple[str, Change]]:
     yield from ((name, Replaced(parameter)) for name, parameter in module.named_parameters())
-
-
-def has_bias(module: nn.Module) -> bool:
-    """Whether a linear layer has a bias."""
-    return "bias" in dict(module.named_parameters(recurse=False))
 
 
 def find_base(model: nn.Module, path: str) -> nn.Module:

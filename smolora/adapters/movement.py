@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smolora.adapters.changes import Change, LowRank, find_base, find_changes
 from smolora.adapters.starts import subtract_start
 from smolora.adapters.tensors import adapter_tensors
+from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
 from smolora.models.quantised import dequantise
 from smolora.models.structure import is_quantised, is_stored_transposed
@@ -81,7 +82,7 @@ def _find_changes(bundle: ModelBundle) -> dict[str, tuple[Change, Change | None]
         if not isinstance(change, LowRank):
             found[name] = change, None  # A head that is trained whole.
             continue
-        a, b = (f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB")
+        a, b = (f"{PEFT_PREFIX}{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB")
         start = LowRank(taken[a], taken[b], change.scaling)
         found[name] = LowRank(joined[a], joined[b], change.scaling), start
     return found

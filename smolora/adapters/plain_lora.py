@@ -15,10 +15,11 @@ from smolora.adapters.adapter_files import StoredAdapter
 from smolora.adapters.changes import LowRank
 from smolora.adapters.state import refuse_other_tensors
 from smolora.errors import ModelError
+from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
 from smolora.models.structure import is_linear, read_shape
 
-_SAVED = "base_model.model.{}.lora_{}.weight"
+_SAVED = PEFT_PREFIX + "{}.lora_{}.weight"
 
 
 def is_plain_lora(adapter: StoredAdapter) -> bool:

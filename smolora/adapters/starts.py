@@ -12,11 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from smolora.errors import ModelError
+from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.quantised import dequantise
 from smolora.models.structure import is_quantised, is_stored_transposed
-from smolora.models.weight_files import list_weight_files
-
-_PREFIX = "base_model.model."
+from smolora.models.weight_files import list_weight_files, name_in_files
 
 
 def subtract_start(tensors: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,11 +60,11 @@ def start_from_residual(adapted: peft.PeftModel, base_folder: Path) -> None:
             place_of |= dict.fromkeys(opened.keys(), file)
     for path, layer in adapted.named_modules():
         if isinstance(layer, LoraLayer) and is_quantised(layer.get_base_layer()):
-            _start_one(layer, f"{path.removeprefix(_PREFIX)}.weight", place_of)
+            _start_one(layer, f"{path.removeprefix(PEFT_PREFIX)}.weight", place_of)
 
 
 def _start_one(layer: LoraLayer, name: str, place_of: Mapping[str, Path]) -> None:
-    stored = next((one for one in (name, name.partition(".")[2]) if one in place_of), None)
+    stored = next((one for one in name_in_files(name) if one in place_of), None)
     if stored is None:
         raise ModelError(f"the base's files hold no {name}, so what quantising lost of it can't be told.")
     with safe_open(place_of[stored], framework="pt") as opened:

@@ -15,10 +15,9 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from smolora.models.anatomy import Anatomy, Group, build_anatomy
+from smolora.models.anatomy import PEFT_PREFIX, Anatomy, Group, build_anatomy
 from smolora.models.structure import PreTrainedModel
 
-_PEFT_PREFIX = "base_model.model."
 _MATRICES: dict[str, Literal["A", "B"]] = {
     "lora_A": "A",
     "lora_B": "B",
@@ -66,7 +65,7 @@ def locate_tensors(names: Iterable[str], anatomy: Anatomy) -> dict[str, TensorPl
 
 def _locate(name: str, anatomy: Anatomy) -> TensorPlace:
     part = anatomy.part_of(name)
-    segment = name.removeprefix(_PEFT_PREFIX).removeprefix(f"{part.name}.").partition(".")[0]
+    segment = name.removeprefix(PEFT_PREFIX).removeprefix(f"{part.name}.").partition(".")[0]
     return TensorPlace(part.name, part.group, part.layer, _MATRICES.get(segment))
 
 
@@ -74,7 +73,7 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
     """Return the matrices of every linear module that an active LoRA adapter is on."""
     return [
         LoRAPair(
-            path.removeprefix(_PEFT_PREFIX),
+            path.removeprefix(PEFT_PREFIX),
             layer.lora_A[adapter].weight,
             layer.lora_B[adapter].weight,
             float(layer.scaling[adapter]),

@@ -21,7 +21,8 @@ from smolora.models.tasks import find_heads
 
 Group = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before the paths of the plain model."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Anatomy:
 
         A parameter that no part of the plain model owns, such as a soft prompt, is in the group "other".
         """
-        path = parameter_name.removeprefix(_PEFT_PREFIX)
+        path = parameter_name.removeprefix(PEFT_PREFIX)
         while path:
             path = path.rpartition(".")[0]  # q_proj.lora_A.default.weight is owned by the longest known path, q_proj.
             if path in self._by_name:
