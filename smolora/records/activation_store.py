@@ -66,10 +66,12 @@ class ActivationStore:
         del self._places[key]
         return None
 
-    def append(self, key: str, content: bytes) -> None:
-        """Store `content` under `key`, unless something is there or it doesn't fit."""
-        if key in self._places or self._size + len(content) > self._limit:
-            return
+    def append(self, key: str, content: bytes) -> bool:
+        """Store `content` under `key`, unless something is there; return whether it fits."""
+        if key in self._places:
+            return True
+        if self._size + len(content) > self._limit:
+            return False
         place = _Place(self._size, len(content), zlib.crc32(content))
         with self._data.open("ab") as file:
             file.write(content)
@@ -77,6 +79,7 @@ class ActivationStore:
             file.write("\n" + json.dumps([key, *place]))  # The line break first: a torn line before spoils no other.
         self._places[key] = place
         self._size += len(content)
+        return True
 
     def _read_index(self) -> dict[str, _Place]:
         places = {}

@@ -38,7 +38,8 @@ _OTHER_HEADS = ("summary_", "classifier_")
 class PrefixCacheCallback(Callback):
     """Caches the activations below the lowest trained layer, on disk, for packed batches of a transformers model.
 
-    It does nothing, and says why, where dropout is on below that layer, or where layer 0 is trained.
+    It does nothing, and says why, where dropout is on below that layer, or where layer 0 is trained. A pass skips where
+    all of its rows are stored. It says when it is full, and at the end of a phase how many passes skipped.
 
     Args:
         folder: Where the activations go.
@@ -49,7 +50,8 @@ class PrefixCacheCallback(Callback):
         self.folder = folder
         self.limit = limit
         self.num_skipped = 0
-        """Forward passes that skipped the frozen layers."""
+        """Forward passes of the phase that skipped the frozen layers."""
+        self._is_full = False
         self._stack = ExitStack()
         self._lowest: int | None = None
         """The lowest trained layer of the phase at hand."""
@@ -70,6 +72,7 @@ class PrefixCacheCallback(Callback):
             logger.info("the activations of frozen layers aren't kept: %s", reason)
             return
         self._store = ActivationStore(self.folder, _identify(trainer, model, lowest), limit=self.limit)
+        self.num_skipped = 0
         self._install(trainer, model, lowest)
 
     def on_train_end(self, trainer: Trainer) -> None:
@@ -77,6 +80,10 @@ class PrefixCacheCallback(Callback):
 
     def _close(self) -> None:
         self._stack.close()
+        if self._store is not None:
+            skipped, kept = self.num_skipped, self._store.num_bytes / 2**20
+            words = "%d passes skipped the layers below layer %d; %.1f MiB of activations are kept"
+            logger.info(words, skipped, self._lowest, kept)
         self._store = self._found = self._lowest = None
 
     def _install(self, trainer: Trainer, model: PreTrainedModel, lowest: int) -> None:
@@ -124,15 +131,26 @@ class PrefixCacheCallback(Callback):
         def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
             if self._found is not None:
                 return plain(self._found, *args, **kwargs)
-            assert self._store is not None, "the cache is installed with its store"
             if self._keys:
-                known = hidden_states[0, : sum(self._lengths)].detach()
-                for key, row in zip(self._keys, torch.split(known, self._lengths), strict=True):
-                    if key not in self._store:
-                        self._store.append(key, row.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                self._keep(hidden_states[0, : sum(self._lengths)].detach())
             return plain(hidden_states, *args, **kwargs)
 
         return forward
+
+    def _keep(self, known: Tensor) -> None:
+        """Store the activations [N, D] of the pass at hand, row by row."""
+        assert self._store is not None, "the cache is installed with its store"
+        for key, row in zip(self._keys, torch.split(known, self._lengths), strict=True):
+            if key in self._store:
+                continue
+            fits = self._store.append(key, row.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            if not fits and not self._is_full:
+                self._is_full = True
+                logger.warning(
+                    "the cache of frozen layers is full at %.1f MiB: passes with a row that isn't in it skip nothing. "
+                    "Raise speed.prefix_cache_gib, or set it to 0.",
+                    self._store.num_bytes / 2**20,
+                )
 
 
 def _row_lengths(position_ids: Tensor) -> list[int]:

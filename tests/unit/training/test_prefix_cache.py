@@ -108,6 +108,21 @@ def test_nothing_is_left_on_the_model_and_the_limit_holds(tmp_path):
     assert cache.num_skipped == 0  # Too small for all rows of any step.
 
 
+def test_the_end_says_how_many_passes_skipped_what_and_the_bytes_that_are_kept(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train(tmp_path / "base", PrefixCacheCallback(tmp_path / "cache", 2**20))
+    kept = (tmp_path / "cache" / "data.bin").stat().st_size / 2**20
+    assert f"6 passes skipped the layers below layer 1; {kept:.1f} MiB of activations are kept" in caplog.text
+
+
+def test_a_limit_that_is_reached_is_said_once_with_the_setting_that_raises_it(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train(tmp_path / "base", PrefixCacheCallback(tmp_path / "cache", 3000))
+    [warning] = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "Raise speed.prefix_cache_gib" in warning
+    assert "0 passes skipped the layers below layer 1" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
