@@ -100,7 +100,7 @@ class MemoryManager:
         """Return bytes of this process and of its device (0 on a CPU)."""
         current, peak = 0, 0
         if self.device.type == "cuda":
-            current, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            current, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
         elif self.device.type == "mps":
             current = peak = torch.mps.current_allocated_memory()
         return MemoryUsage(_resident_bytes(), _peak_resident_bytes(), current, peak)
