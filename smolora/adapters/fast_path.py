@@ -29,7 +29,7 @@ from smolora.models.registry import FAMILIES, Fused
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
-from smolora.models.structure import PreTrainedModel, replaced_forward
+from smolora.models.structure import PreTrainedModel, replaced_forward, without_dropout
 from smolora.models.tasks import task_of
 from smolora.runtime.memory import return_freed_blocks
 
@@ -297,11 +297,9 @@ def _attention_forward(
 
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None] % vocab_size
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None] % vocab_size
+    with without_dropout(model):
         if read_config(model).is_encoder_decoder:
             written: Tensor = model(input_ids=input_ids, decoder_input_ids=input_ids, use_cache=False).logits
             return written.float()
@@ -310,9 +308,6 @@ def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
         found = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
         logits: Tensor = found.start_logits if task_of(model) == "qa" else found.logits
         return logits.float()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _why_different(found: Tensor, expected: Tensor, tolerance: float) -> str | None:

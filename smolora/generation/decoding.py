@@ -15,6 +15,7 @@ from torch import nn
 from smolora.generation.choosing import Row, choose_tokens
 from smolora.generation.packed_linears import packed_linears
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+from smolora.models.structure import without_dropout
 
 _PREFILL_TOKENS = 1024
 """Most tokens, padding included, of a forward pass that fills slots."""
@@ -36,15 +37,9 @@ def decode(model: nn.Module, rows: Sequence[Row], *, num_slots: int) -> Iterator
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and gradients off for the block."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if was_training:
-            model.train()
+    # A model in eval mode is taken at its word: looking at every module would be 3 % of a token's step.
+    with torch.inference_mode(), without_dropout(model) if model.training else nullcontext():
+        yield
 
 
 class Decoder:

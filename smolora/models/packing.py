@@ -7,8 +7,6 @@ Some (bloom, opt) let the rows leak into each other without a word; they train o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from smolora.data.collate import Layout
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
 from smolora.models.rounding import allow_rounding, shifted_embeddings
-from smolora.models.structure import PreTrainedModel
+from smolora.models.structure import PreTrainedModel, without_dropout
 from smolora.models.tasks import find_heads, task_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +43,7 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
     if task_of(model) == "seq2seq":
         return False, "an encoder-decoder reads each row with the answer to it, and knows no restarting positions"
     try:
-        with _undisturbed(model):
+        with torch.no_grad(), without_dropout(model):
             packed = _second_row_logits(model, _FIRST)
             repacked = _second_row_logits(model, _OTHER_FIRST)
             alone = _second_row_logits(model, ())
@@ -85,15 +83,3 @@ def _read_forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> 
         return hidden
     logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
     return logits
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()  # Without dropout nothing draws from the random generator.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, is_training in modes.items():
-            module.training = is_training

@@ -54,6 +54,19 @@ def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Itera
             vars(module)["forward"] = before
 
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Have every module of `model` in eval mode inside the block, where nothing draws from the random generator."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def is_stored_transposed(module: nn.Module) -> bool:
     """Whether a linear layer's weight is stored [in, out], as GPT-2's Conv1D does; quantised, only in the file."""
     return isinstance(module, Conv1D) or vars(module).get("source_cls") is Conv1D

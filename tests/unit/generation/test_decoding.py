@@ -125,10 +125,12 @@ def test_memory_left_by_others_reaches_no_row():
 
 def test_decoding_leaves_the_model_as_it_was():
     model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
     implementation = model.config._attn_implementation
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _answers(model, _rows(), 4)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert model.config._attn_implementation == implementation
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""What a module computes can be replaced for a while, within a replacement too."""
+"""What a module computes, and how, can be changed for a while."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smolora.models.structure import replaced_forward
+from smolora.models.structure import replaced_forward, without_dropout
 
 
 def test_a_replaced_forward_is_put_back_within_another_and_after_an_error():
@@ -19,3 +19,14 @@ def test_a_replaced_forward_is_put_back_within_another_and_after_an_error():
         assert linear(x) == 1
     assert torch.equal(linear(x), expected)
     assert "forward" not in vars(linear)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_dropout_is_off_inside_the_block_and_every_module_gets_its_own_mode_back_after_an_error(is_training):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))).train(is_training)
+    model[1][0].train(not is_training)
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ZeroDivisionError), without_dropout(model):
+        assert not any(module.training for module in model.modules())
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == modes
