@@ -51,9 +51,8 @@ def _gpt_logits(model: nn.Module, batch: Batch) -> Tensor:
 def _transformers_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
     """`plain` is `model` without what may be wrapped around it, such as DistributedDataParallel."""
     if batch.position_ids is not None:
-        inputs = _fill_up(plain, batch) if attends_by_rows(plain) else _packed_inputs(batch)
-        # A cache would switch off the block-diagonal mask that transformers derives from restarting positions.
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        kept = _fill_up_targets(plain, batch.target_positions)
+        logits: Tensor = model(**_packed_inputs(plain, batch), logits_to_keep=kept).logits
         return logits.flatten(0, 1)  # A view, whose gradient is one: [0] would copy it into zeros.
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     logits = logits[:, logits.shape[1] - batch.input_ids.shape[1] :]  # Virtual tokens, if any, stand before a row.
@@ -72,12 +71,8 @@ def _label_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
 def _word_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits of labels at the first token of every word."""
     assert batch.target_positions is not None, "batches of words have them"
-    inputs: dict[str, object] = dict(_padded_inputs(batch))
-    if batch.position_ids is not None:
-        inputs = _fill_up(plain, batch) if attends_by_rows(plain) else _packed_inputs(batch)
-        del inputs["logits_to_keep"]  # A head over words answers at every token.
-        inputs["use_cache"] = False  # As in _transformers_logits.
-    logits: Tensor = model(**inputs).logits
+    inputs = _padded_inputs(batch) if batch.position_ids is None else _packed_inputs(plain, batch)
+    logits: Tensor = model(**inputs).logits  # A head over words answers at every token.
     return logits.flatten(0, 1)[batch.target_positions]
 
 
@@ -97,17 +92,9 @@ def _answer_logits(plain: nn.Module, model: nn.Module, batch: Batch) -> Tensor:
     return logits.flatten(0, 1)[batch.target_positions]
 
 
-def _padded_inputs(batch: Batch) -> dict[str, Tensor | None]:
+def _padded_inputs(batch: Batch) -> dict[str, object]:
     segments = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **segments}
-
-
-def _packed_inputs(batch: Batch) -> dict[str, object]:
-    return {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "logits_to_keep": batch.target_positions,
-    }
 
 
 _TOKEN_STEP, _TARGET_STEP = 64, 16
@@ -115,24 +102,35 @@ _TOKEN_STEP, _TARGET_STEP = 64, 16
 .3 MB, and a step met 43 new ones. (Filler costs the head the most.)"""
 
 
-def _fill_up(plain: nn.Module, batch: Batch) -> dict[str, object]:
-    """Return the packed inputs, with filler behind the rows and behind the targets where few shapes pay.
+def _packed_inputs(plain: nn.Module, batch: Batch) -> dict[str, object]:
+    """Return rows laid end to end, with filler behind them where few shapes pay.
 
     Filler is a token of the batch at position 0: a token that no row holds may have an embedding that isn't finite, and
     a position past the context has none.
     """
-    assert batch.position_ids is not None and batch.target_positions is not None, "packed batches have both"
-    num_tokens, num_targets = batch.input_ids.shape[1], len(batch.targets)
-    weight = next(plain.parameters())
-    is_worth_it = weight.device.type != "cpu" or goes_by_onednn(weight)
-    token_step, target_step = (_TOKEN_STEP, _TARGET_STEP) if is_worth_it else (1, 1)
-    num_filler = round_up(num_tokens, token_step) - num_tokens
+    assert batch.position_ids is not None, "packed batches have them"
+    num_filler = _count_filler(plain, batch.input_ids.shape[1], _TOKEN_STEP)
+    rows = {"rows": Rows(batch.row_lengths, batch.input_ids.device)} if attends_by_rows(plain) else {}
     return {
         "input_ids": torch.cat((batch.input_ids, batch.input_ids[:, :1].expand(-1, num_filler)), dim=1),
         "position_ids": F.pad(batch.position_ids, (0, num_filler)),
-        "logits_to_keep": F.pad(batch.target_positions, (0, round_up(num_targets, target_step) - num_targets)),
-        "rows": Rows(batch.row_lengths, batch.input_ids.device),
+        # A cache would switch off the block-diagonal mask that transformers derives from restarting positions.
+        "use_cache": False,
+        **rows,
     }
+
+
+def _fill_up_targets(plain: nn.Module, target_positions: Tensor | None) -> Tensor:
+    """Return the positions of targets, with others behind them where few shapes pay."""
+    assert target_positions is not None, "packed batches have them"
+    return F.pad(target_positions, (0, _count_filler(plain, len(target_positions), _TARGET_STEP)))
+
+
+def _count_filler(plain: nn.Module, count: int, step: int) -> int:
+    """Return how many to add; none where rows don't attend alone, since filler would be one of them."""
+    weight = next(plain.parameters())
+    is_worth_it = attends_by_rows(plain) and (weight.device.type != "cpu" or goes_by_onednn(weight))
+    return round_up(count, step) - count if is_worth_it else 0
 
 
 def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
