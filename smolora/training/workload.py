@@ -16,7 +16,7 @@ from smolora.training.plan import StepPlan
 
 
 class StepSize(NamedTuple):
-    """What one update holds."""
+    """What one update holds, of several processes on the first."""
 
     step: int
     """Updates before it."""
@@ -42,7 +42,7 @@ def _measure_step(
     passes = plan.micro_batches(step)
     return StepSize(
         step,
-        tokens=int(lengths[plan.rows_of(step)].sum()),
+        tokens=sum(int(lengths[rows].sum()) for rows in passes),
         held=max(count_held(lengths[rows], layout) for rows in passes),
         targets=max(int(targets[rows].sum()) for rows in passes),
         squares=max(int((lengths[rows] ** 2).sum()) for rows in passes),
