@@ -25,9 +25,10 @@ _FIRST, _OTHER_FIRST, _SECOND = (1, 3, 5, 2, 4), (6, 2, 1, 7, 3), (2, 5, 3, 6, 1
 
 def choose_layout(base: ModelBundle) -> Layout:
     """Return how batches are laid out: packed where the model keeps rows apart."""
-    is_packable, reason = can_pack_rows(base.model)
     if base.num_virtual_tokens:
         is_packable, reason = False, f"{base.num_virtual_tokens} virtual tokens stand before every row"
+    else:
+        is_packable, reason = can_pack_rows(base.model)
     if not is_packable:
         logger.info("batches are padded: %s", reason)
     return "packed" if is_packable else "padded"

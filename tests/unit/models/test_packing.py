@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from smolora.config.model import GPTConfig
 from smolora.models.gpt import GPTModel
-from smolora.models.packing import can_pack_rows
-from tests.tiny import FAMILIES, PACKABLE_FAMILIES, random_input_ids, tiny_model
+from smolora.models.packing import can_pack_rows, choose_layout
+from tests.tiny import FAMILIES, PACKABLE_FAMILIES, random_input_ids, tiny_bundle, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,3 +86,9 @@ def test_the_probe_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+def test_behind_virtual_tokens_batches_are_padded_and_the_model_is_not_asked(tmp_path):
+    bundle = replace(tiny_bundle("llama", tmp_path / "base"), num_virtual_tokens=4)
+    bundle.model.register_forward_pre_hook(lambda *_: pytest.fail("it was asked"))
+    assert choose_layout(bundle) == "padded"
