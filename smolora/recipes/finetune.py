@@ -391,9 +391,8 @@ def _save(run: RunDir, bundle: ModelBundle) -> None:
         with replaced_folder(run.model) as staging:
             save_model(bundle, staging)
         return
-    before = hash_folder(run.adapter)
     with replaced_folder(run.adapter) as staging:
         save_adapter(bundle, staging)
-    if run.merged.exists() and hash_folder(run.adapter) != before:
-        retire_folder(run.merged)
-        logger.info("%s was removed: it was merged from an older adapter. Merge again.", run.merged)
+        if run.merged.exists() and hash_folder(staging) != hash_folder(run.adapter):
+            retire_folder(run.merged)  # Now: no kill may leave it beside the newer adapter.
+            logger.info("%s was removed: it was merged from an older adapter. Merge again.", run.merged)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +20,7 @@ from smolora.recipes.merge import merge
 from smolora.recipes.pretrain import pretrain
 from smolora.recipes.run_folder import fingerprint_settings
 from smolora.records.run_dir import RunDir
+from smolora.records.staging import hash_folder
 from smolora.training.callback import Callback
 from tests.tiny import save_tiny_model
 
@@ -187,6 +191,33 @@ def test_a_run_that_is_being_trained_is_not_merged(tuned, tuning, hold):
     hold(tuned.path)
     with pytest.raises(FolderInUseError, match="another process is writing in"):
         merge(tuned.path)
+    assert not tuned.merged.exists()
+
+
+def test_a_merged_model_stays_where_a_resume_ends_with_the_same_adapter(tuned, tuning):
+    merge(tuned.path)
+    finetune(tuning(), tuned.path, resume=True)
+    assert tuned.merged.is_dir()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_no_kill_leaves_a_merged_model_beside_a_newer_adapter(tuned, tuning):
+    def die(event, arguments):
+        if event == "shutil.rmtree" and Path(arguments[0]).is_dir() and "retired-adapter" in str(arguments[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    merge(tuned.path)
+    before = hash_folder(tuned.adapter)
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.addaudithook(die)
+            finetune(tuning("training.max_steps=12"), tuned.path, resume=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert hash_folder(tuned.adapter) != before
     assert not tuned.merged.exists()
 
 
