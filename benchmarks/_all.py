@@ -25,7 +25,7 @@ RUNS = (
     "tuning.py --shape 135m --rows e2e --arms smolora 'trl fp32' 'trl best' 'peft loop' litgpt",
     "quantised.py --shape 135m --rounds 1 --steps 8",
     "phases.py --shape 135m",
-    "gradient_norms.py --sizes 15M 135M",
+    "gradient_norms.py",
     "generation.py",
     "merge.py",
     "startup.py",

@@ -8,15 +8,17 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from _memory import read_status
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 
 
 def time_steps(step: Callable[[], object], *, num_warmup: int, num_steps: int) -> list[float]:
@@ -43,21 +45,23 @@ class Cost(NamedTuple):
 
 def measure_call(call: Callable[[], object]) -> Cost:
     """Call once and return what it took. Memory is Linux's account; elsewhere it is 0."""
-    before = _read_status()
-    anonymous, is_done = [before["RssAnon"]], threading.Event()
+    with _watched_memory() as watcher:
+        before = read_status()
+        started, cpu = time.perf_counter(), time.process_time()
+        call()
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+        most_anonymous = int(watcher.communicate()[0])
+    return Cost(seconds, cpu_seconds, read_status()["VmHWM"] - before["VmRSS"], most_anonymous - before["RssAnon"])
 
-    def sample() -> None:
-        while not is_done.wait(1e-3):
-            anonymous.append(_read_status()["RssAnon"])
 
-    watcher = threading.Thread(target=sample, daemon=True)
-    watcher.start()
-    started, cpu = time.perf_counter(), time.process_time()
-    call()
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-    is_done.set()
-    watcher.join()
-    return Cost(seconds, cpu_seconds, _read_status()["VmHWM"] - before["VmRSS"], max(anonymous) - before["RssAnon"])
+@contextmanager
+def _watched_memory() -> Iterator[subprocess.Popen[str]]:
+    """Start `_memory.py` on this process: a thread would hold up the Python code that is measured by a fifth."""
+    command = [sys.executable, "-S", str(HERE / "_memory.py"), str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        watcher.stdout.readline()
+        yield watcher
 
 
 def measure_in_turns(script: str, names: Sequence[str], arguments: Sequence[str], rounds: int) -> dict[str, list[Cost]]:
@@ -69,13 +73,6 @@ def measure_in_turns(script: str, names: Sequence[str], arguments: Sequence[str]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             costs[name].append(Cost(*json.loads(output.splitlines()[-1])))
     return costs
-
-
-def _read_status() -> dict[str, int]:
-    status = Path("/proc/self/status")
-    fields = status.read_text(encoding="ascii").splitlines() if status.exists() else []
-    sizes = dict(line.split(":") for line in fields if line.endswith("kB"))
-    return {name: int(sizes.get(name, "0 kB").split()[0]) * 1024 for name in ("VmHWM", "VmRSS", "RssAnon")}
 
 
 def find_shared(name: str) -> Path:

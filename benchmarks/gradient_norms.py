@@ -1,37 +1,31 @@
-"""What watching the gradients costs a LoRA training step, which should be under 1 %.
+"""What watching the gradients costs a LoRA training step on the fast path, which should be under 1 %.
 
-The same step runs in turns without and with the callback that every tuning run has; one step in ten is a logged one.
-What is added up is the callback's own time, since a difference of whole steps drowns in a machine's noise.
+One step in ten is a logged one. What is added up is the own time of the callback that every tuning run has, since a
+difference of whole steps drowns in a machine's noise.
 
-python benchmarks/gradient_norms.py --sizes 15M 135M
+python benchmarks/gradient_norms.py --shapes 15m 135m
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
-import numpy as np
-import torch
 from _measuring import median, print_table
-from transformers import LlamaConfig, LlamaForCausalLM
+from tuning import NATIVE, ROWS_PER_STEP, SHAPES, make_rows, prepare
 
-from smolora.adapters.attach import attach_adapter
-from smolora.config import LoRAConfig, TrainingConfig
+from smolora.adapters.fast_path import fast_path
+from smolora.adapters.store import load_adapter
+from smolora.config import SpeedConfig, TrainingConfig
 from smolora.data.collate import collate_packed
-from smolora.data.token_dataset import TokenDataset, build_example
-from smolora.models.anatomy import build_anatomy
-from smolora.models.bundle import ModelBundle
-from smolora.tokenizers.char import CharTokenizer
-from smolora.tokenizers.pretrained import to_pretrained
+from smolora.data.token_dataset import TokenDataset
+from smolora.models.loading import load_model
+from smolora.runtime.memory import keep_large_blocks
 from smolora.training.callback import Callback
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.trainer import Trainer
-
-SIZES = {
-    "15M": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 32_000, "heads": 6},
-    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152, "heads": 9},
-}
 
 
 class Timed(Callback):
@@ -58,33 +52,30 @@ class Timed(Callback):
         self.seconds += time.perf_counter() - started
 
 
-def measure_cost(size: str, steps: int) -> tuple[float, float, float]:
+def measure_cost(shape: str, steps: int) -> tuple[float, float, float]:
     """Return the median step and the callback's time per step, in milliseconds, and their ratio."""
-    bundle = attach_adapter(build_bundle(**SIZES[size]), LoRAConfig(), seed=0)
-    random = np.random.default_rng(0)
-    rows = [random.integers(1, 90, size=96).tolist() for _ in range(64)]
-    dataset = TokenDataset([build_example(row, [(48, 96)]) for row in rows])
+    rows = TokenDataset(make_rows("e2e", SHAPES[shape]["vocab_size"], ROWS_PER_STEP * steps))
     timed = Timed(GradientNormCallback())
-    Trainer(bundle, dataset, TrainingConfig(max_steps=steps), collate=collate_packed, callbacks=[timed]).train()
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(shape, Path(folder))
+        base = load_model(Path(folder) / "base", dtype=NATIVE)
+        bundle = load_adapter(base, Path(folder) / "adapter", trainable=True)
+    with fast_path(bundle, SpeedConfig(), is_packed=True):
+        Trainer(bundle, rows, TrainingConfig(max_steps=steps), collate=collate_packed, callbacks=[timed]).train()
     step, own = median(timed.steps), timed.seconds / steps
     return step * 1e3, own * 1e3, own / step
 
 
-def build_bundle(heads: int, **shape: int) -> ModelBundle:
-    config = LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=3, tie_word_embeddings=True)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    tokenizer = to_pretrained(CharTokenizer.train("abc"), 512)
-    return ModelBundle(model, tokenizer, build_anatomy(model), source="random", fingerprint=str(heads))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
-    rows = [(size, *measure_cost(size, args.steps)) for size in args.sizes]
-    print_table("LoRA on all linear modules, 8 rows of 96 tokens", ["size", "step ms", "own ms", "share"], rows)
+    keep_large_blocks()
+    rows = [(shape, *measure_cost(shape, args.steps)) for shape in args.shapes]
+    type_name = str(NATIVE).removeprefix("torch.")
+    title = f"LoRA on all linear modules, E2E-shaped rows, {type_name}"
+    print_table(title, ["shape", "step ms", "own ms", "share"], rows)
 
 
 if __name__ == "__main__":

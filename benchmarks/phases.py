@@ -13,9 +13,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from _measuring import median, print_table
-from tuning import ROWS_PER_STEP, SHAPES, StepTimes, make_rows, prepare
+from tuning import NATIVE, ROWS_PER_STEP, SHAPES, StepTimes, make_rows, prepare
 
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.store import load_adapter
@@ -32,7 +31,7 @@ ARMS = ("all layers", "late half", "late half, cached")
 
 def measure(arm: str, folder: Path, rows: TokenDataset) -> float:
     """Return the median seconds of a step in the second epoch."""
-    bundle = load_adapter(load_model(folder / "base", dtype=torch.bfloat16), folder / "adapter", trainable=True)
+    bundle = load_adapter(load_model(folder / "base", dtype=NATIVE), folder / "adapter", trainable=True)
     half = bundle.anatomy.num_layers // 2
     if arm != "all layers":
         for name, parameter in bundle.model.named_parameters():

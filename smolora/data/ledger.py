@@ -140,7 +140,7 @@ class DataReport:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise describe_os_error(error, folder) from error
-        write_text(RunDir(folder).rejects, "".join(json.dumps(asdict(reject)) + "\n" for reject in self.rejects))
+        write_text(RunDir(folder).rejects, "".join(json.dumps(reject._asdict()) + "\n" for reject in self.rejects))
         write_json(RunDir(folder).data_report, self.to_dict())
 
     def describe(self) -> str:

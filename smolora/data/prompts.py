@@ -105,18 +105,17 @@ class PromptFormat(Section):
         return self.model_copy(update={"chat_template": _choose_template(data, tokenizer)})
 
 
-def rename_to_roles(values: Mapping[str, object], fmt: PromptFormat) -> dict[str, object]:
-    """Return a row with its columns called what they are for, so that its form is recognised without being named.
+def name_by_roles(columns: Sequence[str], fmt: PromptFormat) -> dict[str, str]:
+    """Return new names of columns, each with the old: what they are for, so that a form is recognised without a name.
 
-    Other columns stay, but for those whose names would make another form of it.
+    Other columns stay, but for those whose names would make another form of the row.
 
-    >>> fmt = PromptFormat(kind="text", columns={"text": "review"})
-    >>> rename_to_roles({"review": "Good.", "stars": 5, "prompt": "?"}, fmt)
-    {'text': 'Good.', 'stars': 5}
+    >>> name_by_roles(["review", "stars", "prompt"], PromptFormat(kind="text", columns={"text": "review"}))
+    {'text': 'review', 'stars': 'stars'}
     """
-    named = {role: values[column] for role, column in fmt.columns.items() if column in values}
+    named = {role: column for role, column in fmt.columns.items() if column in columns}
     used = set(fmt.columns.values())
-    return named | {name: value for name, value in values.items() if name not in used and name.casefold() not in _ROLES}
+    return named | {name: name for name in columns if name not in used and name.casefold() not in _ROLES}
 
 
 def write_prompt_format(fmt: PromptFormat, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from smolora.data.encoding import find_surrogate
 from smolora.errors import DataError, did_you_mean
@@ -12,8 +12,7 @@ from smolora.errors import DataError, did_you_mean
 Values = Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A raw record; `line` counts from 1 (records of a file without lines are counted alike)."""
 
     values: Values
@@ -26,8 +25,7 @@ class Row:
         return f"{self.file}:{self.line}"
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(NamedTuple):
     """A record that can't be used, and why."""
 
     file: str

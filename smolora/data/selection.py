@@ -68,8 +68,11 @@ class RowSelection:
             return Reject(row.file, row.line, problem)
         if clean is None:
             return row
-        texts = [(column, row.values.get(column)) for column in self.fmt.columns.values()]
-        cleaned = {column: clean(text) for column, text in texts if isinstance(text, str)}
+        cleaned = {}
+        for column in self.fmt.columns.values():
+            text = row.values.get(column)
+            if isinstance(text, str):
+                cleaned[column] = clean(text)
         return Row({**row.values, **cleaned}, row.file, row.line)
 
     def _chunk(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -141,8 +144,12 @@ def is_empty(row: Row, fmt: PromptFormat) -> bool:
     """Whether a row lacks text where its form needs some (an instruction's input may be empty)."""
     if fmt.kind == "messages" or not row.values:
         return not row.values
-    texts = (row.values.get(column) for role, column in fmt.columns.items() if role not in _MAY_BE_EMPTY)
-    return any(not text or str(text).isspace() for text in texts)
+    for role, column in fmt.columns.items():
+        if role not in _MAY_BE_EMPTY:
+            text = row.values.get(column)
+            if not text or str(text).isspace():
+                return True
+    return False
 
 
 _MAY_BE_EMPTY = ("input", "label", "answers")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from smolora.config.data import DataConfig
 from smolora.data.ledger import DataReport
-from smolora.data.prompts import PromptFormat, rename_to_roles
+from smolora.data.prompts import PromptFormat, name_by_roles
 from smolora.data.row_stream import close_report
 from smolora.data.rows import Row
 from smolora.data.selection import choose_held_out
@@ -64,11 +65,13 @@ def _account_files(out: Path) -> list[Path]:
 
 def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:
     # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
-    encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+    encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=str).encode
+    choose_names = lru_cache(lambda columns: name_by_roles(columns, fmt))  # Most rows have the same columns.
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            file.write(encode(rename_to_roles(row.values, fmt)) + "\n")
+            names = choose_names(tuple(row.values))
+            file.write(encode({name: row.values[column] for name, column in names.items()}) + "\n")
             count += 1
     return count
 

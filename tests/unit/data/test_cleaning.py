@@ -35,6 +35,7 @@ def test_what_is_no_tag_stays(text):
         ("a<STYLE>b</script>c</Style >d", "ad"),
         ("a<script>b", "a"),
         ("a</script>b<br/><br>c<p/>", "ab\nc"),
+        ("a<sp>b", "ab"),
     ],
 )
 def test_declarations_and_scripts_leave_nothing(html, text):

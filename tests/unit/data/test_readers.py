@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-from smolora.data.readers import infer_type, read_csv, read_documents, read_jsonl, read_rows, read_txt_folder
+from smolora.data.readers import (
+    infer_type,
+    read_columns,
+    read_csv,
+    read_documents,
+    read_jsonl,
+    read_rows,
+    read_txt_folder,
+)
 from smolora.data.rows import Reject, Row
 from smolora.errors import DataError
 
@@ -147,6 +155,8 @@ def test_text_after_a_closing_quote_is_rejected(write):
         ('{"text": "\\ud800"}', "U\\+D800 is half a pair"),
         ('{"messages": [{"content": "\\udfff"}]}', "column 'messages'"),
         ("[" * 100_000, "malformed JSON"),
+        (' {"text": "a"} b', r"malformed JSON: Extra data: line 1 column 16 \(char 15\)"),
+        ('\u00a0{"text": "a"}', "malformed JSON: Expecting value"),
     ],
 )
 def test_a_bad_line_is_rejected_with_its_number_and_the_rest_read(write, line, reason):
@@ -155,6 +165,12 @@ def test_a_bad_line_is_rejected_with_its_number_and_the_rest_read(write, line, r
     [(number, text)] = rejects(found)
     assert number == 2
     assert re.search(reason, text)
+
+
+def test_white_space_around_an_object_is_no_fault(write):
+    path = write("a.jsonl", '\t {"text": "one"} \r\n  {"more": "two"}')
+    assert values(read_rows(path, "jsonl")) == [{"text": "one"}, {"more": "two"}]
+    assert read_columns(path, "jsonl") == ["text", "more"]
 
 
 def test_a_blank_line_of_jsonl_is_a_row_without_values(write):
