@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,8 +23,8 @@ from smolora.models.bundle import ModelBundle
 from smolora.models.end_token import choose_end_token
 from smolora.training.loss import sum_cross_entropy, target_logits_of
 
-_MOST_LOGITS = 2**27
-"""Of one forward pass: half a GiB in float32."""
+_MOST_LOGITS = 2**25
+"""Of one forward pass: 128 MiB in float32, and some hundred tokens of a large vocabulary still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +91,17 @@ class LikelihoodScorer:
     def _measure(self, examples: Sequence[Example]) -> list[float]:
         # Rows of about one length cost little padding; packed, attention would cost the square of all rows together.
         batch = get_data_collator("padded", self.bundle.task)(examples).to(self.bundle.device)
+        counts = [example.num_target_tokens for example in examples]
         with in_eval_mode(self.bundle.model):
-            logits = self._compute_logits(batch, first=min(map(_find_first, examples)))
-            counts = [example.num_target_tokens for example in examples]
-            parts = zip(torch.split(logits, counts), torch.split(batch.targets, counts), strict=True)
+            logits = self._compute_logits(batch, counts, first=min(map(_find_first, examples)))
+            parts = zip(logits, torch.split(batch.targets, counts), strict=True)
             return [sum_cross_entropy(row, ids).item() for row, ids in parts]
 
-    def _compute_logits(self, batch: Batch, *, first: int) -> Tensor:
-        """Return the logits of the targets, [N, V]; those of positions before `first` are never computed."""
+    def _compute_logits(self, batch: Batch, counts: list[int], *, first: int) -> Iterable[Tensor]:
+        """Return the logits of each row's targets, [n, V]; those of positions before `first` are never computed."""
         model = self.bundle.model
         if not self._keeps_logits or self.bundle.task != "causal_lm":
-            return target_logits_of(model, self.bundle.task)(model, batch)
+            return torch.split(target_logits_of(model, self.bundle.task)(model, batch), counts)
         assert batch.target_positions is not None, "padded batches have them"
         width = batch.input_ids.shape[1]
         logits: Tensor = model(
@@ -110,8 +110,9 @@ class LikelihoodScorer:
             use_cache=False,
             logits_to_keep=width - first,
         ).logits  # [B, width - first, V]
-        rows, columns = batch.target_positions // width, batch.target_positions % width
-        return logits[rows, columns - width]
+        # Row by row: what is picked is a copy.
+        columns = torch.split(batch.target_positions % width - width, counts)
+        return (row[chosen] for row, chosen in zip(logits, columns, strict=True))
 
     @cached_property
     def _keeps_logits(self) -> bool:

@@ -1,7 +1,7 @@
 """`smolora plan`: what a run will take, measured before it, and where it doesn't fit, the nearest one that does.
 
-The trial runs in a child process, so that its peak of memory is the run's and not this process's. No torch here, unless
-the run doesn't fit.
+The trial runs in a child process, so that its peak of memory is the run's and not this process's. No torch here: it
+would take 250 MiB that the run has.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from smolora.config import ExperimentConfig
 from smolora.recipes.estimate import Estimate, Memory, Work
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json
+from smolora.runtime.available_memory import split_update
 from smolora.runtime.signals import deferred_signals
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _GLANCE = 0.1
 REQUEST, RESULT = "request.json", "result.json"
 
 _ROWS, _PASSES = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
-_TOKENS = "speed.max_tokens_per_batch"
+_TOKENS, _EVALUATED = "speed.max_tokens_per_batch", "evaluation.batch_size"
 _SHORTEST = 32
 """Tokens; no shorter `max_length` is proposed."""
 
@@ -228,12 +229,10 @@ class _Trials:
 
         None where not even the smallest does.
         """
-        from smolora.runtime.memory import MemoryManager  # Here, since it takes torch.
-
         self._try(whole)
         if available is not None and self.measure(whole) <= available:
             return whole
-        while fitting := MemoryManager().optimize_batch_size(self.measure, whole, passes, available=available):
+        while fitting := split_update(self.measure, whole, passes, available=available):
             if fitting[0] in self.known:
                 return fitting[0]
             self._try(fitting[0])
@@ -300,6 +299,8 @@ def _try_changed(
 def _iter_changes(config: ExperimentConfig, work: Work | None) -> Iterator[Settings]:
     """Yield what to change beside the rows of a pass, from what costs least to what loses most."""
     yield {}
+    if config.evaluation.batch_size > 1:
+        yield {_EVALUATED: 1}
     if not config.training.gradient_checkpointing:
         yield {"training.gradient_checkpointing": True}
     if config.speed.packed_weights:

@@ -1,11 +1,15 @@
-"""How much memory a process may still take, and how to tell that there was too little. Nothing here imports torch."""
+"""How much memory a process may still take, what fits, and how to tell that there was too little.
+
+Nothing here imports torch: what asks from outside of a run must not take the run's memory.
+"""
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MEMINFO, _CGROUPS, _CGROUP_ROOT = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -22,6 +26,17 @@ def read_available_memory(
     if left:
         return max(0, min(left))
     return None if sys.platform == "win32" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def split_update(
+    measure: Callable[[int], int], rows: int, accumulation: int, *, available: int | None
+) -> tuple[int, int] | None:
+    """Return the most rows a pass that fit, and its passes; see `MemoryManager.optimize_batch_size`."""
+    if available is None:
+        return rows, accumulation
+    divisors = [size for size in range(1, rows + 1) if rows * accumulation % size == 0]
+    fitting = bisect.bisect_right(divisors, available, key=measure)
+    return (divisors[fitting - 1], rows * accumulation // divisors[fitting - 1]) if fitting else None
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import logging
 import os
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from smolora.runtime.available_memory import read_available_memory
+from smolora.runtime.available_memory import read_available_memory, split_update
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +130,7 @@ class MemoryManager:
             (4, 2)
         """
         limit = self.get_available_memory() if available is None else available
-        if limit is None:
-            return rows, accumulation
-        divisors = [size for size in range(1, rows + 1) if rows * accumulation % size == 0]
-        fitting = bisect.bisect_right(divisors, limit, key=measure)
-        return (divisors[fitting - 1], rows * accumulation // divisors[fitting - 1]) if fitting else None
+        return split_update(measure, rows, accumulation, available=limit)
 
 
 def _resident_bytes() -> int:

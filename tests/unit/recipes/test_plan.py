@@ -205,8 +205,9 @@ def test_a_refusal_names_the_words_to_add_and_what_they_lead_to():
 def pretend(config, *, available, tried):
     """Estimate by a formula, for what would otherwise take minutes: bytes for weights, and for each row of a pass."""
     tried.append(config)
-    row = min(60, config.data.max_length or 60) * (1 if config.training.gradient_checkpointing else 2)
-    peak = config.training.per_device_train_batch_size * row + (300 if config.speed.packed_weights else 100)
+    row = min(60, config.data.max_length or 60)
+    trained = config.training.per_device_train_batch_size * row * (1 if config.training.gradient_checkpointing else 2)
+    peak = max(trained, config.evaluation.batch_size * row * 5 // 6) + (300 if config.speed.packed_weights else 100)
     return Estimate(Memory(available, peak), WORK)
 
 
@@ -215,10 +216,19 @@ def pretend(config, *, available, tried):
     [
         (700, {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 8}),
         (
+            600,
+            {
+                "training.per_device_train_batch_size": 2,
+                "training.gradient_accumulation_steps": 8,
+                "evaluation.batch_size": 1,
+            },
+        ),
+        (
             400,
             {
                 "training.per_device_train_batch_size": 1,
                 "training.gradient_accumulation_steps": 16,
+                "evaluation.batch_size": 1,
                 "training.gradient_checkpointing": True,
             },
         ),
@@ -227,6 +237,7 @@ def pretend(config, *, available, tried):
             {
                 "training.per_device_train_batch_size": 2,
                 "training.gradient_accumulation_steps": 8,
+                "evaluation.batch_size": 1,
                 "training.gradient_checkpointing": True,
                 "speed.packed_weights": False,
             },
@@ -236,6 +247,7 @@ def pretend(config, *, available, tried):
             {
                 "training.per_device_train_batch_size": 1,
                 "training.gradient_accumulation_steps": 16,
+                "evaluation.batch_size": 1,
                 "training.gradient_checkpointing": True,
                 "speed.packed_weights": False,
                 "data.max_length": 32,
@@ -262,6 +274,7 @@ def test_a_change_that_the_method_can_not_have_is_left_out_of_what_is_proposed(b
     assert proposal.settings == {
         "training.per_device_train_batch_size": 1,
         "training.gradient_accumulation_steps": 16,
+        "evaluation.batch_size": 1,
         "speed.packed_weights": False,
     }
 
@@ -281,6 +294,7 @@ def test_a_budget_of_tokens_is_divided_and_never_below_the_longest_row(base, row
     assert proposal.settings == {
         "speed.max_tokens_per_batch": 64,
         "training.gradient_accumulation_steps": 4,
+        "evaluation.batch_size": 1,
         "training.gradient_checkpointing": True,
         "speed.packed_weights": False,
     }
@@ -332,11 +346,13 @@ def test_no_smaller_pass_is_tried_where_the_evaluation_before_the_first_step_tak
     tried = []
 
     def estimate(changed):
-        tried.append((changed.training.per_device_train_batch_size, changed.data.max_length))
+        tried.append(
+            (changed.evaluation.batch_size, changed.training.per_device_train_batch_size, changed.data.max_length)
+        )
         return Estimate(Memory(800, 900), Work(**{**vars(WORK), "longest_row": 64}), parts=Parts(0, 500, 0.0))
 
     assert propose(asked, estimate(asked), estimate) is None
-    assert tried == [(8, None), (8, 32)]
+    assert tried == [(8, 8, None), (1, 8, None), (1, 8, 32)]
 
 
 def test_where_a_change_makes_the_whole_pass_fit_no_smaller_one_is_tried(base, rows):
