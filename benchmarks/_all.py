@@ -30,6 +30,7 @@ RUNS = (
     "merge.py",
     "startup.py",
     "preparation.py",
+    "preparation.py --megabytes 1000 --kinds jsonl --rounds 1",
     "plan.py --cases e2e",
     "plan.py --cases samsum",
     "plan.py --cases stories",

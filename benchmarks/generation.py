@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from _measuring import median, print_table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tuning import NATIVE
 
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import decode
@@ -110,7 +111,11 @@ def compare(dtype: torch.dtype, rounds: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="*", default=["float32", "bfloat16"])
+    native = str(NATIVE).removeprefix("torch.")
+    types = list(dict.fromkeys(("float32", native)))
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], nargs="*", default=types, help="default: %(default)s"
+    )
     args = parser.parse_args()
     is_same = {name: compare(getattr(torch, name), args.rounds) for name in args.dtype}
     if not is_same.get("float32", True):

@@ -90,7 +90,12 @@ class StoredAdapter:
     @property
     def task(self) -> TaskType:
         """What base and adapter are asked; of an adapter that doesn't say, text."""
-        return _TASKS.get(str(self.config.task_type), "causal_lm")
+        return self.named_task or "causal_lm"
+
+    @property
+    def named_task(self) -> TaskType | None:
+        """What the adapter says that it is asked; plain peft may leave it open."""
+        return _TASKS.get(str(self.config.task_type), "causal_lm") if self.config.task_type else None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -101,8 +106,8 @@ class StoredAdapter:
         if fmt is not None and fmt.labels:
             return fmt.labels
         heads = [tensor for key, tensor in self.tensors.items() if not _METHOD_KEY.search(key) and tensor.ndim == 2]
-        # Layers of a head that come before the answer are square; of DistilBERT's one, the files name it last.
-        answering = min(heads, key=lambda weight: weight.shape[0] == weight.shape[1], default=())
+        # Layers of a head that come before the answer are square, and of DistilBERT's the files name them behind it.
+        answering = min(reversed(heads), key=lambda weight: weight.shape[0] == weight.shape[1], default=())
         return tuple(f"LABEL_{number}" for number in range(len(answering)))
 
     def refuse_other_base(self, fingerprint: str, source: str) -> None:

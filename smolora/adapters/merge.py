@@ -94,7 +94,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     Args:
         adapter_folder: The adapter: ours, or plain peft's.
         out: The new folder; it appears when all is written and verified.
-        base: The base's folder or hub id, where the adapter's own record doesn't lead to it.
+        base: The base's folder, hub id or run, where the adapter's own record doesn't lead to it.
 
     Raises:
         ConfigError: `out` exists, and is no empty folder.

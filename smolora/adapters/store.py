@@ -136,7 +136,7 @@ def follow_adapter(config: ExperimentConfig) -> ExperimentConfig:
     if config.adapter.path is None:
         return config
     adapter = read_adapter(find_adapter(config.adapter.path))
-    task = adapter.task if adapter.config.task_type else config.model.task_type  # Plain peft may leave it open.
+    task = adapter.named_task or config.model.task_type
     if config.model.task_type not in (ModelConfig.model_fields["task_type"].default, task):
         raise ConfigError(
             f"model.task_type: {adapter.folder} is for {task}, and goes on as that; found {config.model.task_type}. "
@@ -272,7 +272,7 @@ def load_base(adapter: StoredAdapter, *, dtype: torch.dtype | None = None, devic
         device=device,
         revision=adapter.config.revision,
         quantization=adapter.quantization,
-        task=adapter.task if adapter.config.task_type else None,  # Plain peft may leave it open; the base says it.
+        task=adapter.named_task,  # Left open, the base says it.
         labels=adapter.labels,
     )
 

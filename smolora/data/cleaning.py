@@ -123,7 +123,7 @@ def _strip_html(text: str) -> str:
 
 def _add_part(parts: list[str], text: str, *, ends_line: bool) -> None:
     if text:
-        parts.append(unescape(text) if "&" in text else text)
+        parts.append(unescape(text))
     if ends_line and parts and not parts[-1].endswith("\n"):
         parts.append("\n")
 

@@ -230,7 +230,9 @@ class _Trials:
         None where not even the smallest does.
         """
         self._try(whole)
-        if available is not None and self.measure(whole) <= available:
+        if available is None:  # The trial ran out before anybody looked: what lives through its own fits.
+            available = sys.maxsize - 1
+        if self.measure(whole) <= available:
             return whole
         while fitting := split_update(self.measure, whole, passes, available=available):
             if fitting[0] in self.known:
@@ -299,7 +301,7 @@ def _try_changed(
 def _iter_changes(config: ExperimentConfig, work: Work | None) -> Iterator[Settings]:
     """Yield what to change beside the rows of a pass, from what costs least to what loses most."""
     yield {}
-    if config.evaluation.batch_size > 1:
+    if config.evaluation.batch_size > 1 and (work is None or work.held_out_rows):
         yield {_EVALUATED: 1}
     if not config.training.gradient_checkpointing:
         yield {"training.gradient_checkpointing": True}

@@ -88,11 +88,14 @@ def replaced_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(successor, ignore_errors=True)
     with staged_folder(successor, named=final) as staging:
         yield staging
+    old = None
     try:
         old = _set_aside(final) if final.exists() else None
         successor.rename(final)
         _flush_folder(final.parent)
     except OSError as error:
+        if old and not final.exists():
+            old.rename(final)
         shutil.rmtree(successor, ignore_errors=True)
         raise describe_os_error(error, final) from error
     if old:  # Last: to remove it takes a while, in which a kill must find the new one in its place.

@@ -72,7 +72,7 @@ class PrefixCacheCallback(Callback):
             logger.info("the activations of frozen layers aren't kept: %s", reason)
             return
         self._store = ActivationStore(self.folder, _identify(trainer, model, lowest), limit=self.limit)
-        self.num_skipped = 0
+        self.num_skipped, self._is_full = 0, False
         self._install(trainer, model, lowest)
 
     def on_train_end(self, trainer: Trainer) -> None:

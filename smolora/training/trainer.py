@@ -27,6 +27,7 @@ from smolora.data.collate import Batch
 from smolora.data.token_dataset import Example, ExampleDataset
 from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
 from smolora.models.bundle import ModelBundle
+from smolora.models.structure import without_dropout
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.runtime.seeding import seed_noise
@@ -184,7 +185,7 @@ class Trainer:
         return self.state
 
     def evaluate(self) -> float:
-        """Return the mean loss over the held-out rows' target tokens, in nats; the model's mode is put back.
+        """Return the mean loss over the held-out rows' target tokens, in nats; every module gets its mode back.
 
         Raises:
             ConfigError: There are no held-out rows.
@@ -192,17 +193,14 @@ class Trainer:
         """
         if self.eval_dataset is None:
             raise ConfigError("there are no held-out rows to evaluate on: pass eval_dataset.")
-        was_training = self.bundle.model.training
-        self.bundle.model.eval()
         mine = torch.zeros(2, dtype=torch.float64)
         rows = range(self._processes.index, len(self.eval_dataset), self._processes.count)
         size = self.evaluation.batch_size
         batches = self._batches(self.eval_dataset, [rows[start : start + size] for start in range(0, len(rows), size)])
-        with torch.no_grad(), self._processes.inside_model():
+        with without_dropout(self.bundle.model), torch.no_grad(), self._processes.inside_model():
             for batch in batches:
                 loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
                 mine += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
-        self.bundle.model.train(was_training)
         summed, tokens = self._processes.sum(*mine.tolist())
         if not math.isfinite(summed):
             raise BrokenRunError(

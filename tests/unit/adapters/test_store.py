@@ -320,6 +320,13 @@ def test_an_adapter_that_names_no_labels_has_as_many_as_its_head_answers(tmp_pat
     assert load_bundle(tmp_path / "adapter").labels == tuple(names)
 
 
+def test_a_trained_embedding_is_not_taken_for_the_head(tmp_path):
+    base = load_model(save_tiny_model("llama", tmp_path / "base"), task="classification", labels=["a", "b", "c"])
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["embed_tokens", "score"])
+    peft.get_peft_model(base.model, lora).save_pretrained(tmp_path / "adapter")
+    assert read_adapter(tmp_path / "adapter").labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
 def test_a_run_that_holds_a_model_can_be_named_as_a_base(save_pair, tmp_path):
     base, adapter = save_pair()
     (tmp_path / "run").mkdir()

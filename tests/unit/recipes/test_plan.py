@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -374,6 +376,46 @@ def test_no_budget_of_tokens_below_a_row_is_tried(base, rows):
     proposal = propose(asked, estimate, partial(pretend_by_parts, available=1840, tried=tried))
     assert proposal.settings["speed.max_tokens_per_batch"] == 300
     assert tried == [600_000, 300]
+
+
+def test_where_a_trial_ran_out_of_memory_unknown_what_lives_through_its_own_is_proposed(base, rows):
+    def estimate(changed):
+        size = changed.training.per_device_train_batch_size
+        return Estimate(Memory(None, None if size > 2 else 500), WORK)
+
+    proposal = propose(config(base, rows), Estimate(Memory(None, None)), estimate)
+    assert proposal.settings == {
+        "training.per_device_train_batch_size": 2,
+        "training.gradient_accumulation_steps": 4,
+    }
+
+
+def test_evaluation_stays_as_it_is_where_nothing_is_held_out(base, rows):
+    def estimate(changed):
+        return Estimate(Memory(500, 400 if changed.training.gradient_checkpointing else 900))
+
+    outgrown = Estimate(Memory(500, 900), Work(**{**vars(WORK), "held_out_rows": 0}))
+    proposal = propose(config(base, rows), outgrown, estimate)
+    assert proposal.settings["training.gradient_checkpointing"] is True
+    assert "evaluation.batch_size" not in proposal.settings
+
+
+SEARCH = """
+import sys
+from smolora.config import ExperimentConfig
+from smolora.recipes.estimate import Estimate, Memory
+from smolora.recipes.plan import propose
+
+asked = ExperimentConfig(model={"name_or_path": "base"}, data={"sources": ("rows.jsonl",)})
+propose(asked, Estimate(Memory(500, 900)), lambda changed: Estimate(Memory(500, 900)))
+print("torch" in sys.modules)
+"""
+
+
+def test_a_search_loads_no_torch_since_the_run_has_that_memory():
+    assert (
+        subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
 
 
 def test_nothing_is_proposed_where_nothing_fits_or_nothing_is_left_to_learn(base, rows):

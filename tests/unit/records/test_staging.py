@@ -230,6 +230,30 @@ def test_a_folder_that_can_not_be_set_aside_stays_and_is_a_storage_error(old, tm
     assert (old / "old.txt").read_text() == "old"
 
 
+REFUSED = """
+import errno, os, sys
+from pathlib import Path
+from smolora.records.staging import replaced_folder
+
+final = Path(sys.argv[1])
+
+def refuse(event, arguments):
+    if event == "os.rename" and Path(arguments[1]) == final and ".tmp-new-" in str(arguments[0]):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+sys.addaudithook(refuse)
+with replaced_folder(final) as staging:
+    (staging / "new.txt").write_text("new")
+"""
+
+
+def test_the_old_folder_is_put_back_where_the_new_one_may_not_take_its_place(old, tmp_path):
+    done = subprocess.run([sys.executable, "-c", REFUSED, str(old)], capture_output=True, text=True, check=False)
+    assert f"StorageError: can't write {old}: Permission denied" in done.stderr
+    assert list(tmp_path.iterdir()) == [old]
+    assert (old / "old.txt").read_text() == "old"
+
+
 def test_a_failed_replacement_names_the_folder_that_the_person_knows(old):
     with pytest.raises(StorageError) as caught:
         fill_up(replaced_folder(old))

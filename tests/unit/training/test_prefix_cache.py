@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
-from smolora.config import LoRAConfig, SpeedConfig, TrainingConfig
+from smolora.config import DynamicLoRAConfig, LoRAConfig, SpeedConfig, TrainingConfig
+from smolora.config.phases import PhaseConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.records.run_dir import RunDir
@@ -141,11 +142,17 @@ def test_it_is_refused_with_the_reason_where_activations_change(tmp_path, caplog
 
 
 def test_a_new_phase_starts_with_an_empty_cache(tmp_path):
-    from smolora.config import DynamicLoRAConfig
-
     phases = DynamicLoRAConfig(strategy="early,late")
     cache = PrefixCacheCallback(tmp_path / "cache", 2**20)
     expected, _ = train(tmp_path / "plain", DynamicLoRACallback(phases), layers=(0, 1))
     found, _ = train(tmp_path / "cached", DynamicLoRACallback(phases), cache, layers=(0, 1))
     assert_close(found, expected, rtol=0, atol=1e-5)
     assert cache.num_skipped > 0
+
+
+def test_every_phase_says_that_its_cache_is_full(tmp_path, caplog):
+    late, early = PhaseConfig(layers="late"), PhaseConfig(layers="early")
+    phases = DynamicLoRAConfig(table=(late, early, late))
+    cache = PrefixCacheCallback(tmp_path / "cache", 1000)
+    train(tmp_path / "base", DynamicLoRACallback(phases), cache, layers=(0, 1))
+    assert caplog.text.count("Raise speed.prefix_cache_gib") == 2

@@ -247,6 +247,15 @@ def test_the_mode_of_the_model_is_put_back(make_trainer, is_training):
     assert trainer.bundle.model.training == is_training
 
 
+def test_an_evaluation_leaves_every_module_in_its_own_mode(make_trainer, dataset):
+    trainer = make_trainer(eval_dataset=dataset)
+    modules = list(trainer.bundle.model.modules())
+    trainer.bundle.model.train()
+    modules[-1].eval()
+    trainer.evaluate()
+    assert [module.training for module in modules] == [True] * (len(modules) - 1) + [False]
+
+
 def test_the_mode_of_the_model_is_put_back_after_a_broken_run(make_trainer):
     trainer = make_trainer(callbacks=[PoisonGradient(NAN)])
     trainer.bundle.model.eval()
