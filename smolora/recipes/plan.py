@@ -241,7 +241,8 @@ class _Trials:
         return None
 
     def measure(self, size: int) -> int:
-        """Return the peak in bytes of a run whose passes have this size; none for a size that no run can have."""
+        """Return the peak in bytes of a run whose passes have this size: none for a size that no run can have, and more
+        than there can be where it was tried and didn't fit."""
         larger = [other for other, found in self.known.items() if other > size and found and found.parts]
         if size not in self.known and larger:
             return self._expect(size, min(larger))
@@ -249,7 +250,8 @@ class _Trials:
         found = self.known[size]
         if found is None:
             return 0  # The search goes on upwards.
-        return sys.maxsize if found.memory.peak is None else found.memory.peak
+        peak = found.memory.peak
+        return peak if peak is not None and found.memory.fits else sys.maxsize
 
     def _try(self, size: int) -> None:
         if size in self.known:
