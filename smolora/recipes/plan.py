@@ -241,8 +241,10 @@ class _Trials:
         return None
 
     def measure(self, size: int) -> int:
-        """Return the peak in bytes of a run whose passes have this size: none for a size that no run can have, and more
-        than there can be where it was tried and didn't fit."""
+        """Return the peak in bytes of a run whose passes have this size; none for a size that no run can have.
+
+        More than there can be, for one that was tried and didn't fit.
+        """
         larger = [other for other, found in self.known.items() if other > size and found and found.parts]
         if size not in self.known and larger:
             return self._expect(size, min(larger))
