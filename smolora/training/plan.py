@@ -65,11 +65,6 @@ class StepPlan:
         size = self.config.per_device_train_batch_size
         return [mine[start : start + size] for start in range(0, len(mine), size)]
 
-    def rows_of(self, step: int) -> np.ndarray:
-        """Return the rows of update `step` (from 0), over all processes."""
-        passes = [rows for process in range(self.num_processes) for rows in self.micro_batches(step, process)]
-        return np.concatenate(passes)
-
     def _order_rows(self, epoch: int) -> np.ndarray:
         return permutation(self.num_units, self.config.seed, "order", epoch)
 

@@ -16,7 +16,7 @@ from smolora.training.plan import StepPlan
 
 
 class StepSize(NamedTuple):
-    """What one update holds, of several processes on the first."""
+    """What one update of a single process holds."""
 
     step: int
     """Updates before it."""

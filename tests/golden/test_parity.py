@@ -74,7 +74,7 @@ def peer_losses(folder, rows):
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     plan, losses = StepPlan(len(rows), training_config(1)), []
     for step in range(STEPS):
-        input_ids, mask, labels = pad([rows[int(row)] for row in plan.rows_of(step)])
+        input_ids, mask, labels = pad([rows[int(row)] for row in np.concatenate(plan.micro_batches(step))])
         logits = adapted(input_ids=input_ids, attention_mask=mask).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,7 +41,7 @@ def full_gradients(bundle, rows, step):
     weights = {pair.module: pair.weight for pair in find_lora_pairs(bundle.model)}
     for weight in weights.values():
         weight.requires_grad_(True)
-    batch = collate_packed([rows[int(row)] for row in PLAN.rows_of(step)])
+    batch = collate_packed([rows[int(row)] for row in np.concatenate(PLAN.micro_batches(step))])
     loss = sum_cross_entropy(target_logits_of(bundle.model)(bundle.model, batch), batch.targets) / len(batch.targets)
     gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
     for weight in weights.values():

@@ -27,13 +27,6 @@ def test_the_steps_of_an_epoch_hold_all_of_its_tokens():
     assert sum(size.tokens for size in sizes) == rows.num_input_tokens
 
 
-def test_of_several_processes_the_first_is_measured_with_its_rows_alone():
-    rows = dataset(4, 4, 4, 4)
-    plan = StepPlan(len(rows), TrainingConfig(per_device_train_batch_size=2), num_processes=2)
-    [size] = measure_steps(rows, plan, layout="packed")
-    assert (size.tokens, size.held, size.targets, size.squares) == (8, 8, 2, 32)
-
-
 def test_only_what_is_left_of_a_run_is_counted():
     rows = dataset(*range(3, 14))
     assert steps(rows, first=1) == steps(rows)[1:]
