@@ -171,11 +171,14 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
         subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, start_new_session=True) as process,
     ):
         code = None
-        while code is None and not stop.signal_name:
-            with suppress(subprocess.TimeoutExpired):
-                code = process.wait(timeout=_GLANCE)
+        try:
+            while code is None and not stop.signal_name:
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=_GLANCE)
+        finally:
+            process.kill()  # A second signal interrupts, and must not leave it running either.
+            process.wait()
         if stop.signal_name:
-            process.kill()
             raise errors.StoppedBySignal(f"stopped by {stop.signal_name}. Nothing is left of the trial.")
     assert code is not None, "it has ended"
     return code

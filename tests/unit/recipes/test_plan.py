@@ -13,6 +13,7 @@ import threading
 import time
 from functools import partial
 
+import psutil
 import pytest
 
 from smolora.config import ExperimentConfig, resolve_config
@@ -99,25 +100,32 @@ def test_what_would_stop_the_run_stops_its_plan_with_the_same_error(base, rows):
         plan(config(base, rows, "data.max_length=4"))
 
 
-def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path, base, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("signals", "error"),
+    [([signal.SIGTERM], StoppedBySignal), ([signal.SIGTERM, signal.SIGINT], KeyboardInterrupt)],
+    ids=["one", "an impatient second one"],
+)
+def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path, base, rows, monkeypatch, signals, error):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     is_over = threading.Event()
 
     def stop_it():
         while not is_over.wait(0.01):
             if list(tmp_path.glob("*/run")):  # The trial is under way.
-                os.kill(os.getpid(), signal.SIGTERM)
+                for number in signals:  # Of one kind, those that wait would be one.
+                    os.kill(os.getpid(), number)
                 return
 
     thread = threading.Thread(target=stop_it)
     thread.start()
     try:
-        with pytest.raises(StoppedBySignal, match="SIGTERM"):
+        with pytest.raises(error):
             run_trial(config(base, rows))
     finally:
         is_over.set()
         thread.join()
     assert list(tmp_path.iterdir()) == []
+    assert psutil.Process().children() == []
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="pip install 'smolora[tensorboard]'")
