@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from smolora.config import TrainingConfig
 from smolora.data.collate import collate_padded
-from smolora.data.token_dataset import TokenDataset
+from smolora.data.token_dataset import Example, TokenDataset
 from smolora.training.plan import StepPlan
 
 _IGNORED = -100
@@ -44,8 +44,8 @@ def run_trl(folder: Path, rows: TokenDataset, config: TrainingConfig, dtype: tor
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    plan = StepPlan(len(rows), config)
-    ordered = [rows[index] for step in range(plan.total_steps) for index in plan.rows_of(step)]
+    steps = list(_examples_of_steps(rows, config))
+    ordered = [example for examples in steps for example in examples]
     columns = {
         "input_ids": [example.input_ids.tolist() for example in ordered],
         "completion_mask": [example.is_target.astype(int).tolist() for example in ordered],
@@ -65,7 +65,7 @@ def run_trl(folder: Path, rows: TokenDataset, config: TrainingConfig, dtype: tor
 
     settings = SFTConfig(
         output_dir=str(folder / "trl"),
-        max_steps=plan.total_steps,
+        max_steps=len(steps),
         per_device_train_batch_size=config.per_device_train_batch_size,
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
@@ -141,9 +141,7 @@ def _run_loop(
 
 def _padded_batches(rows: TokenDataset, config: TrainingConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield ids, mask and labels, [B, T] each, of every step; padding is on the right."""
-    plan = StepPlan(len(rows), config)
-    for step in range(plan.total_steps):
-        examples = [rows[int(index)] for index in plan.rows_of(step)]
+    for examples in _examples_of_steps(rows, config):
         batch = collate_padded(examples)
         labels = torch.full_like(batch.input_ids, _IGNORED)
         for place, example in zip(labels, examples, strict=True):
@@ -151,6 +149,12 @@ def _padded_batches(rows: TokenDataset, config: TrainingConfig) -> Iterator[tupl
             place[: len(example)][is_target] = torch.from_numpy(example.input_ids[example.is_target]).long()
         assert batch.attention_mask is not None, "padded batches have a mask"
         yield batch.input_ids, batch.attention_mask, labels
+
+
+def _examples_of_steps(rows: TokenDataset, config: TrainingConfig) -> Iterator[list[Example]]:
+    plan = StepPlan(len(rows), config)
+    for step in range(plan.total_steps):
+        yield [rows[int(index)] for batch in plan.micro_batches(step) for index in batch]
 
 
 def _load_peft(folder: Path, dtype: torch.dtype) -> nn.Module:
