@@ -50,7 +50,8 @@ def quick(model, **changes):
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["lists", "Datasets"])
 def test_rows_in_memory_become_a_run_with_their_own_held_out_rows(base, tmp_path, kind):
-    trainer = PEFTTrainer(ModelConfig(name_or_path=base), LoRAConfig(r=2), LOOP, output_dir=tmp_path / "run")
+    model = ModelConfig(name_or_path=base, dtype="float32")
+    trainer = PEFTTrainer(model, LoRAConfig(r=2), LOOP, output_dir=tmp_path / "run")
     run = trainer.train(kind(PAIRS), kind(HELD_OUT))
     report = json.loads(run.data_report.read_text())
     assert (report["train"], report["held_out"]) == (9, 3)

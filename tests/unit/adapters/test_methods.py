@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import peft
@@ -84,9 +85,10 @@ def test_exactly_the_adapter_is_trained_in_float32_and_no_logit_changes(tmp_path
     for family in FAMILIES if dtype == torch.float32 else FAMILIES[:1]:
         bundle = tiny_bundle(family, tmp_path / family, dtype=dtype)
         before = logits_of(bundle.model)
+        # Two methods compute norms once more, of which bfloat16 rounds the result otherwise: as far off as it was.
+        rounding = (logits_of(copy.deepcopy(bundle.model).float()) - before).abs().max().item()
+        tolerance = 2 * rounding if method in ("dora", "layernorm") else 0.0
         model = attach(bundle, method).model
-        # Both compute the norms once more, of which bfloat16 rounds the result otherwise.
-        tolerance = 0.05 if dtype == torch.bfloat16 and method in ("dora", "layernorm") else 0.0
         torch.testing.assert_close(logits_of(model), before, atol=tolerance, rtol=0)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         paths = {name: name.split(".default")[0].rpartition(".") for name in trained}

@@ -25,7 +25,7 @@ class Angles(NamedTuple):
 
 
 def spread(angles):
-    return Rotary.spread(*angles, num_rotated=HEADS + SHARED, num_heads=HEADS + 2 * SHARED)
+    return Rotary.of_angles(*angles)
 
 
 def swap_halves(x):

@@ -48,7 +48,7 @@ def settings(tmp_path: Path, family: str = "t5", adapter=None, **training) -> Ex
     if not base.exists():
         save_tiny_encoder(family, base)
     return ExperimentConfig(
-        model=ModelConfig(name_or_path=str(base), task_type="seq2seq"),
+        model=ModelConfig(name_or_path=str(base), task_type="seq2seq", dtype="float32"),
         data=DataConfig(sources=(str(write_rows(tmp_path)),), prompt_field="dialogue", completion_field="summary"),
         adapter=adapter or LoRAConfig(r=2),
         training=TrainingConfig(**{"max_steps": 6, "learning_rate": 1e-2, "save_steps": 3, **training}),
@@ -83,7 +83,7 @@ def trained(request, tmp_path_factory):
     """A run that has learned to answer, its settings, and its bundle."""
     folder = tmp_path_factory.mktemp(request.param)
     adapter = LoRAConfig(r=8, lora_dropout=0.0)
-    config = settings(folder, request.param, adapter, max_steps=100, save_steps=100, learning_rate=2e-2)
+    config = settings(folder, request.param, adapter, max_steps=100, save_steps=100, learning_rate=1e-2)
     run = finetune(config, folder / "run")
     return run, config, load_bundle(run.path)
 

@@ -36,7 +36,7 @@ def settings(tmp_path: Path, family: str = "bert", **model) -> ExperimentConfig:
     if not base.exists():
         (save_tiny_encoder if family in ENCODERS else save_tiny_model)(family, base)
     return ExperimentConfig(
-        model=ModelConfig(name_or_path=str(base), task_type="token_classification", **model),
+        model=ModelConfig(name_or_path=str(base), task_type="token_classification", **{"dtype": "float32", **model}),
         data=DataConfig(sources=(str(write_rows(tmp_path)),)),
         adapter=LoRAConfig(r=2),
         training=TrainingConfig(max_steps=4, learning_rate=1e-2, save_steps=2),
