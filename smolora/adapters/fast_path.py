@@ -287,7 +287,7 @@ def _attention_forward(
         if norms:
             query, key, value = torch.split(heads, [num_heads, num_shared, num_shared], dim=1)
             heads = torch.cat((norms[0](query), norms[1](key), value), dim=1)
-        rotary = rows.rotary(*position_embeddings, num_rotated=num_heads + num_shared, num_heads=heads.shape[1])
+        rotary = rows.rotary(*position_embeddings)
         settings = AttentionSettings(scale, dropout if attention.training else 0.0, window)
         attended = attend_rows(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=rotary)
         return output(attended.flatten(1)[None]), None

@@ -157,18 +157,17 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, product: LoRAProduct, adapters: _Adapters, keep: Tensor | None, *matrices: Tensor
     ) -> Tensor:
-        read = product.read(x)
-        output = product.frozen.forward(read)
         ctx.product, ctx.adapters = product, adapters
         if not matrices:
             ctx.save_for_backward(x if product.gated else None)
-            return output
+            return product.frozen.forward(product.read(x))
         joint = adapters.join(x.dtype)
+        read = product.read(x)
         kept = adapters.drop(read, keep)
         low = kept @ joint.a.t()  # [N, R]
         # What was dropped is kept as it is, unless it can be made again from the gate's input.
         ctx.save_for_backward(x if product.gated else kept, low, keep, *joint)
-        return output.addmm_(low, joint.b.t())
+        return product.frozen.forward(read).addmm_(low, joint.b.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,13 +175,16 @@ class _Product(torch.autograd.Function):
         adapters: _Adapters = ctx.adapters
         needs_x, _, _, _, *needs_matrices = ctx.needs_input_grad
         saved, *rest = ctx.saved_tensors  # Once: recomputed activations are gone after the first look.
-        grad_x = product.frozen.backward(grad) if needs_x else None
         if not needs_matrices:
+            grad_x = product.frozen.backward(grad) if needs_x else None
             if grad_x is not None and product.gated:
                 grad_x, _ = product.kernels.gate_backward(grad_x, saved, product.gated)
             return grad_x, None, None, None
         low, keep, a, b = rest
+        # In the order in which what is read was just in use, so that it is still in the processor's cache.
         grad_low = grad @ b  # [N, R]
+        grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
+        grad_x = product.frozen.backward(grad) if needs_x else None
         if grad_x is not None and keep is None:
             grad_x.addmm_(grad_low, a)
         elif grad_x is not None:
@@ -194,7 +196,6 @@ class _Product(torch.autograd.Function):
         elif product.gated:
             kept = adapters.drop(product.read(saved), keep)
         grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
-        grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
         return grad_x, None, None, None, *adapters.split_gradients(grad_a, grad_b)
 
 

@@ -34,35 +34,35 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0) -> T
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions (Su et al. 2021) of every token, written out for all heads; pairs are (k, k + K / 2).
-
-    Written out, a turn is three passes over whole rows; over half heads of 24 numbers it took four times as long.
-    """
+    """Rotary positions (Su et al. 2021) of tokens, `[..., K]`; pairs are (k, k + K / 2)."""
 
     cos: Tensor
-    """[N, H, K]"""
     sin: Tensor
-    """[N, H, K], negative in the first half of a head."""
+    """Negative in the first half of a head."""
 
     @classmethod
-    def spread(cls, cos: Tensor, sin: Tensor, *, num_rotated: int, num_heads: int) -> Rotary:
-        """Return the turns of `num_heads` heads, of which the first `num_rotated` move; cos and sin are `[N, K]`."""
+    def of_angles(cls, cos: Tensor, sin: Tensor) -> Rotary:
+        """Return the turns of tokens from cosines and sines `[N, K]`, the two halves of a head alike."""
         half = cos.shape[-1] // 2
-        signed = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
-        wide_cos = cos.new_ones(len(cos), num_heads, 2 * half)
-        wide_sin = torch.zeros_like(wide_cos)
-        wide_cos[:, :num_rotated], wide_sin[:, :num_rotated] = cos[:, None], signed[:, None]
-        return cls(wide_cos, wide_sin)
+        return cls(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
+
+    def at(self, tokens: Tensor) -> Rotary:
+        """Return the turns of `tokens`, `[...]`, as `[..., K]`."""
+        flat = tokens.flatten()
+        return Rotary(*(part.index_select(0, flat).view(*tokens.shape, -1) for part in (self.cos, self.sin)))
 
     def apply(self, heads: Tensor) -> Tensor:
-        """Return `[N, H, K]` turned, with gradient."""
-        output: Tensor = _Turn.apply(heads, self)  # type: ignore[no-untyped-call]
+        """Return `[N, H, K]` turned, with gradient, of turns `[N, K]`."""
+        output: Tensor = _Turn.apply(heads, Rotary(self.cos[:, None], self.sin[:, None]))  # type: ignore[no-untyped-call]
         return output
 
-    def turn(self, heads: Tensor, *, back: bool = False) -> Tensor:
-        """Return `[N, H, K]` turned, or turned back; without gradient."""
+    def turn_(self, heads: Tensor, *, back: bool = False) -> Tensor:
+        """Turn heads `[..., K]`, or turn them back, in place and without gradient.
+
+        Three passes over whole heads; over halves of 24 numbers it took four times as long.
+        """
         swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-        return (heads * self.cos).addcmul_(swapped, self.sin, value=-1 if back else 1)
+        return heads.mul_(self.cos).addcmul_(swapped, self.sin, value=-1 if back else 1)
 
 
 def gate(gate_up: Tensor, activation: Activation) -> Tensor:
@@ -112,12 +112,12 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, rotary: Rotary) -> Tensor:
         ctx.rotary = rotary
-        return rotary.turn(heads)
+        return rotary.turn_(heads.clone())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rotary: Rotary = ctx.rotary
-        return rotary.turn(grad, back=True), None
+        return rotary.turn_(grad.clone(), back=True), None
 
 
 class _RMSNorm(torch.autograd.Function):

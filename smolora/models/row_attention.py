@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from itertools import islice
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from smolora.models.bundle import read_config
 from smolora.models.fused_ops import Rotary, draw_keep_mask
-from smolora.models.rows import RowGroup, Rows
+from smolora.models.rows import HeadPlaces, RowGroup, Rows
 
 ROW_ATTENTION = "smolora_rows"
 """The name under which transformers knows `attend_interface`."""
@@ -45,30 +44,6 @@ class AttentionSettings:
     """A token sees itself and at most `window` - 1 tokens before it."""
 
 
-@dataclass
-class _Saved:
-    """What backward needs of one group: `[R, H or G, L, K]` each, and per block of queries what was kept."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    probabilities: list[Tensor]
-    keeps: list[Tensor]
-
-    def to_list(self) -> list[Tensor]:
-        """Return the tensors for `save_for_backward`, past which recomputed activations would keep them all."""
-        return [self.query, self.key, self.value, *self.probabilities, *self.keeps]
-
-    @classmethod
-    def take(cls, tensors: Iterator[Tensor], group: RowGroup, settings: AttentionSettings) -> _Saved:
-        """Return the state of one group from what `to_list` gave."""
-        num_blocks = -(-group.length // _QUERY_BLOCK)
-        query, key, value = islice(tensors, 3)
-        kept = num_blocks if group.length <= _KEEP_PROBABILITIES_UP_TO else 0
-        dropped = num_blocks if settings.dropout else 0
-        return cls(query, key, value, list(islice(tensors, kept)), list(islice(tensors, dropped)))
-
-
 def attend_rows(
     heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings, rotary: Rotary | None = None
 ) -> Tensor:
@@ -84,8 +59,10 @@ def attend_rows(
     """
     assert sum(rows.lengths) <= len(heads), "rows are tokens of the batch"
     if _has_kernel(heads, settings):
-        turned = heads if rotary is None else rotary.apply(heads)
-        return attend_by_kernel(turned, num_heads=num_heads, rows=rows, settings=settings)
+        if rotary is not None:
+            values = heads.shape[1] - (heads.shape[1] - num_heads) // 2
+            heads = torch.cat((rotary.apply(heads[:, :values]), heads[:, values:]), dim=1)
+        return attend_by_kernel(heads, num_heads=num_heads, rows=rows, settings=settings)
     output: Tensor = _RowAttention.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
     return output
 
@@ -191,6 +168,44 @@ def attend_by_kernel(heads: Tensor, *, num_heads: int, rows: Rows, settings: Att
     return F.pad(attended, (0, 0, 0, 0, 0, len(heads) - len(attended)))
 
 
+class _Block(NamedTuple):
+    """The heads of one group of rows, or their gradients, as views of the whole; `P` is H / G."""
+
+    query: Tensor
+    """[G * R, P, L, K]"""
+    key: Tensor
+    """[G * R, L, K]"""
+    value: Tensor
+    """[G * R, L, K]"""
+
+    def turn_(self, rotary: Rotary, *, back: bool = False) -> None:
+        """Turn queries and keys in place, by turns `[R, 1, L, K]`."""
+        num_rows = len(rotary.cos)
+        rotary.turn_(self.query.unflatten(0, (-1, num_rows)), back=back)
+        rotary.turn_(self.key.unflatten(0, (-1, num_rows))[:, :, None], back=back)
+
+
+def _split_blocks(flat: Tensor, rows: Rows, per_key: int, num_keys: int) -> list[_Block]:
+    """Return the blocks of `HeadPlaces` that lie in `flat`, `[places, K]`."""
+    blocks, start = [], 0
+    for group in rows.groups:
+        batch, length = num_keys * group.num_rows, group.length
+        query, key, value = flat[start : start + batch * length * (per_key + 2)].split(
+            [batch * per_key * length, batch * length, batch * length]
+        )
+        shape = (batch, length, -1)
+        blocks.append(_Block(query.view(batch, per_key, length, -1), key.view(shape), value.view(shape)))
+        start += batch * length * (per_key + 2)
+    return blocks
+
+
+def _split_queries(flat: Tensor, rows: Rows, per_key: int, num_keys: int) -> list[Tensor]:
+    """Return the queries' places, `[G * R, P, L, K]` for each group, of `flat`, `[places, K]`, without keys."""
+    sizes = [num_keys * group.num_rows * per_key * group.length for group in rows.groups]
+    parts = flat.split(sizes)
+    return [part.view(-1, per_key, group.length, flat.shape[1]) for part, group in zip(parts, rows.groups, strict=True)]
+
+
 class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 - apply takes no keywords
@@ -201,102 +216,114 @@ class _RowAttention(torch.autograd.Function):
         settings: AttentionSettings,
         rotary: Rotary | None,
     ) -> Tensor:
-        shared = (heads.shape[1] - num_heads) // 2
-        output = heads.new_empty(heads.shape[0], num_heads, heads.shape[2])
-        if rotary is not None:
-            heads = rotary.turn(heads)
-        tensors = []
-        for group in rows.groups:
-            query, key, value = torch.split(group.pad(heads), [num_heads, shared, shared], dim=2)
-            state = _Saved(_to_heads(query), _to_heads(key), _to_heads(value), [], [])
-            group.unpad(_attend_group(state, group, settings).transpose(1, 2), output)
-            tensors += state.to_list()
-        output[sum(rows.lengths) :] = 0
-        ctx.save_for_backward(*tensors)
-        ctx.rows, ctx.settings, ctx.rotary, ctx.shape = rows, settings, rotary, heads.shape
-        return output
+        num_keys, width = (heads.shape[1] - num_heads) // 2, heads.shape[2]
+        per_key = num_heads // num_keys
+        gathered = heads.reshape(-1, width).index_select(0, rows.places(num_heads, num_keys).heads)
+        blocks = _split_blocks(gathered, rows, per_key, num_keys)
+        answers = rows.places(num_heads, num_keys, has_keys=False)
+        attended = heads.new_empty(len(answers.heads), width)
+        intos = _split_queries(attended, rows, per_key, num_keys)
+        kept: list[Tensor] = []
+        for number, (group, block, into) in enumerate(zip(rows.groups, blocks, intos, strict=True)):
+            if rotary is not None:
+                block.turn_(rows.turns(rotary)[number])
+            kept += _attend_group(block, group, settings, into)
+        ctx.save_for_backward(gathered, *kept)
+        ctx.rows, ctx.settings, ctx.rotary, ctx.num_heads, ctx.num_keys = rows, settings, rotary, num_heads, num_keys
+        ctx.num_tokens = len(heads)
+        return _bring_back(attended, answers, len(heads), num_heads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        output = grad.new_empty(ctx.shape)
-        tensors = iter(ctx.saved_tensors)
-        for group in ctx.rows.groups:
-            state = _Saved.take(tensors, group, ctx.settings)
-            blocks = _backward_group(state, _to_heads(group.pad(grad)), group, ctx.settings)
-            group.unpad(torch.cat(blocks, dim=1).transpose(1, 2), output)
-        output[sum(ctx.rows.lengths) :] = 0
+        rows: Rows = ctx.rows
         rotary: Rotary | None = ctx.rotary
-        if rotary is not None:
-            output = rotary.turn(output, back=True)
+        num_heads, num_keys = ctx.num_heads, ctx.num_keys
+        per_key = num_heads // num_keys
+        gathered, *kept = ctx.saved_tensors
+        tensors = iter(kept)
+        answers = rows.places(num_heads, num_keys, has_keys=False)
+        answered = grad.reshape(-1, grad.shape[2]).index_select(0, answers.heads).index_fill_(0, answers.is_padding, 0)
+        gradients = torch.empty_like(gathered)
+        split = [_split_blocks(x, rows, per_key, num_keys) for x in (gathered, gradients)]
+        queries = _split_queries(answered, rows, per_key, num_keys)
+        for number, (group, block, into, of_output) in enumerate(zip(rows.groups, *split, queries, strict=True)):
+            _backward_group(block, of_output, into, group, ctx.settings, tensors)
+            if rotary is not None:
+                into.turn_(rows.turns(rotary)[number], back=True)
+        places = rows.places(num_heads, num_keys)
+        output = _bring_back(gradients, places, len(grad), num_heads + 2 * num_keys)
         return output, None, None, None, None
 
 
-def _to_heads(block: Tensor) -> Tensor:
-    """[R, L, H, K] -> [R, H, L, K], contiguous."""
-    return block.transpose(1, 2).contiguous()
+def _bring_back(flat: Tensor, places: HeadPlaces, num_tokens: int, num_heads: int) -> Tensor:
+    """Return `[N, heads, K]` of what lies at its places, `[places, K]`; filler gets zeros."""
+    output = flat.new_empty(num_tokens, num_heads, flat.shape[1])
+    flat_output = output.view(-1, flat.shape[1])
+    torch.index_select(flat, 0, places.places, out=flat_output[: len(places.places)])
+    flat_output[len(places.places) :] = 0
+    return output
 
 
 def _iter_blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK))
 
 
-def _fold(tensor: Tensor, shared: int, start: int, end: int) -> Tensor:
-    """[R, H, L, K] -> [R * G, H / G * (end - start), K]: the queries that read one key head, one below the other."""
-    num_rows, heads, _, width = tensor.shape
-    folded = tensor[:, :, start:end]
-    return folded.reshape(num_rows * shared, heads // shared * (end - start), width)
-
-
-def _attend_group(saved: _Saved, group: RowGroup, settings: AttentionSettings) -> Tensor:
-    num_rows, heads, length, width = saved.query.shape
-    value = saved.value.flatten(0, 1)
-    output = torch.empty_like(saved.query)
-    for start, end in _iter_blocks(length):
-        probabilities = _probabilities(saved, group, settings, start, end)
-        if length <= _KEEP_PROBABILITIES_UP_TO:
-            saved.probabilities.append(probabilities)
+def _attend_group(block: _Block, group: RowGroup, settings: AttentionSettings, into: Tensor) -> list[Tensor]:
+    """Write what the queries of a group read, `[G * R, P, L, K]`; return what backward needs of each block of them."""
+    kept = []
+    for start, end in _iter_blocks(group.length):
+        probabilities = _probabilities(block, group, settings, start, end)
+        if group.length <= _KEEP_PROBABILITIES_UP_TO:
+            kept.append(probabilities)
         if settings.dropout:
-            saved.keeps.append(draw_keep_mask(probabilities, settings.dropout))
-            probabilities = probabilities * saved.keeps[-1] / (1 - settings.dropout)
-        block = torch.bmm(probabilities, value[:, :end])
-        output[:, :, start:end] = block.view(num_rows, heads, end - start, width)
-    return output
+            kept.append(draw_keep_mask(probabilities, settings.dropout))
+            probabilities = probabilities * kept[-1] / (1 - settings.dropout)
+        _multiply(probabilities, block.value[:, :end], into=into[:, :, start:end])
+    return kept
 
 
-def _probabilities(saved: _Saved, group: RowGroup, settings: AttentionSettings, start: int, end: int) -> Tensor:
-    """Softmax of the scores of queries start..end: [R * G, H / G * (end - start), end]."""
-    shared = saved.key.shape[1]
-    mask = group.causal_mask(settings.window, saved.query)[start:end, :end].repeat(saved.query.shape[1] // shared, 1)
-    key = saved.key.flatten(0, 1)[:, :end].transpose(1, 2)
-    return torch.baddbmm(mask, _fold(saved.query, shared, start, end), key, alpha=settings.scale).softmax(-1)
+def _probabilities(block: _Block, group: RowGroup, settings: AttentionSettings, start: int, end: int) -> Tensor:
+    """Softmax of the scores of queries start..end: `[G * R, P * (end - start), end]`."""
+    mask = group.causal_mask(settings.window, block.query.shape[1], block.query)[:, start:end, :end].flatten(0, 1)
+    query, key = block.query[:, :, start:end].flatten(1, 2), block.key[:, :end].transpose(1, 2)
+    return torch.baddbmm(mask, query, key, alpha=settings.scale).softmax(-1)
 
 
-def _backward_group(
-    saved: _Saved, grad: Tensor, group: RowGroup, settings: AttentionSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows, heads, length, width = saved.query.shape
-    shared = saved.key.shape[1]
-    key, value = saved.key.flatten(0, 1), saved.value.flatten(0, 1)
+def _backward_group(  # noqa: PLR0917
+    block: _Block, grad: Tensor, into: _Block, group: RowGroup, settings: AttentionSettings, kept: Iterator[Tensor]
+) -> None:
+    """Write the gradients of a group's heads, of `grad`, `[G * R, P, L, K]`, and what `_attend_group` returned."""
     # Sums over several blocks are kept in float32, as one product would keep them.
-    sums = torch.float32 if length > _QUERY_BLOCK else grad.dtype
-    grad_query = torch.empty_like(saved.query)
-    grad_key, grad_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)
-    for number, (start, end) in enumerate(_iter_blocks(length)):
-        if length <= _KEEP_PROBABILITIES_UP_TO:
-            probabilities = saved.probabilities[number]
-        else:
-            probabilities = _probabilities(saved, group, settings, start, end)
-        grad_block, query = _fold(grad, shared, start, end), _fold(saved.query, shared, start, end)
-        grad_weights = torch.bmm(grad_block, value[:, :end].transpose(1, 2))
+    is_whole = group.length <= _QUERY_BLOCK
+    sums = [x if is_whole else torch.zeros_like(x, dtype=torch.float32) for x in (into.key, into.value)]
+    for start, end in _iter_blocks(group.length):
+        probabilities = (
+            next(kept)
+            if group.length <= _KEEP_PROBABILITIES_UP_TO
+            else _probabilities(block, group, settings, start, end)
+        )
+        grad_part, query = grad[:, :, start:end].flatten(1, 2), block.query[:, :, start:end].flatten(1, 2)
+        grad_weights = torch.bmm(grad_part, block.value[:, :end].transpose(1, 2))
         used = probabilities
         if settings.dropout:
-            factor = saved.keeps[number] / (1 - settings.dropout)
-            used, grad_weights = probabilities * factor, (grad_weights * factor).to(grad.dtype)
-        grad_value[:, :end] += torch.bmm(used.to(grad.dtype).transpose(1, 2), grad_block)
+            factor = next(kept) / (1 - settings.dropout)
+            used, grad_weights = (probabilities * factor).to(grad.dtype), (grad_weights * factor).to(grad.dtype)
         scores = torch._softmax_backward_data(grad_weights, probabilities, -1, probabilities.dtype)
-        grad_key[:, :end] += torch.bmm(scores.transpose(1, 2), query)
-        grad_query[:, :, start:end] = torch.bmm(scores, key[:, :end]).view(num_rows, heads, end - start, width)
-    grad_query.mul_(settings.scale)
-    grad_key.mul_(settings.scale)
-    shape = (num_rows, shared, length, width)
-    return grad_query, grad_key.to(grad.dtype).view(shape), grad_value.to(grad.dtype).view(shape)
+        _multiply(scores, block.key[:, :end], into=into.query[:, :, start:end], scale=settings.scale)
+        if is_whole:
+            _multiply(scores.transpose(1, 2), query, into=into.key, scale=settings.scale)
+            _multiply(used.transpose(1, 2), grad_part, into=into.value)
+        else:
+            sums[0][:, :end] += torch.bmm(scores.transpose(1, 2), query)
+            sums[1][:, :end] += torch.bmm(used.transpose(1, 2), grad_part)
+    if not is_whole:
+        torch.mul(sums[0], settings.scale, out=into.key)
+        into.value.copy_(sums[1])
+
+
+def _multiply(a: Tensor, b: Tensor, *, into: Tensor, scale: float = 1.0) -> None:
+    """Write scale * a b to `into`, which has the same numbers, perhaps with a row of heads between."""
+    if into.is_contiguous():
+        into.view(len(a), a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)
+    else:
+        torch.mul(torch.bmm(a, b).view(into.shape), scale, out=into)

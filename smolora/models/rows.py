@@ -1,6 +1,7 @@
 """Rows laid end to end, sorted into groups of like length, so that attention pays neither for padding nor for overlap.
 
-Legend: `N` tokens of the batch, `R` rows of a group, `L` longest row of a group.
+Legend: `N` tokens of the batch, `R` rows of a group, `L` longest row of a group, `H` query heads, `G` key heads,
+`K` head width.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,36 +30,76 @@ _LENGTH_STEP = 16
 class RowGroup:
     """Rows of like length, read as one padded block `[R, L]`."""
 
-    num_rows: int
-    length: int
-    source: Tensor
-    """[n] flat positions of the group's tokens in the batch."""
-    place: Tensor | None
-    """[n] their flat positions in the padded block; None where no row is padded."""
-    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+    tokens: Tensor
+    """[R, L] where the group's tokens lie in the batch; padding repeats the last token of its row."""
+    is_padding: Tensor
+    """[R, L]"""
+    _masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
-    def pad(self, tokens: Tensor) -> Tensor:
-        """Return `[R, L, ...]`, zero on padding, of tokens `[N, ...]`."""
-        chosen = tokens.index_select(0, self.source)
-        if self.place is not None:
-            block = tokens.new_zeros(self.num_rows * self.length, *tokens.shape[1:])
-            chosen = block.index_copy_(0, self.place, chosen)
-        return chosen.view(self.num_rows, self.length, *tokens.shape[1:])
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.tokens.shape[0]
 
-    def unpad(self, block: Tensor, into: Tensor) -> None:
-        """Write the real tokens of `[R, L, ...]` to their places in `[N, ...]`."""
-        flat = block.reshape(self.num_rows * self.length, *block.shape[2:])
-        into.index_copy_(0, self.source, flat if self.place is None else flat.index_select(0, self.place))
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.tokens.shape[1]
 
-    def causal_mask(self, window: int | None, like: Tensor) -> Tensor:
-        """Return `[L, L]`: 0 where a token sees another, -inf elsewhere. Padding lies behind every real token."""
-        key = (window, like.dtype)
+    def causal_mask(self, window: int | None, copies: int, like: Tensor) -> Tensor:
+        """Return `[copies, L, L]`: 0 where a token sees another, else -inf. Padding lies behind every real token."""
+        key = (window, copies, like.dtype)
         if key not in self._masks:
             is_hidden = torch.ones(self.length, self.length, dtype=torch.bool, device=like.device).triu_(1)
             if window is not None:
                 is_hidden |= torch.ones_like(is_hidden).tril_(-window)
-            self._masks[key] = like.new_zeros(self.length, self.length).masked_fill_(is_hidden, float("-inf"))
+            mask = like.new_zeros(self.length, self.length).masked_fill_(is_hidden, float("-inf"))
+            self._masks[key] = mask.repeat(copies, 1, 1)
         return self._masks[key]
+
+
+@dataclass(frozen=True)
+class HeadPlaces:
+    """Where the heads of a batch lie while attention reads them, so that one gathering brings them all there or back.
+
+    Block after block: of each group of rows its queries `[G, R, H / G, L]`, its keys `[G, R, L]` and its values.
+    """
+
+    heads: Tensor
+    """For every place the head of the batch, of `[N, H + 2 * G]`, that it holds; padding holds one of its row."""
+    places: Tensor
+    """For every head of a token of a row its place."""
+    is_padding: Tensor
+    """The places of padding."""
+
+    @classmethod
+    def build(cls, groups: Sequence[RowGroup], num_tokens: int, *, per_key: int, num_keys: int, has_keys: bool) -> Self:
+        """Return the places of `num_tokens` tokens in rows.
+
+        Args:
+            groups: The rows.
+            num_tokens: Of all rows.
+            per_key: H / G.
+            num_keys: G.
+            has_keys: Whether there are keys and values; else the heads are queries alone, `[N, H]`.
+        """
+        num_queries = per_key * num_keys
+        device = groups[0].tokens.device
+        queries = torch.arange(num_queries, device=device).view(num_keys, 1, per_key, 1)
+        keys = torch.arange(num_queries, num_queries + num_keys, device=device)[:, None, None]
+        num_heads = num_queries + (2 * num_keys if has_keys else 0)
+        heads, is_padding = [], []
+        for group in groups:
+            firsts, padding = group.tokens * num_heads, group.is_padding
+            heads.append((firsts[:, None] + queries).flatten())
+            is_padding.append(padding[:, None].expand(num_keys, -1, per_key, -1).flatten())
+            if has_keys:
+                heads += [(firsts + keys).flatten(), (firsts + keys + num_keys).flatten()]
+                is_padding += 2 * [padding.expand(num_keys, -1, -1).flatten()]
+        held, pads = torch.cat(heads), torch.cat(is_padding)
+        real = pads.logical_not().nonzero().flatten()
+        places = held.new_empty(num_tokens * num_heads).scatter_(0, held[real], real)
+        return cls(held, places, pads.nonzero().flatten())
 
 
 @dataclass(frozen=True)
@@ -67,14 +109,34 @@ class Rows:
     lengths: Sequence[int]
     """Tokens of each row. What the batch has behind them is filler: it attends to nothing, and nothing to it."""
     device: torch.device
-    _rotary: dict[tuple[int, int, int], tuple[Tensor, Rotary]] = field(default_factory=dict, repr=False)
+    _rotary: dict[int, tuple[Tensor, Rotary]] = field(default_factory=dict, repr=False)
+    _turns: dict[int, tuple[Rotary, list[Rotary]]] = field(default_factory=dict, repr=False)
+    _places: dict[tuple[int, int, bool], HeadPlaces] = field(default_factory=dict, repr=False)
 
-    def rotary(self, cos: Tensor, sin: Tensor, *, num_rotated: int, num_heads: int) -> Rotary:
-        """Return `Rotary.spread` of one forward pass's angles `[1, N, K]`, made once for all of its layers."""
-        key = (id(cos), num_rotated, num_heads)
-        if key not in self._rotary:
-            self._rotary[key] = (cos, Rotary.spread(cos[0], sin[0], num_rotated=num_rotated, num_heads=num_heads))
-        return self._rotary[key][1]  # Kept beside it, `cos` can't give its id to another tensor.
+    def rotary(self, cos: Tensor, sin: Tensor) -> Rotary:
+        """Return the turns of one forward pass's angles `[1, N, K]`, made once for all of its layers."""
+        if id(cos) not in self._rotary:
+            self._rotary[id(cos)] = (cos, Rotary.of_angles(cos[0], sin[0]))
+        return self._rotary[id(cos)][1]  # Kept beside it, `cos` can't give its id to another tensor.
+
+    def turns(self, rotary: Rotary) -> list[Rotary]:
+        """Return the turns `[R, 1, L, K]` of each group, made once for all layers."""
+        if id(rotary) not in self._turns:
+            self._turns[id(rotary)] = (rotary, [rotary.at(group.tokens[:, None]) for group in self.groups])
+        return self._turns[id(rotary)][1]
+
+    def places(self, num_heads: int, num_keys: int, *, has_keys: bool = True) -> HeadPlaces:
+        """Return where attention has the heads of `HeadPlaces`, made once for all layers."""
+        key = (num_heads, num_keys, has_keys)
+        if key not in self._places:
+            self._places[key] = HeadPlaces.build(
+                self.groups,
+                sum(self.lengths),
+                per_key=num_heads // num_keys,
+                num_keys=num_keys,
+                has_keys=has_keys,
+            )
+        return self._places[key]
 
     @cached_property
     def boundaries(self) -> Tensor:
@@ -93,15 +155,9 @@ class Rows:
 
     def _build_group(self, rows: Sequence[tuple[int, int]]) -> RowGroup:
         longest = round_up(max(length for _, length in rows), _LENGTH_STEP)
-        source = [torch.arange(start, start + length) for start, length in rows]
-        place = [torch.arange(number * longest, number * longest + length) for number, (_, length) in enumerate(rows)]
-        is_padded = any(length != longest for _, length in rows)
-        return RowGroup(
-            len(rows),
-            longest,
-            torch.cat(source).to(self.device),
-            torch.cat(place).to(self.device) if is_padded else None,
-        )
+        starts, lengths = torch.tensor(rows, device=self.device).T[..., None]  # [R, 1] each
+        offsets = torch.arange(longest, device=self.device)
+        return RowGroup(starts + torch.minimum(offsets, lengths - 1), offsets >= lengths)
 
 
 def round_up(number: int, step: int) -> int:
