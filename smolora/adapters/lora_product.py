@@ -1,7 +1,8 @@
 """LoRA layers that read one input, as a single function: one product with the frozen weights, two small ones beside it.
 
 Plain peft adds four small autograd functions to every layer, computes them in float32 and keeps four activations; here
-the scale is folded into B, every branch accumulates into the product's own output, and only the input is kept.
+the scale is folded into the small product, every branch accumulates into the product's own output, and only the input
+is kept.
 
 Legend: `N` tokens, `D` input width, `O` outputs of all layers side by side, `R` ranks of all layers side by side.
 """
@@ -43,7 +44,7 @@ class _Joint(NamedTuple):
     a: Tensor
     """[R, D]: every A, one below the other."""
     b: Tensor
-    """[O, R]: every scaled B, on the diagonal."""
+    """[O, R]: every B, on the diagonal."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,23 @@ class _Adapters:
 
     def join(self, dtype: torch.dtype) -> _Joint:
         """Return the joint matrices of this moment. (The fused optimiser doesn't count versions, so none are kept.)"""
+        if len(self.branches) == 1 and len(self.branches[0].b) == self.num_outputs:
+            (branch,) = self.branches
+            return _Joint(branch.a.detach().to(dtype), branch.b.detach().to(dtype))
         a = torch.cat([branch.a.detach() for branch in self.branches]).to(dtype)
         b = a.new_zeros(self.num_outputs, len(a))
         for branch in self.branches:
-            torch.mul(branch.b.detach(), branch.scale, out=b[branch.outputs, branch.ranks])
+            b[branch.outputs, branch.ranks] = branch.b.detach()
         return _Joint(a, b)
+
+    def scale_(self, low: Tensor) -> Tensor:
+        """Multiply `[N, R]` by the scales of the branches, in place: a few columns, where every B would be many."""
+        scales = {branch.scale for branch in self.branches}
+        if len(scales) == 1:
+            return low if scales == {1.0} else low.mul_(scales.pop())
+        for branch in self.branches:
+            low[:, branch.ranks] *= branch.scale
+        return low
 
     def split_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> list[Tensor | None]:
         """Return the gradients of A_1, B_1, A_2, ... from those of the joint matrices, B's being `[R, O]`."""
@@ -90,7 +103,8 @@ class _Adapters:
             gradients.append(wide[branch.ranks] if wide is not None and branch.a.requires_grad else None)
             b = None
             if grad_b is not None and branch.b.requires_grad:
-                b = torch.empty_like(branch.b).copy_(grad_b[branch.ranks, branch.outputs].t()).mul_(branch.scale)
+                own = grad_b[branch.ranks, branch.outputs].t()
+                b = own.to(branch.b.dtype, memory_format=torch.contiguous_format)
             gradients.append(b)
         return gradients
 
@@ -164,7 +178,7 @@ class _Product(torch.autograd.Function):
         joint = adapters.join(x.dtype)
         read = product.read(x)
         kept = adapters.drop(read, keep)
-        low = kept @ joint.a.t()  # [N, R]
+        low = adapters.scale_(kept @ joint.a.t())  # [N, R]
         # What was dropped is kept as it is, unless it can be made again from the gate's input.
         ctx.save_for_backward(x if product.gated else kept, low, keep, *joint)
         return product.frozen.forward(read).addmm_(low, joint.b.t())
@@ -182,7 +196,7 @@ class _Product(torch.autograd.Function):
             return grad_x, None, None, None
         low, keep, a, b = rest
         # In the order in which what is read was just in use, so that it is still in the processor's cache.
-        grad_low = grad @ b  # [N, R]
+        grad_low = adapters.scale_(grad @ b)  # [N, R]
         grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
         grad_x = product.frozen.backward(grad) if needs_x else None
         if grad_x is not None and keep is None:

@@ -181,8 +181,8 @@ class _Block(NamedTuple):
     def turn_(self, rotary: Rotary, *, back: bool = False) -> None:
         """Turn queries and keys in place, by turns `[R, 1, L, K]`."""
         num_rows = len(rotary.cos)
-        rotary.turn_(self.query.unflatten(0, (-1, num_rows)), back=back)
-        rotary.turn_(self.key.unflatten(0, (-1, num_rows))[:, :, None], back=back)
+        for heads in (self.query, self.key[:, None]):
+            rotary.turn_(heads.view(-1, num_rows, *heads.shape[1:]), back=back)
 
 
 def _split_blocks(flat: Tensor, rows: Rows, per_key: int, num_keys: int) -> list[_Block]:
@@ -190,19 +190,18 @@ def _split_blocks(flat: Tensor, rows: Rows, per_key: int, num_keys: int) -> list
     blocks, start = [], 0
     for group in rows.groups:
         batch, length = num_keys * group.num_rows, group.length
-        query, key, value = flat[start : start + batch * length * (per_key + 2)].split(
-            [batch * per_key * length, batch * length, batch * length]
-        )
+        whole = flat[start : start + batch * length * (per_key + 2)]
+        query, key, value = torch.split(whole, [batch * per_key * length, batch * length, batch * length])
         shape = (batch, length, -1)
         blocks.append(_Block(query.view(batch, per_key, length, -1), key.view(shape), value.view(shape)))
-        start += batch * length * (per_key + 2)
+        start += len(whole)
     return blocks
 
 
 def _split_queries(flat: Tensor, rows: Rows, per_key: int, num_keys: int) -> list[Tensor]:
     """Return the queries' places, `[G * R, P, L, K]` for each group, of `flat`, `[places, K]`, without keys."""
     sizes = [num_keys * group.num_rows * per_key * group.length for group in rows.groups]
-    parts = flat.split(sizes)
+    parts = torch.split(flat, sizes)
     return [part.view(-1, per_key, group.length, flat.shape[1]) for part, group in zip(parts, rows.groups, strict=True)]
 
 

@@ -146,7 +146,7 @@ def _backward(
     tokens = sum(batch.num_target_tokens for batch in batches)
     summed = 0.0
     for batch in batches:
-        loss = sum_cross_entropy(target_logits(bundle.model, batch), batch.targets)
-        (loss / tokens).backward()  # type: ignore[no-untyped-call]
+        loss = sum_cross_entropy(target_logits(bundle.model, batch), batch.targets, weight=1 / tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
         summed += loss.item()
-    return summed / tokens
+    return summed

@@ -133,16 +133,17 @@ def _count_filler(plain: nn.Module, count: int, step: int) -> int:
     return round_up(count, step) - count if is_worth_it else 0
 
 
-def sum_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum over targets of -log p(target), in float32 whatever the model computes in.
+def sum_cross_entropy(logits: Tensor, targets: Tensor, *, weight: float = 1.0) -> Tensor:
+    """Return `weight` times the sum over targets of -log p(target), in float32 whatever the model computes in.
 
     The gradient is made in the same pass, a few tokens at a time, so no float32 copy of the logits ever exists.
 
     Args:
         logits: `[N, V]`; rows behind them count nothing.
         targets: `[N]` token ids; without any the sum is 0, and so is its gradient.
+        weight: Of the sum; given here, it costs no pass of its own over the gradient.
     """
-    loss: Tensor = _SumCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SumCrossEntropy.apply(logits, targets, weight)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -152,7 +153,7 @@ _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ON_A_GPU = 2**19, 2**24
 
 class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weight: float) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(logits) if needs_gradient else None
         elements = _CHUNK_ELEMENTS if logits.device.type == "cpu" else _CHUNK_ELEMENTS_ON_A_GPU
@@ -168,21 +169,22 @@ class _SumCrossEntropy(torch.autograd.Function):
             sums = exponentials.sum(dim=-1, keepdim=True)
             losses.append(sums.log() - target_logits)
             if gradient is not None:
-                probabilities = exponentials.div_(sums)
-                probabilities.scatter_add_(1, chosen, -torch.ones_like(target_logits))
+                probabilities = exponentials.div_(sums / weight)
+                probabilities.scatter_add_(1, chosen, torch.full_like(target_logits, -weight))
                 gradient[start:end] = probabilities
         if gradient is not None:
             gradient[len(targets) :] = 0
         ctx.gradient = gradient
-        return torch.cat(losses).sum() if losses else logits.new_zeros((), dtype=torch.float32)
+        return torch.cat(losses).sum() * weight if losses else logits.new_zeros((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Let go of: the loss, and so this, lives until the next pass has its own.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the gradient of a loss is scaled in place, so there is one backward pass of it.")
-        return gradient.mul_(grad), None
+        is_one = grad.device.type == "cpu" and grad.item() == 1  # Elsewhere, asking would wait for the device.
+        return gradient if is_one else gradient.mul_(grad), None, None
 
 
 @torch.no_grad()

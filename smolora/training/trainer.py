@@ -275,11 +275,13 @@ class Trainer:
         summed = torch.zeros((), dtype=torch.float64)
         with self._processes.inside_model():
             for batch in batches:
-                loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
-                (loss * (1 / tokens)).backward()  # type: ignore[no-untyped-call]
+                loss = sum_cross_entropy(
+                    self._target_logits(self.bundle.model, batch), batch.targets, weight=1 / tokens
+                )
+                loss.backward()  # type: ignore[no-untyped-call]
                 summed += loss.detach().to("cpu", torch.float64)
         self._processes.sum_gradients(list(self.active_parameters.values()))
-        return self._processes.sum(summed.item())[0] / tokens
+        return self._processes.sum(summed.item())[0]
 
     def _require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
