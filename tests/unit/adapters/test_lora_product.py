@@ -47,6 +47,20 @@ def test_dropout_drops_its_share_and_keeps_the_mean(tmp_path):
     assert_close(dropped[kept], (branch / 0.75).expand_as(dropped)[kept], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"k_proj": 2, "up_proj": 3}, "alpha_pattern": {"v_proj": 3, "gate_proj": 5, "o_proj": 1}},
+        {"r": 4, "lora_alpha": 4},
+        {"r": 4, "lora_alpha": 12},
+    ],
+    ids=["their own", "1", "one"],
+)
+def test_layers_side_by_side_keep_their_ranks_and_scales(settings, tmp_path):
+    bundle = adapted("llama", tmp_path, config=LoRAConfig(lora_dropout=0.0, **settings))
+    assert_same(run_fast(bundle), run(bundle, by_rows=False))
+
+
 LIKE_135M = {
     "hidden_size": 192,
     "intermediate_size": 512,

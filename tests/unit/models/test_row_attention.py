@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -185,6 +186,32 @@ def test_turning_has_the_gradient_of_what_it_computes():
 
 def test_boundaries_are_where_rows_begin_and_the_last_one_ends():
     assert Rows([3, 5, 2], torch.device("cpu")).boundaries.tolist() == [0, 3, 8, 10]
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_every_head_of_a_row_has_one_place_and_padding_holds_a_head_of_its_row(has_keys):
+    lengths = [20, 70, 33, 64, 1]
+    rows = Rows(lengths, torch.device("cpu"))
+    places = rows.places(HEADS, SHARED, has_keys=has_keys)
+    num_heads = HEADS + (2 * SHARED if has_keys else 0)
+    assert places.heads[places.places].tolist() == list(range(sum(lengths) * num_heads))
+    assert len(places.heads) == len(places.places) + len(places.is_padding)
+    assert not set(places.is_padding.tolist()) & set(places.places.tolist())
+    row_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    held = (row_of[places.heads // num_heads], places.heads % num_heads)
+    start = 0
+    for group in rows.groups:
+        own = row_of[group.tokens[:, 0]][None, :, None, None]
+        sizes = [(HEADS // SHARED, range(HEADS))]
+        sizes += [(1, range(HEADS, HEADS + SHARED)), (1, range(HEADS + SHARED, num_heads))] if has_keys else []
+        for per_key, heads in sizes:
+            shape = (SHARED, group.num_rows, per_key, group.length)
+            rows_here, heads_here = (x[start : start + math.prod(shape)].view(shape) for x in held)
+            expected = torch.tensor(heads).view(SHARED, 1, per_key, 1)
+            assert (rows_here == own).all()
+            assert (heads_here == expected).all()
+            start += math.prod(shape)
+    assert start == len(places.heads)
 
 
 def test_blocks_of_rows_come_in_few_lengths():

@@ -51,6 +51,21 @@ def test_it_is_a_sum_over_targets_and_no_mean():
     assert_close(sum_cross_entropy(logits, targets), halves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_weighs_the_sum_and_its_gradient(dtype):
+    logits, targets = random_logits(23, 11)
+    logits = logits.to(dtype).requires_grad_()
+    loss = sum_cross_entropy(logits, targets, weight=1 / 8)
+    assert_close(loss, sum_cross_entropy(logits, targets) / 8)
+    (found,) = torch.autograd.grad(loss, logits)
+    (twice,) = torch.autograd.grad(2 * sum_cross_entropy(logits, targets, weight=1 / 8), logits)
+    wide = logits.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(wide, targets, reduction="sum") / 8, wide)
+    rounding = torch.finfo(dtype).eps * expected.abs().max().item()
+    assert_close(found.float(), expected, rtol=0, atol=rounding)
+    assert_close(twice.float(), 2 * expected, rtol=0, atol=2 * rounding)
+
+
 def test_logits_in_bfloat16_are_summed_in_float32():
     logits, targets = random_logits(400, 50)
     rounded = logits.bfloat16()
