@@ -39,7 +39,7 @@ class _Branch:
 
 
 class _Joint(NamedTuple):
-    """The adapters of all layers as two matrices in the type of the computation."""
+    """The adapters of all layers as two matrices in the type of the computation; one's own may be its parameters."""
 
     a: Tensor
     """[R, D]: every A, one below the other."""
@@ -103,8 +103,7 @@ class _Adapters:
             gradients.append(wide[branch.ranks] if wide is not None and branch.a.requires_grad else None)
             b = None
             if grad_b is not None and branch.b.requires_grad:
-                own = grad_b[branch.ranks, branch.outputs].t()
-                b = own.to(branch.b.dtype, memory_format=torch.contiguous_format)
+                b = torch.empty_like(branch.b).copy_(grad_b[branch.ranks, branch.outputs].t())
             gradients.append(b)
         return gradients
 

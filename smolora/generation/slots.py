@@ -81,8 +81,8 @@ _STEP: ContextVar[Step] = ContextVar("step")
 class SlotCache(Cache):  # type: ignore[misc]
     """Keys and values of every layer, [slots, H / G, reach, K] each, written in place.
 
-    Where a product of two matrices reads them, a key lies across, not along: the product of one query with many keys
-    then reads them in the order they lie in.
+    Unless torch's kernel may read them, a key lies across, not along: the product of one query with many keys then
+    reads them in the order they lie in.
     """
 
     def __init__(self, num_slots: int, longest: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smolora.runtime.device import has_intel_processor
 from smolora.runtime.memory import page_out
 
 _TYPICAL_TOKENS = 512
@@ -70,15 +71,17 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def goes_by_onednn(like: Tensor) -> bool:
-    """Whether oneDNN makes products of tensors like this: on a CPU, in 16 bits always, in float32 with AVX512.
+    """Whether oneDNN makes products of tensors like this: on a CPU, in 16 bits always, in float32 where it is faster.
 
-    On AMD processors in full float32, the BLAS that torch would choose ran at 190 to 225 GFLOP/s where oneDNN ran at
-    420 to 500 (AVX512), and at 165 to 180 where oneDNN ran at 135 to 170 (AVX2).
+    torch's BLAS, MKL, is Intel's. In full float32 it ran at 190 to 225 GFLOP/s where oneDNN ran at 420 to 500 (AMD with
+    AVX512), at 165 to 180 where oneDNN ran at 135 to 170 (AMD with AVX2), and at 250 to 290 where oneDNN ran at 240 to
+    270 (Intel with AVX512, where a step of pretraining took 1.2 times as long by oneDNN).
     """
     if like.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    has_wide_units = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return like.dtype in (torch.bfloat16, torch.float16) or (like.dtype == torch.float32 and has_wide_units)
+    if like.dtype == torch.float32:
+        return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not has_intel_processor()
+    return like.dtype in (torch.bfloat16, torch.float16)
 
 
 def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

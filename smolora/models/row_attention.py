@@ -3,7 +3,7 @@
 torch's flash kernel takes ten times as long backward as forward on rows of 70 tokens on a CPU. Plain batched products
 over groups of like length, whose scores fit into the cache, take a seventh of its time there, and half at 700 tokens.
 
-Legend: `N` tokens, `H` query heads, `G` key and value heads, `K` head width, `R` rows, `L` longest row.
+Legend: `N` tokens, `H` query heads, `G` key and value heads, `P` = H / G, `K` head width, `R` rows, `L` longest row.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ def attend_rows(
     """
     assert sum(rows.lengths) <= len(heads), "rows are tokens of the batch"
     if _has_kernel(heads, settings):
-        if rotary is not None:
-            values = heads.shape[1] - (heads.shape[1] - num_heads) // 2
-            heads = torch.cat((rotary.apply(heads[:, :values]), heads[:, values:]), dim=1)
-        return attend_by_kernel(heads, num_heads=num_heads, rows=rows, settings=settings)
+        return attend_by_kernel(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=rotary)
     output: Tensor = _RowAttention.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
     return output
 
@@ -141,11 +138,16 @@ class KernelArguments(TypedDict):
     enable_gqa: bool
 
 
-def kernel_arguments(heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings) -> KernelArguments:
+def kernel_arguments(
+    heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings, rotary: Rotary | None = None
+) -> KernelArguments:
     """Return how torch's kernel is asked for `attend_rows`."""
-    shared = (heads.shape[1] - num_heads) // 2
-    parts = torch.split(heads[: sum(rows.lengths)], [num_heads, shared, shared], dim=1)
-    query, key, value = (part.contiguous() for part in parts)
+    num_tokens, shared = sum(rows.lengths), (heads.shape[1] - num_heads) // 2
+    query, key, value = torch.split(heads[:num_tokens], [num_heads, shared, shared], dim=1)
+    if rotary is not None:
+        turns = Rotary(rotary.cos[:num_tokens], rotary.sin[:num_tokens])
+        query, key = turns.apply(query), turns.apply(key)
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     longest = max(rows.lengths)
     return KernelArguments(
         query=query,
@@ -161,15 +163,18 @@ def kernel_arguments(heads: Tensor, *, num_heads: int, rows: Rows, settings: Att
     )
 
 
-def attend_by_kernel(heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings) -> Tensor:
+def attend_by_kernel(
+    heads: Tensor, *, num_heads: int, rows: Rows, settings: AttentionSettings, rotary: Rotary | None = None
+) -> Tensor:
     """`attend_rows` by torch's kernel for rows of any length, which computes on a GPU alone."""
-    attended = varlen_attn(**kernel_arguments(heads, num_heads=num_heads, rows=rows, settings=settings))
+    arguments = kernel_arguments(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=rotary)
+    attended = varlen_attn(**arguments)
     assert isinstance(attended, Tensor), "no auxiliary output was asked for"
     return F.pad(attended, (0, 0, 0, 0, 0, len(heads) - len(attended)))
 
 
 class _Block(NamedTuple):
-    """The heads of one group of rows, or their gradients, as views of the whole; `P` is H / G."""
+    """The heads of one group of rows, or their gradients, as views of the whole."""
 
     query: Tensor
     """[G * R, P, L, K]"""
@@ -178,31 +183,16 @@ class _Block(NamedTuple):
     value: Tensor
     """[G * R, L, K]"""
 
+    @classmethod
+    def split(cls, flat: Tensor, places: HeadPlaces) -> list[_Block]:
+        """Return the block of each group that lies in `flat`, `[places, K]`."""
+        return [cls(query, key[:, 0], value[:, 0]) for query, key, value in places.split(flat)]
+
     def turn_(self, rotary: Rotary, *, back: bool = False) -> None:
         """Turn queries and keys in place, by turns `[R, 1, L, K]`."""
         num_rows = len(rotary.cos)
         for heads in (self.query, self.key[:, None]):
             rotary.turn_(heads.view(-1, num_rows, *heads.shape[1:]), back=back)
-
-
-def _split_blocks(flat: Tensor, rows: Rows, per_key: int, num_keys: int) -> list[_Block]:
-    """Return the blocks of `HeadPlaces` that lie in `flat`, `[places, K]`."""
-    blocks, start = [], 0
-    for group in rows.groups:
-        batch, length = num_keys * group.num_rows, group.length
-        whole = flat[start : start + batch * length * (per_key + 2)]
-        query, key, value = torch.split(whole, [batch * per_key * length, batch * length, batch * length])
-        shape = (batch, length, -1)
-        blocks.append(_Block(query.view(batch, per_key, length, -1), key.view(shape), value.view(shape)))
-        start += len(whole)
-    return blocks
-
-
-def _split_queries(flat: Tensor, rows: Rows, per_key: int, num_keys: int) -> list[Tensor]:
-    """Return the queries' places, `[G * R, P, L, K]` for each group, of `flat`, `[places, K]`, without keys."""
-    sizes = [num_keys * group.num_rows * per_key * group.length for group in rows.groups]
-    parts = torch.split(flat, sizes)
-    return [part.view(-1, per_key, group.length, flat.shape[1]) for part, group in zip(parts, rows.groups, strict=True)]
 
 
 class _RowAttention(torch.autograd.Function):
@@ -215,47 +205,48 @@ class _RowAttention(torch.autograd.Function):
         settings: AttentionSettings,
         rotary: Rotary | None,
     ) -> Tensor:
-        num_keys, width = (heads.shape[1] - num_heads) // 2, heads.shape[2]
-        per_key = num_heads // num_keys
-        gathered = heads.reshape(-1, width).index_select(0, rows.places(num_heads, num_keys).heads)
-        blocks = _split_blocks(gathered, rows, per_key, num_keys)
-        answers = rows.places(num_heads, num_keys, has_keys=False)
-        attended = heads.new_empty(len(answers.heads), width)
-        intos = _split_queries(attended, rows, per_key, num_keys)
+        num_shared, width = (heads.shape[1] - num_heads) // 2, heads.shape[2]
+        places, query_places = rows.head_places(num_heads, num_shared), rows.query_places(num_heads, num_shared)
+        gathered = heads.reshape(-1, width).index_select(0, places.heads)
+        attended = heads.new_empty(len(query_places.heads), width)
         kept: list[Tensor] = []
-        for number, (group, block, into) in enumerate(zip(rows.groups, blocks, intos, strict=True)):
+        blocks, outputs = _Block.split(gathered, places), query_places.split(attended)
+        for number, (group, block, [into]) in enumerate(zip(rows.groups, blocks, outputs, strict=True)):
             if rotary is not None:
                 block.turn_(rows.turns(rotary)[number])
-            kept += _attend_group(block, group, settings, into)
+            kept += _attend_group(block, group=group, settings=settings, into=into)
         ctx.save_for_backward(gathered, *kept)
-        ctx.rows, ctx.settings, ctx.rotary, ctx.num_heads, ctx.num_keys = rows, settings, rotary, num_heads, num_keys
-        ctx.num_tokens = len(heads)
-        return _bring_back(attended, answers, len(heads), num_heads)
+        ctx.rows, ctx.settings, ctx.rotary, ctx.num_heads, ctx.num_shared = (
+            rows,
+            settings,
+            rotary,
+            num_heads,
+            num_shared,
+        )
+        return _bring_back(attended, query_places, num_tokens=len(heads))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows: Rows = ctx.rows
         rotary: Rotary | None = ctx.rotary
-        num_heads, num_keys = ctx.num_heads, ctx.num_keys
-        per_key = num_heads // num_keys
+        places, query_places = (make(ctx.num_heads, ctx.num_shared) for make in (rows.head_places, rows.query_places))
         gathered, *kept = ctx.saved_tensors
         tensors = iter(kept)
-        answers = rows.places(num_heads, num_keys, has_keys=False)
-        answered = grad.reshape(-1, grad.shape[2]).index_select(0, answers.heads).index_fill_(0, answers.is_padding, 0)
+        outputs = grad.reshape(-1, grad.shape[2]).index_select(0, query_places.heads)
+        outputs.index_fill_(0, query_places.padding, 0)
         gradients = torch.empty_like(gathered)
-        split = [_split_blocks(x, rows, per_key, num_keys) for x in (gathered, gradients)]
-        queries = _split_queries(answered, rows, per_key, num_keys)
-        for number, (group, block, into, of_output) in enumerate(zip(rows.groups, *split, queries, strict=True)):
-            _backward_group(block, of_output, into, group, ctx.settings, tensors)
+        blocks, intos = (_Block.split(x, places) for x in (gathered, gradients))
+        together = zip(rows.groups, blocks, intos, query_places.split(outputs), strict=True)
+        for number, (group, block, into, [of_output]) in enumerate(together):
+            _backward_group(block, of_output, into=into, group=group, settings=ctx.settings, kept=tensors)
             if rotary is not None:
                 into.turn_(rows.turns(rotary)[number], back=True)
-        places = rows.places(num_heads, num_keys)
-        output = _bring_back(gradients, places, len(grad), num_heads + 2 * num_keys)
-        return output, None, None, None, None
+        return _bring_back(gradients, places, num_tokens=len(grad)), None, None, None, None
 
 
-def _bring_back(flat: Tensor, places: HeadPlaces, num_tokens: int, num_heads: int) -> Tensor:
+def _bring_back(flat: Tensor, places: HeadPlaces, *, num_tokens: int) -> Tensor:
     """Return `[N, heads, K]` of what lies at its places, `[places, K]`; filler gets zeros."""
+    num_heads = sum(num_shared * per_key for num_shared, _, per_key, _ in places.shapes[0])
     output = flat.new_empty(num_tokens, num_heads, flat.shape[1])
     flat_output = output.view(-1, flat.shape[1])
     torch.index_select(flat, 0, places.places, out=flat_output[: len(places.places)])
@@ -267,11 +258,11 @@ def _iter_blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK))
 
 
-def _attend_group(block: _Block, group: RowGroup, settings: AttentionSettings, into: Tensor) -> list[Tensor]:
+def _attend_group(block: _Block, *, group: RowGroup, settings: AttentionSettings, into: Tensor) -> list[Tensor]:
     """Write what the queries of a group read, `[G * R, P, L, K]`; return what backward needs of each block of them."""
     kept = []
     for start, end in _iter_blocks(group.length):
-        probabilities = _probabilities(block, group, settings, start, end)
+        probabilities = _probabilities(block, group=group, settings=settings, start=start, end=end)
         if group.length <= _KEEP_PROBABILITIES_UP_TO:
             kept.append(probabilities)
         if settings.dropout:
@@ -281,26 +272,32 @@ def _attend_group(block: _Block, group: RowGroup, settings: AttentionSettings, i
     return kept
 
 
-def _probabilities(block: _Block, group: RowGroup, settings: AttentionSettings, start: int, end: int) -> Tensor:
+def _probabilities(block: _Block, *, group: RowGroup, settings: AttentionSettings, start: int, end: int) -> Tensor:
     """Softmax of the scores of queries start..end: `[G * R, P * (end - start), end]`."""
-    mask = group.causal_mask(settings.window, block.query.shape[1], block.query)[:, start:end, :end].flatten(0, 1)
+    mask = group.causal_mask(settings.window, block.query)[start:end, :end].repeat(block.query.shape[1], 1)
     query, key = block.query[:, :, start:end].flatten(1, 2), block.key[:, :end].transpose(1, 2)
     return torch.baddbmm(mask, query, key, alpha=settings.scale).softmax(-1)
 
 
-def _backward_group(  # noqa: PLR0917
-    block: _Block, grad: Tensor, into: _Block, group: RowGroup, settings: AttentionSettings, kept: Iterator[Tensor]
+def _backward_group(
+    block: _Block,
+    grad: Tensor,
+    *,
+    into: _Block,
+    group: RowGroup,
+    settings: AttentionSettings,
+    kept: Iterator[Tensor],
 ) -> None:
     """Write the gradients of a group's heads, of `grad`, `[G * R, P, L, K]`, and what `_attend_group` returned."""
-    # Sums over several blocks are kept in float32, as one product would keep them.
+    # Sums over several blocks are kept in float32 at least, as one product would keep them.
     is_whole = group.length <= _QUERY_BLOCK
-    sums = [x if is_whole else torch.zeros_like(x, dtype=torch.float32) for x in (into.key, into.value)]
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    sums = [x if is_whole else torch.zeros_like(x, dtype=wide) for x in (into.key, into.value)]
     for start, end in _iter_blocks(group.length):
-        probabilities = (
-            next(kept)
-            if group.length <= _KEEP_PROBABILITIES_UP_TO
-            else _probabilities(block, group, settings, start, end)
-        )
+        if group.length <= _KEEP_PROBABILITIES_UP_TO:
+            probabilities = next(kept)
+        else:
+            probabilities = _probabilities(block, group=group, settings=settings, start=start, end=end)
         grad_part, query = grad[:, :, start:end].flatten(1, 2), block.query[:, :, start:end].flatten(1, 2)
         grad_weights = torch.bmm(grad_part, block.value[:, :end].transpose(1, 2))
         used = probabilities
@@ -321,7 +318,7 @@ def _backward_group(  # noqa: PLR0917
 
 
 def _multiply(a: Tensor, b: Tensor, *, into: Tensor, scale: float = 1.0) -> None:
-    """Write scale * a b to `into`, which has the same numbers, perhaps with a row of heads between."""
+    """Write scale * a b to `into`, `[batch, n, K]` or, of a part of the queries, `[batch, P, part, K]`."""
     if into.is_contiguous():
         into.view(len(a), a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)
     else:

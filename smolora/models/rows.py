@@ -1,13 +1,14 @@
 """Rows laid end to end, sorted into groups of like length, so that attention pays neither for padding nor for overlap.
 
 Legend: `N` tokens of the batch, `R` rows of a group, `L` longest row of a group, `H` query heads, `G` key heads,
-`K` head width.
+`P` = H / G queries that read one key, `K` head width.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -34,7 +35,7 @@ class RowGroup:
     """[R, L] where the group's tokens lie in the batch; padding repeats the last token of its row."""
     is_padding: Tensor
     """[R, L]"""
-    _masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -46,15 +47,14 @@ class RowGroup:
         """L."""
         return self.tokens.shape[1]
 
-    def causal_mask(self, window: int | None, copies: int, like: Tensor) -> Tensor:
-        """Return `[copies, L, L]`: 0 where a token sees another, else -inf. Padding lies behind every real token."""
-        key = (window, copies, like.dtype)
+    def causal_mask(self, window: int | None, like: Tensor) -> Tensor:
+        """Return `[L, L]`: 0 where a token sees another, -inf elsewhere. Padding lies behind every real token."""
+        key = (window, like.dtype)
         if key not in self._masks:
             is_hidden = torch.ones(self.length, self.length, dtype=torch.bool, device=like.device).triu_(1)
             if window is not None:
                 is_hidden |= torch.ones_like(is_hidden).tril_(-window)
-            mask = like.new_zeros(self.length, self.length).masked_fill_(is_hidden, float("-inf"))
-            self._masks[key] = mask.repeat(copies, 1, 1)
+            self._masks[key] = like.new_zeros(self.length, self.length).masked_fill_(is_hidden, float("-inf"))
         return self._masks[key]
 
 
@@ -62,44 +62,48 @@ class RowGroup:
 class HeadPlaces:
     """Where the heads of a batch lie while attention reads them, so that one gathering brings them all there or back.
 
-    Block after block: of each group of rows its queries `[G, R, H / G, L]`, its keys `[G, R, L]` and its values.
+    Block after block: of each group of rows its queries `[G, R, P, L]`, its keys `[G, R, 1, L]`, and its values.
     """
 
     heads: Tensor
-    """For every place the head of the batch, of `[N, H + 2 * G]`, that it holds; padding holds one of its row."""
+    """For every place the head of the batch, of `[N, heads]`, that it holds; padding holds one of its row."""
     places: Tensor
     """For every head of a token of a row its place."""
-    is_padding: Tensor
+    padding: Tensor
     """The places of padding."""
+    shapes: Sequence[Sequence[tuple[int, int, int, int]]]
+    """Of each group the shapes of its blocks."""
 
     @classmethod
-    def build(cls, groups: Sequence[RowGroup], num_tokens: int, *, per_key: int, num_keys: int, has_keys: bool) -> Self:
-        """Return the places of `num_tokens` tokens in rows.
+    def build(cls, groups: Sequence[RowGroup], kinds: Sequence[Tensor]) -> Self:
+        """Return the places of the heads of `groups`.
 
         Args:
-            groups: The rows.
-            num_tokens: Of all rows.
-            per_key: H / G.
-            num_keys: G.
-            has_keys: Whether there are keys and values; else the heads are queries alone, `[N, H]`.
+            groups: Rows that hold every token once.
+            kinds: The numbers of the heads that lie together, `[G, 1, P, 1]` each, all of a token's heads.
         """
-        num_queries = per_key * num_keys
-        device = groups[0].tokens.device
-        queries = torch.arange(num_queries, device=device).view(num_keys, 1, per_key, 1)
-        keys = torch.arange(num_queries, num_queries + num_keys, device=device)[:, None, None]
-        num_heads = num_queries + (2 * num_keys if has_keys else 0)
-        heads, is_padding = [], []
+        num_heads = sum(kind.numel() for kind in kinds)
+        heads, is_padding, shapes = [], [], []
         for group in groups:
-            firsts, padding = group.tokens * num_heads, group.is_padding
-            heads.append((firsts[:, None] + queries).flatten())
-            is_padding.append(padding[:, None].expand(num_keys, -1, per_key, -1).flatten())
-            if has_keys:
-                heads += [(firsts + keys).flatten(), (firsts + keys + num_keys).flatten()]
-                is_padding += 2 * [padding.expand(num_keys, -1, -1).flatten()]
-        held, pads = torch.cat(heads), torch.cat(is_padding)
-        real = pads.logical_not().nonzero().flatten()
-        places = held.new_empty(num_tokens * num_heads).scatter_(0, held[real], real)
-        return cls(held, places, pads.nonzero().flatten())
+            blocks = [(group.tokens * num_heads)[:, None] + kind for kind in kinds]
+            heads += [block.flatten() for block in blocks]
+            is_padding += [group.is_padding[:, None].expand(block.shape).flatten() for block in blocks]
+            shapes.append([(len(block), group.num_rows, block.shape[2], group.length) for block in blocks])
+        held, is_filled = torch.cat(heads), torch.cat(is_padding).logical_not()
+        real = is_filled.nonzero().flatten()
+        places = held.new_empty(len(real)).scatter_(0, held[real], real)
+        return cls(held, places, is_filled.logical_not().nonzero().flatten(), shapes)
+
+    def split(self, flat: Tensor) -> Iterator[list[Tensor]]:
+        """Yield the blocks of each group, views `[G * R, P, L, K]` of `flat`, `[places, K]`."""
+        start = 0
+        for shapes in self.shapes:
+            blocks = []
+            for shape in shapes:
+                end = start + math.prod(shape)
+                blocks.append(flat[start:end].view(shape[0] * shape[1], *shape[2:], flat.shape[1]))
+                start = end
+            yield blocks
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,11 @@ class Rows:
     device: torch.device
     _rotary: dict[int, tuple[Tensor, Rotary]] = field(default_factory=dict, repr=False)
     _turns: dict[int, tuple[Rotary, list[Rotary]]] = field(default_factory=dict, repr=False)
-    _places: dict[tuple[int, int, bool], HeadPlaces] = field(default_factory=dict, repr=False)
+    _head_places: dict[tuple[int, int], HeadPlaces] = field(default_factory=dict, repr=False)
+    _query_places: dict[tuple[int, int], HeadPlaces] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        assert all(self.lengths), "a row has tokens"
 
     def rotary(self, cos: Tensor, sin: Tensor) -> Rotary:
         """Return the turns of one forward pass's angles `[1, N, K]`, made once for all of its layers."""
@@ -121,22 +129,26 @@ class Rows:
 
     def turns(self, rotary: Rotary) -> list[Rotary]:
         """Return the turns `[R, 1, L, K]` of each group, made once for all layers."""
-        if id(rotary) not in self._turns:
+        if id(rotary) not in self._turns:  # Kept beside them, too.
             self._turns[id(rotary)] = (rotary, [rotary.at(group.tokens[:, None]) for group in self.groups])
         return self._turns[id(rotary)][1]
 
-    def places(self, num_heads: int, num_keys: int, *, has_keys: bool = True) -> HeadPlaces:
-        """Return where attention has the heads of `HeadPlaces`, made once for all layers."""
-        key = (num_heads, num_keys, has_keys)
-        if key not in self._places:
-            self._places[key] = HeadPlaces.build(
-                self.groups,
-                sum(self.lengths),
-                per_key=num_heads // num_keys,
-                num_keys=num_keys,
-                has_keys=has_keys,
-            )
-        return self._places[key]
+    def head_places(self, num_heads: int, num_shared: int) -> HeadPlaces:
+        """Return the places of queries, keys and values, `[N, H + 2 * G]`, made once for all layers."""
+        key = (num_heads, num_shared)
+        if key not in self._head_places:
+            numbers = torch.arange(num_heads + 2 * num_shared, device=self.device)
+            kinds = torch.split(numbers, [num_heads, num_shared, num_shared])
+            self._head_places[key] = HeadPlaces.build(self.groups, [kind.view(num_shared, 1, -1, 1) for kind in kinds])
+        return self._head_places[key]
+
+    def query_places(self, num_heads: int, num_shared: int) -> HeadPlaces:
+        """Return the places of queries alone, `[N, H]`, or of what they read, made once for all layers."""
+        key = (num_heads, num_shared)
+        if key not in self._query_places:
+            numbers = torch.arange(num_heads, device=self.device)
+            self._query_places[key] = HeadPlaces.build(self.groups, [numbers.view(num_shared, 1, -1, 1)])
+        return self._query_places[key]
 
     @cached_property
     def boundaries(self) -> Tensor:

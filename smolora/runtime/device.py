@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import sys
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +54,17 @@ def resolve_dtype(name: str, device: torch.device) -> DTypeChoice:
     if has_native_bfloat16(device):
         return DTypeChoice(torch.bfloat16, f"{device.type} computes bfloat16 natively and the base is frozen")
     return DTypeChoice(torch.float32, f"{device.type} has no native bfloat16")
+
+
+@cache
+def has_intel_processor() -> bool:
+    """Whether the processor is Intel's; False where the system doesn't say."""
+    try:
+        return "GenuineIntel" in (
+            Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else platform.processor()
+        )
+    except OSError:
+        return False
 
 
 def has_native_bfloat16(device: torch.device) -> bool:

@@ -144,9 +144,9 @@ def _backward(
     target_logits = target_logits_of(bundle.model, bundle.task)
     batches = [collate([rows[int(row)] for row in part]).to(bundle.device) for part in plan.micro_batches(step)]
     tokens = sum(batch.num_target_tokens for batch in batches)
-    summed = 0.0
+    mean = 0.0
     for batch in batches:
         loss = sum_cross_entropy(target_logits(bundle.model, batch), batch.targets, weight=1 / tokens)
         loss.backward()  # type: ignore[no-untyped-call]
-        summed += loss.item()
-    return summed
+        mean += loss.item()
+    return mean

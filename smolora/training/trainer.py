@@ -272,16 +272,16 @@ class Trainer:
 
     def _backward(self, batches: Sequence[Batch], tokens: int) -> float:
         """Accumulate the gradient of the step's token mean over all processes, and return that mean."""
-        summed = torch.zeros((), dtype=torch.float64)
+        mean = torch.zeros((), dtype=torch.float64)
         with self._processes.inside_model():
             for batch in batches:
                 loss = sum_cross_entropy(
                     self._target_logits(self.bundle.model, batch), batch.targets, weight=1 / tokens
                 )
                 loss.backward()  # type: ignore[no-untyped-call]
-                summed += loss.detach().to("cpu", torch.float64)
+                mean += loss.detach().to("cpu", torch.float64)
         self._processes.sum_gradients(list(self.active_parameters.values()))
-        return self._processes.sum(summed.item())[0]
+        return self._processes.sum(mean.item())[0]
 
     def _require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):

@@ -41,6 +41,13 @@ def _generate_alone(model, row):
     return output[0, len(row.prompt_ids) :].tolist()
 
 
+@pytest.fixture(params=[False, True], ids=["by products", "by kernel"])
+def attention(request, monkeypatch):
+    """Attend by what is chosen for float32 and by what is chosen for 16 bits, in float32 both."""
+    monkeypatch.setattr(slots, "_attends_by_kernel", lambda like: request.param)
+
+
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_of_mixed_rows_equal_those_of_generate_one_by_one(family):
     model = tiny_model(family)
@@ -50,6 +57,7 @@ def test_greedy_tokens_of_mixed_rows_equal_those_of_generate_one_by_one(family):
         assert _answers(model, _rows(), num_slots) == expected
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
 def test_a_sliding_window_hides_the_same_keys_as_in_generate(family):
     model = tiny_model(family, sliding_window=6)
@@ -58,6 +66,7 @@ def test_a_sliding_window_hides_the_same_keys_as_in_generate(family):
     assert expected != [_generate_alone(tiny_model(family, sliding_window=64), row) for row in _rows()]
 
 
+@pytest.mark.usefixtures("attention")
 def test_a_softcap_on_attention_is_applied():
     model = tiny_model("gemma2", attn_logit_softcapping=0.5)
     expected = [_generate_alone(model, row) for row in _rows()]
@@ -94,6 +103,7 @@ def test_a_row_that_is_done_makes_room_for_one_that_waits():
     assert num_steps <= sum(ROOMS) // 2 + 1  # Pairs that wait for each other, even the most alike, take 56.
 
 
+@pytest.mark.usefixtures("attention")
 def test_slots_that_grow_keep_what_they_hold(monkeypatch):
     model = tiny_model("llama")
     expected = _answers(model, _rows(), 4)
@@ -104,6 +114,7 @@ def test_slots_that_grow_keep_what_they_hold(monkeypatch):
     ]
 
 
+@pytest.mark.usefixtures("attention")
 def test_memory_left_by_others_reaches_no_row():
     class Poisoned(torch.utils._python_dispatch.TorchDispatchMode):
         """Memory that nobody wrote holds NaN, as it may."""

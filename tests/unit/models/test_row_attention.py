@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,18 +24,14 @@ class Angles(NamedTuple):
     sin: torch.Tensor
 
 
-def spread(angles):
-    return Rotary.of_angles(*angles)
-
-
 def swap_halves(x):
     return torch.cat((-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]), dim=-1)
 
 
-def naive(heads, lengths, *, scale, window, rotary):
-    outputs = []
+def naive(heads, lengths, *, scale, window, rotary, num_heads=HEADS):
+    outputs, shared = [], (heads.shape[1] - num_heads) // 2
     for number, row in enumerate(heads.split(lengths)):
-        query, key, value = (part.transpose(0, 1) for part in row.split([HEADS, SHARED, SHARED], dim=1))
+        query, key, value = (part.transpose(0, 1) for part in row.split([num_heads, shared, shared], dim=1))
         if rotary:
             cos, sin = rotary.cos.split(lengths)[number], rotary.sin.split(lengths)[number]
             query, key = (x * cos + swap_halves(x) * sin for x in (query, key))
@@ -44,30 +39,30 @@ def naive(heads, lengths, *, scale, window, rotary):
         sees = torch.ones(length, length, dtype=torch.bool).tril()
         if window:
             sees &= torch.ones(length, length, dtype=torch.bool).triu(1 - window)
-        key, value = (x.repeat_interleave(HEADS // SHARED, dim=0) for x in (key, value))
+        key, value = (x.repeat_interleave(num_heads // shared, dim=0) for x in (key, value))
         attended = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=sees, scale=scale)
         outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def random_inputs(lengths):
+def random_inputs(lengths, *, count=HEADS + 2 * SHARED):
     generator = torch.Generator().manual_seed(sum(lengths))
-    heads = torch.randn(sum(lengths), HEADS + 2 * SHARED, WIDTH, generator=generator, requires_grad=True)
+    heads = torch.randn(sum(lengths), count, WIDTH, generator=generator, requires_grad=True)
     angles = torch.rand(sum(lengths), WIDTH // 2, generator=generator).mul(6).repeat(1, 2)
     return heads, Angles(angles.cos(), angles.sin())
 
 
-def assert_equal_to_naive(lengths, *, window=None, with_rotary=True):
-    heads, rotary = random_inputs(lengths)
+def assert_equal_to_naive(lengths, *, window=None, with_rotary=True, num_heads=HEADS, shared=SHARED):
+    heads, rotary = random_inputs(lengths, count=num_heads + 2 * shared)
     rotary = rotary if with_rotary else None
     found = attend_rows(
         heads,
-        num_heads=HEADS,
+        num_heads=num_heads,
         rows=Rows(lengths, torch.device("cpu")),
         settings=AttentionSettings(0.3, window=window),
-        rotary=spread(rotary) if rotary else None,
+        rotary=Rotary.of_angles(*rotary) if rotary else None,
     )
-    expected = naive(heads, lengths, scale=0.3, window=window, rotary=rotary)
+    expected = naive(heads, lengths, scale=0.3, window=window, rotary=rotary, num_heads=num_heads)
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
     # float32 rounding over sums of at most 300 terms.
     assert_close(found, expected, rtol=0, atol=1e-5)
@@ -82,6 +77,36 @@ def test_it_equals_one_row_at_a_time(lengths, window, with_rotary):
     assert_equal_to_naive(lengths, window=window, with_rotary=with_rotary)
 
 
+@pytest.mark.parametrize("lengths", [[40, 40, 3], [300]])
+@pytest.mark.parametrize(("num_heads", "shared"), [(4, 4), (4, 1), (1, 1)])
+def test_any_number_of_heads_may_share_a_key(lengths, num_heads, shared):
+    assert_equal_to_naive(lengths, num_heads=num_heads, shared=shared)
+
+
+def test_memory_that_nobody_wrote_reaches_no_token_and_no_gradient():
+    class Poisoned(torch.utils._python_dispatch.TorchDispatchMode):
+        """Memory that nobody wrote holds NaN, as it may."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name in {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}:
+                result = result.fill_(torch.nan) if result.is_floating_point() else result
+            return result
+
+    with Poisoned():
+        for lengths in ([40, 33, 1], [300, 20]):
+            heads, rotary = random_inputs([sum(lengths) + 9])  # 9 tokens of filler.
+            output = attend_rows(
+                heads,
+                num_heads=HEADS,
+                rows=Rows(lengths, torch.device("cpu")),
+                settings=AttentionSettings(0.3),
+                rotary=Rotary.of_angles(*rotary),
+            )
+            assert output.isfinite().all()
+            assert torch.autograd.grad(output.sum(), heads)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("lengths", [[300], [129, 128, 257, 1], [256, 200]])
 def test_long_rows_in_blocks_of_queries_equal_it_too(lengths):
     assert_equal_to_naive(lengths)
@@ -91,10 +116,10 @@ def test_a_change_in_one_row_leaves_the_others_bit_equal():
     lengths = [20, 21, 40]
     heads, rotary = random_inputs(lengths)
     rows, how = Rows(lengths, torch.device("cpu")), AttentionSettings(0.3)
-    before = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=spread(rotary))
+    before = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=Rotary.of_angles(*rotary))
     changed = heads.detach().clone()
     changed[:20] += 1
-    after = attend_rows(changed, num_heads=HEADS, rows=rows, settings=how, rotary=spread(rotary))
+    after = attend_rows(changed, num_heads=HEADS, rows=rows, settings=how, rotary=Rotary.of_angles(*rotary))
     assert torch.equal(before[20:], after[20:])
     assert not torch.equal(before[:20], after[:20])
 
@@ -103,9 +128,9 @@ def test_filler_behind_the_rows_gives_and_takes_nothing():
     lengths, num_tokens = [20, 21], 64
     heads, rotary = random_inputs([num_tokens])
     rows, how = Rows(lengths, torch.device("cpu")), AttentionSettings(0.3)
-    output = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=spread(rotary))
+    output = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=Rotary.of_angles(*rotary))
     angles = Angles(*(part[:41] for part in rotary))
-    expected = attend_rows(heads[:41], num_heads=HEADS, rows=rows, settings=how, rotary=spread(angles))
+    expected = attend_rows(heads[:41], num_heads=HEADS, rows=rows, settings=how, rotary=Rotary.of_angles(*angles))
     assert_close(output[:41], expected)
     assert not output[41:].any()
     (gradient,) = torch.autograd.grad(output.square().sum(), heads)
@@ -165,7 +190,7 @@ def test_on_a_gpu_the_kernel_gives_what_a_row_alone_gives(window):
     heads, rotary = random_inputs([num_tokens])
     heads, rotary = heads.detach().cuda().bfloat16().requires_grad_(), Angles(*(part.cuda() for part in rotary))
     rows, how = Rows(lengths, torch.device("cuda")), AttentionSettings(0.3, window=window)
-    turns = Rotary(*(part.bfloat16() for part in (spread(rotary).cos, spread(rotary).sin)))
+    turns = Rotary(*(part.bfloat16() for part in (Rotary.of_angles(*rotary).cos, Rotary.of_angles(*rotary).sin)))
     output = attend_rows(heads, num_heads=HEADS, rows=rows, settings=how, rotary=turns)
     wide = heads.detach().float().requires_grad_()
     angles = Angles(*(part[:108] for part in rotary))
@@ -180,7 +205,7 @@ def test_on_a_gpu_the_kernel_gives_what_a_row_alone_gives(window):
 def test_turning_has_the_gradient_of_what_it_computes():
     heads, rotary = random_inputs([7])
     wide = heads.detach().double().requires_grad_()
-    turns = Rotary(*(part.double() for part in (spread(rotary).cos, spread(rotary).sin)))
+    turns = Rotary(*(part.double() for part in (Rotary.of_angles(*rotary).cos, Rotary.of_angles(*rotary).sin)))
     assert torch.autograd.gradcheck(turns.apply, (wide,))
 
 
@@ -188,30 +213,25 @@ def test_boundaries_are_where_rows_begin_and_the_last_one_ends():
     assert Rows([3, 5, 2], torch.device("cpu")).boundaries.tolist() == [0, 3, 8, 10]
 
 
-@pytest.mark.parametrize("has_keys", [True, False])
-def test_every_head_of_a_row_has_one_place_and_padding_holds_a_head_of_its_row(has_keys):
+@pytest.mark.parametrize("make", [Rows.head_places, Rows.query_places], ids=["all", "queries"])
+def test_every_head_of_a_row_has_one_place_and_padding_holds_a_head_of_its_row(make):
     lengths = [20, 70, 33, 64, 1]
     rows = Rows(lengths, torch.device("cpu"))
-    places = rows.places(HEADS, SHARED, has_keys=has_keys)
-    num_heads = HEADS + (2 * SHARED if has_keys else 0)
+    places = make(rows, HEADS, SHARED)
+    num_heads = HEADS + (2 * SHARED if make is Rows.head_places else 0)
     assert places.heads[places.places].tolist() == list(range(sum(lengths) * num_heads))
-    assert len(places.heads) == len(places.places) + len(places.is_padding)
-    assert not set(places.is_padding.tolist()) & set(places.places.tolist())
+    assert len(places.heads) == len(places.places) + len(places.padding)
+    assert not set(places.padding.tolist()) & set(places.places.tolist())
     row_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    held = (row_of[places.heads // num_heads], places.heads % num_heads)
-    start = 0
-    for group in rows.groups:
-        own = row_of[group.tokens[:, 0]][None, :, None, None]
-        sizes = [(HEADS // SHARED, range(HEADS))]
-        sizes += [(1, range(HEADS, HEADS + SHARED)), (1, range(HEADS + SHARED, num_heads))] if has_keys else []
-        for per_key, heads in sizes:
-            shape = (SHARED, group.num_rows, per_key, group.length)
-            rows_here, heads_here = (x[start : start + math.prod(shape)].view(shape) for x in held)
-            expected = torch.tensor(heads).view(SHARED, 1, per_key, 1)
-            assert (rows_here == own).all()
-            assert (heads_here == expected).all()
-            start += math.prod(shape)
-    assert start == len(places.heads)
+    held = torch.stack((row_of[places.heads // num_heads], places.heads % num_heads), dim=1)
+    kinds = torch.arange(num_heads).split([HEADS] if num_heads == HEADS else [HEADS, SHARED, SHARED])
+    for group, blocks in zip(rows.groups, places.split(held), strict=True):
+        own = row_of[group.tokens[:, 0]].repeat(SHARED)
+        for block, numbers in zip(blocks, kinds, strict=True):
+            assert block.shape == (SHARED * group.num_rows, len(numbers) // SHARED, group.length, 2)
+            assert (block[..., 0] == own[:, None, None]).all()
+            expected = numbers.view(SHARED, 1, -1).expand(-1, group.num_rows, -1).flatten(0, 1)
+            assert (block[..., 1] == expected[..., None]).all()
 
 
 def test_blocks_of_rows_come_in_few_lengths():
