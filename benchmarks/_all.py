@@ -58,8 +58,7 @@ def main(words: list[str]) -> int:
         if process.returncode:
             failed += 1
             continue
-        kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-        sections[f"{_title(run)} ({kind})"] = f"{_describe()}\n\n```\n{process.stdout.strip()}\n```\n"
+        sections[f"{_title(run)} ({_kind()})"] = f"{_describe()}\n\n```\n{process.stdout.strip()}\n```\n"
         # Now, so that what was measured outlives an interrupt.
         ordered = [f"## {title}\n\n{sections[title]}" for title in sorted(sections, key=_place)]
         RESULTS.write_text("\n".join([TITLE, *ordered]), encoding="utf-8")
@@ -80,6 +79,12 @@ def _read_sections() -> dict[str, str]:
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
     found = (section.split("\n\n", 1) for section in text.split("\n## ")[1:])
     return {title: body.rstrip("\n") + "\n" for title, body in found}
+
+
+def _kind() -> str:
+    """Return the kind of processor: its matrix units, where it has some, change what the rest of a step costs."""
+    units = torch.backends.cpu.get_cpu_capability() + (" with AMX" if torch.cpu._is_amx_tile_supported() else "")
+    return f"{platform.machine()}, {units}"
 
 
 def _describe() -> str:
