@@ -60,11 +60,10 @@ def resolve_dtype(name: str, device: torch.device) -> DTypeChoice:
 def has_intel_processor() -> bool:
     """Whether the processor is Intel's; False where the system doesn't say."""
     try:
-        return "GenuineIntel" in (
-            Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else platform.processor()
-        )
+        said = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else platform.processor()
     except OSError:
         return False
+    return "GenuineIntel" in said
 
 
 def has_native_bfloat16(device: torch.device) -> bool:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 
 from smolora.errors import ConfigError
-from smolora.runtime.device import DeviceManager, has_native_bfloat16, resolve_device, resolve_dtype
+from smolora.runtime.device import (
+    DeviceManager,
+    has_intel_processor,
+    has_native_bfloat16,
+    resolve_device,
+    resolve_dtype,
+)
 
 CPU = torch.device("cpu")
 
@@ -43,3 +52,9 @@ def test_a_model_is_moved_and_keeps_its_type():
 def test_a_frozen_base_is_bfloat16_on_a_gpu_that_has_it():
     device = resolve_device("cuda").device
     assert (resolve_dtype("auto", device).dtype is torch.bfloat16) == has_native_bfloat16(device)
+
+
+@pytest.mark.skipif(shutil.which("lscpu") is None, reason="the system has no lscpu, which says whose the processor is")
+def test_whose_the_processor_is_is_what_the_system_says():
+    said = subprocess.run(["lscpu"], check=True, capture_output=True, text=True).stdout
+    assert has_intel_processor() == ("GenuineIntel" in said)
