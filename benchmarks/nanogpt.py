@@ -1,12 +1,14 @@
-"""A character GPT on tiny shakespeare: a plain float32 loop against smolora's `pretrain`, in turns, in one run.
+"""A character GPT on tiny shakespeare: a plain loop against smolora's `pretrain`, in turns, in one run.
 
 The plain loop is what people write first (and what nanoGPT's small CPU setting is): one fused query-key-value layer,
 AdamW at 3e-3 falling to 3e-4, warm-up of 100 steps, batches drawn at random. Both are judged by one function, on every
-whole window of the last 10 % of the file. nanoGPT's README gives 1.88 for this setting.
+whole window of the last 10 % of the file. nanoGPT's README gives 1.88 for this setting. In bfloat16 the plain loop's
+forward pass is under torch.autocast, as nanoGPT's is.
 
 python benchmarks/nanogpt.py            # 2,000 steps, two turns each
 python benchmarks/nanogpt.py --steps 50 --rounds 1
 python benchmarks/nanogpt.py --large --steps 60 --rounds 1
+python benchmarks/nanogpt.py --large --steps 100 --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from _measuring import find_shared, median, print_table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tuning import NATIVE
 
 from smolora.config import DataConfig, GPTConfig, PretrainConfig, TrainingConfig
 from smolora.data.encoding import encode_texts
@@ -51,7 +53,7 @@ PEAK_RATE, LAST_RATE, WARMUP = (1e-3, 1e-4, 100) if SHAPE.width > 256 else (3e-3
 EVAL_EVERY, EVAL_BATCHES = 250, 20
 VALIDATION_SHARE = 0.1
 
-Forward = Callable[[Tensor], Tensor]
+ProductType = Literal["float32", "bfloat16"]
 
 
 class Outcome(NamedTuple):
@@ -107,7 +109,7 @@ class PlainGPT(nn.Module):
         return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
 
 
-def train_plain(text: str, steps: int, seed: int) -> Outcome:
+def train_plain(text: str, steps: int, seed: int, dtype: ProductType) -> Outcome:
     """Train `PlainGPT` on characters, and judge it."""
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -123,7 +125,8 @@ def train_plain(text: str, steps: int, seed: int) -> Outcome:
         step_started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = _plain_rate(step, steps)
-        loss = _loss(model, *_draw_batch(train))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = _loss(model, *_draw_batch(train))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,7 +136,7 @@ def train_plain(text: str, steps: int, seed: int) -> Outcome:
     return Outcome(evaluate_windows(model, validation), step_seconds, seconds)
 
 
-def train_smolora(text_file: Path, steps: int, seed: int) -> Outcome:
+def train_smolora(text_file: Path, steps: int, seed: int, dtype: ProductType) -> Outcome:
     """Train the same shape with `pretrain`, and judge it."""
     timer = _StepTimer()
     started = time.perf_counter()
@@ -153,6 +156,7 @@ def train_smolora(text_file: Path, steps: int, seed: int) -> Outcome:
             save_steps=steps,
             seed=seed,
         ),
+        dtype=dtype,
         device="cpu",
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -222,13 +226,13 @@ def _estimate_loss(model: nn.Module, *parts: Tensor) -> list[float]:
     return means
 
 
-def compare(text_file: Path, *, steps: int, rounds: int) -> dict[str, list[Outcome]]:
+def compare(text_file: Path, *, steps: int, rounds: int, dtype: ProductType) -> dict[str, list[Outcome]]:
     """Train both in turns, and return what each turn reached."""
     text = text_file.read_text(encoding="utf-8")
     outcomes: dict[str, list[Outcome]] = {"plain loop": [], "smolora": []}
     for seed in range(rounds):
-        outcomes["plain loop"].append(train_plain(text, steps, seed))
-        outcomes["smolora"].append(train_smolora(text_file, steps, seed))
+        outcomes["plain loop"].append(train_plain(text, steps, seed, dtype))
+        outcomes["smolora"].append(train_smolora(text_file, steps, seed, dtype))
     return outcomes
 
 
@@ -237,20 +241,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=2, help="turns of each; their median is printed")
     parser.add_argument("--large", action="store_true", help="6 layers, 384 wide, context 256, 16 rows a step")
+    types = list(dict.fromkeys(("float32", str(NATIVE).removeprefix("torch."))))
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], nargs="*", default=types, help="of products; default: %(default)s"
+    )
     parser.add_argument("--text", type=Path, help="another text file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    outcomes = compare(
-        args.text or find_shared("data/pretrain/tinyshakespeare.txt"), steps=args.steps, rounds=args.rounds
-    )
-    medians = {name: [median(column) for column in zip(*turns, strict=True)] for name, turns in outcomes.items()}
-    plain, ours = medians["plain loop"], medians["smolora"]
-    rows = [[name, *values] for name, values in medians.items()]
-    rows.append(["smolora / plain", *(mine / theirs for mine, theirs in zip(ours, plain, strict=True))])
-    title = (
-        f"tiny shakespeare, characters, {args.steps} steps of {SHAPE.batch} x {SHAPE.context}, median of {args.rounds}"
-    )
-    print_table(title, ["", "validation loss", "seconds in steps", "seconds in all"], rows)
+    text_file = args.text or find_shared("data/pretrain/tinyshakespeare.txt")
+    for dtype in args.dtype:
+        outcomes = compare(text_file, steps=args.steps, rounds=args.rounds, dtype=dtype)
+        medians = {name: [median(column) for column in zip(*turns, strict=True)] for name, turns in outcomes.items()}
+        plain, ours = medians["plain loop"], medians["smolora"]
+        rows = [[name, *values] for name, values in medians.items()]
+        rows.append(["smolora / plain", *(mine / theirs for mine, theirs in zip(ours, plain, strict=True))])
+        setting = f"{args.steps} steps of {SHAPE.batch} x {SHAPE.context}, {dtype}"
+        title = f"tiny shakespeare, characters, {setting}, median of {args.rounds}"
+        print_table(title, ["", "validation loss", "seconds in steps", "seconds in all"], rows)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,9 @@ class PretrainFlags(TextFlags, LoopFlags):
     context: Annotated[int | None, At("gpt.context")] = None
     """Longest sequence in tokens."""
 
+    dtype: Annotated[str | None, At("dtype")] = None
+    """Type of matrix products: float32, or bfloat16 for mixed precision."""
+
     device: Annotated[str | None, At("device")] = None
     """auto, cpu, cuda or mps."""
 

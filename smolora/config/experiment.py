@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
@@ -119,6 +119,10 @@ class PretrainConfig(Section):
 
     evaluation: EvaluationConfig = EvaluationConfig(batch_size=32)
     """Evaluation during the run."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products and attention. bfloat16 is mixed precision: weights, norms, optimiser and loss stay
+    float32. Where the device multiplies it natively, a step takes down to half of the time."""
 
     device: DeviceName = "auto"
     """Where the run computes."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from smolora.config import PretrainConfig
 from smolora.data.collate import collate_windows
@@ -23,6 +24,7 @@ from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
 from smolora.models.frozen_linear import goes_by_onednn
 from smolora.models.gpt import GPTModel
+from smolora.models.mixed_precision import mixed_precision
 from smolora.models.trained_linear import linears_by_onednn
 from smolora.recipes.report import leave_report
 from smolora.recipes.run_folder import (
@@ -35,7 +37,7 @@ from smolora.recipes.run_folder import (
 )
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import replaced_folder
-from smolora.runtime.device import resolve_device
+from smolora.runtime.device import has_native_bfloat16, resolve_device
 from smolora.runtime.memory import keep_large_blocks
 from smolora.runtime.seeding import permutation
 from smolora.tokenizers.bpe import BPETokenizer
@@ -81,7 +83,10 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
         bundle = pretraining.bundle
         require_shardable(bundle, processes)
         with ExitStack() as stack:
-            if goes_by_onednn(next(bundle.model.parameters())):
+            assert isinstance(bundle.model, GPTModel), "a pretraining run trains a GPTModel"
+            if config.dtype == "bfloat16":
+                stack.enter_context(mixed_precision(bundle.model))
+            elif goes_by_onednn(next(bundle.model.parameters())):
                 stack.enter_context(linears_by_onednn(bundle.model))
             if processes.is_main:
                 stack.enter_context(_recorded_pretraining(run, config, pretraining, resume=resume))
@@ -127,7 +132,8 @@ def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: i
     train, held_out = _build_datasets(config, documents, tokenizer)
     refuse_unmeasurable(config, is_evaluated=held_out is not None)
     bundle = build_gpt(config.gpt, tokenizer, seed=config.training.seed, device=device)
-    logger.info("device: %s (%s)", device, reason)
+    precision = _describe_precision(config, device)
+    logger.info("device: %s (%s); products: %s", device, reason, precision)
     logger.info("text: %s", _describe_text(documents, train, held_out))
     logger.info("model: %s parameters, vocabulary %s", f"{bundle.num_parameters:,}", f"{len(tokenizer):,}")
     identity = RunIdentity(
@@ -137,9 +143,21 @@ def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: i
         held_out=held_out.fingerprint if held_out else "",
         settings=fingerprint_settings(config),
     )
-    machine = {"device": f"{device} ({reason})", "allocator": allocator, "processes": str(num_processes)}
+    machine = {
+        "device": f"{device} ({reason})",
+        "dtype": precision,
+        "allocator": allocator,
+        "processes": str(num_processes),
+    }
     steps = StepPlan(len(train), config.training, num_processes)
     return Pretraining(bundle, train, held_out, documents.report, steps, identity, machine)
+
+
+def _describe_precision(config: PretrainConfig, device: torch.device) -> str:
+    is_native = has_native_bfloat16(device)
+    if config.dtype == "bfloat16":
+        return "bfloat16, beside float32 weights" if is_native else "bfloat16, which is slower than float32 here"
+    return "float32 (--dtype bfloat16 is native here)" if is_native else "float32"
 
 
 @contextmanager

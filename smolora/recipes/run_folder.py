@@ -38,6 +38,7 @@ _FIXED = (
     "adapter.",
     "gpt.",
     "tokenizer.",
+    "dtype",
     "speed.",
     "model.dtype",
     "model.quantization",

@@ -268,3 +268,24 @@ def test_dropout_keeps_the_mean():
     stack = torch.stack(draws)
     error = stack.std(dim=0) / 300**0.5
     assert ((stack.mean(dim=0) - plain).abs() <= 6 * error + 1e-6).all()
+
+
+@pytest.mark.parametrize("lengths", [[200, 256], [300, 40], [600]])
+def test_in_bfloat16_it_is_as_near_to_float32_as_one_row_at_a_time(lengths):
+    heads, _ = random_inputs(lengths)
+    half = heads.detach().bfloat16().requires_grad_()
+    exact = half.detach().float().requires_grad_()
+    grad = torch.randn(sum(lengths), HEADS, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows, settings = Rows(lengths, torch.device("cpu")), AttentionSettings(0.3)
+    naively = {"scale": 0.3, "window": None, "rotary": None}
+    found = attend_rows(half, num_heads=HEADS, rows=rows, settings=settings)
+    rounded, expected = naive(half, lengths, **naively), naive(exact, lengths, **naively)
+    for mine, theirs, wanted in (
+        (found, rounded, expected),
+        (
+            *(torch.autograd.grad(x, half, grad)[0] for x in (found, rounded)),
+            torch.autograd.grad(expected, exact, grad.float())[0],
+        ),
+    ):
+        error = (mine.float() - wanted).norm()
+        assert 0 < error <= 2 * (theirs.float() - wanted).norm()

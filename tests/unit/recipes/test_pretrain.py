@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolora.config import PretrainConfig, resolve_config
@@ -75,6 +76,21 @@ def test_a_resumed_run_may_get_more_steps_but_not_another_shape(tmp_path, text):
         pretrain(config(text, "gpt.width=32"), tmp_path / "run", resume=True)
     pretrain(config(text, "training.max_steps=25"), tmp_path / "run", resume=True)
     assert RunDir(tmp_path / "run").newest_checkpoint().step == 25
+
+
+def test_in_mixed_precision_a_run_learns_as_well_and_says_so(tmp_path, text):
+    logs = {}
+    for dtype in ("float32", "bfloat16"):
+        run = RunDir(pretrain(config(text, f"dtype={dtype}"), tmp_path / dtype).parent)
+        logs[dtype] = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        assert json.loads(run.env.read_text())["dtype"].startswith(dtype)
+    losses = {dtype: [line["eval_loss"] for line in lines if "eval_loss" in line] for dtype, lines in logs.items()}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)  # They fall by a third.
+    weights = load_file(tmp_path / "bfloat16" / "model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    with pytest.raises(ConfigError, match="dtype can't change within a run: it was 'bfloat16', now 'float32'"):
+        pretrain(config(text), tmp_path / "bfloat16", resume=True)
 
 
 def test_a_resume_on_another_text_is_refused(tmp_path, text):
