@@ -28,6 +28,7 @@ from smolora.config import GPTConfig, LoRAConfig
 from smolora.models.anatomy import build_anatomy
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
+from smolora.models.gpt import GPTModel
 from smolora.models.gpt2_weights import to_gpt2
 from smolora.runtime.memory import MemoryManager, keep_large_blocks
 from smolora.tokenizers.char import CharTokenizer
@@ -110,6 +111,7 @@ def _build_step(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def _with_adapter(bundle: ModelBundle) -> ModelBundle:
+    assert isinstance(bundle.model, GPTModel), "build_gpt builds one"
     model = to_gpt2(bundle.model)
     return attach_adapter(replace(bundle, model=model, anatomy=build_anatomy(model)), LoRAConfig(), seed=0)
 

@@ -35,7 +35,7 @@ from smolora.runtime.memory import MemoryManager, keep_large_blocks
 from smolora.training.callback import Callback
 from smolora.training.trainer import Trainer
 
-DATA = {
+DATA: dict[str, tuple[str, str, tuple[str, ...], int]] = {
     "sst2": ("data/textcls/sst2_train.jsonl", "data/textcls/sst2_test.jsonl", ("text",), 1),
     "sick": ("data/nli/sick_train.jsonl", "data/nli/sick_test.jsonl", ("premise", "hypothesis"), 3),
 }
@@ -70,8 +70,8 @@ def find_encoder() -> Path:
 
 def read_rows(data: str, *, split: int) -> tuple[list[dict[str, object]], list[str]]:
     """Return rows of a split (0 train, 1 test) with numbered labels, and the names of the labels in order."""
-    files, columns = DATA[data], DATA[data][2]
-    rows = [[json.loads(line) for line in find_shared(files[side]).read_text().splitlines()] for side in (0, 1)]
+    *files, columns, _ = DATA[data]
+    rows = [[json.loads(line) for line in find_shared(str(file)).read_text().splitlines()] for file in files]
     names = sorted({str(row["label"]) for row in rows[0]})
     return [
         {**{name: row[name] for name in columns}, "label": names.index(str(row["label"]))} for row in rows[split]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def benchmark_forward(
     for batch_size in batch_sizes:
         for length in lengths:
             input_ids = torch.randint(vocab_size, (batch_size, length))
-            seconds = median(time_steps(lambda ids=input_ids: model(ids), num_warmup=num_warmup, num_steps=num_steps))
+            seconds = median(time_steps(partial(model, input_ids), num_warmup=num_warmup, num_steps=num_steps))
             timings.append(ForwardTiming(batch_size, length, seconds * 1e3, batch_size * length / seconds))
     return timings
 

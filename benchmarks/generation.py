@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from _measuring import median, print_table
@@ -85,10 +86,10 @@ def compare(dtype: torch.dtype, rounds: int) -> bool:
     """Time all in turns, print a table, and return whether every answer was that of `generate`."""
     model, (prompts, wanted) = build_model(dtype), draw_work()
     contestants: dict[str, Callable[[], Answers]] = {
-        f"generate, batches of {size}": lambda size=size: answer_in_batches(model, prompts, wanted, size)
+        f"generate, batches of {size}": partial(answer_in_batches, model, prompts, wanted, size)
         for size in PEER_BATCHES
     }
-    contestants["smolora"] = lambda: answer_in_slots(model, prompts, wanted)
+    contestants["smolora"] = partial(answer_in_slots, model, prompts, wanted)
     answers = {name: answer() for name, answer in contestants.items()}  # The warm-up.
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from _measuring import median, print_table
@@ -25,6 +26,7 @@ from smolora.models.loading import load_model
 from smolora.runtime.memory import keep_large_blocks
 from smolora.training.callback import Callback
 from smolora.training.gradients import GradientNormCallback
+from smolora.training.state import StepRecord
 from smolora.training.trainer import Trainer
 
 
@@ -32,21 +34,22 @@ class Timed(Callback):
     """Passes every event on and adds up what it takes."""
 
     def __init__(self, inner: GradientNormCallback) -> None:
-        self.inner, self.seconds, self.steps = inner, 0.0, []
+        self.inner, self.seconds = inner, 0.0
+        self.steps: list[float] = []
 
-    def on_train_begin(self, trainer):
+    def on_train_begin(self, trainer: Trainer) -> None:
         self.inner.on_train_begin(trainer)
 
-    def on_gradients(self, trainer):
+    def on_gradients(self, trainer: Trainer) -> None:
         self._time(lambda: self.inner.on_gradients(trainer))
 
-    def on_log(self, trainer, record):
+    def on_log(self, trainer: Trainer, record: StepRecord) -> None:
         self._time(lambda: self.inner.on_log(trainer, record))
 
-    def on_step_end(self, trainer, record):
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self.steps.append(record.seconds)
 
-    def _time(self, event):
+    def _time(self, event: Callable[[], None]) -> None:
         started = time.perf_counter()
         event()
         self.seconds += time.perf_counter() - started

@@ -82,10 +82,10 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        heads = (
+        query, key, value = (
             part.view(B, T, SHAPE.heads, -1).transpose(1, 2) for part in self.c_attn(self.norm1(x)).split(D, dim=2)
         )
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.c_proj(mixed.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp(self.norm2(x))
 

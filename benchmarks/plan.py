@@ -107,10 +107,11 @@ def write_inputs(folder: Path) -> None:
 
 def list_settings(case: str, folder: Path) -> list[str]:
     """Return what goes on the command line of a case."""
-    values = {f"training.{name}": value for name, value in CASES[case][1].items()}
+    values: dict[str, object] = {f"training.{name}": value for name, value in CASES[case][1].items()}
     if case == "stories":
         model, rows = find_shared("models/stories260K/config.json").parent, find_shared("data/e2e/devset.csv")
-        fields = {"data.prompt_field": "mr", "data.completion_field": "ref", "training.learning_rate": 1e-2}
+        fields: dict[str, object] = {"data.prompt_field": "mr", "data.completion_field": "ref"}
+        fields["training.learning_rate"] = 1e-2
     else:
         model, rows = folder / "base", folder / ("samsum.jsonl" if case == "samsum" else "e2e.jsonl")
         fields = {"adapter.method": "full"} if case == "full" else {}

@@ -64,8 +64,9 @@ def prepare_by_datasets(source: Path, kind: str, out: Path) -> None:
     seen: set[int] = set()
 
     def is_new(row: dict[str, str]) -> bool:
-        digest = hash(row["text"])
-        return digest not in seen and not seen.add(digest)
+        size = len(seen)
+        seen.add(hash(row["text"]))
+        return len(seen) > size
 
     rows = rows.filter(is_new)
     parts = rows.train_test_split(test_size=min(500, len(rows) // 20), seed=0)

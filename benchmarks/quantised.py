@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from _measuring import find_shared, median, print_table
@@ -34,6 +34,7 @@ from smolora.adapters.fast_path import fast_path
 from smolora.adapters.merge import merge_adapter
 from smolora.adapters.store import load_bundle
 from smolora.config import ExperimentConfig, LoRAConfig, SpeedConfig, TrainingConfig, resolve_config
+from smolora.config.model import Quantization
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset
 from smolora.models.bundle import ModelBundle
@@ -80,7 +81,7 @@ def prepare(shape: str, folder: Path) -> None:
 def measure(args: argparse.Namespace) -> Cost:
     """Run one arm in this process."""
     keep_large_blocks()
-    held = args.child if args.child in ("8bit", "4bit") else "none"
+    held: Quantization = args.child if args.child in ("8bit", "4bit") else "none"
     base = load_model(args.folder, dtype=NATIVE, quantization=held)
     loaded = MemoryManager().get_memory_usage()
     restart_peak()
@@ -105,11 +106,12 @@ def restart_peak() -> None:
 
 def count_bytes(layer: nn.Module) -> int:
     """Return the bytes of a linear layer's weight and of the scales it is held with."""
-    weight = layer.get_parameter("weight")
+    weight: Any = layer.get_parameter("weight")
+    state: Any = vars(layer).get("state")
     scales = []
     if is_quantised(layer):
-        scales = [weight.quant_state.absmax] if weight.dtype == torch.uint8 else [layer.state.SCB]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (weight, *scales))
+        scales = [weight.quant_state.absmax] if weight.dtype == torch.uint8 else [state.SCB]
+    return sum(int(tensor.nbytes) for tensor in (weight, *scales))
 
 
 def measure_merges(folder: Path) -> dict[str, float]:
