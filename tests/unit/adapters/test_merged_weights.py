@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 import tracemalloc
 
 import pytest
@@ -89,6 +90,41 @@ def test_a_check_that_raises_ends_the_merge(tmp_path):
 
     with pytest.raises(ModelError, match=r"a\.weight"):
         write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update_of(4, 4)}, refuse)
+
+
+def test_a_copied_tensor_that_reads_back_as_something_else_ends_the_merge(tmp_path):
+    source, target = tmp_path / "in", tmp_path / "out"
+    save_file({"a.weight": draw(6, 4), "b.weight": draw(3, 3)}, source)
+    merged, copied = read_stored_tensors(source)
+
+    def damage_the_next_one(*_):
+        deadline = time.monotonic() + 30
+        while target.stat().st_size < source.stat().st_size and time.monotonic() < deadline:
+            time.sleep(0.001)
+        with target.open("r+b") as file:
+            file.seek(copied.end - 1)
+            file.write(bytes([source.read_bytes()[copied.end - 1] ^ 1]))
+
+    with pytest.raises(ModelError, match=r"b\.weight was copied, and reads back as something else"):
+        write_merged_file(source, target, {merged.name: update_of(4, 6)}, damage_the_next_one)
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_writing_and_checking_share_the_threads_and_give_them_back(tmp_path, num_threads):
+    def refuse(*_):
+        counts.append(torch.get_num_threads())
+        raise ModelError("no")
+
+    save_file({"a.weight": draw(6, 4)}, tmp_path / "in")
+    counts, before = [], torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with pytest.raises(ModelError, match="no"):
+            write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update_of(4, 6)}, refuse)
+        assert counts == [max(1, num_threads // 2)]
+        assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_update_finds_its_tensor_also_without_the_first_part_of_its_name(tmp_path):
