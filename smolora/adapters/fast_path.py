@@ -23,7 +23,7 @@ from smolora.config import SpeedConfig
 from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.frozen_linear import FrozenLinear
-from smolora.models.fused_ops import TORCH_KERNELS, Activation
+from smolora.models.fused_ops import ACTIVATIONS, TORCH_KERNELS, Activation
 from smolora.models.liger import choose_kernels
 from smolora.models.registry import FAMILIES, Fused
 from smolora.models.rounding import allow_rounding, shifted_embeddings
@@ -35,12 +35,6 @@ from smolora.runtime.memory import return_freed_blocks
 
 logger = logging.getLogger(__name__)
 
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 _PROBE = (5, 2, 7)
 """Lengths of the rows that the probe packs."""
 
@@ -205,7 +199,7 @@ class _Installer:
     def _install_mlp(self, layer: int) -> set[str]:
         names = self._names(layer, "gate", "up", "down")
         named = str(self._settings.get("hidden_activation") or self._settings.get("hidden_act"))
-        activation = _ACTIVATIONS.get(named)
+        activation = ACTIVATIONS.get(named)
         if activation is None or len(names) != 3:
             self._fallbacks.setdefault(f"an MLP with {named}", set()).update(names)
             return set()

@@ -13,22 +13,18 @@ import torch
 from torch import nn
 
 from smolora.generation.choosing import Row, choose_tokens
-from smolora.generation.packed_linears import packed_linears
+from smolora.generation.fused_blocks import fused_blocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.models.structure import without_dropout
 
 _PREFILL_TOKENS = 1024
 """Most tokens, padding included, of a forward pass that fills slots."""
 
-_PACKED_ROWS = 4
-"""With fewer rows a step waits for the weights from memory, in whatever layout."""
-
 
 def decode(model: nn.Module, rows: Sequence[Row], *, num_slots: int) -> Iterator[None]:
     """Answer `rows`, `num_slots` of them at a time; yield after each step, when rows have grown by a token."""
     decoder = Decoder(model, rows, num_slots=num_slots)
-    is_packed = min(num_slots, len(rows)) >= _PACKED_ROWS
-    with packed_linears(model, num_rows=min(num_slots, len(rows))) if is_packed else nullcontext():
+    with fused_blocks(model, num_rows=min(num_slots, len(rows))):
         while not decoder.is_idle:
             decoder.step()
             yield

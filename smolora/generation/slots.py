@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from smolora.models.bundle import read_config
+from smolora.models.fused_ops import Rotary
 
 _IMPLEMENTATION = "smolora_slots"
 _BLOCK_ROWS = 16
@@ -39,6 +40,8 @@ class Step:
 
     blocks: tuple[tuple[slice, int], ...]
     """Rows of the step, and how many keys they read."""
+
+    _turns: dict[int, tuple[Tensor, Rotary]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_prompts(cls, first_slot: int, num_rows: int, num_tokens: int, device: torch.device) -> Step:
@@ -63,6 +66,12 @@ class Step:
     def rows(self) -> Tensor:
         """[B], from 0."""
         return torch.arange(self.slots.stop - self.slots.start, device=self.positions.device)
+
+    def turns(self, cos: Tensor, sin: Tensor) -> Rotary:
+        """Return the turns [B or 1, T, 1, K] of angles [B or 1, T, K], made once for all layers that share them."""
+        if id(cos) not in self._turns:
+            self._turns[id(cos)] = (cos, Rotary.of_angles(cos[:, :, None], sin[:, :, None]))
+        return self._turns[id(cos)][1]  # Kept beside it, `cos` can't give its id to another tensor.
 
     @property
     def num_tokens(self) -> int:
@@ -102,6 +111,10 @@ class SlotCache(Cache):  # type: ignore[misc]
         keys[step.rows, :, step.positions[:, 0]] = key_states[:, :, 0]
         values[step.rows, :, step.positions[:, 0]] = value_states[:, :, 0]
         return keys[:, :, : step.num_keys], values[:, :, : step.num_keys]
+
+    def turns(self, cos: Tensor, sin: Tensor) -> Rotary:
+        """Return the turns of the step's tokens, as `Step.turns` does."""
+        return _STEP.get().turns(cos, sin)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the `length` tokens of a row into another slot."""
@@ -159,7 +172,7 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
 @contextmanager
 def slot_attention(model: nn.Module) -> Iterator[None]:
     """Let `model` ask this module for masks and attention for the block."""
-    AttentionInterface.register(_IMPLEMENTATION, _attend)
+    AttentionInterface.register(_IMPLEMENTATION, attend)
     AttentionMaskInterface.register(_IMPLEMENTATION, _mask)
     config = read_config(model)
     before = config._attn_implementation
@@ -187,12 +200,12 @@ def _mask(
     return torch.zeros(visible.shape, dtype=dtype, device=rows.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -206,7 +219,9 @@ def _attend(
     B, H, T, K = query.shape
     num_groups = H // key.shape[1]
     folded = query.reshape(B, key.shape[1], num_groups * T, K)  # Heads that share a key read it once.
-    mask = attention_mask.repeat(1, 1, num_groups, 1).expand(B, -1, -1, -1)
+    assert attention_mask is not None, "`_mask` makes one for every step"
+    per_group = attention_mask.expand(-1, -1, num_groups, -1) if T == 1 else attention_mask.repeat(1, 1, num_groups, 1)
+    mask = per_group.expand(B, -1, -1, -1)
     scale = K**-0.5 if scaling is None else scaling
     parts = []
     for rows, length in step.blocks:

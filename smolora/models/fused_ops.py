@@ -8,7 +8,7 @@ Legend: `N` tokens, `D` width, `I` width inside the MLP, `H` heads, `K` head wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""By the names of config.json."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
@@ -42,9 +50,9 @@ class Rotary:
 
     @classmethod
     def of_angles(cls, cos: Tensor, sin: Tensor) -> Rotary:
-        """Return the turns of tokens from cosines and sines `[N, K]`, the two halves of a head alike."""
+        """Return the turns of tokens from cosines and sines `[..., K]`, the two halves of a head alike."""
         half = cos.shape[-1] // 2
-        return cls(cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1))
+        return cls(cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1))
 
     def at(self, tokens: Tensor) -> Rotary:
         """Return the turns of `tokens`, `[...]`, as `[..., K]`."""

@@ -1,0 +1,212 @@
+"""A model's blocks as fewer and larger operations on a CPU, for the many steps of a generation.
+
+Linear layers compute from packed weights: torch hands a float32 product to a BLAS that lays the matrix out anew each
+time (64 rows and a vocabulary of 32,000 took 15 ms a step instead of 3). Layers that read one input are one product
+then. In the families whose blocks are known, norms, rotary positions and gates take a third of the operations: a step
+of a small model is mostly their dispatch.
+
+`B` rows of a step, `T` tokens of each, `D` width, `H` heads, `G` heads of keys, `K` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
+
+from smolora.generation.slots import SlotCache, attend
+from smolora.models.anatomy import PEFT_PREFIX
+from smolora.models.bundle import read_config
+from smolora.models.frozen_linear import can_pack, multiply_by_onednn, pack
+from smolora.models.fused_ops import ACTIVATIONS, gate
+from smolora.models.registry import FAMILIES, Family, Fused, Role
+from smolora.models.structure import has_plain_forward, is_stored_transposed, read_bias, replaced_forward
+from smolora.runtime.device import has_intel_processor
+
+_MOST_BYTES = 2**31
+
+_FEWEST_ROWS = 4
+"""With fewer rows a step in float32 waits for the weights from memory, in whatever layout. In bfloat16 it doesn't: one
+row and 32,000 outputs take .5 ms packed, and .9 as they are."""
+
+_WIDE = 8192
+"""Outputs from which a product is a head's."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def fused_blocks(model: nn.Module, *, num_rows: int) -> Iterator[None]:
+    """Let `model` compute so for the block; its weights stay as they are, and mustn't change in it.
+
+    Packed weights take as much memory again; a model whose copies would take more than 2 GiB, or that is on another
+    device, keeps its own products. So does a layer with an adapter that isn't merged.
+
+    Args:
+        model: One of transformers', or peft's around it, that decodes inside `slot_attention`.
+        num_rows: How many rows a layer usually gets; oneDNN chooses the layout for them.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    with ExitStack() as stack:
+        fusing = _Fusing(model, stack, num_rows=num_rows)
+        fusing.install()
+        yield
+
+
+class _Fusing:
+    """Replaces forward methods until `stack` closes."""
+
+    def __init__(self, model: nn.Module, stack: ExitStack, *, num_rows: int) -> None:
+        self._model = model
+        self._stack = stack
+        self._num_rows = num_rows
+        linears = [module for module in model.modules() if _is_packable(module, num_rows)]
+        is_small = sum(module.get_parameter("weight").nbytes for module in linears) <= _MOST_BYTES
+        self._to_pack = dict.fromkeys(linears) if is_small else {}
+
+    def install(self) -> None:
+        """Replace what can be: first what belongs together, then every other linear layer."""
+        config = read_config(self._model)
+        settings, family = config.to_dict(), FAMILIES.get(str(config.model_type))
+        if family and family.fused:
+            self._install_norms(family.fused, eps=float(settings["rms_norm_eps"]))
+            activation = ACTIVATIONS.get(str(settings.get("hidden_activation") or settings.get("hidden_act")))
+            for block in _find_blocks(self._model, family):
+                if family.fused.attention:
+                    self._install_attention(block, family)
+                if activation:
+                    self._install_mlp(block, family, partial(gate, activation=activation))
+        for linear in list(self._to_pack):
+            if not _multiplies_by_blas(_weight_of(linear)):
+                self._replace(linear, self._pack([linear]))
+
+    def _install_norms(self, fused: Fused, *, eps: float) -> None:
+        for module in self._model.modules():
+            weights = dict(module.named_parameters(recurse=False))
+            is_leaf = next(module.children(), None) is None
+            if is_leaf and weights.keys() == {"weight"} and weights["weight"].ndim == 1:
+                self._replace(module, _RMSNorm(weights["weight"].detach(), eps=eps, offset=fused.norm_offset))
+
+    def _install_attention(self, block: nn.Module, family: Family) -> None:
+        query, key, value = (_find(block, family.attention, role) for role in ("query", "key", "value"))
+        attention = block.get_submodule(next(iter(family.attention)).rpartition(".")[0])
+        inputs, output = self._join([query, key, value]), _find(block, family.attention, "output")
+        self._replace(attention, _attention_forward(attention, inputs, output))
+
+    def _install_mlp(self, block: nn.Module, family: Family, gated: Product) -> None:
+        layers = [_find(block, family.mlp, role) for role in ("gate", "up")]
+        if not all(layer in self._to_pack for layer in layers):
+            return  # Two products and a gate are what it is.
+        mlp, down = block.get_submodule(next(iter(family.mlp)).rpartition(".")[0]), _find(block, family.mlp, "down")
+        gate_up = self._join(layers)
+        self._replace(mlp, lambda x: down(gated(gate_up(x))))
+
+    def _join(self, layers: Sequence[nn.Module]) -> Product:
+        """Return one product of several layers, outputs side by side."""
+        if all(layer in self._to_pack for layer in layers):
+            return self._pack(layers)
+        return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
+
+    def _pack(self, layers: Sequence[nn.Module]) -> Product:
+        """Return one product of plain layers, from a copy of their weights."""
+        weights, biases = [_weight_of(layer) for layer in layers], [read_bias(layer) for layer in layers]
+        for layer in layers:
+            del self._to_pack[layer]
+        bias = None
+        if any(own is not None for own in biases):
+            parts = zip(weights, biases, strict=True)
+            bias = torch.cat([w.new_zeros(len(w)) if own is None else own.detach() for w, own in parts])
+        joint = torch.cat(weights)
+        if _multiplies_by_blas(joint):
+            return partial(F.linear, weight=joint, bias=bias)
+        return partial(multiply_by_onednn, weight=pack(joint, num_rows=self._num_rows), bias=bias)
+
+    def _replace(self, module: nn.Module, forward: Callable[..., object]) -> None:
+        self._stack.enter_context(replaced_forward(module, forward))
+
+
+def _attention_forward(attention: nn.Module, inputs: Product, output: nn.Module) -> Callable[..., object]:
+    own, plain = vars(attention), attention.forward
+    width, scaling, layer = int(own["head_dim"]), float(own["scaling"]), int(own["layer_idx"])
+    heads_of_kind = 2 + int(own["num_key_value_groups"])  # Of queries that share a key, that key and its value.
+    norms = [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **others: object,
+    ) -> object:
+        if not isinstance(past_key_values, SlotCache):  # Somebody else's pass, between two steps.
+            return plain(hidden_states, position_embeddings, attention_mask, past_key_values, **others)
+        heads = inputs(hidden_states).view(*hidden_states.shape[:-1], -1, width)  # [B, T, H + 2 * G, K]
+        num_shared = heads.shape[2] // heads_of_kind
+        kinds = [heads.shape[2] - 2 * num_shared, num_shared, num_shared]
+        if norms:
+            query, key, value = torch.split(heads, kinds, dim=2)
+            heads = torch.cat((norms[0](query), norms[1](key), value), dim=2)
+        past_key_values.turns(*position_embeddings).turn_(heads[:, :, :-num_shared])
+        query, key, value = torch.split(heads.transpose(1, 2), kinds, dim=1)
+        key, value = past_key_values.update(key, value, layer)
+        mixed, _ = attend(attention, query, key, value, attention_mask, scaling=scaling)
+        return output(mixed.flatten(2)), None
+
+    return forward
+
+
+class _RMSNorm:
+    """`smolora.models.fused_ops.rms_norm` without gradient, in half of the operations: for a few rows."""
+
+    def __init__(self, weight: Tensor, *, eps: float, offset: float) -> None:
+        self._weight = weight.float().add(offset) if offset else weight
+        self._eps = torch.tensor([eps])
+        self._is_rounded_first = not offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        normed = x * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        if self._is_rounded_first:
+            return normed.to(x.dtype).mul_(self._weight)
+        return normed.mul_(self._weight).to(x.dtype)
+
+
+def _find_blocks(model: nn.Module, family: Family) -> Iterator[nn.Module]:
+    """Yield the blocks of a plain model, or of one inside peft's."""
+    for name, module in model.named_modules():
+        if name.removeprefix(PEFT_PREFIX) in family.blocks:
+            yield from module.children()
+
+
+def _find(block: nn.Module, roles: Mapping[str, Role], role: Role) -> nn.Module:
+    [path] = [path for path, found in roles.items() if found == role]
+    return block.get_submodule(path)
+
+
+def _weight_of(linear: nn.Module) -> Tensor:
+    weight = linear.get_parameter("weight").detach()
+    return weight.t() if is_stored_transposed(linear) else weight
+
+
+def _is_packable(module: nn.Module, num_rows: int) -> bool:
+    """Whether nothing but a product with a matrix, and perhaps a bias, is computed here, and a copy of it is faster."""
+    if not isinstance(module, nn.Linear | Conv1D) or not has_plain_forward(module) or "forward" in vars(module):
+        return False
+    return can_pack(module.weight) and (num_rows >= _FEWEST_ROWS or module.weight.dtype != torch.float32)
+
+
+def _multiplies_by_blas(weight: Tensor) -> bool:
+    """Whether a product with few rows of float32 is left to torch's BLAS: MKL on Intel, but for a vocabulary's.
+
+    It takes 5 us where oneDNN takes 30 (1 row of 288 numbers), 110 and 130 (64 rows, 864 outputs), but 1.3 times as
+    long for 32 rows and 32,000 outputs.
+    """
+    return weight.dtype == torch.float32 and has_intel_processor() and len(weight) < _WIDE

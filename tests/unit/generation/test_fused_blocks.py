@@ -1,0 +1,171 @@
+"""Fused blocks: the same numbers in fewer operations, for the block alone."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from smolora.generation import fused_blocks as module
+from smolora.generation.fused_blocks import fused_blocks
+from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+from smolora.runtime.device import has_native_bfloat16
+from tests.tiny import VOCAB_SIZE, random_input_ids, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def tiny_gemma3():
+    """Layers with two kinds of rotary angles, one of which sees four tokens, and norms of queries and keys."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # They start at zero, where a family that stores weight - 1 shows nothing.
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def replaced(model):
+    return [name for name, layer in model.named_modules() if "forward" in vars(layer)]
+
+
+@torch.no_grad()
+def decode_steps(model, *, num_rows):
+    """Return the logits of a prompt of five tokens and of three tokens after it, in slots."""
+    ids = torch.cat([random_input_ids(8, seed=seed) for seed in range(num_rows)])
+    cache = SlotCache(num_rows, 8)
+    with slot_attention(model):
+        logits = [forward(model, cache, Step.of_prompts(0, num_rows, 5, CPU), ids[:, :5])]
+        for place in range(5, 8):
+            step = Step.of_next_tokens([place] * num_rows, CPU)
+            logits.append(forward(model, cache, step, ids[:, place : place + 1]))
+    return torch.stack(logits)
+
+
+@pytest.mark.usefixtures("is_intel")
+@pytest.mark.parametrize("num_rows", [1, 5], ids=["own weights", "copies"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2"])
+def test_steps_have_the_logits_of_the_model_s_own_blocks(family, num_rows):
+    model = tiny_gemma3() if family == "gemma3" else tiny_model(family)
+    expected = decode_steps(model, num_rows=num_rows)
+    with fused_blocks(model, num_rows=num_rows):
+        found = decode_steps(model, num_rows=num_rows)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_it_says_nothing_else_of_bfloat16_than_its_rounding():
+    model, exact = tiny_model("qwen3").to(torch.bfloat16), tiny_model("qwen3")
+    exact.load_state_dict(model.state_dict())
+    expected, plain = decode_steps(exact, num_rows=5), decode_steps(model, num_rows=5).float()
+    with fused_blocks(model, num_rows=5):
+        found = decode_steps(model, num_rows=5).float()
+    assert 0 < (found - expected).norm() <= 1.5 * (plain - expected).norm()
+
+
+@pytest.fixture(params=[False, True], ids=["packed", "by MKL"])
+def is_intel(request, monkeypatch):
+    """Multiply in float32 as on the one kind of processor, and as on the other."""
+    monkeypatch.setattr(module, "has_intel_processor", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_norms_attention_and_where_weights_are_copied_gates_are_replaced(num_rows, is_intel):
+    model = tiny_model("llama")
+    with fused_blocks(model, num_rows=num_rows):
+        names = replaced(model)
+        assert {"model.norm", "model.layers.0.self_attn", "model.layers.1.input_layernorm"} <= set(names)
+        assert ("model.layers.0.mlp" in names) == (num_rows > 1)
+        assert ("lm_head" in names) == (num_rows > 1 and not is_intel)  # It is a narrow one.
+        # One product of three layers stands for them.
+        assert not [name for name in names if name.endswith(("q_proj", "gate_proj"))]
+    assert replaced(model) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_without_slots_computes_the_same(family, dtype, monkeypatch):
+    monkeypatch.setattr(module, "has_intel_processor", lambda: False)
+    if dtype == torch.bfloat16 and not has_native_bfloat16(CPU):
+        pytest.skip("this processor has no native bfloat16, and nothing is packed in it")
+    model, ids = tiny_model(family).to(dtype), random_input_ids(9)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with fused_blocks(model, num_rows=8):
+            assert len(replaced(model)) >= 9
+            found = model(ids).logits
+    # Sums in another order: a few units in the last place of the largest logit.
+    torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_an_adapter_that_isn_t_merged_counts(targets):
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), settings).eval()
+    expected = decode_steps(model, num_rows=5)
+    with fused_blocks(model, num_rows=5):
+        found = decode_steps(model, num_rows=5)
+        with model.disable_adapter():
+            without = decode_steps(model, num_rows=5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    assert (without - expected).abs().max() > 0.01
+
+
+def test_on_intel_a_head_alone_is_packed_in_float32(monkeypatch):
+    monkeypatch.setattr(module, "has_intel_processor", lambda: True)
+    monkeypatch.setattr(module, "_WIDE", VOCAB_SIZE)
+    model = tiny_model("gpt2")
+    with fused_blocks(model, num_rows=5):
+        assert replaced(model) == ["lm_head"]
+
+
+def test_layers_are_their_own_again_after_an_error():
+    model = tiny_model("llama")
+    with pytest.raises(ZeroDivisionError), fused_blocks(model, num_rows=8):
+        raise ZeroDivisionError
+    assert replaced(model) == []
+
+
+def test_what_is_no_plain_linear_layer_is_left_alone(monkeypatch):
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = Doubled(mlp.up_proj.in_features, mlp.up_proj.out_features)
+    model.model.layers[1].mlp.down_proj.double()  # A type that oneDNN doesn't take.
+    monkeypatch.setattr(module, "has_intel_processor", lambda: False)
+    with fused_blocks(model, num_rows=8):
+        names = replaced(model)
+    assert not {f"model.layers.{name}" for name in ("0.mlp", "0.mlp.up_proj", "1.mlp.down_proj")} & set(names)
+    assert {f"model.layers.{name}" for name in ("0.mlp.gate_proj", "1.mlp")} <= set(names)
+
+
+def test_a_model_too_large_for_copies_keeps_its_own_products(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_BYTES", 10_000)
+    model = tiny_model("llama")
+    expected = decode_steps(model, num_rows=5)
+    with fused_blocks(model, num_rows=5):
+        assert not [layer for layer in model.modules() if isinstance(layer, nn.Linear) and "forward" in vars(layer)]
+        found = decode_steps(model, num_rows=5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_on_another_device_nothing_is_replaced():
+    model = tiny_model("llama").to("meta")
+    with fused_blocks(model, num_rows=8):
+        assert replaced(model) == []
