@@ -92,7 +92,11 @@ def run_word(word: str, rest: list[str]) -> int:
     if word == "docs":
         return run([python, "tests/architecture/documents.py"])
     if word == "demo":
-        return run([python, "-m", "smolora.cli", "demo", *rest])
+        code = run([python, "-m", "smolora.cli", "demo", *rest])
+        if not code and not shutil.which("smolora"):
+            activate = PYTHON.parent.relative_to(ROOT) / "activate"
+            print(f"\n`smolora` is in an environment of its own here: source {activate}", file=sys.stderr)
+        return code
     return 0
 
 

@@ -121,7 +121,8 @@ def train_plain(text: str, steps: int, seed: int, dtype: ProductType) -> Outcome
     step_seconds = 0.0
     for step in range(steps):
         if step % EVAL_EVERY == 0:
-            _estimate_loss(model, train, validation)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                _estimate_loss(model, train, validation)
         step_started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = _plain_rate(step, steps)
@@ -243,7 +244,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="6 layers, 384 wide, context 256, 16 rows a step")
     types = list(dict.fromkeys(("float32", str(NATIVE).removeprefix("torch."))))
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], nargs="*", default=types, help="of products; default: %(default)s"
+        "--dtype", choices=["float32", "bfloat16"], nargs="+", default=types, help="of products; default: %(default)s"
     )
     parser.add_argument("--text", type=Path, help="another text file")
     args = parser.parse_args()

@@ -112,15 +112,14 @@ def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update],
 def _two_threads() -> Iterator[Executor]:
     """Yield a second thread; it and this one have half of torch's threads each for the block.
 
-    Where other work runs beside, torch's threads wait for each other at every operation: with two of them a merge took
-    12 seconds that takes .7 in two threads of one.
+    Where other work runs beside, torch's threads wait for each other at every operation: a merge with two of them took
+    3 to 12 seconds there, and 1 in two threads of one.
     """
     before = torch.get_num_threads()
     share = max(1, before // 2)
     torch.set_num_threads(share)
     try:
-        # A new thread would start with the system's number of threads, not with ours.
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(share,)) as other:
+        with ThreadPoolExecutor(1) as other:
             yield other
     finally:
         torch.set_num_threads(before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,6 +69,8 @@ def build_app() -> App:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened."""
     exit_code = run(sys.argv[1:] if arguments is None else arguments)
+    # All is said: while the libraries end, a Ctrl-C would leave nothing but a traceback.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     _let_go_of_stdout()
     sys.exit(exit_code)
 

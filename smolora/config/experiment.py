@@ -122,7 +122,7 @@ class PretrainConfig(Section):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and attention. bfloat16 is mixed precision: weights, norms, optimiser and loss stay
-    float32. Where the device multiplies it natively, a step takes down to half of the time."""
+    float32. Where the device multiplies it natively, a step takes down to a third of the time."""
 
     device: DeviceName = "auto"
     """Where the run computes."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from smolora.generation.choosing import Row, choose_tokens
-from smolora.generation.fused_blocks import fused_blocks
+from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.models.structure import without_dropout
 
@@ -24,10 +24,9 @@ _PREFILL_TOKENS = 1024
 def decode(model: nn.Module, rows: Sequence[Row], *, num_slots: int) -> Iterator[None]:
     """Answer `rows`, `num_slots` of them at a time; yield after each step, when rows have grown by a token."""
     decoder = Decoder(model, rows, num_slots=num_slots)
-    with fused_blocks(model, num_rows=min(num_slots, len(rows))):
-        while not decoder.is_idle:
-            decoder.step()
-            yield
+    while not decoder.is_idle:
+        decoder.step()
+        yield
 
 
 @contextmanager
@@ -48,6 +47,7 @@ class Decoder:
         self._live: list[Row] = []
         longest = max(len(row.prompt_ids) + row.room for row in rows)
         self._cache = SlotCache(min(num_slots, len(rows)), longest)
+        self._blocks = FusedBlocks(model, num_rows=min(num_slots, len(rows)))
 
     @property
     def is_idle(self) -> bool:
@@ -56,7 +56,7 @@ class Decoder:
 
     def step(self) -> None:
         """Go on by one token in every live row."""
-        with in_eval_mode(self._model), slot_attention(self._model):
+        with in_eval_mode(self._model), slot_attention(self._model), self._blocks.installed():
             self._admit()
             step = Step.of_next_tokens([row.length - 1 for row in self._live], self._device)
             last_ids = torch.tensor([[row.last_id] for row in self._live], device=self._device)

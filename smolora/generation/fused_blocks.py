@@ -11,13 +11,12 @@ of a small model is mostly their dispatch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from smolora.generation.slots import SlotCache, attend
@@ -26,88 +25,87 @@ from smolora.models.bundle import read_config
 from smolora.models.frozen_linear import can_pack, multiply_by_onednn, pack
 from smolora.models.fused_ops import ACTIVATIONS, gate
 from smolora.models.registry import FAMILIES, Family, Fused, Role
-from smolora.models.structure import has_plain_forward, is_stored_transposed, read_bias, replaced_forward
+from smolora.models.structure import has_plain_forward, is_stored_transposed, read_bias, replaced_forwards
 from smolora.runtime.device import has_intel_processor
 
-_MOST_BYTES = 2**31
+_MOST_BYTES, _MOST_BYTES_FOR_FEW_ROWS = 2**31, 2**29
+"""What copies may take. For an answer or two they pay from the eighth token on, and a chat should stay small."""
 
-_FEWEST_ROWS = 4
+FEWEST_ROWS = 4
 """With fewer rows a step in float32 waits for the weights from memory, in whatever layout. In bfloat16 it doesn't: one
 row and 32,000 outputs take .5 ms packed, and .9 as they are."""
 
 _WIDE = 8192
 """Outputs from which a product is a head's."""
 
+_NORM_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 Product = Callable[[Tensor], Tensor]
 
 
-@contextmanager
-def fused_blocks(model: nn.Module, *, num_rows: int) -> Iterator[None]:
-    """Let `model` compute so for the block; its weights stay as they are, and mustn't change in it.
+class FusedBlocks:
+    """What the modules of a model compute in place of their own, from copies of the weights of this moment.
 
-    Packed weights take as much memory again; a model whose copies would take more than 2 GiB, or that is on another
-    device, keeps its own products. So does a layer with an adapter that isn't merged.
+    A model on another device keeps its own blocks, and one whose copies would take more than 2 GiB (or 512 MiB, for up to
+    three rows) its own products. An adapter that isn't merged is computed as peft computes it, by fewer operations around it.
 
     Args:
         model: One of transformers', or peft's around it, that decodes inside `slot_attention`.
         num_rows: How many rows a layer usually gets; oneDNN chooses the layout for them.
     """
-    if next(model.parameters()).device.type != "cpu":
-        yield
-        return
-    with ExitStack() as stack:
-        fusing = _Fusing(model, stack, num_rows=num_rows)
-        fusing.install()
-        yield
 
-
-class _Fusing:
-    """Replaces forward methods until `stack` closes."""
-
-    def __init__(self, model: nn.Module, stack: ExitStack, *, num_rows: int) -> None:
+    def __init__(self, model: nn.Module, *, num_rows: int) -> None:
         self._model = model
-        self._stack = stack
         self._num_rows = num_rows
-        linears = [module for module in model.modules() if _is_packable(module, num_rows)]
-        is_small = sum(module.get_parameter("weight").nbytes for module in linears) <= _MOST_BYTES
-        self._to_pack = dict.fromkeys(linears) if is_small else {}
+        self._forwards: dict[nn.Module, Callable[..., object]] = {}
+        if next(model.parameters()).device.type == "cpu":
+            linears = [module for module in model.modules() if _is_packable(module, num_rows)]
+            most = _MOST_BYTES if num_rows >= FEWEST_ROWS else _MOST_BYTES_FOR_FEW_ROWS
+            is_small = sum(module.get_parameter("weight").nbytes for module in linears) <= most
+            self._to_pack = dict.fromkeys(linears) if is_small else {}
+            self._fuse()
 
-    def install(self) -> None:
-        """Replace what can be: first what belongs together, then every other linear layer."""
+    def installed(self) -> AbstractContextManager[None]:
+        """Let the model compute so for the block: a step's, so that nothing is replaced while others have the model."""
+        return replaced_forwards(self._forwards)
+
+    def _fuse(self) -> None:
+        """Take first what belongs together, then every other linear layer."""
         config = read_config(self._model)
         settings, family = config.to_dict(), FAMILIES.get(str(config.model_type))
         if family and family.fused:
-            self._install_norms(family.fused, eps=float(settings["rms_norm_eps"]))
+            self._fuse_norms(family.fused, eps=float(settings["rms_norm_eps"]))
             activation = ACTIVATIONS.get(str(settings.get("hidden_activation") or settings.get("hidden_act")))
             for block in _find_blocks(self._model, family):
                 if family.fused.attention:
-                    self._install_attention(block, family)
+                    self._fuse_attention(block, family)
                 if activation:
-                    self._install_mlp(block, family, partial(gate, activation=activation))
+                    self._fuse_mlp(block, family, partial(gate, activation=activation))
         for linear in list(self._to_pack):
             if not _multiplies_by_blas(_weight_of(linear)):
-                self._replace(linear, self._pack([linear]))
+                self._forwards[linear] = self._pack([linear])
 
-    def _install_norms(self, fused: Fused, *, eps: float) -> None:
+    def _fuse_norms(self, fused: Fused, *, eps: float) -> None:
         for module in self._model.modules():
-            weights = dict(module.named_parameters(recurse=False))
-            is_leaf = next(module.children(), None) is None
-            if is_leaf and weights.keys() == {"weight"} and weights["weight"].ndim == 1:
-                self._replace(module, _RMSNorm(weights["weight"].detach(), eps=eps, offset=fused.norm_offset))
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            # The first in llama's norms, the second in gemma's. (DoRA's lengths are a layer with a vector, too.)
+            is_norm = vars(module).keys() & {"variance_epsilon", "eps"}
+            if weight is not None and is_norm and weight.ndim == 1 and weight.dtype in _NORM_TYPES:
+                self._forwards[module] = _RMSNorm(weight.detach(), eps=eps, offset=fused.norm_offset)
 
-    def _install_attention(self, block: nn.Module, family: Family) -> None:
+    def _fuse_attention(self, block: nn.Module, family: Family) -> None:
         query, key, value = (_find(block, family.attention, role) for role in ("query", "key", "value"))
         attention = block.get_submodule(next(iter(family.attention)).rpartition(".")[0])
         inputs, output = self._join([query, key, value]), _find(block, family.attention, "output")
-        self._replace(attention, _attention_forward(attention, inputs, output))
+        self._forwards[attention] = _attention_forward(attention, inputs, output)
 
-    def _install_mlp(self, block: nn.Module, family: Family, gated: Product) -> None:
+    def _fuse_mlp(self, block: nn.Module, family: Family, gated: Product) -> None:
         layers = [_find(block, family.mlp, role) for role in ("gate", "up")]
         if not all(layer in self._to_pack for layer in layers):
             return  # Two products and a gate are what it is.
         mlp, down = block.get_submodule(next(iter(family.mlp)).rpartition(".")[0]), _find(block, family.mlp, "down")
         gate_up = self._join(layers)
-        self._replace(mlp, lambda x: down(gated(gate_up(x))))
+        self._forwards[mlp] = lambda x: down(gated(gate_up(x)))
 
     def _join(self, layers: Sequence[nn.Module]) -> Product:
         """Return one product of several layers, outputs side by side."""
@@ -124,17 +122,14 @@ class _Fusing:
         if any(own is not None for own in biases):
             parts = zip(weights, biases, strict=True)
             bias = torch.cat([w.new_zeros(len(w)) if own is None else own.detach() for w, own in parts])
-        joint = torch.cat(weights)
+        joint = weights[0] if len(weights) == 1 else torch.cat(weights)
         if _multiplies_by_blas(joint):
             return partial(F.linear, weight=joint, bias=bias)
         return partial(multiply_by_onednn, weight=pack(joint, num_rows=self._num_rows), bias=bias)
 
-    def _replace(self, module: nn.Module, forward: Callable[..., object]) -> None:
-        self._stack.enter_context(replaced_forward(module, forward))
 
-
-def _attention_forward(attention: nn.Module, inputs: Product, output: nn.Module) -> Callable[..., object]:
-    own, plain = vars(attention), attention.forward
+def _attention_forward(attention: nn.Module, inputs: Product, output: nn.Module) -> Callable[..., tuple[Tensor, None]]:
+    own = vars(attention)
     width, scaling, layer = int(own["head_dim"]), float(own["scaling"]), int(own["layer_idx"])
     heads_of_kind = 2 + int(own["num_key_value_groups"])  # Of queries that share a key, that key and its value.
     norms = [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
@@ -142,12 +137,10 @@ def _attention_forward(attention: nn.Module, inputs: Product, output: nn.Module)
     def forward(
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **others: object,
-    ) -> object:
-        if not isinstance(past_key_values, SlotCache):  # Somebody else's pass, between two steps.
-            return plain(hidden_states, position_embeddings, attention_mask, past_key_values, **others)
+        attention_mask: Tensor,
+        past_key_values: SlotCache,
+        **_unused: object,
+    ) -> tuple[Tensor, None]:
         heads = inputs(hidden_states).view(*hidden_states.shape[:-1], -1, width)  # [B, T, H + 2 * G, K]
         num_shared = heads.shape[2] // heads_of_kind
         kinds = [heads.shape[2] - 2 * num_shared, num_shared, num_shared]
@@ -200,7 +193,7 @@ def _is_packable(module: nn.Module, num_rows: int) -> bool:
     """Whether nothing but a product with a matrix, and perhaps a bias, is computed here, and a copy of it is faster."""
     if not isinstance(module, nn.Linear | Conv1D) or not has_plain_forward(module) or "forward" in vars(module):
         return False
-    return can_pack(module.weight) and (num_rows >= _FEWEST_ROWS or module.weight.dtype != torch.float32)
+    return can_pack(module.weight) and (num_rows >= FEWEST_ROWS or module.weight.dtype != torch.float32)
 
 
 def _multiplies_by_blas(weight: Tensor) -> bool:

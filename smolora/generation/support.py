@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from smolora.generation.decoding import in_eval_mode
-from smolora.generation.fused_blocks import fused_blocks
+from smolora.generation.fused_blocks import FEWEST_ROWS, FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 
@@ -60,7 +60,8 @@ def _logits_in_slots(model: nn.Module) -> Tensor:
     filled = [len(row) - _NUM_ANSWERED for row in _ROWS]
     padded = [row[:count] + (0,) * (max(filled) - count) for row, count in zip(_ROWS, filled, strict=True)]
     logits = []
-    with slot_attention(model), fused_blocks(model, num_rows=len(_ROWS)):
+    # Of as many rows as decoding makes all of its copies for.
+    with slot_attention(model), FusedBlocks(model, num_rows=FEWEST_ROWS).installed():
         forward(model, cache, Step.of_prompts(0, len(_ROWS), max(filled), device), torch.tensor(padded, device=device))
         for number in range(_NUM_ANSWERED):
             positions = [count + number for count in filled]

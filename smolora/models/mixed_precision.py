@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,17 +30,19 @@ def mixed_precision(model: GPTModel, dtype: torch.dtype = torch.bfloat16) -> Ite
     with ExitStack() as stack:
         stack.enter_context(replaced_forward(model, torch.autocast(device.type, dtype)(model.forward)))
         if device.type == "cpu":
+            windows: dict[tuple[int, int], Rows] = {}
             for block in model.blocks:
                 assert isinstance(block, TransformerBlock)
-                stack.enter_context(replaced_forward(block.attention, _RowAttention(block.attention)))
+                stack.enter_context(replaced_forward(block.attention, _RowAttention(block.attention, windows)))
         yield
 
 
 class _RowAttention:
     """What `MultiHeadAttention` computes: one product for queries, keys and values, and attention by rows."""
 
-    def __init__(self, attention: MultiHeadAttention) -> None:
+    def __init__(self, attention: MultiHeadAttention, windows: dict[tuple[int, int], Rows]) -> None:
         self._attention = attention
+        self._windows = windows
         self._plain = attention.forward
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -55,11 +56,12 @@ class _RowAttention:
         heads = F.linear(x, weight, bias).view(B * T, 3 * H, -1)
         dropout = attention.dropout.p if attention.training else 0.0
         settings = AttentionSettings(heads.shape[2] ** -0.5, dropout)
-        mixed = attend_rows(heads, num_heads=H, rows=_windows(B, T), settings=settings)
+        mixed = attend_rows(heads, num_heads=H, rows=self._rows(B, T), settings=settings)
         output: Tensor = attention.dropout(attention.W_o(mixed.view(x.shape)))
         return output
 
-
-@lru_cache(maxsize=4)  # Of training and of evaluation, and the last batch of each.
-def _windows(num_rows: int, length: int) -> Rows:
-    return Rows([length] * num_rows, torch.device("cpu"))
+    def _rows(self, num_rows: int, length: int) -> Rows:
+        """Return rows of one length, made once for all layers and steps."""
+        if (num_rows, length) not in self._windows:
+            self._windows[num_rows, length] = Rows([length] * num_rows, torch.device("cpu"))
+        return self._windows[num_rows, length]

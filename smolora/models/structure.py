@@ -44,14 +44,23 @@ def has_plain_forward(linear: nn.Module) -> bool:
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Let this one module compute `forward` inside the block; names, weights and its class stay what they are."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward  # An instance's own attribute comes before its class's method.
+    with replaced_forwards({module: forward}):
+        yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
+    """Let each of these modules compute so inside the block."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward  # An instance's own attribute comes before its class's method.
     try:
         yield
     finally:
-        del vars(module)["forward"]
-        if before is not None:
-            vars(module)["forward"] = before
+        for module, own in before.items():
+            del vars(module)["forward"]
+            if own is not None:
+                vars(module)["forward"] = own
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def run_trial(
     """Run the trial of a configuration in a child process.
 
     Raises:
-        StoppedBySignal: A signal arrived; the trial has ended.
+        KeyboardInterrupt: A signal arrived; the trial has ended.
         SmoloraError: As the child raised it.
     """
     with tempfile.TemporaryDirectory(prefix="smolora-plan-") as name:
@@ -179,7 +179,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
             process.kill()  # A second signal interrupts, and must not leave it running either.
             process.wait()
         if stop.signal_name:
-            raise errors.StoppedBySignal(f"stopped by {stop.signal_name}. Nothing is left of the trial.")
+            raise KeyboardInterrupt(stop.signal_name)  # Not StoppedBySignal: there is nothing to go on with.
     assert code is not None, "it has ended"
     return code
 

@@ -132,8 +132,7 @@ def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: i
     train, held_out = _build_datasets(config, documents, tokenizer)
     refuse_unmeasurable(config, is_evaluated=held_out is not None)
     bundle = build_gpt(config.gpt, tokenizer, seed=config.training.seed, device=device)
-    precision = _describe_precision(config, device)
-    logger.info("device: %s (%s); products: %s", device, reason, precision)
+    logger.info("device: %s (%s); products: %s", device, reason, _describe_precision(config, device))
     logger.info("text: %s", _describe_text(documents, train, held_out))
     logger.info("model: %s parameters, vocabulary %s", f"{bundle.num_parameters:,}", f"{len(tokenizer):,}")
     identity = RunIdentity(
@@ -145,7 +144,7 @@ def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: i
     )
     machine = {
         "device": f"{device} ({reason})",
-        "dtype": precision,
+        "dtype": config.dtype,
         "allocator": allocator,
         "processes": str(num_processes),
     }

@@ -60,7 +60,7 @@ def test_a_merged_file_differs_in_the_updated_tensors_only(tmp_path):
     assert (tmp_path / "in").read_bytes()[:header] == (tmp_path / "out").read_bytes()[:header]
 
 
-def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+def test_the_bytes_of_a_tensor_are_copied_once_on_their_way(tmp_path):
     names = [f"{number}.weight" for number in range(32)]
     save_file({name: torch.zeros(512, 512) for name in names}, tmp_path / "in")
     updates = {name: update_of(512, 512) for name in names[::2]}

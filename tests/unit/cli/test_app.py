@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from smolora import __version__
 from smolora.cli.app import main
+from smolora.cli.terminal import open_terminal
 from smolora.errors import StoppedBySignal
 
 VERBS = {"demo", "doctor", "prepare", "pretrain", "plan", "train", "merge", "generate", "chat", "report"}
@@ -188,3 +190,30 @@ def test_main_exits_with_the_code(capsys):
         main(["trian"])
     assert ended.value.code == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["nothing", "another count", "a policy"],
+)
+def test_threads_that_wait_sleep_soon_unless_the_person_chose(monkeypatch, chosen, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    open_terminal()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_a_ctrl_c_when_all_is_said_leaves_no_traceback():
+    script = (
+        "import atexit, os, signal\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "from smolora.cli.app import main\n"
+        "main(['--version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == __version__

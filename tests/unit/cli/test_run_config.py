@@ -91,8 +91,7 @@ def test_every_pretrain_flag_reaches_its_path():
     assert (config.data.sources, config.data.eval_source, config.tokenizer.kind) == (("a.txt",), "b.txt", "bpe")
     assert (config.gpt.num_layers, config.gpt.num_heads, config.gpt.width, config.gpt.context) == (3, 2, 8, 16)
     assert (config.training.max_steps, config.training.learning_rate, config.training.seed) == (5, 0.5, 6)
-    assert (config.dtype, config.device) == ("bfloat16", "cpu")
-    assert (config.data.text_field, config.device) == ("t", "cpu")
+    assert (config.data.text_field, config.dtype, config.device) == ("t", "bfloat16", "cpu")
 
 
 def test_a_flag_beats_the_file_and_a_word_beats_the_flag(tmp_path):

@@ -195,6 +195,30 @@ def test_a_closed_stream_stops_computing(generator):
     assert len(steps) < 60
 
 
+def test_between_two_pieces_the_model_is_its_own_so_that_streams_may_overlap(generator, bundle):
+    expected = [generator.generate(prompt, settings=GREEDY)[0] for prompt in PROMPTS[:2]]
+    first, second = (generator.stream(prompt, settings=GREEDY) for prompt in PROMPTS[:2])
+    begun = [next(first), next(second)]
+    assert not any("forward" in vars(module) for module in bundle.model.modules())
+    assert [begun[0] + "".join(first), begun[1] + "".join(second)] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_change_beside_an_open_stream_count_for_the_next_answer(tmp_path, dtype):
+    bundle = tiny_bundle("llama", tmp_path / "base")
+    bundle.model.to(dtype)
+    generator = TextGenerator(bundle)
+    before, pieces = generator.generate(PROMPTS, settings=GREEDY), generator.stream(PROMPTS[0], settings=GREEDY)
+    next(pieces)
+    with torch.no_grad():
+        for parameter in bundle.model.parameters():
+            parameter.copy_(parameter.flip(0))
+    found = generator.generate(PROMPTS, settings=GREEDY)
+    assert found == TextGenerator(bundle).generate(PROMPTS, settings=GREEDY) != before
+    if dtype == torch.float32:
+        assert found[0] == bundle.tokenizer.decode(_greedy_ids(bundle, PROMPTS[0], 12))
+
+
 def test_an_error_while_streaming_reaches_the_reader(bundle):
     def fail(*_):
         raise RuntimeError("broken layer")

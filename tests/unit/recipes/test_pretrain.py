@@ -83,7 +83,7 @@ def test_in_mixed_precision_a_run_learns_as_well_and_says_so(tmp_path, text):
     for dtype in ("float32", "bfloat16"):
         run = RunDir(pretrain(config(text, f"dtype={dtype}"), tmp_path / dtype).parent)
         logs[dtype] = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-        assert json.loads(run.env.read_text())["dtype"].startswith(dtype)
+        assert json.loads(run.env.read_text())["dtype"] == dtype
     losses = {dtype: [line["eval_loss"] for line in lines if "eval_loss" in line] for dtype, lines in logs.items()}
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)  # They fall by a third.
