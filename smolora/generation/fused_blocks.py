@@ -46,8 +46,8 @@ Product = Callable[[Tensor], Tensor]
 class FusedBlocks:
     """What the modules of a model compute in place of their own, from copies of the weights of this moment.
 
-    A model on another device keeps its own blocks, and one whose copies would take more than 2 GiB (or 512 MiB, for up to
-    three rows) its own products. An adapter that isn't merged is computed as peft computes it, by fewer operations around it.
+    A model on another device keeps its own blocks, and one whose copies would take more than 2 GiB (512 MiB for up to
+    three rows) its own products. An adapter that isn't merged is computed by peft's layers.
 
     Args:
         model: One of transformers', or peft's around it, that decodes inside `slot_attention`.
