@@ -243,4 +243,5 @@ def test_a_failure_inside_a_sharded_model_ends_the_other_process(shared):
     main, other = outcomes(shared, "inside")
     assert other["said"] == "a mistake of the second process"
     assert main["exit_code"] == 1
-    assert main["said"].startswith("another process of the run is gone (Connection ")
+    # Gloo says it in several ways: "Connection closed by peer", "Read error ...: Connection reset by peer".
+    assert re.match(r"another process of the run is gone \(.*Connection ", main["said"])
