@@ -155,7 +155,7 @@ def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: i
 def _describe_precision(config: PretrainConfig, device: torch.device) -> str:
     is_native = has_native_bfloat16(device)
     if config.dtype == "bfloat16":
-        return "bfloat16, beside float32 weights" if is_native else "bfloat16, which is slower than float32 here"
+        return "bfloat16, beside float32 weights" if is_native else "bfloat16, which isn't native here"
     return "float32 (--dtype bfloat16 is native here)" if is_native else "float32"
 
 

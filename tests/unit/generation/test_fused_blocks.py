@@ -20,25 +20,31 @@ from tests.tiny import VOCAB_SIZE, random_input_ids, tiny_model
 CPU = torch.device("cpu")
 
 
+_TINY = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def tiny_gemma3():
     """Layers with two kinds of rotary angles, one of which sees four tokens, and norms of queries and keys."""
     torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    model = Gemma3ForCausalLM(config).eval()
+    layers = ["sliding_attention", "full_attention"]
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**_TINY, head_dim=8, sliding_window=4, layer_types=layers)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # They start at zero, where a family that stores weight - 1 shows nothing.
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def tiny_smollm3():
+    """Every second layer without positions."""
+    torch.manual_seed(0)
+    return SmolLM3ForCausalLM(SmolLM3Config(**_TINY, no_rope_layers=[1, 0], pad_token_id=0)).eval()
 
 
 def replaced(model):
@@ -57,22 +63,6 @@ def decode_steps(model, *, num_rows):
             step = Step.of_next_tokens(positions.tolist(), CPU)
             logits.append(forward(model, cache, step, ids.gather(1, positions[:, None])))
     return torch.stack(logits)
-
-
-def tiny_smollm3():
-    """Every second layer without positions."""
-    torch.manual_seed(0)
-    config = SmolLM3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        no_rope_layers=[1, 0],
-        pad_token_id=0,
-    )
-    return SmolLM3ForCausalLM(config).eval()
 
 
 MODELS = {
