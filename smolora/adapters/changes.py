@@ -49,7 +49,7 @@ class LowRank:
     scaling: float
 
     def apply(self, weight: Tensor) -> Tensor:
-        return ((self.scaling * self.b.float()) @ self.a.float()).add_(weight)  # In place: 16 bits widen on the way.
+        return weight.to(torch.float32, copy=True).addmm_(self.scaling * self.b.float(), self.a.float())
 
     def measure(self, weight: Tensor) -> float:
         """By two products of rank size: |B A|^2 = sum(B^T B * A A^T)."""

@@ -7,6 +7,7 @@ memory to be written, and one to be checked.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from smolora.models.weight_files import StoredTensor, name_in_files, read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 20
+_DISK_BLOCK = 8 << 20
 _MOST_WAITING = 8
 """Tensors that may be written before an earlier one is checked: a mistake ends the merge soon."""
 
@@ -89,7 +91,7 @@ def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update],
         ModelError: `check` refuses a merged tensor, or a copied one isn't the base's.
     """
     checks: list[Future[None]] = []
-    with _two_threads() as checker, source.open("rb") as reader, target.open("wb") as writer:
+    with _two_threads() as checker, source.open("rb") as reader, _written(target) as (writer, flush):
         header, _ = read_header(reader)
         writer.write(len(header).to_bytes(8, "little") + header)
         for tensor in read_stored_tensors(source):
@@ -98,7 +100,7 @@ def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update],
                 writer.write(_view_bytes(update.apply(_read(reader, tensor))))
             else:
                 writer.writelines(_iter_blocks(reader, tensor))
-            writer.flush()
+            flush()
             checks.append(checker.submit(_check_written, tensor, target, update, check))
             if len(checks) > _MOST_WAITING:
                 checks[-_MOST_WAITING].result()
@@ -106,6 +108,30 @@ def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update],
             checked.result()
     if target.stat().st_size != source.stat().st_size:
         raise ModelError(f"{target.name} isn't as long as the base's, although nothing was to be added. Merge again.")
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[tuple[BinaryIO, Callable[[], None]]]:
+    """Yield a new file, and what makes all that was written to it readable.
+
+    A thread of its own hands that to the disk, block by block: in one go, at the end, it took a fifth of a merge.
+    """
+    with ThreadPoolExecutor(1) as disk, target.open("wb") as writer:
+        handing: Future[None] | None = None
+        handed = 0
+
+        def flush() -> None:
+            nonlocal handing, handed
+            writer.flush()
+            if writer.tell() - handed >= _DISK_BLOCK and (handing is None or handing.done()):
+                if handing is not None:
+                    handing.result()
+                handed = writer.tell()
+                handing = disk.submit(os.fsync, writer.fileno())
+
+        yield writer, flush
+        if handing is not None:
+            handing.result()
 
 
 @contextmanager
