@@ -29,7 +29,7 @@ from smolora.models.registry import FAMILIES, Fused
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
-from smolora.models.structure import PreTrainedModel, replaced_forward, without_dropout
+from smolora.models.structure import PreTrainedModel, find_head_norms, replaced_forward, without_dropout
 from smolora.models.tasks import task_of
 from smolora.runtime.memory import return_freed_blocks
 
@@ -272,7 +272,7 @@ def _attention_forward(
     own = vars(attention)  # Numbers as config.json has them: an attention_dropout of 0 is an integer.
     width, scale, dropout = int(own["head_dim"]), float(own["scaling"]), float(own["attention_dropout"])
     num_heads, num_shared = (size // width for size in inputs.frozen.sizes[:2])
-    norms = [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
+    norms = find_head_norms(attention)
 
     def forward(
         hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *, rows: Rows, **_unused: object

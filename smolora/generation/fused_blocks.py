@@ -25,7 +25,13 @@ from smolora.models.bundle import read_config
 from smolora.models.frozen_linear import can_pack, multiply_by_onednn, pack
 from smolora.models.fused_ops import ACTIVATIONS, gate
 from smolora.models.registry import FAMILIES, Family, Fused, Role
-from smolora.models.structure import has_plain_forward, is_stored_transposed, read_bias, replaced_forwards
+from smolora.models.structure import (
+    find_head_norms,
+    has_plain_forward,
+    is_stored_transposed,
+    read_bias,
+    replaced_forwards,
+)
 from smolora.runtime.device import has_intel_processor
 
 _MOST_BYTES, _MOST_BYTES_FOR_FEW_ROWS = 2**31, 2**29
@@ -132,7 +138,7 @@ def _attention_forward(attention: nn.Module, inputs: Product, output: nn.Module)
     own = vars(attention)
     width, scaling, layer = int(own["head_dim"]), float(own["scaling"]), int(own["layer_idx"])
     heads_of_kind = 2 + int(own["num_key_value_groups"])  # Of queries that share a key, that key and its value.
-    norms = [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
+    norms = find_head_norms(attention)
 
     def forward(
         hidden_states: Tensor,

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from smolora.models.bundle import read_config
-from smolora.models.fused_ops import Rotary
+from smolora.models.fused_ops import MadeOnce, Rotary
 
 _IMPLEMENTATION = "smolora_slots"
 _BLOCK_ROWS = 16
@@ -41,7 +41,7 @@ class Step:
     blocks: tuple[tuple[slice, int], ...]
     """Rows of the step, and how many keys they read."""
 
-    _turns: dict[int, tuple[Tensor, Rotary]] = field(default_factory=dict, repr=False)
+    _turns: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False)
 
     @classmethod
     def of_prompts(cls, first_slot: int, num_rows: int, num_tokens: int, device: torch.device) -> Step:
@@ -69,9 +69,7 @@ class Step:
 
     def turns(self, cos: Tensor, sin: Tensor) -> Rotary:
         """Return the turns [B or 1, T, 1, K] of angles [B or 1, T, K], made once for all layers that share them."""
-        if id(cos) not in self._turns:
-            self._turns[id(cos)] = (cos, Rotary.of_angles(cos[:, :, None], sin[:, :, None]))
-        return self._turns[id(cos)][1]  # Kept beside it, `cos` can't give its id to another tensor.
+        return self._turns.of(cos, lambda: Rotary.of_angles(cos[:, :, None], sin[:, :, None]))
 
     @property
     def num_tokens(self) -> int:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_Made = TypeVar("_Made")
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -71,6 +73,19 @@ class Rotary:
         """
         swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
         return heads.mul_(self.cos).addcmul_(swapped, self.sin, value=-1 if back else 1)
+
+
+class MadeOnce(Generic[_Made]):
+    """What was made of objects, which are told apart by identity: what all layers of a pass share."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[object, _Made]] = {}
+
+    def of(self, source: object, make: Callable[[], _Made]) -> _Made:
+        """Return what `make` gives for `source`, made once."""
+        if id(source) not in self._made:
+            self._made[id(source)] = (source, make())
+        return self._made[id(source)][1]  # Kept beside it, `source` can't give its id to another object.
 
 
 def gate(gate_up: Tensor, activation: Activation) -> Tensor:

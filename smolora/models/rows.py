@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from smolora.models.fused_ops import Rotary
+from smolora.models.fused_ops import MadeOnce, Rotary
 
 _GROUP_STEP = 32
 """Rows share a group where their lengths round up to the same multiple of this. Padding to the longest of 8 E2E rows
@@ -113,8 +113,8 @@ class Rows:
     lengths: Sequence[int]
     """Tokens of each row. What the batch has behind them is filler: it attends to nothing, and nothing to it."""
     device: torch.device
-    _rotary: dict[int, tuple[Tensor, Rotary]] = field(default_factory=dict, repr=False)
-    _turns: dict[int, tuple[Rotary, list[Rotary]]] = field(default_factory=dict, repr=False)
+    _rotary: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False)
+    _turns: MadeOnce[list[Rotary]] = field(default_factory=MadeOnce, repr=False)
     _head_places: dict[tuple[int, int], HeadPlaces] = field(default_factory=dict, repr=False)
     _query_places: dict[tuple[int, int], HeadPlaces] = field(default_factory=dict, repr=False)
 
@@ -123,15 +123,11 @@ class Rows:
 
     def rotary(self, cos: Tensor, sin: Tensor) -> Rotary:
         """Return the turns of one forward pass's angles `[1, N, K]`, made once for all of its layers."""
-        if id(cos) not in self._rotary:
-            self._rotary[id(cos)] = (cos, Rotary.of_angles(cos[0], sin[0]))
-        return self._rotary[id(cos)][1]  # Kept beside it, `cos` can't give its id to another tensor.
+        return self._rotary.of(cos, lambda: Rotary.of_angles(cos[0], sin[0]))
 
     def turns(self, rotary: Rotary) -> list[Rotary]:
         """Return the turns `[R, 1, L, K]` of each group, made once for all layers."""
-        if id(rotary) not in self._turns:  # Kept beside them, too.
-            self._turns[id(rotary)] = (rotary, [rotary.at(group.tokens[:, None]) for group in self.groups])
-        return self._turns[id(rotary)][1]
+        return self._turns.of(rotary, lambda: [rotary.at(group.tokens[:, None]) for group in self.groups])
 
     def head_places(self, num_heads: int, num_shared: int) -> HeadPlaces:
         """Return the places of queries, keys and values, `[N, H + 2 * G]`, made once for all layers."""

@@ -94,6 +94,11 @@ def read_bias(linear: nn.Module) -> nn.Parameter | None:
     return dict(linear.named_parameters(recurse=False)).get("bias")
 
 
+def find_head_norms(attention: nn.Module) -> list[nn.Module]:
+    """Return the norms that an attention puts on each head's query and key, in this order, or none (qwen3, gemma3)."""
+    return [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]
+
+
 def infer_family(model: nn.Module) -> Family:
     """Return where `model` keeps what, read from its modules alone.
 

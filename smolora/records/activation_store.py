@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from smolora.records.staging import write_json
+from smolora.records.staging import describe_os_error, write_json
 
 
 class _Place(NamedTuple):
@@ -67,16 +67,24 @@ class ActivationStore:
         return None
 
     def append(self, key: str, content: bytes) -> bool:
-        """Store `content` under `key`, unless something is there; return whether it fits."""
+        """Store `content` under `key`, unless something is there; return whether it fits.
+
+        Raises:
+            StorageError: The disk takes no more. What was stored before can still be read.
+        """
         if key in self._places:
             return True
         if self._size + len(content) > self._limit:
             return False
         place = _Place(self._size, len(content), zlib.crc32(content))
-        with self._data.open("ab") as file:
-            file.write(content)
-        with self._index.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps([key, *place]))  # The line break first: a torn line before spoils no other.
+        try:
+            with self._data.open("ab") as file:
+                file.write(content)
+            with self._index.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps([key, *place]))  # A line break first: a torn line spoils no other.
+        except OSError as error:
+            self._size = self._data.stat().st_size  # A part may have been written, and the next one lies behind it.
+            raise describe_os_error(error, self._data) from error
         self._places[key] = place
         self._size += len(content)
         return True

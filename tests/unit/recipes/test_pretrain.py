@@ -17,6 +17,7 @@ from smolora.data.encoding import encode_texts
 from smolora.errors import ConfigError, DataError
 from smolora.recipes.pretrain import pretrain, split_at_lines
 from smolora.records.run_dir import RunDir
+from smolora.records.staging import hash_file
 from smolora.tokenizers.bpe import BPETokenizer
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import to_pretrained
@@ -91,6 +92,15 @@ def test_in_mixed_precision_a_run_learns_as_well_and_says_so(tmp_path, text):
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     with pytest.raises(ConfigError, match="dtype can't change within a run: it was 'bfloat16', now 'float32'"):
         pretrain(config(text), tmp_path / "bfloat16", resume=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(tmp_path, text, dtype):
+    own = [f"dtype={dtype}", "training.lr_scheduler_type=constant"]
+    whole = pretrain(config(text, *own), tmp_path / "whole")
+    pretrain(config(text, *own, "training.max_steps=11"), tmp_path / "stopped")
+    resumed = pretrain(config(text, *own), tmp_path / "stopped", resume=True)
+    assert hash_file(resumed / "model.safetensors") == hash_file(whole / "model.safetensors")
 
 
 def test_a_resume_on_another_text_is_refused(tmp_path, text):

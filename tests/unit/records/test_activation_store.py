@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
+from smolora.errors import StorageError
 from smolora.records.activation_store import ActivationStore
+from tests.full_disk import files_of_at_most
 
 IDENTITY = {"layer": 2}
 
@@ -53,3 +57,14 @@ def test_what_does_not_fit_is_not_kept(tmp_path):
     assert "a" in store
     assert "b" not in store
     assert store.num_bytes == 5
+
+
+def test_a_full_disk_is_said_and_spoils_nothing(tmp_path):
+    store = filled(tmp_path / "s", limit=10_000)
+    with files_of_at_most(5_000), pytest.raises(StorageError, match=r"can't write .*data\.bin: File too large"):
+        store.append("c", b"c" * 9_000)
+    assert store.num_bytes == 5_000
+    assert store.append("d", b"fourth")
+    for again in (store, ActivationStore(tmp_path / "s", IDENTITY, limit=10_000)):
+        assert "c" not in again
+        assert [bytes(again.read(key)) for key in "abd"] == [b"first", b"second", b"fourth"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from smolora.training.checkpoint import RunIdentity
 from smolora.training.phases import DynamicLoRACallback
 from smolora.training.prefix_cache import PrefixCacheCallback
 from smolora.training.trainer import Trainer
+from tests.full_disk import files_of_at_most
 from tests.tiny import tiny_bundle
 
 STEPS = 9  # Three epochs of three steps.
@@ -156,3 +158,17 @@ def test_every_phase_says_that_its_cache_is_full(tmp_path, caplog):
     cache = PrefixCacheCallback(tmp_path / "cache", 1000)
     train(tmp_path / "base", DynamicLoRACallback(phases), cache, layers=(0, 1))
     assert caplog.text.count("Raise speed.prefix_cache_gib") == 2
+
+
+def test_a_run_goes_on_where_the_disk_of_its_cache_is_full(tmp_path, caplog):
+    expected, _ = train(tmp_path / "plain")
+    cache = PrefixCacheCallback(tmp_path / "cache", 2**20)
+    with ExitStack() as full:
+
+        class DiskFills(Callback):
+            def on_train_begin(self, trainer):
+                full.enter_context(files_of_at_most(3_000))
+
+        found, _ = train(tmp_path / "cached", cache, DiskFills())
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert "the cache of frozen layers is full: can't write" in caplog.text
