@@ -1,5 +1,5 @@
 """`python -m smolora.cli`, for where the command `smolora` is not on the path."""
 
-from smolora.cli.app import main
+from smolora.cli import main
 
 main()

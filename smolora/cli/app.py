@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cyclopts import (
     App,
@@ -66,9 +67,9 @@ def build_app() -> App:
     return app
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with the code of what happened."""
-    exit_code = run(sys.argv[1:] if arguments is None else arguments)
+def exit_after_run(arguments: Sequence[str]) -> NoReturn:
+    """Run one command line and exit with the code of what happened."""
+    exit_code = run(arguments)
     # All is said: while the libraries end, a Ctrl-C would leave nothing but a traceback.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     _let_go_of_stdout()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from smolora import __version__
-from smolora.cli.app import main
+from smolora.cli import main
 from smolora.cli.terminal import open_terminal
 from smolora.errors import StoppedBySignal
 
@@ -211,9 +211,24 @@ def test_a_ctrl_c_when_all_is_said_leaves_no_traceback():
     script = (
         "import atexit, os, signal\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
-        "from smolora.cli.app import main\n"
+        "from smolora.cli import main\n"
         "main(['--version'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == __version__
+
+
+def test_a_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback():
+    script = (
+        "import os, signal, sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'cyclopts':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "from smolora.cli import main\n"
+        "main(['--version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "smolora: error: interrupted.\n")
