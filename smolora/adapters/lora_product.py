@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
-from smolora.models.fused_ops import TORCH_KERNELS, Activation, Kernels, draw_keep_mask
+from smolora.models.fused_ops import TORCH_KERNELS, Activation, Dropped, Kernels
 from smolora.models.quantised import HeldLinear, is_dequantised_to_multiply
 from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed, read_bias
 
@@ -60,20 +60,11 @@ class _Adapters:
         """A_1, B_1, A_2, ..."""
         return [matrix for branch in self.branches for matrix in (branch.a, branch.b)]
 
-    def draw(self, like: Tensor) -> Tensor | None:
-        """Return which inputs dropout keeps, or None for all."""
+    def draw(self, like: Tensor) -> Dropped | None:
+        """Return which inputs dropout drops, or None for none."""
         if self.dropout is None or not self.dropout.training or not self.dropout.p:
             return None
-        return draw_keep_mask(like, self.dropout.p)
-
-    def drop(self, read: Tensor, keep: Tensor | None) -> Tensor:
-        """Return what the adapters multiply."""
-        return read if keep is None else (read * keep).mul_(self.keep_scale)
-
-    @property
-    def keep_scale(self) -> float:
-        """What dropout multiplies the kept inputs by."""
-        return 1.0 if self.dropout is None else 1 / (1 - self.dropout.p)
+        return Dropped.draw(like, self.dropout.p)
 
     def join(self, dtype: torch.dtype) -> _Joint:
         """Return the joint matrices of this moment. (The fused optimiser doesn't count versions, so none are kept.)"""
@@ -86,13 +77,14 @@ class _Adapters:
             b[branch.outputs, branch.ranks] = branch.b.detach()
         return _Joint(a, b)
 
-    def scale_(self, low: Tensor) -> Tensor:
-        """Multiply `[N, R]` by the scales of the branches, in place: a few columns, where every B would be many."""
-        scales = {branch.scale for branch in self.branches}
+    def scale_(self, low: Tensor, dropped: Dropped | None) -> Tensor:
+        """Multiply `[N, R]` by the scales of the branches and of dropout, in place: these columns are the fewest."""
+        of_dropout = 1.0 if dropped is None or self.dropout is None else 1 / (1 - self.dropout.p)
+        scales = {branch.scale * of_dropout for branch in self.branches}
         if len(scales) == 1:
             return low if scales == {1.0} else low.mul_(scales.pop())
         for branch in self.branches:
-            low[:, branch.ranks] *= branch.scale
+            low[:, branch.ranks] *= branch.scale * of_dropout
         return low
 
     def split_gradients(self, grad_a: Tensor | None, grad_b: Tensor | None) -> list[Tensor | None]:
@@ -156,8 +148,8 @@ class LoRAProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """Return `[..., O]` of `[..., D]`, with the adapters that `follow` found."""
         flat, adapters = x.flatten(0, -2), self._adapters
-        keep = adapters.draw(flat[:, : self.frozen.num_inputs])
-        output: Tensor = _Product.apply(flat, self, adapters, keep, *adapters.matrices)  # type: ignore[no-untyped-call]
+        dropped = adapters.draw(flat[:, : self.frozen.num_inputs])
+        output: Tensor = _Product.apply(flat, self, adapters, dropped, *adapters.matrices)  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)
 
     def read(self, x: Tensor) -> Tensor:
@@ -168,7 +160,7 @@ class LoRAProduct:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: LoRAProduct, adapters: _Adapters, keep: Tensor | None, *matrices: Tensor
+        ctx: Any, x: Tensor, product: LoRAProduct, adapters: _Adapters, dropped: Dropped | None, *matrices: Tensor
     ) -> Tensor:
         ctx.product, ctx.adapters = product, adapters
         if not matrices:
@@ -176,10 +168,10 @@ class _Product(torch.autograd.Function):
             return product.frozen.forward(product.read(x))
         joint = adapters.join(x.dtype)
         read = product.read(x)
-        kept = adapters.drop(read, keep)
-        low = adapters.scale_(kept @ joint.a.t())  # [N, R]
-        # What was dropped is kept as it is, unless it can be made again from the gate's input.
-        ctx.save_for_backward(x if product.gated else kept, low, keep, *joint)
+        kept = read if dropped is None else dropped.zero_(read.clone(memory_format=torch.contiguous_format))
+        low = adapters.scale_(kept @ joint.a.t(), dropped)  # [N, R]
+        # What dropout left is kept as it is, unless it can be made again from the gate's input.
+        ctx.save_for_backward(x if product.gated else kept, low, dropped and dropped.places, *joint)
         return product.frozen.forward(read).addmm_(low, joint.b.t())
 
     @staticmethod
@@ -193,21 +185,21 @@ class _Product(torch.autograd.Function):
             if grad_x is not None and product.gated:
                 grad_x, _ = product.kernels.gate_backward(grad_x, saved, product.gated)
             return grad_x, None, None, None
-        low, keep, a, b = rest
+        low, places, a, b = rest
+        dropped = None if places is None else Dropped(places)
         # In the order in which what is read was just in use, so that it is still in the processor's cache.
-        grad_low = adapters.scale_(grad @ b)  # [N, R]
+        grad_low = adapters.scale_(grad @ b, dropped)  # [N, R]
         grad_b = low.t() @ grad if any(needs_matrices[1::2]) else None  # [R, O]
         grad_x = product.frozen.backward(grad) if needs_x else None
-        if grad_x is not None and keep is None:
-            grad_x.addmm_(grad_low, a)
-        elif grad_x is not None:
-            grad_x.add_((grad_low @ a).mul_(keep), alpha=adapters.keep_scale)
+        if grad_x is not None:
+            grad_x = grad_x.addmm_(grad_low, a) if dropped is None else grad_x.add_(dropped.zero_(grad_low @ a))
         kept = saved
-        if grad_x is not None and product.gated:
-            grad_x, read = product.kernels.gate_backward(grad_x, saved, product.gated)
-            kept = adapters.drop(read, keep)
-        elif product.gated:
-            kept = adapters.drop(product.read(saved), keep)
+        if product.gated:
+            if grad_x is not None:
+                grad_x, kept = product.kernels.gate_backward(grad_x, saved, product.gated)
+            else:
+                kept = product.read(saved)
+            kept = kept if dropped is None else dropped.zero_(kept)
         grad_a = grad_low.t() @ kept if any(needs_matrices[0::2]) else None
         return grad_x, None, None, None, *adapters.split_gradients(grad_a, grad_b)
 

@@ -8,9 +8,10 @@ Legend: `N` tokens, `D` width, `I` width inside the MLP, `H` heads, `K` head wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -117,18 +118,41 @@ class Kernels:
 TORCH_KERNELS = Kernels()
 
 
-def draw_keep_mask(like: Tensor, probability: float) -> Tensor:
-    """Return a boolean tensor shaped as `like`, True with 1 - `probability`, from torch's generator.
+@dataclass(frozen=True)
+class Dropped:
+    """Which numbers of a tensor dropout sets to 0 (Srivastava et al. 2014). Dividing by 1 - p is the caller's."""
 
-    Compares random 16-bit numbers, four to a draw: a sixth of the time of `bernoulli_` on a CPU. The probability is met
-    to 1 / 65,536.
+    places: Tensor
+    """[n] of the flat tensor on a CPU; elsewhere, where counting them would wait for the device, a mask."""
+
+    @classmethod
+    def draw(cls, like: Tensor, probability: float) -> Self:
+        """Draw each number of a tensor shaped as `like` with `probability`, from torch's generator."""
+        if like.device.type != "cpu":
+            return cls(torch.rand(like.shape, device=like.device) < probability)
+        return cls(_draw_places(like.numel(), probability))
+
+    def zero_(self, x: Tensor) -> Tensor:
+        """Set them to 0 in `x`, which is contiguous, in place."""
+        if self.places.dtype == torch.bool:
+            return x.masked_fill_(self.places, 0)
+        x.view(-1).index_fill_(0, self.places, 0)
+        return x
+
+
+def _draw_places(count: int, probability: float) -> Tensor:
+    """Return which of `count` numbers are drawn, in order, from the geometric gaps between them (inverse sampling).
+
+    At .05 that takes a third of the time of a draw for every number, and to set those to 0 a third of a product.
     """
-    if like.device.type != "cpu":
-        return torch.rand(like.shape, device=like.device) >= probability
-    count = like.numel()
-    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    numbers = draws.view(torch.int16)[:count].view(like.shape)
-    return numbers >= round(probability * 65_536) - 32_768
+    expected = count * probability
+    size = math.ceil(expected + 8 * math.sqrt(expected)) + 8
+    while True:
+        uniform = torch.rand(size, dtype=torch.float32)  # Below 1, so that a logarithm is finite.
+        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-probability)).to(torch.int32)
+        places = gaps.add_(1).cumsum(0).sub_(1)
+        if places[-1] >= count:  # Eight standard deviations more were drawn than are needed.
+            return places[: int(torch.searchsorted(places, count))]
 
 
 class _Turn(torch.autograd.Function):

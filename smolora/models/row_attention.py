@@ -21,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from smolora.models.bundle import read_config
-from smolora.models.fused_ops import Rotary, draw_keep_mask
+from smolora.models.fused_ops import Dropped, Rotary
 from smolora.models.rows import HeadPlaces, RowGroup, Rows
 
 ROW_ATTENTION = "smolora_rows"
@@ -272,8 +272,9 @@ def _attend_group(block: _Block, *, group: RowGroup, settings: AttentionSettings
         if group.length <= _KEEP_PROBABILITIES_UP_TO:
             kept.append(probabilities)
         if settings.dropout:
-            kept.append(draw_keep_mask(probabilities, settings.dropout))
-            probabilities = probabilities * kept[-1] / (1 - settings.dropout)
+            dropped = Dropped.draw(probabilities, settings.dropout)
+            kept.append(dropped.places)
+            probabilities = _drop(probabilities, dropped, settings)
         _multiply(probabilities, block.value[:, :end], into=into[:, :, start:end])
     return kept
 
@@ -308,8 +309,8 @@ def _backward_group(
         grad_weights = torch.bmm(grad_part, block.value[:, :end].transpose(1, 2))
         used = probabilities
         if settings.dropout:
-            factor = next(kept) / (1 - settings.dropout)
-            used, grad_weights = (probabilities * factor).to(grad.dtype), (grad_weights * factor).to(grad.dtype)
+            dropped = Dropped(next(kept))
+            used, grad_weights = (_drop(x, dropped, settings) for x in (probabilities, grad_weights))
         scores = torch._softmax_backward_data(grad_weights, probabilities, -1, probabilities.dtype)
         _multiply(scores, block.key[:, :end], into=into.query[:, :, start:end], scale=settings.scale)
         if is_whole:
@@ -321,6 +322,10 @@ def _backward_group(
     if not is_whole:
         torch.mul(sums[0], settings.scale, out=into.key)
         into.value.copy_(sums[1])
+
+
+def _drop(weights: Tensor, dropped: Dropped, settings: AttentionSettings) -> Tensor:
+    return dropped.zero_(weights.div(1 - settings.dropout))
 
 
 def _multiply(a: Tensor, b: Tensor, *, into: Tensor, scale: float = 1.0) -> None:

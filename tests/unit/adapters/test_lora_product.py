@@ -16,7 +16,7 @@ from smolora.adapters.fast_path import fast_path
 from smolora.adapters.lora_product import LoRAProduct
 from smolora.config import LoRAConfig, SpeedConfig
 from smolora.models.frozen_linear import FrozenLinear
-from smolora.models.fused_ops import draw_keep_mask
+from smolora.models.fused_ops import Dropped
 from smolora.models.loading import load_model
 from smolora.models.rows import Rows
 from smolora.models.saving import save_model
@@ -94,7 +94,8 @@ def give_masks(bundle, probability):
         ):
             adapters = [layer for layer in layers if "lora_dropout" in dict(layer.named_children())]
             if adapters:
-                keep = draw_keep_mask(torch.empty(sum(LENGTHS), adapters[0].in_features), probability)
+                ones = torch.ones(sum(LENGTHS), adapters[0].in_features)
+                keep = Dropped.draw(ones, probability).zero_(ones)
                 for layer in adapters:
                     layer.lora_dropout["default"] = GivenMask(keep, probability)
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from smolora.models.fused_ops import draw_keep_mask, gate, gate_backward, rms_norm
+from smolora.models.fused_ops import Dropped, gate, gate_backward, rms_norm
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -37,18 +37,21 @@ def test_the_norm_and_its_gradient_are_the_plain_ones(offset, shape):
     assert_close(torch.autograd.grad(found, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
 
 
-@pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
-def test_a_mask_keeps_its_share_of_every_element(probability):
+@pytest.mark.parametrize("probability", [0.001, 0.05, 0.2, 0.5, 0.9])
+def test_every_number_is_dropped_as_often_as_asked_and_apart_from_its_neighbour(probability):
     torch.manual_seed(0)
-    masks = torch.stack([draw_keep_mask(torch.empty(13, 11), probability) for _ in range(3000)]).float()
-    # 3,000 draws: 6 standard errors.
-    error = (probability * (1 - probability) / 3000) ** 0.5
-    assert (masks.mean(dim=0) - (1 - probability)).abs().max() < 6 * error
+    dropped = torch.stack(
+        [1 - Dropped.draw(torch.empty(13, 11), probability).zero_(torch.ones(13, 11)) for _ in range(3000)]
+    )
+    for found, share in ((dropped, probability), (dropped[..., 1:] * dropped[..., :-1], probability**2)):
+        error = (share * (1 - share) / 3000) ** 0.5
+        assert (found.mean(dim=0) - share).abs().max() < 6 * error + 2 / 3000  # 6 standard errors, and two of a kind.
+        assert found.mean().item() == pytest.approx(share, abs=4 * error / 100**0.5)
 
 
-def test_masks_come_from_torchs_generator():
-    masks = []
+def test_what_is_dropped_comes_from_torchs_generator():
+    places = []
     for _ in range(2):
         torch.manual_seed(5)
-        masks.append(draw_keep_mask(torch.empty(100), 0.3))
-    assert torch.equal(*masks)
+        places.append(Dropped.draw(torch.empty(100), 0.3).places)
+    assert torch.equal(*places)
