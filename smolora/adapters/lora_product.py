@@ -61,7 +61,7 @@ class _Adapters:
         return [matrix for branch in self.branches for matrix in (branch.a, branch.b)]
 
     def draw(self, like: Tensor) -> Dropped | None:
-        """Return which inputs dropout drops, or None for none."""
+        """Return which inputs dropout drops, or None where it is off."""
         if self.dropout is None or not self.dropout.training or not self.dropout.p:
             return None
         return Dropped.draw(like, self.dropout.p)

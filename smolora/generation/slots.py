@@ -41,7 +41,7 @@ class Step:
     blocks: tuple[tuple[slice, int], ...]
     """Rows of the step, and how many keys they read."""
 
-    _turns: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False)
+    _turns: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False, compare=False)
 
     @classmethod
     def of_prompts(cls, first_slot: int, num_rows: int, num_tokens: int, device: torch.device) -> Step:

@@ -143,13 +143,13 @@ class Dropped:
 def _draw_places(count: int, probability: float) -> Tensor:
     """Return which of `count` numbers are drawn, in order, from the geometric gaps between them (inverse sampling).
 
-    At .05 that takes a third of the time of a draw for every number, and to set those to 0 a third of a product.
+    At .05 that takes two fifths of the time of a draw for every number, and setting them to 0 those of a product.
     """
     expected = count * probability
     size = math.ceil(expected + 8 * math.sqrt(expected)) + 8
     while True:
         uniform = torch.rand(size, dtype=torch.float32)  # Below 1, so that a logarithm is finite.
-        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-probability)).to(torch.int32)
+        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-probability)).clamp_(max=count).to(torch.int32)
         places = gaps.add_(1).cumsum(0).sub_(1)
         if places[-1] >= count:  # Eight standard deviations more were drawn than are needed.
             return places[: int(torch.searchsorted(places, count))]

@@ -113,8 +113,8 @@ class Rows:
     lengths: Sequence[int]
     """Tokens of each row. What the batch has behind them is filler: it attends to nothing, and nothing to it."""
     device: torch.device
-    _rotary: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False)
-    _turns: MadeOnce[list[Rotary]] = field(default_factory=MadeOnce, repr=False)
+    _rotary: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False, compare=False)
+    _turns: MadeOnce[list[Rotary]] = field(default_factory=MadeOnce, repr=False, compare=False)
     _head_places: dict[tuple[int, int], HeadPlaces] = field(default_factory=dict, repr=False)
     _query_places: dict[tuple[int, int], HeadPlaces] = field(default_factory=dict, repr=False)
 

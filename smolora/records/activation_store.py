@@ -6,9 +6,11 @@ A record is appended to `data.bin` and then named in `index.jsonl` with its chec
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +72,7 @@ class ActivationStore:
         """Store `content` under `key`, unless something is there; return whether it fits.
 
         Raises:
-            StorageError: The disk takes no more. What was stored before can still be read.
+            StorageError: It can't be written. All is let go then, and nothing more is kept.
         """
         if key in self._places:
             return True
@@ -83,11 +85,19 @@ class ActivationStore:
             with self._index.open("a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps([key, *place]))  # A line break first: a torn line spoils no other.
         except OSError as error:
-            self._size = self._data.stat().st_size  # A part may have been written, and the next one lies behind it.
-            raise describe_os_error(error, self._data) from error
+            self._let_go()
+            raise describe_os_error(error, self._data.parent) from error
         self._places[key] = place
         self._size += len(content)
         return True
+
+    def _let_go(self) -> None:
+        """Give the disk its room back: whatever else is written there needs it more."""
+        self._places.clear()
+        self._size = self._limit = 0
+        with suppress(OSError):
+            os.truncate(self._index, 0)
+            os.truncate(self._data, 0)
 
     def _read_index(self) -> dict[str, _Place]:
         places = {}

@@ -144,22 +144,19 @@ class PrefixCacheCallback(Callback):
         for key, row in zip(self._keys, torch.split(known, self._lengths), strict=True):
             if key in self._store:
                 continue
-            problem = self._try_to_store(key, row.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-            if problem and not self._is_full:
+            try:
+                fits = self._store.append(key, row.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            except StorageError as error:  # What is kept only to be faster ends no run.
+                self._is_full = True
+                logger.warning("the cache of frozen layers is given up, so that no pass skips them: %s", error)
+                return
+            if not fits and not self._is_full:
                 self._is_full = True
                 logger.warning(
-                    "the cache of frozen layers is full%s A pass with a row that isn't in it skips nothing.", problem
+                    "the cache of frozen layers is full at %.1f MiB: passes with a row that isn't in it skip nothing. "
+                    "Raise speed.prefix_cache_gib, or set it to 0.",
+                    self._store.num_bytes / 2**20,
                 )
-
-    def _try_to_store(self, key: str, content: bytes) -> str | None:
-        """Store a row; return why it isn't kept, or None where it is. A full disk ends no run here."""
-        assert self._store is not None, "the cache is installed with its store"
-        try:
-            if self._store.append(key, content):
-                return None
-        except StorageError as error:
-            return f": {error}"
-        return f" at {self._store.num_bytes / 2**20:.1f} MiB. Raise speed.prefix_cache_gib, or set it to 0."
 
 
 def _row_lengths(position_ids: Tensor) -> list[int]:

@@ -165,8 +165,8 @@ def test_for_backward_it_keeps_what_backward_needs_and_nothing_else(probability,
         group.num_rows * group.length * ((heads + 2 * shared) * head_width + heads * group.length)
         for group in Rows(LENGTHS, torch.device("cpu")).groups
     )  # q, k, v and the attention weights of padded rows.
-    masks = tokens * (3 * width + inner) if probability else 0  # One byte each.
-    assert found <= NUM_LAYERS * (4 * (norms + inputs + adapters + blocks) + masks)
+    places = 1.1 * probability * tokens * (3 * width + inner)  # Of what dropout drops, some more by chance.
+    assert found <= NUM_LAYERS * (4 * (norms + inputs + adapters + blocks) + 8 * places)
 
 
 def frozen_products():

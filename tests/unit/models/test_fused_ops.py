@@ -49,6 +49,23 @@ def test_every_number_is_dropped_as_often_as_asked_and_apart_from_its_neighbour(
         assert found.mean().item() == pytest.approx(share, abs=4 * error / 100**0.5)
 
 
+def test_a_probability_may_be_tiny():
+    torch.manual_seed(0)
+    assert len(Dropped.draw(torch.empty(10_000), 1e-15).places) == 0
+
+
+def test_a_mask_says_what_is_dropped_too():
+    dropped = Dropped(torch.tensor([[True, False, False], [False, False, True]]))
+    assert torch.equal(dropped.zero_(torch.ones(2, 3)), torch.tensor([[0.0, 1, 1], [1, 1, 0]]))
+
+
+@pytest.mark.gpu
+def test_a_device_draws_as_many():
+    x = torch.ones(1000, 1000, device="cuda")
+    torch.manual_seed(0)
+    assert Dropped.draw(x, 0.05).zero_(x).mean().item() == pytest.approx(0.95, abs=1e-3)
+
+
 def test_what_is_dropped_comes_from_torchs_generator():
     places = []
     for _ in range(2):

@@ -59,12 +59,12 @@ def test_what_does_not_fit_is_not_kept(tmp_path):
     assert store.num_bytes == 5
 
 
-def test_a_full_disk_is_said_and_spoils_nothing(tmp_path):
+def test_a_full_disk_is_said_and_gets_its_room_back(tmp_path):
     store = filled(tmp_path / "s", limit=10_000)
-    with files_of_at_most(5_000), pytest.raises(StorageError, match=r"can't write .*data\.bin: File too large"):
+    with files_of_at_most(5_000), pytest.raises(StorageError, match=r"can't write .*s: File too large"):
         store.append("c", b"c" * 9_000)
-    assert store.num_bytes == 5_000
-    assert store.append("d", b"fourth")
-    for again in (store, ActivationStore(tmp_path / "s", IDENTITY, limit=10_000)):
-        assert "c" not in again
-        assert [bytes(again.read(key)) for key in "abd"] == [b"first", b"second", b"fourth"]
+    assert [(tmp_path / "s" / name).stat().st_size for name in ("data.bin", "index.jsonl")] == [0, 0]
+    assert "a" not in store
+    assert not store.append("d", b"fourth")
+    again = filled(tmp_path / "s")
+    assert [bytes(again.read(key)) for key in "ab"] == [b"first", b"second"]
