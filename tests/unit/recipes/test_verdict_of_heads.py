@@ -49,7 +49,7 @@ def tagger(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    return tune(tmp_path_factory.mktemp("questions"), "qa", questions(), "data.overlong=drop", "training.max_steps=60")
+    return tune(tmp_path_factory.mktemp("questions"), "qa", questions(), "data.overlong=drop", "training.max_steps=90")
 
 
 def test_a_run_that_labels_words_is_told_so_by_its_entities(tagger):
