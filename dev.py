@@ -59,7 +59,8 @@ def setup() -> int:
     started = time.perf_counter()
     print("setting up .venv (about a minute) ...", file=sys.stderr, flush=True)
     shutil.rmtree(VENV, ignore_errors=True)
-    code = run([sys.executable, "-m", "venv", str(VENV)])
+    # Not this interpreter: where .venv is activated, it has just been removed.
+    code = run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", str(VENV)])
     code = code or run([str(PYTHON), "-m", "pip", "install", "-q", "-e", ".[dev]", "-c", "constraints.txt"])
     if code == 0:
         STAMP.write_text(wanted)
