@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from smolora.config.data import DataConfig
@@ -66,12 +67,18 @@ def _account_files(out: Path) -> list[Path]:
 def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:
     # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
     encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=str).encode
-    choose_names = lru_cache(lambda columns: name_by_roles(columns, fmt))  # Most rows have the same columns.
+
+    @lru_cache  # Most rows have the same columns.
+    def choose_keys(columns: tuple[str, ...]) -> list[tuple[str, str]]:
+        return [(f"{encode(name)}: ", column) for name, column in name_by_roles(columns, fmt).items()]
+
     count = 0
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with path.open("w", encoding="utf-8", newline="\n", buffering=2**18) as file:
         for row in rows:
-            names = choose_names(tuple(row.values))
-            file.write(encode({name: row.values[column] for name, column in names.items()}) + "\n")
+            values = row.values
+            # The encoder takes a text by itself in two thirds of the time of an object that holds it.
+            pairs = [f"{key}{encode(values[column])}" for key, column in choose_keys(tuple(values))]
+            file.write(f"{{{', '.join(pairs)}}}\n")
             count += 1
     return count
 
@@ -84,7 +91,11 @@ def _hold_out(train: Path, held_out: Path, chosen: set[int]) -> int:
     if chosen:
         whole = train.rename(train.with_suffix(".whole"))
         with whole.open("rb") as lines, train.open("wb") as kept, held_out.open("wb") as moved:
-            for index, line in enumerate(lines):
-                (moved if index in chosen else kept).write(line)
+            position = 0
+            for index in sorted(chosen):
+                kept.writelines(islice(lines, index - position))
+                moved.write(next(lines))
+                position = index + 1
+            kept.writelines(lines)
         whole.unlink()
     return len(chosen)
