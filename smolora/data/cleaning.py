@@ -133,7 +133,7 @@ def _read_tag(tag: str) -> tuple[bool, str]:
 
 def _add_part(parts: list[str], raw: str) -> None:
     if raw:
-        parts.append(unescape(raw) if "&" in raw else raw)
+        parts.append(unescape(raw))
 
 
 def _drop_comments(text: str) -> str:
