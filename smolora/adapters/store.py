@@ -117,10 +117,12 @@ def bundle_adapted(base: ModelBundle, adapted: peft.PeftModel, adapter: StoredAd
             adapter.quantization,
             base.quantization,
         )
+    fmt = read_prompt_format(adapter.folder)
     return replace(
         base,
         model=adapted,
-        prompt_format=read_prompt_format(adapter.folder) or base.prompt_format,
+        prompt_format=fmt or base.prompt_format,
+        head_labels=fmt.labels if fmt else (),
         num_virtual_tokens=count_virtual_tokens(adapter.config),
         has_drawn_head=False,  # The adapter's own head is on.
     )

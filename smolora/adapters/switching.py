@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -57,6 +58,7 @@ class AdapterSwitch:
             self._bundles[name] = self._add(folder, self._inner[name]) if number else load_adapter(base, folder)
         self._used: str | None = None
         self._first = next(iter(folders))
+        self._without = replace(self._bundles[self._first], head_labels=())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,13 +83,12 @@ class AdapterSwitch:
             raise ConfigError(f"the adapter {self._used!r} is answering. Finish or close its stream first.")
         before, self._used = self._used, name
         try:
-            bundle = self._bundles[self._first if name == BASE else name]
             if name == BASE:
-                with disabled_adapter(bundle):
-                    yield bundle
+                with disabled_adapter(self._without):
+                    yield self._without
             else:
                 self._set(self._inner[name])
-                yield bundle
+                yield self._bundles[name]
         finally:
             self._used = before
 

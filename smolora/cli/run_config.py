@@ -1,4 +1,4 @@
-"""From the words and flags of `pretrain` and `train` to the configuration of the run."""
+"""From the words and flags of the verbs that read data to the configuration of the run."""
 
 from __future__ import annotations
 
@@ -67,6 +67,18 @@ def build_config(
     training = config.training.with_rows_per_step(flags.batch_size, launched_processes())
     resolved: RunConfig = config.replace(training=training)
     return resolved
+
+
+def require_data(config: RunConfig) -> None:
+    """Raise where a file of data is missing. The recipe does, too, but seconds of imports later.
+
+    Raises:
+        DataError: No source is named, or one isn't there.
+        StorageError: A file may not be read.
+    """
+    from smolora.data.sources import check_local_sources
+
+    check_local_sources(config.data)
 
 
 def _find_data(preset: str | None, dataset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:

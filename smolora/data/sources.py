@@ -61,16 +61,27 @@ def check_sources(data: DataConfig) -> None:
         DataError: No source is named, or one isn't there.
         StorageError: A file may not be read.
     """
+    for name in check_local_sources(data):
+        load_dataset_from_hub(name)  # Once it is in the cache, reading it again costs next to nothing.
+
+
+def check_local_sources(data: DataConfig) -> list[str]:
+    """Do what `check_sources` does for the sources that are files, and return the names of the hub's.
+
+    Raises:
+        DataError, StorageError: As there.
+    """
     held_out = [] if data.eval_source is None else [(data.eval_source, None)]
+    remote = []
     for source, file_type in [*((source, data.file_type) for source in _require_sources(data)), *held_out]:
         if is_benchmark_source(source):
             check_readable(locate_benchmark(source))
-            continue
-        found = _locate(source, file_type)
-        if found is None:
-            load_dataset_from_hub(source)  # Once it is in the cache, reading it again costs next to nothing.
-        for file, _ in found or ():
-            check_readable(file)
+        elif (found := _locate(source, file_type)) is None:
+            remote.append(source)
+        else:
+            for file, _ in found:
+                check_readable(file)
+    return remote
 
 
 def read_sources(

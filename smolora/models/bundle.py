@@ -44,6 +44,8 @@ class ModelBundle:
     """What the model's head answers."""
     has_drawn_head: bool = False
     """Whether the head is new: its files have none, or one for other labels."""
+    head_labels: tuple[str, ...] = ()
+    """What an adapter's own head tells apart; left out, what the config names."""
     num_virtual_tokens: int = 0
     """Positions before every row that an adapter of virtual tokens takes."""
     taken: Mapping[str, Tensor] | None = None
@@ -69,6 +71,8 @@ class ModelBundle:
         """What a classifier tells apart, in the order of its outputs; none for other models."""
         if self.task not in LABEL_TASKS:
             return ()
+        if self.head_labels:
+            return self.head_labels
         names: dict[int, str] = read_config(self.model).id2label
         return tuple(str(names[number]) for number in range(len(names)))
 

@@ -161,21 +161,17 @@ class _SumCrossEntropy(torch.autograd.Function):
         losses = []
         for start in range(0, len(targets), size):
             end = min(start + size, len(targets))
-            chunk = logits[start:end].float()  # [n, V]
             chosen = targets[start:end, None]
-            shifted = chunk - chunk.amax(dim=-1, keepdim=True)
-            target_logits = shifted.gather(1, chosen)
-            exponentials = shifted.exp_()
-            sums = exponentials.sum(dim=-1, keepdim=True)
-            losses.append(sums.log() - target_logits)
+            log_probabilities = logits[start:end].log_softmax(dim=-1, dtype=torch.float32)  # [n, V]
+            losses.append(log_probabilities.gather(1, chosen))
             if gradient is not None:
-                probabilities = exponentials.div_(sums / weight)
-                probabilities.scatter_add_(1, chosen, torch.full_like(target_logits, -weight))
-                gradient[start:end] = probabilities
+                errors = log_probabilities.exp_()
+                errors.scatter_add_(1, chosen, torch.full_like(losses[-1], -1.0))
+                torch.mul(errors, weight, out=gradient[start:end])
         if gradient is not None:
             gradient[len(targets) :] = 0
         ctx.gradient = gradient
-        return torch.cat(losses).sum() * weight if losses else logits.new_zeros((), dtype=torch.float32)
+        return torch.cat(losses).sum() * -weight if losses else logits.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -14,7 +14,7 @@ from smolora.adapters.switching import AdapterSwitch
 from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, write_prompt_format
 from smolora.models.loading import load_model
-from tests.tiny import random_input_ids, save_tiny_model
+from tests.tiny import random_input_ids, save_tiny_encoder, save_tiny_model
 from tests.unit.adapters.conftest import attach_moved, change_json
 
 IDS = random_input_ids(9)
@@ -61,6 +61,19 @@ def test_an_adapter_without_a_form_has_the_base_s_and_not_the_first_one_s(save_t
     for name, form in (("one", FORMS[1]), ("two", FORMS[0])):
         with adapters.switched_to(name) as bundle:
             assert bundle.prompt_format == form
+
+
+def test_each_classifier_has_its_own_labels(tmp_path):
+    folder = save_tiny_encoder("bert", tmp_path / "base")
+    base = load_model(folder, task="classification", labels=("no", "yes"))
+    for name, labels in (("one", ("no", "yes")), ("two", ("false", "true"))):
+        form = PromptFormat(kind="classification", columns={"text": "text", "label": "label"}, labels=labels)
+        tuned = attach_moved(load_model(folder, task="classification", labels=labels))
+        save_adapter(replace(tuned, prompt_format=form), tmp_path / name)
+    adapters = AdapterSwitch(base, {name: tmp_path / name for name in ("one", "two")})
+    for name, labels in (("one", ("no", "yes")), ("two", ("false", "true")), ("base", ("no", "yes"))):
+        with adapters.switched_to(name) as bundle:
+            assert bundle.labels == labels
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

@@ -132,6 +132,17 @@ def test_what_isnt_there_is_named_with_its_exit_code(smolora, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["d.csv"]
 
 
+def test_missing_data_is_named_before_anything_heavy_is_imported(tmp_path):
+    script = (
+        "import sys; from smolora.cli.app import run; rest = ['--data', 'nowhere.csv', '-o', 'out']; "
+        "codes = [run([verb, '--model', 'm', *rest]) for verb in ('train', 'probe', 'plan', 'init')]; "
+        "sys.exit([*codes, run(['pretrain', *rest])] != [3] * 5 or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no such file or folder: nowhere.csv") == 5
+
+
 class _Stdout(io.StringIO):
     def __init__(self, error):
         super().__init__()
