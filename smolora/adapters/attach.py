@@ -21,7 +21,7 @@ from smolora.config.model import TaskType
 from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
-from smolora.models.loading import resolve_model_folder
+from smolora.models.folders import resolve_model_folder
 from smolora.models.structure import PreTrainedModel
 from smolora.models.tasks import describe_task, task_of
 

@@ -32,7 +32,8 @@ from smolora.config.model import ModelConfig, Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.bundle import ModelBundle
-from smolora.models.loading import load_model, resolve_model_folder
+from smolora.models.folders import resolve_model_folder
+from smolora.models.loading import load_model
 from smolora.models.structure import PreTrainedModel
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_json

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from smolora.cli.flags import TrainFlags
 from smolora.cli.make import OutIfAny
-from smolora.cli.run_config import build_config, require_data
+from smolora.cli.run_config import build_config, require_inputs
 from smolora.cli.terminal import open_terminal
 from smolora.runtime.console import print_plainly
 
@@ -38,7 +38,7 @@ def plan(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir)
-    require_data(config)
+    require_inputs(config)
     from smolora.recipes.plan import plan as run_plan
 
     made = run_plan(config, out, resume=flags.resume)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from smolora.cli.flags import PrepareFlags, PretrainFlags, TrainFlags, collect_settings
-from smolora.cli.run_config import build_config, require_data
+from smolora.cli.run_config import build_config, require_inputs
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
 from smolora.runtime.console import print_plainly
@@ -62,7 +62,7 @@ def pretrain(
     from smolora.config import PretrainConfig
 
     config = build_config(PretrainConfig, words, flags, out)
-    require_data(config)
+    require_inputs(config)
     from smolora.recipes.pretrain import pretrain as run_pretrain
     from smolora.training.callbacks import ProgressCallback
 
@@ -97,7 +97,7 @@ def train(
     config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir, dataset=dataset)
     if out is None and not show:
         raise ConfigError("-o is missing: the folder of the run, such as -o my-run.")
-    require_data(config)
+    require_inputs(config)
     if out is None or show:
         from smolora.recipes.finetune import show_examples
 
@@ -148,7 +148,7 @@ def probe(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir)
-    require_data(config)
+    require_inputs(config)
     from smolora.recipes.probe import probe as run_probe
 
     folder = run_probe(config, out, num_batches=batches)
@@ -163,6 +163,9 @@ def merge(run: Path, *, out: OutIfAny = None) -> None:
         out: Folder to write. Left out, RUN/final_merged.
     """
     terminal = open_terminal()
+    from smolora.models.folders import resolve_model_folder
+
+    resolve_model_folder(run, has_weights=False)  # Before torch and transformers are imported.
     from smolora.recipes.merge import merge as run_merge
 
     report = run_merge(run, out)

@@ -69,16 +69,21 @@ def build_config(
     return resolved
 
 
-def require_data(config: RunConfig) -> None:
-    """Raise where a file of data is missing. The recipe does, too, but seconds of imports later.
+def require_inputs(config: RunConfig) -> None:
+    """Raise where data or model are missing. The recipe does, too, but seconds of imports later.
 
     Raises:
         DataError: No source is named, or one isn't there.
         StorageError: A file may not be read.
+        ModelError: There is no such model.
     """
+    from smolora.config import ExperimentConfig
     from smolora.data.sources import check_local_sources
+    from smolora.models.folders import resolve_model_folder
 
     check_local_sources(config.data)
+    if isinstance(config, ExperimentConfig):
+        resolve_model_folder(config.model.name_or_path, revision=config.model.revision, has_weights=False)
 
 
 def _find_data(preset: str | None, dataset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:

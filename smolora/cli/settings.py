@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from smolora.cli.flags import TrainFlags
-from smolora.cli.run_config import build_config, require_data, split_words
+from smolora.cli.run_config import build_config, require_inputs, split_words
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
 from smolora.runtime.console import print_plainly
@@ -39,7 +39,7 @@ def init(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir, dataset=dataset)
-    require_data(config)
+    require_inputs(config)
     from smolora.recipes.init import init as run_init
 
     run_init(config, out)

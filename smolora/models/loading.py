@@ -6,17 +6,12 @@ tensor is refused (transformers would fill it with random numbers and go on).
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -26,6 +21,7 @@ from smolora.data.prompts import read_prompt_format
 from smolora.errors import ConfigError, ModelError, SmoloraError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
+from smolora.models.folders import read_json, refuse_code, resolve_model_folder
 from smolora.models.heads import choose_labels, is_of_head, settle_head
 from smolora.models.quantised import quantise, require_quantisation
 from smolora.models.tasks import AUTO_MODELS, LABEL_TASKS, TASK_NAMES, find_heads, offer_tasks, read_saved_task
@@ -36,12 +32,7 @@ from smolora.models.weight_files import (
     name_in_files,
     read_stored_tensors,
 )
-from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.pretrained import load_tokenizer
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SETTINGS_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
-_OTHER_COPIES = ["original/*", "onnx/*", "consolidated*"]
 
 
 def load_model(
@@ -109,40 +100,6 @@ def _refuse_requantising(folder: Path, settings: Mapping[str, object], quantizat
         )
 
 
-def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = None) -> Path:
-    """Return the local folder of a path or hub id, which is downloaded or taken from the cache.
-
-    Raises:
-        ModelError: There is no such folder, and no such model on the hub or no way to reach it.
-    """
-    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not _HUB_ID.fullmatch(name):
-        kind = "a file, not a folder" if folder.exists() else "no folder"
-        raise ModelError(
-            f"{name} is {kind}. Name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M."
-        )
-    problem = find_hub_problem(name, "model", revision=revision)
-    fetch = partial(
-        snapshot_download,
-        name,
-        revision=revision,
-        ignore_patterns=_OTHER_COPIES,
-        local_files_only=problem is not None,  # The cache may hold it all the same.
-    )
-    try:
-        refuse_code(Path(fetch(allow_patterns=_SETTINGS_FILES)))  # Before the gigabytes.
-        return Path(fetch(allow_patterns=[*_SETTINGS_FILES, "*.safetensors"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = problem or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelError(
-            f"no folder '{name}' here, and the hub didn't give it: {reason}. Check the name, or the network."
-        ) from error
-
-
 def read_model_settings(folder: Path) -> dict[str, object]:
     """Return config.json of a model folder.
 
@@ -150,7 +107,7 @@ def read_model_settings(folder: Path) -> dict[str, object]:
         ModelError: It is missing, unreadable, names no model type, or asks to run code.
     """
     refuse_code(folder)
-    settings = _read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     if settings is None:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
@@ -162,20 +119,6 @@ def read_model_settings(folder: Path) -> dict[str, object]:
     if not isinstance(settings.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'} names no model_type. Save the model again with save_pretrained.")
     return settings
-
-
-def refuse_code(folder: Path) -> None:
-    """Raise if a config asks to run code that comes with the model.
-
-    Raises:
-        ModelError: There is an `auto_map`.
-    """
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if "auto_map" in (_read_json(folder / name) or {}):
-            raise ModelError(
-                f"{folder / name} asks to run code of its own (auto_map), which is never done. "
-                "Use a model whose type transformers has; if transformers has this one, remove auto_map from your copy."
-            )
 
 
 @contextmanager
@@ -295,15 +238,3 @@ def _opening(folder: Path, task: TaskType) -> Iterator[None]:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder} can't be opened as a {TASK_NAMES[task]}: {reason}") from error
-
-
-def _read_json(file: Path) -> dict[str, object] | None:
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} can't be read: {error}. Copy or download it again.") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} must hold a JSON object, found {type(values).__name__}.")
-    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -132,15 +133,22 @@ def test_what_isnt_there_is_named_with_its_exit_code(smolora, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["d.csv"]
 
 
-def test_missing_data_is_named_before_anything_heavy_is_imported(tmp_path):
+def test_what_isnt_there_is_named_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "d.csv").write_text("text\nhello\n")
+    rest = ["--data", "nowhere.csv", "-o", "out"]
+    lines = [[verb, "--model", "m", *rest] for verb in ("train", "probe", "plan", "init")] + [["pretrain", *rest]]
+    lines += [["generate", "./nowhere", "hello"], ["chat", "./nowhere"], ["merge", "/nowhere"]]
+    lines.append(["train", "--model", "./nowhere", "--data", "d.csv", "-o", "out"])
     script = (
-        "import sys; from smolora.cli.app import run; rest = ['--data', 'nowhere.csv', '-o', 'out']; "
-        "codes = [run([verb, '--model', 'm', *rest]) for verb in ('train', 'probe', 'plan', 'init')]; "
-        "sys.exit([*codes, run(['pretrain', *rest])] != [3] * 5 or 'torch' in sys.modules)"
+        "import json, sys; from smolora.cli.app import run; "
+        "print([run(line) for line in json.loads(sys.argv[1])], 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(lines)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"{[3] * 5 + [4] * 4} False\n"
     assert done.stderr.count("no such file or folder: nowhere.csv") == 5
+    assert done.stderr.count("/nowhere is no folder. Name a model folder") == 4
 
 
 class _Stdout(io.StringIO):
