@@ -82,9 +82,9 @@ def generate(
     settings = (flags or SamplingFlags()).to_settings()
     if os.path.isfile(prompt):  # noqa: PTH113 - Path.is_file raises where text is too long to be a name
         logger.warning('the prompt is the name of a file, not what it holds; for that, give "$(cat %s)"', prompt)
-    from smolora.models.folders import resolve_model_folder
+    from smolora.models.folders import require_model
 
-    resolve_model_folder(model, has_weights=False)  # Before torch and transformers are imported.
+    require_model(model)  # Before torch and transformers are imported.
     from smolora.recipes.generate import generate as run_generate
 
     print(run_generate(model, prompt, settings, device=device))
@@ -100,9 +100,9 @@ def chat(model: str, /, *, flags: SamplingFlags | None = None, device: str = "au
     """
     open_terminal()
     settings = (flags or SamplingFlags()).to_settings()
-    from smolora.models.folders import resolve_model_folder
+    from smolora.models.folders import require_model
 
-    resolve_model_folder(model, has_weights=False)
+    require_model(model)
     from smolora.adapters.store import open_model
     from smolora.inference.chat import run_chat
 

@@ -62,7 +62,7 @@ def pretrain(
     from smolora.config import PretrainConfig
 
     config = build_config(PretrainConfig, words, flags, out)
-    require_inputs(config)
+    require_inputs(config, out)
     from smolora.recipes.pretrain import pretrain as run_pretrain
     from smolora.training.callbacks import ProgressCallback
 
@@ -95,14 +95,14 @@ def train(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir, dataset=dataset)
-    if out is None and not show:
-        raise ConfigError("-o is missing: the folder of the run, such as -o my-run.")
-    require_inputs(config)
-    if out is None or show:
+    if show:
         from smolora.recipes.finetune import show_examples
 
         _print_examples(show_examples(config))
         return
+    if out is None:
+        raise ConfigError("-o is missing: the folder of the run, such as -o my-run.")
+    require_inputs(config, out)
     from smolora.recipes.finetune import finetune
     from smolora.training.callbacks import ProgressCallback
 
@@ -148,7 +148,7 @@ def probe(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir)
-    require_inputs(config)
+    require_inputs(config, out)
     from smolora.recipes.probe import probe as run_probe
 
     folder = run_probe(config, out, num_batches=batches)
@@ -163,9 +163,9 @@ def merge(run: Path, *, out: OutIfAny = None) -> None:
         out: Folder to write. Left out, RUN/final_merged.
     """
     terminal = open_terminal()
-    from smolora.models.folders import resolve_model_folder
+    from smolora.models.folders import require_model
 
-    resolve_model_folder(run, has_weights=False)  # Before torch and transformers are imported.
+    require_model(run)  # Before torch and transformers are imported.
     from smolora.recipes.merge import merge as run_merge
 
     report = run_merge(run, out)

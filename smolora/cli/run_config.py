@@ -69,21 +69,24 @@ def build_config(
     return resolved
 
 
-def require_inputs(config: RunConfig) -> None:
-    """Raise where data or model are missing. The recipe does, too, but seconds of imports later.
+def require_inputs(config: RunConfig, out: Path | None) -> None:
+    """Raise where a fresh run lacks data or model. The recipe does, too, but seconds of imports later.
+
+    Where `out` is there, that may be what is wrong; and of several processes the recipe lets one speak for all.
 
     Raises:
-        DataError: No source is named, or one isn't there.
-        StorageError: A file may not be read.
+        ConfigError, DataError, StorageError: As `check_sources`.
         ModelError: There is no such model.
     """
     from smolora.config import ExperimentConfig
-    from smolora.data.sources import check_local_sources
-    from smolora.models.folders import resolve_model_folder
+    from smolora.data.sources import list_remote_sources
+    from smolora.models.folders import require_model
 
-    check_local_sources(config.data)
+    if launched_processes() > 1 or (out is not None and out.exists()):
+        return
+    list_remote_sources(config.data)
     if isinstance(config, ExperimentConfig):
-        resolve_model_folder(config.model.name_or_path, revision=config.model.revision, has_weights=False)
+        require_model(config.model.name_or_path, revision=config.model.revision)
 
 
 def _find_data(preset: str | None, dataset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:

@@ -58,19 +58,16 @@ def check_sources(data: DataConfig) -> None:
     """Raise unless every source is there and may be read: seconds, or a download, sooner than a model is loaded.
 
     Raises:
+        ConfigError: A source names no benchmark.
         DataError: No source is named, or one isn't there.
         StorageError: A file may not be read.
     """
-    for name in check_local_sources(data):
+    for name in list_remote_sources(data):
         load_dataset_from_hub(name)  # Once it is in the cache, reading it again costs next to nothing.
 
 
-def check_local_sources(data: DataConfig) -> list[str]:
-    """Do what `check_sources` does for the sources that are files, and return the names of the hub's.
-
-    Raises:
-        DataError, StorageError: As there.
-    """
+def list_remote_sources(data: DataConfig) -> list[str]:
+    """Return the names of sources that are the hub's; raise, as `check_sources`, unless every other one is there."""
     held_out = [] if data.eval_source is None else [(data.eval_source, None)]
     remote = []
     for source, file_type in [*((source, data.file_type) for source in _require_sources(data)), *held_out]:

@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from smolora.config.base import Section
 
 
+_COLDEST = 1e-6
+"""Up to here the likeliest token has all of the probability, and logits divided by it may overflow."""
+
+
 class SamplingSettings(Section):
     """Length and randomness of an answer.
 
@@ -43,7 +47,7 @@ class SamplingSettings(Section):
     @property
     def is_drawn(self) -> bool:
         """Whether chance has a part in the answer."""
-        return self.temperature > 0.0 and self.num_beams == 1
+        return self.temperature > _COLDEST and self.num_beams == 1
 
     @model_validator(mode="after")
     def _refuse_chance_in_beams(self) -> Self:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, overload
 
@@ -75,6 +75,7 @@ class InferencePipeline:
         self.settings = settings
         self.batch_size = batch_size
         self._bundle = bundle
+        self._without = replace(bundle, head_labels=())
         self._switch = AdapterSwitch(bundle, adapters) if adapters else None
         self._generators: dict[int, TextGenerator] = {}
 
@@ -367,8 +368,8 @@ class InferencePipeline:
         if adapter not in (None, BASE):
             raise ConfigError(f"no adapter {adapter!r}: this model was opened without several. Name them in adapters=.")
         if adapter == BASE and is_adapted(self._bundle):
-            with disabled_adapter(self._bundle):
-                yield self._bundle
+            with disabled_adapter(self._without):
+                yield self._without
         else:
             yield self._bundle
 

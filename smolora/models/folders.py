@@ -10,7 +10,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
 from smolora.errors import ModelError
@@ -21,18 +21,50 @@ _SETTINGS_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _OTHER_COPIES = ["original/*", "onnx/*", "consolidated*"]
 
 
-def resolve_model_folder(
-    name_or_path: str | Path, *, revision: str | None = None, has_weights: bool = True
-) -> Path:
-    """Return the local folder of a path or hub id, which is downloaded or taken from the cache.
-
-    Args:
-        name_or_path: A folder, or a hub id.
-        revision: Branch, tag or commit of a hub id.
-        has_weights: Whether the weights are needed, too; without them a model of the hub takes a second.
+def require_model(name_or_path: str | Path, *, revision: str | None = None) -> None:
+    """Raise unless there is such a folder, or such a model in the cache or on the hub; nothing is downloaded.
 
     Raises:
-        ModelError: There is no such folder, and no such model on the hub or no way to reach it, or it has code.
+        ModelError: There is none, or no way to tell.
+    """
+    if find_local_folder(name_or_path) is not None or _is_cached(str(name_or_path), revision):
+        return
+    if problem := find_hub_problem(str(name_or_path), "model", revision=revision):
+        raise _refuse_name(name_or_path, problem)
+
+
+def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """Return the local folder of a path or hub id, which is downloaded or taken from the cache.
+
+    Raises:
+        ModelError: There is no such folder, and no such model on the hub or no way to reach it.
+    """
+    folder = find_local_folder(name_or_path)
+    if folder is not None:
+        return folder
+    problem = find_hub_problem(str(name_or_path), "model", revision=revision)
+    fetch = partial(
+        snapshot_download,
+        str(name_or_path),
+        revision=revision,
+        ignore_patterns=_OTHER_COPIES,
+        local_files_only=problem is not None,  # The cache may hold it all the same.
+    )
+    try:
+        refuse_code(Path(fetch(allow_patterns=_SETTINGS_FILES)))  # Before the gigabytes.
+        return Path(fetch(allow_patterns=[*_SETTINGS_FILES, "*.safetensors"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise _refuse_name(name_or_path, problem or reason) from error
+
+
+def find_local_folder(name_or_path: str | Path) -> Path | None:
+    """Return the folder of a path; None for what may be an id of the hub.
+
+    Raises:
+        ModelError: It is neither.
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
     if folder.is_dir():
@@ -42,25 +74,16 @@ def resolve_model_folder(
         raise ModelError(
             f"{name} is {kind}. Name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M."
         )
-    problem = find_hub_problem(name, "model", revision=revision)
-    fetch = partial(
-        snapshot_download,
-        name,
-        revision=revision,
-        ignore_patterns=_OTHER_COPIES,
-        local_files_only=problem is not None,  # The cache may hold it all the same.
-    )
-    try:
-        settings = Path(fetch(allow_patterns=_SETTINGS_FILES))
-        refuse_code(settings)  # Before the gigabytes.
-        return Path(fetch(allow_patterns=[*_SETTINGS_FILES, "*.safetensors"])) if has_weights else settings
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = problem or (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelError(
-            f"no folder '{name}' here, and the hub didn't give it: {reason}. Check the name, or the network."
-        ) from error
+    return None
+
+
+def _is_cached(name: str, revision: str | None) -> bool:
+    found = (try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", "adapter_config.json"))
+    return any(isinstance(file, str) for file in found)
+
+
+def _refuse_name(name: str | Path, reason: str) -> ModelError:
+    return ModelError(f"no folder '{name}' here, and the hub didn't give it: {reason}. Check the name, or the network.")
 
 
 def refuse_code(folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_each_classifier_has_its_own_labels(tmp_path):
         form = PromptFormat(kind="classification", columns={"text": "text", "label": "label"}, labels=labels)
         tuned = attach_moved(load_model(folder, task="classification", labels=labels))
         save_adapter(replace(tuned, prompt_format=form), tmp_path / name)
-    adapters = AdapterSwitch(base, {name: tmp_path / name for name in ("one", "two")})
+    adapters = AdapterSwitch(base, {name: tmp_path / name for name in ("two", "one")})
     for name, labels in (("one", ("no", "yes")), ("two", ("false", "true")), ("base", ("no", "yes"))):
         with adapters.switched_to(name) as bundle:
             assert bundle.labels == labels

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from smolora.cli.flags import PretrainFlags, TrainFlags, collect_settings
-from smolora.cli.run_config import build_config, split_words
+from smolora.cli.run_config import build_config, require_inputs, split_words
 from smolora.config import ExperimentConfig, PretrainConfig, dump_config
-from smolora.errors import ConfigError
+from smolora.errors import ConfigError, DataError
 
 TRAIN = TrainFlags(model="m")
 
@@ -171,6 +171,15 @@ def test_resuming_where_no_run_is_starts_from_the_defaults(tmp_path):
 def test_resuming_where_no_run_is_says_so_and_what_a_start_lacks(tmp_path, kind, flags, missing):
     with pytest.raises(ConfigError, match=f"{tmp_path} holds no run to resume. .* give {missing} too"):
         _build(flags=flags, kind=kind, resumed=tmp_path)
+
+
+def test_missing_data_is_named_of_a_fresh_run_and_by_a_single_process(tmp_path, monkeypatch):
+    config = _build(flags=TrainFlags(model="m", data=("nowhere.csv",)))
+    with pytest.raises(DataError, match=r"no such file or folder: nowhere\.csv"):
+        require_inputs(config, tmp_path / "new")
+    require_inputs(config, tmp_path)  # A run that is there already is the recipe's to refuse, first of all.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_inputs(config, tmp_path / "new")
 
 
 def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):

@@ -21,6 +21,12 @@ def _rows(num_rows, **settings):
     return [Row([1, 2], 9, SamplingSettings(**settings), key=number.to_bytes(4, "big")) for number in range(num_rows)]
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_a_temperature_that_no_number_survives_takes_the_likeliest_token(settings):
+    logits = _logits(5, scale=30.0)
+    assert choose_tokens(logits, _rows(5, temperature=1e-38, **settings)) == logits.argmax(-1).tolist()
+
+
 def test_zero_temperature_takes_the_likeliest_token():
     logits = _logits(5)
     assert choose_tokens(logits, _rows(5, temperature=0.0)) == logits.argmax(-1).tolist()

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from smolora.adapters.store import load_adapter
 from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
 from smolora.errors import ConfigError
 from smolora.generation.sampling import SamplingSettings
@@ -64,6 +65,14 @@ def test_without_its_adapter_the_head_is_the_fresh_one(run):
     fresh = InferencePipeline(load_model(run.parent / "base", task="classification", labels=("no", "yes")))
     assert pipeline.classify("the bad dog 2", adapter="base") == fresh.classify("the bad dog 2")
     assert pipeline.classify("the bad dog 2") != fresh.classify("the bad dog 2")
+
+
+def test_an_adapter_and_its_base_each_name_their_own_labels(run):
+    base = load_model(run.parent / "base", task="classification", labels=("neg", "pos"))
+    fresh = InferencePipeline(base).classify("the bad dog 2")
+    pipeline = InferencePipeline(load_adapter(base, run / "adapter_checkpoint"))
+    assert pipeline.classify("the bad dog 2").shares.keys() == {"no", "yes"}
+    assert pipeline.classify("the bad dog 2", adapter="base") == fresh
 
 
 def test_generate_gives_the_label(run):

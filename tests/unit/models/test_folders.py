@@ -1,0 +1,31 @@
+"""A mistaken name of a model is said at once; a right one costs nothing more."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolora.errors import ModelError
+from smolora.models.folders import require_model
+
+
+@pytest.mark.parametrize(("status", "reason"), [(404, "it has no such model"), (503, "it can't be reached")])
+def test_a_model_that_neither_folder_nor_cache_nor_hub_has_is_named(hub, status, reason):
+    hub.status = status
+    with pytest.raises(ModelError, match=f"no folder 'someone/model' here, and the hub didn't give it: {reason}"):
+        require_model("someone/model")
+    assert hub.requests == ["/api/models/someone/model"]
+
+
+def test_of_a_model_in_the_cache_the_hub_is_not_asked(hub, tmp_path):
+    model = tmp_path / "hub-cache" / "models--someone--model"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    (model / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (model / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
+    require_model("someone/model")
+    assert hub.requests == []
+
+
+def test_of_a_folder_the_hub_is_not_asked(hub, tmp_path):
+    require_model(tmp_path)
+    assert hub.requests == []
