@@ -25,6 +25,7 @@ from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import ACTIVATIONS, TORCH_KERNELS, Activation
 from smolora.models.liger import choose_kernels
+from smolora.models.padded_attention import is_faster_by_products, padded_attention
 from smolora.models.registry import FAMILIES, Fused
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
@@ -158,12 +159,19 @@ class _Installer:
 
     def _install_row_attention(self) -> None:
         if not self._is_packed:
-            self._parts.left.append("attention, since batches are padded")
+            self._install_padded_attention()
         elif self._settings.get("attn_logit_softcapping"):
             self._parts.left.append("attention, whose scores are capped")
         else:
             self._stack.enter_context(row_attention(self._model))
             self._parts.used.append("row attention")
+
+    def _install_padded_attention(self) -> None:
+        if is_faster_by_products(self._model):
+            self._stack.enter_context(padded_attention(self._model))
+            self._parts.used.append("attention by products")
+        else:
+            self._parts.left.append("attention, since batches are padded")
 
     def _install_blocks(self) -> set[str]:
         """Fuse what the family's profile knows; return the linear layers that are part of it."""
