@@ -247,6 +247,20 @@ def open_model(source: str | Path, base: str | Path | None = None, *, device: st
     return load_adapter(load_base(adapter, device=place), adapter.folder)
 
 
+def open_base(source: str | Path, adapter: str | Path, *, device: str = "auto") -> ModelBundle:
+    """Open a model for adapters to be put on: held and asked as one of them had it in its training.
+
+    Args:
+        source: A model folder, a run's model or a hub id.
+        adapter: A run, an adapter folder or a hub id.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        ModelError: There is no such model or no such adapter.
+    """
+    return load_base(read_on_base(find_adapter(adapter), source), device=str(resolve_device(device).device))
+
+
 def read_on_base(folder: Path, base: str | Path | None) -> StoredAdapter:
     """Read an adapter folder, as one that names `base`, where there is one: a model folder, a run or a hub id.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import torch
 
-from smolora.adapters.adapter_files import read_adapter
+from smolora.adapters.adapter_files import StoredAdapter, read_adapter
 from smolora.adapters.attach import refuse_unadaptable
 from smolora.adapters.state import fill_adapter
 from smolora.adapters.store import bundle_adapted, find_adapter, load_adapter
@@ -39,7 +39,7 @@ class AdapterSwitch:
 
         Raises:
             ConfigError: A name isn't one, or the base carries an adapter.
-            ModelError: An adapter is damaged, or was trained on another base.
+            ModelError: An adapter is damaged, or was trained on another base or for another head.
         """
         for name in adapters:
             if not _NAME.fullmatch(name) or name == BASE:
@@ -49,7 +49,9 @@ class AdapterSwitch:
         refuse_unadaptable(base)
         folders = {name: find_adapter(source) for name, source in adapters.items()}
         for folder in folders.values():
-            read_adapter(folder).refuse_other_base(base.fingerprint, base.source)
+            adapter = read_adapter(folder)
+            adapter.refuse_other_base(base.fingerprint, base.source)
+            _refuse_other_head(adapter, base)
         self._base = base
         self._bundles: dict[str, ModelBundle] = {}
         self._inner: dict[str, str] = {}
@@ -113,3 +115,17 @@ class AdapterSwitch:
 
     def _set(self, inner: str) -> None:
         self._model.set_adapter(inner, inference_mode=True)
+
+
+def _refuse_other_head(adapter: StoredAdapter, base: ModelBundle) -> None:
+    """Raise if a model that is open for one task, or for so many labels, has no place for the adapter's head."""
+    if adapter.named_task not in {None, base.task}:
+        raise ModelError(
+            f"{adapter.folder} is for {adapter.named_task}, and the model is open for {base.task}: adapters of one "
+            "model share its task. Open it in a pipeline of its own."
+        )
+    if len(adapter.labels) != len(base.labels):
+        raise ModelError(
+            f"{adapter.folder} tells {len(adapter.labels)} labels apart, and the model is open for {len(base.labels)}: "
+            "adapters of one model share the size of its head. Open it in a pipeline of its own."
+        )

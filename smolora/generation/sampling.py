@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from smolora.config.base import Section
 
-
 _COLDEST = 1e-6
 """Up to here the likeliest token has all of the probability, and logits divided by it may overflow."""
 

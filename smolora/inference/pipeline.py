@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smolora.adapters.attach import is_adapted
-from smolora.adapters.store import open_model
+from smolora.adapters.store import open_base, open_model
 from smolora.adapters.switching import BASE, AdapterSwitch
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.benchmark_rows import render_question
@@ -95,15 +95,21 @@ class InferencePipeline:
         Args:
             path: What to open.
             base: The base of an adapter, where its folder doesn't name it.
-            adapters: Adapters by name, on `path` as their base.
+            adapters: Adapters by name, on `path` as their base, which is held and asked as the first one had it.
             device: auto, cpu, cuda or mps.
             settings: How answers are drawn, where a call doesn't say.
             batch_size: Rows that are answered at a time.
 
         Raises:
-            ModelError: There is nothing to open, or an adapter is another base's.
+            ConfigError: Both `base` and `adapters` are given.
+            ModelError: There is nothing to open, or an adapter is another base's or for another task.
         """
-        bundle = open_model(path, base, device=device)
+        if adapters:
+            if base is not None:
+                raise ConfigError("adapters= are put on the first argument, so it is the base: leave base= out.")
+            bundle = open_base(path, next(iter(adapters.values())), device=device)
+        else:
+            bundle = open_model(path, base, device=device)
         return cls(bundle, adapters=adapters, settings=settings, batch_size=batch_size)
 
     @property

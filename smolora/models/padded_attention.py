@@ -1,7 +1,7 @@
 """Attention over padded batches in 16 bits on a CPU, by plain products.
 
-torch's flash kernel takes two to eight times as long there, most of it backward, up to rows of some 300 tokens (16 rows of
-70, 12 heads of 32: 32 ms and 5, forward and backward); in float32 it is the faster one.
+torch's flash kernel takes two to eight times as long there, most of it backward, up to rows of some 300 tokens (16
+rows of 70, 12 heads of 32: 32 ms and 5, forward and backward); in float32 it is the faster one.
 
 Legend: `B` rows, `T` queries, `L` keys, `H` heads, `G` heads that share a key, `K` head width.
 """

@@ -246,7 +246,8 @@ def split_at_lines(text: str, length: int = 4096) -> list[str]:
 
 def _describe_text(documents: Documents, train: TextDataset, held_out: TextDataset | None) -> str:
     evaluated = f"{len(held_out.tokens):,} held out" if held_out else "none held out"
-    return f"{len(documents.train):,} documents, {len(train.tokens):,} tokens to learn from, {evaluated}"
+    count = len(documents.train)
+    return f"{count:,} document{'s' * (count != 1)}, {len(train.tokens):,} tokens to learn from, {evaluated}"
 
 
 def _save_model(run: RunDir, bundle: ModelBundle) -> None:

@@ -13,6 +13,7 @@ from smolora.adapters.store import load_bundle, save_adapter
 from smolora.adapters.switching import AdapterSwitch
 from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, write_prompt_format
+from smolora.errors import ModelError
 from smolora.models.loading import load_model
 from tests.tiny import random_input_ids, save_tiny_encoder, save_tiny_model
 from tests.unit.adapters.conftest import attach_moved, change_json
@@ -74,6 +75,21 @@ def test_each_classifier_has_its_own_labels(tmp_path):
     for name, labels in (("one", ("no", "yes")), ("two", ("false", "true")), ("base", ("no", "yes"))):
         with adapters.switched_to(name) as bundle:
             assert bundle.labels == labels
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        ("classification", ("a", "b", "c"), "one tells 3 labels apart, and the model is open for 2"),
+        ("token_classification", ("no", "yes"), "one is for token_classification, and the model is open for class"),
+    ],
+)
+def test_an_adapter_for_another_head_is_refused(tmp_path, task, labels, message):
+    folder = save_tiny_encoder("bert", tmp_path / "base")
+    save_adapter(attach_moved(load_model(folder, task=task, labels=labels)), tmp_path / "one")
+    base = load_model(folder, task="classification", labels=("no", "yes"))
+    with pytest.raises(ModelError, match=message):
+        AdapterSwitch(base, {"one": tmp_path / "one"})
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

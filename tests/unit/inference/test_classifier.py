@@ -75,6 +75,16 @@ def test_an_adapter_and_its_base_each_name_their_own_labels(run):
     assert pipeline.classify("the bad dog 2", adapter="base") == fresh
 
 
+def test_several_classifiers_open_on_one_base_by_their_folders(run, pairs):
+    pipeline = InferencePipeline.from_path(run.parent / "base", adapters={"texts": run, "pairs": pairs}, device="cpu")
+    for path, adapter, second in ((run, "texts", None), (pairs, "pairs", "good")):
+        alone = InferencePipeline.from_path(path, device="cpu").classify("a good dog 1", text_pairs=second)
+        found = pipeline.classify("a good dog 1", text_pairs=second, adapter=adapter)
+        assert (found.label, found.shares) == (alone.label, pytest.approx(alone.shares, abs=1e-5))
+    with pytest.raises(ConfigError, match="leave base= out"):
+        InferencePipeline.from_path(run.parent / "base", base=run.parent / "base", adapters={"texts": run})
+
+
 def test_generate_gives_the_label(run):
     assert generate(str(run), "the good dog 1") == "yes"
     with pytest.raises(ConfigError, match="--temperature would change nothing"):

@@ -11,6 +11,7 @@ from tests.tiny import save_tiny_encoder, tiny_model
 
 LENGTHS = (9, 4, 7)
 """Tokens of the rows; the rest of each is padding."""
+WIDTH = max(LENGTHS)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def build(tmp_path):
     return make
 
 
-def run(model, width=max(LENGTHS)):
+def run(model, width=WIDTH):
     """Return what the model makes of the rows' own tokens, and the gradients of its weights."""
     ids = torch.randint(3, 90, (len(LENGTHS), width), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).long()
