@@ -1,8 +1,8 @@
 """The files of an adapter folder, read and judged before any model is touched.
 
 A folder is peft's (adapter_config.json, adapter_model.safetensors); ours adds base_identity.json, which says on which
-weights it was trained, and prompt_format.json. Adapters of the same shape fit many bases, so the shapes alone prove
-nothing.
+weights it was trained and which bytes its own are, and prompt_format.json. Adapters of the same shape fit many bases,
+so the shapes alone prove nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from smolora.config.model import Quantization, TaskType
 from smolora.data.prompts import read_prompt_format
 from smolora.errors import ModelError
+from smolora.records.staging import hash_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -62,7 +63,8 @@ class StoredAdapter:
     config: peft.PeftConfig
     tensors: Mapping[str, Tensor]
     identity: Mapping[str, str | None]
-    """`fingerprint`, `source`, `revision` and `quantization` of the base; empty for a folder that plain peft wrote."""
+    """`fingerprint`, `source`, `revision` and `quantization` of the base, and `weights`, the SHA-256 of the adapter's
+    own file; empty for a folder that plain peft wrote."""
 
     @property
     def base(self) -> str | None:
@@ -133,7 +135,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """Read an adapter folder.
 
     Raises:
-        ModelError: It isn't one, is pickled or damaged, of a method that can't be opened, or not finite.
+        ModelError: It isn't one, is pickled or damaged, of a method that can't be opened, not finite, or not what was
+        written.
     """
     if not is_adapter_folder(folder):
         raise ModelError(f"{folder} holds no adapter: there is no {CONFIG_FILE}. Name an adapter folder, or a run.")
@@ -141,6 +144,12 @@ def read_adapter(folder: Path) -> StoredAdapter:
     for key, tensor in adapter.tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity. Take an earlier checkpoint of its run.")
+    written = adapter.identity.get("weights")
+    if written and written != hash_file(folder / WEIGHTS_FILE):
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} isn't what was written: its SHA-256 is another one than in {IDENTITY_FILE}. "
+            f'Copy the adapter again; if you changed its numbers on purpose, take "weights" out of {IDENTITY_FILE}.'
+        )
     return adapter
 
 
@@ -175,6 +184,6 @@ def _read_identity(folder: Path) -> dict[str, str | None]:
     try:
         identity = json.loads(file.read_text(encoding="utf-8"))
         known = {name: identity[name] for name in ("fingerprint", "source", "revision")}
-        return {**known, "quantization": identity.get("quantization", "none")}
+        return {**known, "quantization": identity.get("quantization", "none"), "weights": identity.get("weights")}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{file} can't be read. Copy the adapter again.") from None

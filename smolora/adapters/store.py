@@ -36,7 +36,7 @@ from smolora.models.folders import resolve_model_folder
 from smolora.models.loading import load_model
 from smolora.models.structure import PreTrainedModel
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import write_json
+from smolora.records.staging import hash_file, write_json
 from smolora.runtime.device import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def save_adapter(bundle: ModelBundle, folder: Path) -> None:
             "source": bundle.source,
             "revision": bundle.revision,
             "quantization": bundle.quantization,
+            "weights": hash_file(folder / WEIGHTS_FILE),
         },
     )
     if bundle.prompt_format:

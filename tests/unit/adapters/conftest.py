@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from smolora.adapters.attach import attach_adapter, quiet_peft
 from smolora.adapters.store import save_adapter
@@ -18,6 +19,12 @@ from tests.tiny import save_tiny_model
 def change_json(file, **values):
     """Give keys of a JSON file other values."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def write_tensors(folder, tensors):
+    """Give an adapter other tensors, as one does on purpose: it is no longer held to the bytes that were written."""
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    change_json(folder / "base_identity.json", weights=None)
 
 
 def move_adapter(model, *, seed=5):

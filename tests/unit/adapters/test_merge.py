@@ -9,7 +9,7 @@ from dataclasses import asdict
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from smolora.adapters.attach import quiet_peft
@@ -19,7 +19,7 @@ from smolora.data.prompts import PromptFormat, read_prompt_format, write_prompt_
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model
-from tests.unit.adapters.conftest import attach_moved, change_json
+from tests.unit.adapters.conftest import attach_moved, change_json, write_tensors
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -212,7 +212,7 @@ class TestRefused:
         _, adapter = save_pair()
         tensors = load_file(adapter / "adapter_model.safetensors")
         tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
-        save_file(tensors, adapter / "adapter_model.safetensors")
+        write_tensors(adapter, tensors)
         with pytest.raises(ModelError, match="holds NaN or infinity"):
             merge_adapter(adapter, tmp_path / "out")
 
@@ -220,7 +220,7 @@ class TestRefused:
         _, adapter = save_pair(base={"dtype": torch.float16})
         tensors = load_file(adapter / "adapter_model.safetensors")
         tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"] *= 1e7
-        save_file(tensors, adapter / "adapter_model.safetensors")
+        write_tensors(adapter, tensors)
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight merged holds NaN or infinity"):
             merge_adapter(adapter, tmp_path / "out")
 
@@ -244,7 +244,7 @@ class TestRefused:
         _, adapter = save_pair()
         tensors = load_file(adapter / "adapter_model.safetensors")
         tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 288)
-        save_file(tensors, adapter / "adapter_model.safetensors")
+        write_tensors(adapter, tensors)
         with pytest.raises(ModelError, match=r"1 are not expected .*lora_embedding_A"):
             merge_adapter(adapter, tmp_path / "out")
 
@@ -253,7 +253,7 @@ class TestRefused:
         tensors = load_file(adapter / "adapter_model.safetensors")
         for side in "AB":
             del tensors[f"base_model.model.model.layers.1.mlp.up_proj.lora_{side}.weight"]
-        save_file(tensors, adapter / "adapter_model.safetensors")
+        write_tensors(adapter, tensors)
         with pytest.raises(ModelError, match=r"2 tensors are missing .*layers\.1\.mlp\.up_proj"):
             merge_adapter(adapter, tmp_path / "out")
 

@@ -8,7 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import read_adapter
@@ -22,6 +22,7 @@ from smolora.config.adapter import METHODS
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
 from tests.tiny import random_input_ids, save_tiny_model, tiny_bundle
+from tests.unit.adapters.conftest import write_tensors
 
 IDS = random_input_ids(12)
 ALL = ("rslora", "dora", "adalora", "ia3", "vera", "layernorm")
@@ -196,7 +197,7 @@ def find_parameters(tensors, modules, method):
 
 def spoil(adapter, change):
     tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file(change(tensors), adapter / "adapter_model.safetensors")
+    write_tensors(adapter, change(tensors))
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -213,12 +214,12 @@ def test_what_does_not_fit_is_refused_and_the_base_is_as_before(save_moved, tmp_
     bundle = load_model(base)
     before, names = logits_of(bundle.model), [name for name, _ in bundle.model.named_parameters()]
     for said, tensors in ways.items():
-        save_file(tensors, adapter / "adapter_model.safetensors")
+        write_tensors(adapter, tensors)
         with pytest.raises(ModelError, match=said):
             load_adapter(bundle, adapter)
         assert [name for name, _ in bundle.model.named_parameters()] == names
         assert torch.equal(logits_of(bundle.model), before)
-    save_file(whole, adapter / "adapter_model.safetensors")
+    write_tensors(adapter, whole)
     with pytest.raises(ModelError, match="was trained on another base"):
         load_adapter(tiny_bundle("llama", tmp_path / "other", seed=1), adapter)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from smolora.adapters.attach import attach_adapter, quiet_peft
@@ -21,6 +21,7 @@ from smolora.generation.text_generator import TextGenerator
 from smolora.models.loading import load_model
 from smolora.training.loss import target_logits_of
 from tests.tiny import CONTEXT, random_input_ids, save_tiny_model, tiny_bundle
+from tests.unit.adapters.conftest import write_tensors
 
 ALL = ("prompt_tuning", "p_tuning", "prefix_tuning")
 FAMILIES = ("llama", "gpt2", "bloom")
@@ -118,7 +119,8 @@ def test_what_does_not_fit_is_refused_and_so_is_a_merge(tmp_path, method):
     whole = load_file(file)["prompt_embeddings"]
     ways = {"this base takes": whole[:-1], "NaN or infinity": whole * float("inf"), "1 tensors are missing": None}
     for said, tensor in ways.items():
-        save_file({"prompts": whole} if tensor is None else {"prompt_embeddings": tensor.contiguous()}, file)
+        tensors = {"prompts": whole} if tensor is None else {"prompt_embeddings": tensor.contiguous()}
+        write_tensors(file.parent, tensors)
         bundle = load_model(base)
         with pytest.raises(ModelError, match=said):
             load_adapter(bundle, tmp_path / "adapter")

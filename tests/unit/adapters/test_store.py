@@ -7,7 +7,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import read_adapter
@@ -19,7 +19,7 @@ from smolora.data.prompts import PromptFormat, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model, tiny_bundle
-from tests.unit.adapters.conftest import attach_moved, change_json
+from tests.unit.adapters.conftest import attach_moved, change_json, write_tensors
 
 # peft 0.21 reads a property that transformers 5 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 def change_tensors(folder, change):
     tensors = load_file(folder / "adapter_model.safetensors")
-    save_file(change(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder, change(tensors))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,6 +178,17 @@ def test_a_damaged_file_is_refused(save_pair):
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ModelError, match="can't be read"):
         read_adapter(adapter)
+
+
+def test_a_flipped_bit_is_refused_and_a_change_on_purpose_is_not(save_pair):
+    _, adapter = save_pair()
+    file = adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"isn't what was written: .* take \"weights\" out of base_identity\.json"):
+        read_adapter(adapter)
+    change_json(adapter / "base_identity.json", weights=None)
+    assert read_adapter(adapter).tensors.keys() == load_file(file).keys()
 
 
 def test_a_pickled_adapter_is_never_opened(save_pair):
