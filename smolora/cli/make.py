@@ -31,7 +31,7 @@ def prepare(
 
     Args:
         source: A file, a folder or a hub id.
-        words: Further settings of the data as data.key=value, such as data.chunk_tokenizer=MODEL.
+        words: Further settings of the data as data.key=value, such as "data.clean=[strip_html,normalize_whitespace]".
         out: Folder to write train.jsonl, validation.jsonl and data_report.json into.
         flags: What has a flag of its own.
     """

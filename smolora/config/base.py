@@ -53,6 +53,8 @@ def _describe_one(section: type[Section], item: dict[str, Any]) -> str:
     if isinstance(inner, ConfigError):  # A nested section has already said what is wrong with its own field.
         return "\n".join(f"{path}.{line}" if path else line for line in str(inner).splitlines())
     message = str(inner) if inner is not None else item["msg"][:1].lower() + item["msg"][1:]
+    if item["type"] == "tuple_type":
+        message = "input should be a list, as [a, b]"
     is_whole = item["type"] == "missing" or isinstance(item["input"], dict)
     found = "" if is_whole else f" (found {item['input']!r})"
     return f"{path}: {message}{found}" if path else f"{message}"

@@ -257,7 +257,7 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
 
     Raises:
         ConfigError: Virtual tokens leave no room in its context.
-        ModelError: The base, or the adapter to continue, can't be read.
+        ModelError: The base, or the adapter to continue, can't be read, or that one is another base's.
     """
     device, device_reason = resolve_device(config.model.device)
     needs = find_float32_need(method=config.adapter.method, quantization=config.model.quantization)
@@ -281,6 +281,8 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
     if base.quantization != "none":
         machine["quantization"] = f"{base.quantization}: {describe_quantised(base.model, base.anatomy)}"
         logger.info("base in %s", machine["quantization"])
+    if config.adapter.path is not None:
+        read_adapter(find_adapter(config.adapter.path)).refuse_other_base(base.fingerprint, base.source)
     return reserve_virtual_tokens(base, config.adapter), machine
 
 

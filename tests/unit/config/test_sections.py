@@ -23,6 +23,11 @@ def test_a_bad_value_is_a_value_error_that_shows_what_was_found():
         TrainingConfig(learning_rate=-1)
 
 
+def test_a_list_is_asked_for_in_the_words_of_yaml():
+    with pytest.raises(ConfigError, match=r"clean: input should be a list, as \[a, b\] \(found True\)"):
+        DataConfig(clean=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_learning_rate_that_is_not_finite_is_refused(value):
     with pytest.raises(ConfigError, match="learning_rate"):

@@ -136,10 +136,10 @@ def test_a_learning_rate_of_ten_is_worse_or_broken(tmp_path, base, rows):
     assert found["verdict"] in ("worse", "broken")
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path, rows, learned):
+def test_an_adapter_of_another_base_is_refused_before_anything_is_said_of_the_rows(tmp_path, rows, learned):
     other = save_tiny_model("llama", tmp_path / "other", seed=1)
     with pytest.raises(ModelError) as caught:
-        finetune(config(other, rows, f"adapter.path={learned.path}"), tmp_path / "run")
+        finetune(config(other, rows, f"adapter.path={learned.path}", "data.max_length=2"), tmp_path / "run")
     assert caught.value.exit_code == 4
 
 
