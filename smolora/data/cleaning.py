@@ -103,7 +103,8 @@ _MARKUP = re.compile(
 def _strip_html(text: str) -> str:
     """Return the text of HTML, with a line break where a block begins or ends.
 
-    html.parser gives the same at a fifth of the speed, and takes quadratic time over attributes and unclosed markup.
+    html.parser gives the same at a third to a fifth of the speed, and takes quadratic time over attributes and unclosed
+    markup.
     """
     pieces = iter(_MARKUP.split(_drop_comments(text)))
     raw = [next(pieces)]  # Text since the last tag; a declaration splits it, and no character reference.

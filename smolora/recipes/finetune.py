@@ -307,8 +307,7 @@ def encode_data(
     fmt = fmt.with_end_token(choose_end_token(base)) if base.task == "causal_lm" else fmt
     rows = replace(rows, fmt=fmt)
     if preprocessor is None:
-        stride = config.data.stride
-        preprocessor = get_preprocessor(base.task, fmt=fmt, tokenizer=base.tokenizer, stride=stride)
+        preprocessor = get_preprocessor(base.task, fmt=fmt, tokenizer=base.tokenizer, stride=config.data.stride)
     else:
         preprocessor = preprocessor.with_format(fmt, base.tokenizer)
     sides: list[tuple[list[Row], Side]] = [(rows.train, "train"), (rows.held_out, "validation")]
