@@ -38,7 +38,7 @@ def plan(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir)
-    require_inputs(config, out)
+    require_inputs(config)
     from smolora.recipes.plan import plan as run_plan
 
     made = run_plan(config, out, resume=flags.resume)

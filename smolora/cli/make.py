@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from smolora.cli.flags import PrepareFlags, PretrainFlags, TrainFlags, collect_settings
-from smolora.cli.run_config import build_config, require_inputs
+from smolora.cli.run_config import build_config, require_inputs, require_start
 from smolora.cli.terminal import open_terminal
 from smolora.errors import ConfigError
 from smolora.runtime.console import print_plainly
@@ -62,7 +62,7 @@ def pretrain(
     from smolora.config import PretrainConfig
 
     config = build_config(PretrainConfig, words, flags, out)
-    require_inputs(config, out)
+    require_start(config, out, resume=flags.resume)
     from smolora.recipes.pretrain import pretrain as run_pretrain
     from smolora.training.callbacks import ProgressCallback
 
@@ -102,7 +102,7 @@ def train(
         return
     if out is None:
         raise ConfigError("-o is missing: the folder of the run, such as -o my-run.")
-    require_inputs(config, out)
+    require_start(config, out, resume=flags.resume)
     from smolora.recipes.finetune import finetune
     from smolora.training.callbacks import ProgressCallback
 
@@ -148,7 +148,7 @@ def probe(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir)
-    require_inputs(config, out)
+    require_inputs(config)
     from smolora.recipes.probe import probe as run_probe
 
     folder = run_probe(config, out, num_batches=batches)

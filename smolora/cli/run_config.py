@@ -69,24 +69,37 @@ def build_config(
     return resolved
 
 
-def require_inputs(config: RunConfig, out: Path | None) -> None:
-    """Raise where a fresh run lacks data or model. The recipe does, too, but seconds of imports later.
+def require_start(config: RunConfig, out: Path, *, resume: bool) -> None:
+    """Raise where a run can't start, or go on, in `out`, or with its data and model.
 
-    Where `out` is there, that may be what is wrong; and of several processes the recipe lets one speak for all.
+    The recipe does so too, but seconds of imports later. Of several processes it lets one speak for all.
 
     Raises:
-        ConfigError, DataError, StorageError: As `check_sources`.
+        ConfigError, FolderInUseError, StorageError: As `RunDir.require_usable`.
+        ConfigError, DataError, ModelError, StorageError: As `require_inputs`.
+    """
+    from smolora.records.run_dir import RunDir
+
+    if launched_processes() == 1:
+        RunDir(out).require_usable(resume=resume)
+        require_inputs(config)
+
+
+def require_inputs(config: RunConfig) -> None:
+    """Raise where data or model aren't there, or the first file's rows have no form.
+
+    Raises:
+        ConfigError, DataError, StorageError: As `check_sources` and `check_form`.
         ModelError: There is no such model.
     """
     from smolora.config import ExperimentConfig
-    from smolora.data.sources import list_remote_sources
+    from smolora.data.sources import check_first_form, list_remote_sources
     from smolora.models.folders import require_model
 
-    if launched_processes() > 1 or (out is not None and out.exists()):
-        return
     list_remote_sources(config.data)
     if isinstance(config, ExperimentConfig):
         require_model(config.model.name_or_path, revision=config.model.revision)
+        check_first_form(config.data, config.model.task_type)
 
 
 def _find_data(preset: str | None, dataset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:

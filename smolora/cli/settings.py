@@ -39,7 +39,7 @@ def init(
     from smolora.config import ExperimentConfig
 
     config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir, dataset=dataset)
-    require_inputs(config, out)
+    require_inputs(config)
     from smolora.recipes.init import init as run_init
 
     run_init(config, out)

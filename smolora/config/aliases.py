@@ -227,6 +227,13 @@ def find_alias(kind: type[Section], section: str, name: str) -> Alias | None:
     return None if path is None else _OWN.get(path, Alias(path))
 
 
+def list_names(kind: type[Section]) -> list[str]:
+    """Return every name that `find_alias` knows outside of all sections: ours, and other tools'."""
+    own = [path.rpartition(".")[2] for path in _own_paths(kind)]
+    others = [name for names in _SAME.values() for name in names.split()]
+    return [name for name in dict.fromkeys([*own, *others, *_OTHER]) if find_alias(kind, "", name)]
+
+
 def find_own_path(kind: type[Section], path: str) -> str:
     """Return the path that a path by another name stands for; itself, where it is ours or nobody's."""
     alias = None if path in _own_paths(kind) else find_alias(kind, *_part(path))

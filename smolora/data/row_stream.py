@@ -38,8 +38,11 @@ class Source:
     @cached_property
     def columns(self) -> list[str]:
         """The columns of all rows, in the order they first appear; none where there is no row."""
-        if self.list_columns is not None:
-            return self.list_columns()
+        return self.first_columns if self.list_columns is None else self.list_columns()
+
+    @cached_property
+    def first_columns(self) -> list[str]:
+        """The columns of the first row."""
         rows = (record.values for record in self.read() if isinstance(record, Row) and record.values)
         return list(next(rows, ()))
 
@@ -63,6 +66,20 @@ def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Sou
     return Source(
         str(path), lambda: iter_rows(path, file_type), (lambda: read_columns(path, file_type)) if is_mixed else None
     )
+
+
+def check_form(source: Source, data: DataConfig, task: TaskType) -> None:
+    """Raise where the rows of `source` have no form; one row is read, and all only where that one has none.
+
+    Raises:
+        DataError: A named column is missing, or no form fits.
+        ConfigError: The named fields contradict each other.
+    """
+    try:
+        resolve_prompt_format(source.first_columns, data, task=task)
+    except DataError:
+        if source.columns:
+            resolve_prompt_format(source.columns, data, task=task)
 
 
 def stream_rows(

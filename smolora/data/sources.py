@@ -19,7 +19,7 @@ from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark,
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat
 from smolora.data.readers import check_readable, infer_type, list_files
-from smolora.data.row_stream import RowStream, Source, close_report, open_file, refuse_rowless, stream_rows
+from smolora.data.row_stream import RowStream, Source, check_form, close_report, open_file, refuse_rowless, stream_rows
 from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
 from smolora.errors import DataError, did_you_mean
@@ -79,6 +79,14 @@ def list_remote_sources(data: DataConfig) -> list[str]:
             for file, _ in found:
                 check_readable(file)
     return remote
+
+
+def check_first_form(data: DataConfig, task: TaskType) -> None:
+    """Raise, as `check_form`, where the first of the sources is a file whose rows have no form."""
+    [first, *_] = _require_sources(data)
+    found = None if is_benchmark_source(first) else _locate(first, data.file_type)
+    if found:
+        check_form(open_file(*found[0], is_whole=data.chunk_size > 0), data, task)
 
 
 def read_sources(

@@ -21,7 +21,7 @@ from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import find_damage, require_writable, write_json, write_text
+from smolora.records.staging import find_damage, write_json, write_text
 from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback, ProfileCallback
@@ -67,12 +67,8 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool, num_processes
             f"speed.prefix_cache_gib is kept by a run of one process, and this one has {num_processes}. Set it to 0."
         )
     require_trackers(config.training.report_to)
-    require_writable(run.path)
-    if run.is_run(run.path):
-        with run.locked():  # Said before a model is loaded, and before anything else is said of the folder.
-            pass
+    run.require_usable(resume=resume)
     if not resume:
-        run.refuse_existing()
         return config
     if not run.is_run(run.path):
         return config  # Nothing to resume, or a lost configuration: then the checkpoints' identity decides.

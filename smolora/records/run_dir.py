@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolora.errors import ConfigError, FolderInUseError
-from smolora.records.staging import describe_os_error, find_damage, retire_folder
+from smolora.records.staging import describe_os_error, find_damage, require_writable, retire_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,21 @@ class RunDir:
     def is_run(path: str | Path) -> bool:
         """Whether a run was started in this folder."""
         return RunDir(path).resolved_config.is_file()
+
+    def require_usable(self, *, resume: bool) -> None:
+        """Raise unless a run may start here, or go on where `resume` is set; creates no folder.
+
+        Raises:
+            ConfigError: As `refuse_existing`, unless `resume` is set.
+            FolderInUseError: Another process writes here.
+            StorageError: The folder can't be written.
+        """
+        require_writable(self.path)
+        if self.is_run(self.path):
+            with self.locked():
+                pass
+        if not resume:
+            self.refuse_existing()
 
     def refuse_existing(self) -> None:
         """Raise unless a new run may start here; creates nothing.

@@ -49,6 +49,8 @@ def test_the_version_is_the_installed_one(smolora):
     [
         (["trian"], 'Unknown command "trian". Did you mean "train"?'),
         (["train", "--modle", "x", "-o", "y"], "Unknown option: --modle. Did you mean --model?"),
+        (["train", "--lerning-rate=1e-3"], "Unknown option: --lerning-rate=1e-3. Did you mean --lr?"),
+        (["train", "--batchsize", "4"], "Unknown option: --batchsize. Did you mean --batch-size?"),
         (["train", "--learning-rate=1e-3"], "Unknown option: --learning-rate=1e-3. Did you mean --lr?"),
         (["pretrain", "--learning_rate", "1", "-o", "y"], "Unknown option: --learning_rate. Did you mean --lr?"),
         (["train", "--num_train_epochs=3"], "Unknown option: --num_train_epochs=3. Did you mean --epochs?"),

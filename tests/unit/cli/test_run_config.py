@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smolora.cli.flags import PretrainFlags, TrainFlags, collect_settings
-from smolora.cli.run_config import build_config, require_inputs, split_words
+from smolora.cli.run_config import build_config, require_inputs, require_start, split_words
 from smolora.config import ExperimentConfig, PretrainConfig, dump_config
 from smolora.errors import ConfigError, DataError
 
@@ -173,13 +173,29 @@ def test_resuming_where_no_run_is_says_so_and_what_a_start_lacks(tmp_path, kind,
         _build(flags=flags, kind=kind, resumed=tmp_path)
 
 
-def test_missing_data_is_named_of_a_fresh_run_and_by_a_single_process(tmp_path, monkeypatch):
+def test_what_keeps_a_run_from_starting_is_named_by_a_single_process(tmp_path, monkeypatch):
     config = _build(flags=TrainFlags(model="m", data=("nowhere.csv",)))
     with pytest.raises(DataError, match=r"no such file or folder: nowhere\.csv"):
-        require_inputs(config, tmp_path / "new")
-    require_inputs(config, tmp_path)  # A run that is there already is the recipe's to refuse, first of all.
+        require_start(config, tmp_path / "new", resume=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    require_inputs(config, tmp_path / "new")
+    require_start(config, tmp_path / "new", resume=False)
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_its_data_is_looked_for(tmp_path):
+    config = _build(flags=TrainFlags(model="m", data=("nowhere.csv",)))
+    (tmp_path / "resolved_config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        require_start(config, tmp_path, resume=False)
+    with pytest.raises(DataError, match="no such file"):
+        require_start(config, tmp_path, resume=True)
+
+
+def test_a_column_that_no_row_has_is_named_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.csv").write_text("mr,ref\na,b\n")
+    flags = TrainFlags(model=str(tmp_path), data=(str(tmp_path / "a.csv"),), text_field="txt")
+    with pytest.raises(DataError, match="no column 'txt'"):
+        require_inputs(_build(flags=flags))
 
 
 def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):

@@ -4,7 +4,7 @@ import tracemalloc
 import pytest
 
 from smolora.config.data import DataConfig
-from smolora.data.row_stream import close_report, open_file, stream_rows
+from smolora.data.row_stream import check_form, close_report, open_file, stream_rows
 from smolora.errors import DataError
 
 
@@ -23,6 +23,17 @@ def test_a_column_that_first_appears_in_the_last_row_is_part_of_the_form(tmp_pat
     found = stream([write_rows(tmp_path / "a.jsonl", rows)])
     assert found.fmt.columns == {"instruction": "instruction", "input": "input", "output": "output"}
     assert len(list(found.train)) == 2
+
+
+@pytest.mark.parametrize("rows", [[{"a": "x"}, {"a": "x", "text": "y"}], [{"text": "y"}, {"a": "x"}], []])
+def test_a_form_is_there_where_any_row_has_it(tmp_path, rows):
+    check_form(open_file(write_rows(tmp_path / "a.jsonl", rows), "jsonl"), DataConfig(), "causal_lm")
+
+
+def test_a_form_that_no_row_has_is_said_of_all_columns(tmp_path):
+    source = open_file(write_rows(tmp_path / "a.jsonl", [{"a": "x"}, {"b": "y"}]), "jsonl")
+    with pytest.raises(DataError, match="the columns 'a', 'b' fit no form"):
+        check_form(source, DataConfig(), "causal_lm")
 
 
 def test_lines_that_are_no_rows_name_no_columns_and_are_rejected_when_they_pass(tmp_path):

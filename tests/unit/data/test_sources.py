@@ -10,6 +10,7 @@ from datasets import Dataset
 from smolora.config.data import DataConfig
 from smolora.data.sources import (
     DatasetHandler,
+    check_first_form,
     check_sources,
     load_dataset_from_hub,
     load_text_data,
@@ -147,6 +148,15 @@ def test_sources_are_checked_without_being_read(tmp_path, field):
     names = {"sources": (str(tmp_path / "a.jsonl"),)} | {field: str(tmp_path / "b.jsonl")}
     with pytest.raises(DataError, match=r"no such file or folder: .*b.jsonl. Did you mean 'a.jsonl'"):
         check_sources(DataConfig(**names))
+
+
+def test_a_wrong_column_is_named_from_the_first_row_of_the_first_file(tmp_path):
+    (tmp_path / "a.csv").write_text("mr,ref\na,b\n")
+    check_first_form(DataConfig(sources=("benchmark:sst2@nowhere",)), "causal_lm")
+    data = DataConfig(sources=(str(tmp_path),), prompt_field="mr", completion_field="reff")
+    with pytest.raises(DataError, match="no column 'reff'. Did you mean 'ref'?"):
+        check_first_form(data, "causal_lm")
+    check_first_form(data.replace(completion_field="ref"), "causal_lm")
 
 
 @pytest.mark.parametrize("locked", ["a.jsonl", "."])

@@ -121,6 +121,16 @@ def test_a_folder_that_holds_a_run_is_refused(run):
         run.refuse_existing()
 
 
+def test_a_folder_that_holds_a_run_is_usable_for_going_on_unless_it_is_in_use(run):
+    run.path.mkdir()
+    run.resolved_config.write_text("")
+    run.require_usable(resume=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run.require_usable(resume=False)
+    with run.locked(), pytest.raises(FolderInUseError):
+        run.require_usable(resume=True)
+
+
 def test_a_file_in_place_of_the_folder_is_refused(run):
     run.path.write_text("")
     with pytest.raises(ConfigError, match="is a file"):
