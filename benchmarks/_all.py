@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -82,9 +83,14 @@ def _read_sections() -> dict[str, str]:
 
 
 def _kind() -> str:
-    """Return the kind of processor: its matrix units, where it has some, change what the rest of a step costs."""
-    units = torch.backends.cpu.get_cpu_capability() + (" with AMX" if torch.cpu._is_amx_tile_supported() else "")
-    return f"{platform.machine()}, {units}"
+    """Return the kind of processor: its matrix units, where it has some, change what the rest of a step costs.
+
+    oneDNN can be kept from them, and then multiplies as a processor without.
+    """
+    units = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        units = f", oneDNN up to {limit}"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{units}"
 
 
 def _describe() -> str:
