@@ -14,11 +14,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 
 from smolora.errors import BrokenRunError
 from smolora.generation.choosing import Row, penalise
-from smolora.generation.decoding import in_eval_mode
+from smolora.generation.decoding import Switch, in_use, keep_as_it_is
 from smolora.generation.fallback import build_neutral_config, pad_prompts, quiet_positions
 
 
-def search_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> Iterator[None]:
+def search_rows(
+    model: nn.Module, rows: Sequence[Row], *, batch_size: int, switch: Switch = keep_as_it_is
+) -> Iterator[None]:
     """Answer `rows`, whose settings have beams, `batch_size` beams at a time; yield after each batch.
 
     Raises:
@@ -29,7 +31,7 @@ def search_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> It
         waiting = list(group)
         at_once = max(1, batch_size // num_beams)
         for start in range(0, len(waiting), at_once):
-            with in_eval_mode(model):
+            with in_use(model, switch):
                 _search(model, waiting[start : start + at_once])
             yield
 

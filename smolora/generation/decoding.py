@@ -6,7 +6,7 @@ is the prompt without it, and needs no logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -15,18 +15,41 @@ from torch import nn
 from smolora.generation.choosing import Row, choose_tokens
 from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+from smolora.models.exclusive import lock_of
 from smolora.models.structure import without_dropout
 
 _PREFILL_TOKENS = 1024
 """Most tokens, padding included, of a forward pass that fills slots."""
 
 
-def decode(model: nn.Module, rows: Sequence[Row], *, num_slots: int) -> Iterator[None]:
-    """Answer `rows`, `num_slots` of them at a time; yield after each step, when rows have grown by a token."""
-    decoder = Decoder(model, rows, num_slots=num_slots)
-    while not decoder.is_idle:
-        decoder.step()
+Switch = Callable[[], None]
+"""Switches on what a model shall answer with, such as one of its adapters; costs next to nothing where it is on."""
+
+
+def keep_as_it_is() -> None:
+    """Switch nothing."""
+
+
+def decode(model: nn.Module, rows: Sequence[Row], *, num_slots: int, switch: Switch = keep_as_it_is) -> Iterator[None]:
+    """Answer `rows`, `num_slots` of them at a time; yield after each step, when rows have grown by a token.
+
+    Between two steps the model is free for others.
+    """
+    decoder: Decoder | None = None
+    while decoder is None or not decoder.is_idle:
+        with in_use(model, switch):
+            decoder = decoder or Decoder(model, rows, num_slots=num_slots)
+            decoder.step()
         yield
+
+
+@contextmanager
+def in_use(model: nn.Module, switch: Switch) -> Iterator[None]:
+    """Keep the model from other threads inside the block, in eval mode and with what `switch` switches on."""
+    with lock_of(model):
+        switch()
+        with in_eval_mode(model):
+            yield
 
 
 @contextmanager
@@ -55,8 +78,8 @@ class Decoder:
         return not self._live and not self._waiting
 
     def step(self) -> None:
-        """Go on by one token in every live row."""
-        with in_eval_mode(self._model), slot_attention(self._model), self._blocks.installed():
+        """Go on by one token in every live row; call it with the model `in_use`."""
+        with slot_attention(self._model), self._blocks.installed():
             self._admit()
             step = Step.of_next_tokens([row.length - 1 for row in self._live], self._device)
             last_ids = torch.tensor([[row.last_id] for row in self._live], device=self._device)

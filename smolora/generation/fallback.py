@@ -17,19 +17,24 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from smolora.generation.choosing import Row, choose_tokens
-from smolora.generation.decoding import in_eval_mode
+from smolora.generation.decoding import Switch, in_use, keep_as_it_is
 
 _PAD_ID = 0  # Any id will do: padding is masked by attention.
 
 
-def generate_rows(model: nn.Module, rows: Sequence[Row], *, batch_size: int) -> Iterator[None]:
-    """Answer `rows` in batches; yield after each step, when rows have grown by a token."""
+def generate_rows(
+    model: nn.Module, rows: Sequence[Row], *, batch_size: int, switch: Switch = keep_as_it_is
+) -> Iterator[None]:
+    """Answer `rows` in batches; yield after each step, when rows have grown by a token.
+
+    A batch keeps the model until its last token: `generate` isn't left in between.
+    """
     alike = sorted(rows, key=lambda row: (row.room, row.num_asked))
     for start in range(0, len(alike), batch_size):
-        yield from _generate_batch(model, alike[start : start + batch_size])
+        yield from _generate_batch(model, alike[start : start + batch_size], switch)
 
 
-def _generate_batch(model: nn.Module, rows: Sequence[Row]) -> Iterator[None]:
+def _generate_batch(model: nn.Module, rows: Sequence[Row], switch: Switch) -> Iterator[None]:
     """Yield while a thread computes: `generate` calls back, and a generator can't be called back."""
     steps: SimpleQueue[bool] = SimpleQueue()
     is_stopped = Event()
@@ -37,7 +42,7 @@ def _generate_batch(model: nn.Module, rows: Sequence[Row]) -> Iterator[None]:
 
     def compute() -> None:
         torch.set_num_threads(num_threads)  # A new thread starts with the system's number, not with ours.
-        with in_eval_mode(model):
+        with in_use(model, switch):
             _generate(model, rows, steps, is_stopped)
 
     with ThreadPoolExecutor(1, thread_name_prefix="smolora-generate") as pool:

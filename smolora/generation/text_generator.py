@@ -22,7 +22,7 @@ from smolora.errors import ConfigError, DataError, ModelError
 from smolora.generation.answer_text import cut_at_stop, decode_answer, ends_at_stop, iter_pieces
 from smolora.generation.beams import search_rows
 from smolora.generation.choosing import Row
-from smolora.generation.decoding import decode
+from smolora.generation.decoding import Switch, decode, in_use, keep_as_it_is
 from smolora.generation.fallback import generate_rows
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.support import find_obstacle
@@ -41,15 +41,19 @@ class TextGenerator:
 
     A `GPTModel` is copied when the generator is made, so make a new one after training on. Settings that
     `SamplingSettings` doesn't name, such as tokens that mustn't come, are the model's own generation_config.json's.
-    `smolora.inference.chat.run_chat` is the interactive mode.
+    Threads may share one: they take turns at the model. `smolora.inference.chat.run_chat` is the interactive mode.
 
     Example:
         generator = TextGenerator(load_bundle("RUN"))
         generator.generate(["name[Aromi]", "name[Zizzi]"], settings=SamplingSettings(temperature=0))
     """
 
-    def __init__(self, bundle: ModelBundle) -> None:
+    def __init__(self, bundle: ModelBundle, *, switch: Switch = keep_as_it_is) -> None:
         """Take a model that writes.
+
+        Args:
+            bundle: The model, and how it is asked.
+            switch: Called whenever the model goes on, to switch on what it shall answer with.
 
         Raises:
             ConfigError: It has a task's head, which answers in another way.
@@ -61,6 +65,7 @@ class TextGenerator:
             )
         self.bundle = bundle
         self._model = to_gpt2(bundle.model) if isinstance(bundle.model, GPTModel) else bundle.model
+        self._switch = switch
         self._end_ids = frozenset(bundle.eos_token_ids)
 
     def generate(
@@ -136,7 +141,8 @@ class TextGenerator:
         if self._has_encoder:
             logger.info("this model is asked through transformers' generate: it is an encoder-decoder.")
             return False
-        obstacle = find_obstacle(self._model)
+        with in_use(self._model, self._switch):
+            obstacle = find_obstacle(self._model)
         if obstacle is not None:
             logger.warning("this model is asked through transformers' generate, which is slower: %s.", obstacle)
         return obstacle is None
@@ -150,17 +156,18 @@ class TextGenerator:
             return
         searched = [row for row in rows if row.settings.num_beams > 1]
         others = [row for row in rows if row.settings.num_beams == 1]
-        yield from search_rows(self._model, searched, batch_size=batch_size)
+        yield from search_rows(self._model, searched, batch_size=batch_size, switch=self._switch)
         if others and self._is_decoded_in_slots:
-            yield from decode(self._model, others, num_slots=batch_size)
+            yield from decode(self._model, others, num_slots=batch_size, switch=self._switch)
         elif others:
-            yield from generate_rows(self._model, others, batch_size=batch_size)
+            yield from generate_rows(self._model, others, batch_size=batch_size, switch=self._switch)
 
     def _iter_tokens(self, row: Row) -> Iterator[int]:
         num_shown = 0
         for _ in self._answer([row], 1):
-            yield from row.ids[num_shown:]
-            num_shown = len(row.ids)
+            fresh = row.ids[num_shown:]  # A thread may add to them while these are read.
+            num_shown += len(fresh)
+            yield from fresh
 
     def _prepare(self, prompts: Sequence[Prompt], settings: SamplingSettings | Sequence[SamplingSettings]) -> list[Row]:
         each = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else settings

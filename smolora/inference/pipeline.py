@@ -7,18 +7,16 @@ it was trained on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from smolora.adapters.attach import is_adapted
 from smolora.adapters.store import open_base, open_model
-from smolora.adapters.switching import BASE, AdapterSwitch
-from smolora.adapters.toggling import disabled_adapter
+from smolora.adapters.switching import AdapterSwitch
 from smolora.data.benchmark_rows import render_question
 from smolora.data.chat import Message
 from smolora.data.spans import SpanAnswer
@@ -44,7 +42,8 @@ class Classification:
 class InferencePipeline:
     r"""Answers one prompt or many; one text in, one answer out, and a list for a list.
 
-    Every method takes `adapter`: the name of one of several, or `base` for the model without any.
+    Every method takes `adapter`: the name of one of several, or `base` for the model without any. Threads may share a
+    pipeline: they take turns at the model, and of streams that are read in turns each has its own adapter.
 
     Example:
         pipeline = InferencePipeline.from_path("RUN")
@@ -75,9 +74,8 @@ class InferencePipeline:
         self.settings = settings
         self.batch_size = batch_size
         self._bundle = bundle
-        self._without = replace(bundle, head_labels=())
-        self._switch = AdapterSwitch(bundle, adapters) if adapters else None
-        self._generators: dict[int, TextGenerator] = {}
+        self._switch = AdapterSwitch(bundle, adapters or None)
+        self._generators: dict[str | None, TextGenerator] = {}
 
     @classmethod
     def from_path(
@@ -115,7 +113,7 @@ class InferencePipeline:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of several adapters; empty where there is one or none."""
-        return self._switch.names if self._switch else ()
+        return self._switch.names
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # A text is a sequence of texts, too.
@@ -132,8 +130,8 @@ class InferencePipeline:
     ) -> str | list[str]:
         """Return the answer to a text, or to each of a list of texts and conversations, without the prompt."""
         asked = [prompts] if isinstance(prompts, str) else prompts
-        with self._opened(adapter) as bundle:
-            answers = self._generator_of(bundle).generate(
+        with self._switch.left_alone():
+            answers = self._generator_of(adapter).generate(
                 asked, settings=settings or self.settings, batch_size=self.batch_size
             )
         return answers[0] if isinstance(prompts, str) else answers
@@ -142,8 +140,8 @@ class InferencePipeline:
         self, prompt: Prompt, *, settings: SamplingSettings | None = None, adapter: str | None = None
     ) -> Iterator[str]:
         """Yield the answer in pieces; joined they are what `generate` returns. Closing it stops the computation."""
-        with self._opened(adapter) as bundle:
-            yield from self._generator_of(bundle).stream(prompt, settings=settings or self.settings)
+        with self._switch.left_alone():
+            yield from self._generator_of(adapter).stream(prompt, settings=settings or self.settings)
 
     def chat(
         self, messages: Sequence[Message], *, settings: SamplingSettings | None = None, adapter: str | None = None
@@ -157,7 +155,7 @@ class InferencePipeline:
         Raises:
             ConfigError: There are several adapters.
         """
-        if self._switch:
+        if self.adapters:
             raise ConfigError("a conversation is held with one model: open one adapter alone, or use chat().")
         return Conversation(self._bundle, settings or self.settings)
 
@@ -205,7 +203,7 @@ class InferencePipeline:
         """
         asked = [prompts] if isinstance(prompts, str) else prompts
         pairs = [text_pairs] if isinstance(text_pairs, str) else text_pairs
-        with self._opened(adapter) as bundle:
+        with self._switch.opened(adapter) as bundle:
             if bundle.task in HEAD_TASKS:
                 losses, labels = (
                     -classify_texts(bundle, asked, labels, pairs, batch_size=self.batch_size),
@@ -312,7 +310,7 @@ class InferencePipeline:
         """
         is_one = not isinstance(words, str) and all(isinstance(word, str) for word in words)
         rows = cast("Sequence[Sequence[str]]", [words] if is_one or isinstance(words, str) else words)
-        with self._opened(adapter) as bundle:
+        with self._switch.opened(adapter) as bundle:
             found = label_words(bundle, rows, batch_size=self.batch_size)
             chosen = [[_choose(-line, bundle.labels) for line in row] for row in found]
         return chosen[0] if is_one else chosen
@@ -349,7 +347,7 @@ class InferencePipeline:
                 "a model for question answering finds answers in contexts: give one for all, or for each."
             )
         about = cast("Sequence[str]", _spread(contexts, questions))
-        with self._opened(adapter) as bundle:
+        with self._switch.opened(adapter) as bundle:
             return find_answers(bundle, questions, about, batch_size=self.batch_size)
 
     def _measure_labels(
@@ -364,25 +362,11 @@ class InferencePipeline:
         measured = scorer.measure([(prompt, label) for prompt in prompts for label in labels])
         return np.array([one.loss_sum for one in measured]).reshape(len(prompts), len(labels))
 
-    @contextmanager
-    def _opened(self, adapter: str | None) -> Iterator[ModelBundle]:
-        """Yield the model with an adapter, which is on inside the block."""
-        if self._switch:
-            with self._switch.switched_to(adapter) as bundle:
-                yield bundle
-            return
-        if adapter not in (None, BASE):
-            raise ConfigError(f"no adapter {adapter!r}: this model was opened without several. Name them in adapters=.")
-        if adapter == BASE and is_adapted(self._bundle):
-            with disabled_adapter(self._without):
-                yield self._without
-        else:
-            yield self._bundle
-
-    def _generator_of(self, bundle: ModelBundle) -> TextGenerator:
-        if id(bundle) not in self._generators:
-            self._generators[id(bundle)] = TextGenerator(bundle)
-        return self._generators[id(bundle)]
+    def _generator_of(self, adapter: str | None) -> TextGenerator:
+        if adapter not in self._generators:
+            switch = partial(self._switch.switch_to, adapter)
+            self._generators[adapter] = TextGenerator(self._switch.find(adapter), switch=switch)
+        return self._generators[adapter]
 
 
 def _spread(contexts: str | Sequence[str] | None, questions: Sequence[str]) -> Sequence[str | None]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 
 import torch
 from safetensors import SafetensorError
@@ -121,18 +122,27 @@ def read_model_settings(folder: Path) -> dict[str, object]:
     return settings
 
 
+_transformers = RLock()
+"""Held while what all threads share is changed: transformers' verbosity, and the `tie_weights` of every model, which
+transformers 5.23 puts something else in the place of while it loads one."""
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Switch off the bars and warnings of transformers inside the block; what matters in them is checked and raised."""
-    level, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    try:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if has_bars:
-            transformers_logging.enable_progress_bar()
+    """Switch off the bars and warnings of transformers inside the block; what matters in them is checked and raised.
+
+    Threads that load or save take turns.
+    """
+    with _transformers:
+        level, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        try:
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if has_bars:
+                transformers_logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)

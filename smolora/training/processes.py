@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Lock
 from typing import TypeVar, cast
 
 import torch
@@ -46,6 +47,23 @@ _UNHEEDED = {
     "ACCELERATE_USE_MEGATRON_LM": "use Megatron-LM",
 }
 """What accelerate's configuration can ask for and this loop doesn't do."""
+
+
+_run = Lock()
+"""Held by the run of this process: all threads draw from one random generator of torch's, which each step seeds."""
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    if not _run.acquire(blocking=False):
+        raise ConfigError(
+            "another run trains in this process, and both would draw from torch's one random generator. Wait for it, "
+            "or start a process for each."
+        )
+    try:
+        yield
+    finally:
+        _run.release()
 
 
 @dataclass(frozen=True)
@@ -86,15 +104,17 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """End all processes when one of them fails inside the block.
+        """End all processes when one of them fails inside the block, the only one of its kind in this process.
 
         An error that the main process has too is its to tell: here it becomes a `FailedElsewhere` with the same code.
 
         Raises:
+            ConfigError: Another thread is in such a block.
             FailedElsewhere: Another process failed.
         """
         try:
-            yield
+            with _alone():
+                yield
         except FailedElsewhere:
             raise
         except Exception as error:

@@ -50,7 +50,7 @@ def test_soft_prompts_of_two_lengths_have_their_own_context_and_logits(save_two,
     adapters = switch(tmp_path)
     for name in ("two", "one"):
         alone = load_bundle(tmp_path / name)
-        with adapters.switched_to(name) as bundle:
+        with adapters.opened(name) as bundle:
             assert bundle.context == alone.context
             assert torch.equal(bundle.model(input_ids=IDS).logits, alone.model(input_ids=IDS).logits)
 
@@ -60,7 +60,7 @@ def test_an_adapter_without_a_form_has_the_base_s_and_not_the_first_one_s(save_t
     write_prompt_format(FORMS[0], tmp_path / "base")
     adapters = switch(tmp_path)
     for name, form in (("one", FORMS[1]), ("two", FORMS[0])):
-        with adapters.switched_to(name) as bundle:
+        with adapters.opened(name) as bundle:
             assert bundle.prompt_format == form
 
 
@@ -73,7 +73,7 @@ def test_each_classifier_has_its_own_labels(tmp_path):
         save_adapter(replace(tuned, prompt_format=form), tmp_path / name)
     adapters = AdapterSwitch(base, {name: tmp_path / name for name in ("two", "one")})
     for name, labels in (("one", ("no", "yes")), ("two", ("false", "true")), ("base", ("no", "yes"))):
-        with adapters.switched_to(name) as bundle:
+        with adapters.opened(name) as bundle:
             assert bundle.labels == labels
 
 

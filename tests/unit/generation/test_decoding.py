@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from smolora.generation import decoding, slots
 from smolora.generation.choosing import Row
-from smolora.generation.decoding import Decoder, decode
+from smolora.generation.decoding import decode
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.support import find_obstacle
 from tests.tiny import FAMILIES, VOCAB_SIZE, random_input_ids, tiny_model
@@ -95,11 +95,7 @@ def test_rows_of_one_batch_follow_their_own_settings():
 
 def test_a_row_that_is_done_makes_room_for_one_that_waits():
     rows = _rows()
-    decoder = Decoder(tiny_model("llama"), rows, num_slots=2)
-    num_steps = 0
-    while not decoder.is_idle:
-        decoder.step()
-        num_steps += 1
+    num_steps = sum(1 for _ in decode(tiny_model("llama"), rows, num_slots=2))
     assert num_steps <= sum(ROOMS) // 2 + 1  # Pairs that wait for each other, even the most alike, take 56.
 
 

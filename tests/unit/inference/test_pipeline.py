@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from smolora.adapters.attach import attach_adapter
 from smolora.adapters.merge import merge_adapter
 from smolora.adapters.store import load_bundle, save_adapter
 from smolora.config import LoRAConfig
+from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, encode_prompt
 from smolora.errors import ConfigError, ModelError
 from smolora.evaluation.likelihood import LikelihoodScorer
@@ -91,13 +93,48 @@ def test_a_stream_is_what_is_generated(several):
         assert "".join(several.stream(PROMPTS[1], adapter=name)) == several.generate(PROMPTS[1], adapter=name)
 
 
-def test_no_other_adapter_is_asked_while_one_streams(several):
-    pieces = several.stream(PROMPTS[0], adapter="pairs")
-    next(pieces)
-    with pytest.raises(ConfigError, match="'pairs' is answering"):
-        several.generate(PROMPTS[0], adapter="talk.v2")
-    pieces.close()
-    several.generate(PROMPTS[0], adapter="talk.v2")
+@pytest.mark.parametrize("name", ["pairs", "talk.v2", "base"])
+def test_streams_that_are_read_in_turns_have_each_its_own_adapter(places, several, name):
+    expected = several.generate(PROMPTS[0], adapter=name)
+    first, second = (several.stream(PROMPTS[0], adapter=name) for _ in range(2))
+    next(first)
+    begun = next(second)
+    first.close()
+    assert several.generate(PROMPTS, adapter="talk.v2") == alone(places["talk.v2"])
+    assert begun + "".join(second) == expected
+
+
+def test_a_stream_by_transformers_generate_keeps_its_adapter_to_its_end(places):
+    base = replace(load_model(str(places["base"])), prompt_format=PAIR)
+    bundle = attach_adapter(base, METHODS["prompt_tuning"](num_virtual_tokens=3), seed=0)
+    pipeline = InferencePipeline(bundle, settings=GREEDY)
+    expected, without = (pipeline.generate(PROMPTS[0], adapter=name) for name in (None, "base"))
+    assert expected != without
+    pieces = pipeline.stream(PROMPTS[0])
+    begun = next(pieces)
+    assert pipeline.generate(PROMPTS[0], adapter="base") == without
+    assert begun + "".join(pieces) == expected
+
+
+def test_threads_that_share_a_pipeline_get_what_each_gets_alone(places):
+    pipeline = InferencePipeline.from_path(places["pairs"], settings=GREEDY, device="cpu")
+    asked = [(prompt, name) for prompt in PROMPTS for name in (None, "base")] * 6
+    expected = [pipeline.generate(prompt, adapter=name) for prompt, name in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: "".join(pipeline.stream(one[0], adapter=one[1])), asked))
+    assert found == expected
+
+
+def test_what_an_abandoned_stream_switched_off_is_on_again(places):
+    bundle = load_bundle(places["pairs"])
+    pipeline = InferencePipeline(bundle, settings=GREEDY)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = bundle.model(input_ids=ids).logits
+        pieces = pipeline.stream(PROMPTS[0], adapter="base")
+        next(pieces)
+        del pieces
+        assert torch.equal(bundle.model(input_ids=ids).logits, expected)
 
 
 def test_a_label_is_chosen_by_its_likelihood_and_the_shares_sum_to_one(places, several):

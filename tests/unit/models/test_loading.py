@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_opening_draws_no_random_number_and_says_nothing(tmp_path, capfd):
     assert torch.equal(torch.get_rng_state(), state)
     assert capfd.readouterr() == ("", "")
     transformers_logging.disable_progress_bar()
+
+
+def test_threads_open_models_with_tied_weights_at_once(tmp_path):
+    folder = save_tiny_model("llama", tmp_path, tie_word_embeddings=True)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: load_model(folder).model, range(12)))
+    assert all(model.lm_head.weight is model.get_input_embeddings().weight for model in opened)
 
 
 def test_transformers_speaks_again_after_the_quiet_block():

@@ -31,6 +31,14 @@ def test_an_error_of_one_process_is_raised_as_it_is():
         raise ZeroDivisionError
 
 
+def test_a_second_run_of_a_process_is_refused_until_the_first_one_ends():
+    refused = pytest.raises(ConfigError, match="another run trains in this process")
+    with Processes().together(), refused, Processes().together():
+        pass
+    with Processes().together():
+        pass
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
