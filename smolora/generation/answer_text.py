@@ -15,17 +15,22 @@ def iter_pieces(
 ) -> Iterator[str]:
     """Yield the answer's text as its tokens come, holding a character back until all its bytes are there.
 
-    The end of the prompt stays in front of every decoding and is cut off the text: alone, the first token of a
-    SentencePiece answer would lose its space.
+    What came before stays in front of every decoding and is cut off the text: alone, the first token of a SentencePiece
+    answer would lose its space. It is the end of the prompt, and later of the answer, from the end of a piece on.
     """
     ids = list(prompt_ids[-_ANCHOR_TOKENS:])
     shown = text = _decode(tokenizer, ids)
+    num_anchoring = 0  # All of them: the first cut is to be where a piece has ended.
     for token_id in answer_ids:
         ids.append(token_id)
         text = _decode(tokenizer, ids)
         if len(text) > len(shown) and not text.endswith(_UNFINISHED):
             yield text[len(shown) :]
             shown = text
+            if len(ids) - num_anchoring >= _ANCHOR_TOKENS:
+                ids = ids[num_anchoring:]
+                shown = text = _decode(tokenizer, ids)
+                num_anchoring = len(ids)
     if len(text) > len(shown):
         yield text[len(shown) :]
 

@@ -29,6 +29,14 @@ def test_pieces_spell_the_answer_behind_any_prompt(prompt, answer):
     assert decode_answer(TOKENIZER, prompt_ids, ids) == answer
 
 
+@pytest.mark.parametrize("unit", ["a€🙂b ", "日本語", "\n\tx  y"])
+def test_a_long_answer_is_spelt_to_its_end(sentencepiece, unit):
+    for tokenizer in (TOKENIZER, sentencepiece):
+        prompt_ids, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Once", unit * 60))
+        assert len(ids) > 150
+        assert "".join(iter_pieces(tokenizer, prompt_ids, ids)) == decode_answer(tokenizer, prompt_ids, ids)
+
+
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=60))
 def test_any_tokens_give_the_same_text_whole_and_in_pieces(ids):
     assert "".join(iter_pieces(TOKENIZER, [40], ids)) == decode_answer(TOKENIZER, [40], ids)
