@@ -59,9 +59,11 @@ def compare(
     terminal = open_terminal(quiet=quiet)
     if ray is not None and workers != 1:
         raise ConfigError("--ray and --workers both say where runs go; give one.")
-    from smolora.cli.run_config import read_configs
+    from smolora.cli.run_config import read_configs, require_inputs
 
     configs = read_configs(words)
+    for config in configs.values():
+        require_inputs(config)
     from smolora.recipes.compare import compare as run_compare
     from smolora.recipes.compare import describe_comparison, to_json
 
