@@ -66,11 +66,24 @@ def test_pretrain_ends_with_a_report(smolora, tmp_path):
         (["--ray", "auto", "--workers", "2"], "--ray and --workers both say where runs go"),
     ],
 )
-def test_compare_refuses_what_is_no_comparison(smolora, tmp_path, words, message):
+def test_compare_refuses_what_is_no_comparison(smolora, base, rows, tmp_path, words, message):
     files = {"one": tmp_path / "one.yaml", "other": tmp_path / "b" / "one.yaml"}
     for file in files.values():
         file.parent.mkdir(exist_ok=True)
-        file.write_text("model: {name_or_path: base}\n")
+        file.write_text(_configuration(base, rows, completion="ref"))
     code, out, err = smolora("compare", *[word.format(**files) for word in words], "-o", tmp_path / "out")
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_compare_names_a_column_that_is_not_there(smolora, base, rows, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(_configuration(base, rows, completion="reff"))
+    code, _, err = smolora("compare", tmp_path / "one.yaml", tmp_path / "two.yaml", "-o", tmp_path / "out")
+    assert code == 3
+    assert "no column 'reff'. Did you mean 'ref'?" in err
+
+
+def _configuration(base, rows, *, completion):
+    fields = f"prompt_field: mr, completion_field: {completion}"
+    return f"model: {{name_or_path: {base}}}\ndata: {{sources: [{rows}], {fields}}}\n"
