@@ -27,18 +27,13 @@ class TextFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class FieldFlags(TextFlags):
-    """The columns of rows that are text, or prompt and completion."""
+    """The columns of rows of any task."""
 
     prompt_field: Annotated[str | None, At("data.prompt_field")] = None
     """Column that the model is given; it is not trained on."""
 
     completion_field: Annotated[str | None, At("data.completion_field")] = None
     """Column that the model learns to answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskFieldFlags(FieldFlags):
-    """The columns of rows of any task."""
 
     text_pair_field: Annotated[str | None, At("data.text_pair_field")] = None
     """Column of the second text, where two are classified together."""
@@ -51,6 +46,9 @@ class TaskFieldFlags(FieldFlags):
 @dataclass(frozen=True, kw_only=True)
 class PrepareFlags(FieldFlags):
     """Flags of `smolora prepare`."""
+
+    task: Annotated[str | None, At("task")] = None
+    """What the rows are for, as in train: causal_lm, classification, token_classification, qa or seq2seq."""
 
     chunk_size: Annotated[int | None, At("data.chunk_size")] = None
     """Split texts into pieces of so many words."""
@@ -120,7 +118,7 @@ class PretrainFlags(TextFlags, LoopFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class TrainFlags(TaskFieldFlags, LoopFlags):
+class TrainFlags(FieldFlags, LoopFlags):
     """Flags of `smolora train`."""
 
     task: Annotated[str | None, At("model.task_type")] = None
@@ -192,7 +190,7 @@ class AnswerFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RowFlags(TaskFieldFlags):
+class RowFlags(FieldFlags):
     """Which rows are answered."""
 
     benchmark: str | None = None

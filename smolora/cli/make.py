@@ -41,7 +41,7 @@ def prepare(
     config = resolve_config(PrepareConfig, flags=collect_settings(flags or PrepareFlags()), assignments=words)
     from smolora.recipes.prepare import prepare as run_prepare
 
-    report = run_prepare(source, out, config.data, seed=config.seed)
+    report = run_prepare(source, out, config.data, task=config.task, seed=config.seed)
     print_plainly(terminal, report.describe())
 
 

@@ -16,7 +16,7 @@ from smolora.config.base import Section
 from smolora.config.compatibility import FLOAT32_LINKS, PHASELESS, find_float32_need, find_obstacle
 from smolora.config.data import DataConfig
 from smolora.config.evaluation import EvaluationConfig
-from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TokenizerConfig
+from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TaskType, TokenizerConfig
 from smolora.config.phases import DynamicLoRAConfig, resolve_starts
 from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
@@ -133,6 +133,9 @@ class PrepareConfig(Section):
 
     data: DataConfig = DataConfig()
     """Reading, cleaning, chunking and splitting."""
+
+    task: TaskType = "causal_lm"
+    """What a model is to learn from the rows; it decides which columns make a row, and so which rows are equal."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the split."""

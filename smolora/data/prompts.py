@@ -17,7 +17,7 @@ from smolora.config.model import TaskType
 from smolora.data.chat import PLAIN_CHAT_TEMPLATE, Message, check_messages, encode_chat_prompt, encode_conversation
 from smolora.data.encoding import encode_pairs, encode_texts, get_bos_ids
 from smolora.data.rows import find_column, match_column
-from smolora.data.task_columns import FORMS_BY_TASK, refuse_other_fields, resolve_task_columns
+from smolora.data.task_columns import FORMS_BY_TASK, USUAL_NAMES, refuse_other_fields, resolve_task_columns
 from smolora.data.token_dataset import Example
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.records.staging import write_text
@@ -114,8 +114,9 @@ def name_by_roles(columns: Sequence[str], fmt: PromptFormat) -> dict[str, str]:
     {'text': 'review', 'stars': 'stars'}
     """
     named = {role: column for role, column in fmt.columns.items() if column in columns}
+    left_out = USUAL_NAMES.get(fmt.kind, _ROLES)
     used = set(fmt.columns.values())
-    return named | {name: name for name in columns if name not in used and name.casefold() not in _ROLES}
+    return named | {name: name for name in columns if name not in used and name.casefold() not in left_out}
 
 
 def write_prompt_format(fmt: PromptFormat, folder: Path) -> None:

@@ -31,8 +31,16 @@ _TEXTS: tuple[tuple[str, ...], ...] = (
 _LABELS = ("label", "gold_label", "labels", "completion")
 _WORDS = ("tokens", "words")
 _TAGS = ("tags", "ner_tags", "labels")
+_ASKED = ("context", "question", "answers")
 _FIELDS = ("text_field", "text_pair_field", "label_field", "prompt_field", "completion_field")
 _FLAGS = {name: f"--{name.replace('_', '-')}" for name in _FIELDS}
+
+USUAL_NAMES: Mapping[str, frozenset[str]] = {
+    "classification": frozenset([*(name for names in _TEXTS for name in names), *_LABELS]),
+    "token_classification": frozenset([*_WORDS, *_TAGS]),
+    "qa": frozenset(_ASKED),
+}
+"""By task: the names by which a column of its rows is recognised."""
 
 
 def resolve_task_columns(columns: Sequence[str], data: DataConfig, task: TaskType) -> tuple[TaskKind, dict[str, str]]:
@@ -50,8 +58,7 @@ def resolve_task_columns(columns: Sequence[str], data: DataConfig, task: TaskTyp
         )
     if kind == "qa":
         refuse_other_fields(data, task, *_FIELDS)
-        roles = ("context", "question", "answers")
-        return kind, {role: _find(None, (role,), columns, task, role) for role in roles}
+        return kind, {role: _find(None, (role,), columns, task, role) for role in _ASKED}
     refuse_other_fields(data, task, "prompt_field", "completion_field")
     if kind == "token_classification":
         refuse_other_fields(data, task, "text_pair_field")

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 from smolora.config.data import DataConfig
+from smolora.config.model import TaskType
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, name_by_roles
-from smolora.data.row_stream import close_report
+from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
 from smolora.data.selection import choose_held_out
 from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, stream_sources
+from smolora.data.task_columns import USUAL_NAMES
 from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import replaced_folder, require_writable
 
+logger = logging.getLogger(__name__)
 
-def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -> DataReport:
+
+def prepare(
+    source: str | Path, out: Path, data: DataConfig, *, task: TaskType = "causal_lm", seed: int = 0
+) -> DataReport:
     """Read, clean, chunk, deduplicate and split a source into a folder that `train` and `pretrain` read.
 
     The rows' columns are called by what they are for (`text`, or `prompt` and `completion`, ...), whatever the source
@@ -30,6 +37,7 @@ def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -
         source: A file, a folder or a hub id.
         out: The folder to write; it appears whole or not at all. After too many rejects it holds only the account.
         data: What to do with the rows; its `sources` are replaced by `source`.
+        task: What a model is to learn from the rows. It decides which columns make two rows equal.
         seed: Chooses the held-out rows.
 
     Raises:
@@ -39,7 +47,7 @@ def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -
     """
     require_writable(out)
     _refuse_existing(out)
-    stream = stream_sources(data.replace(sources=(str(source),)), out=out)
+    stream = stream_sources(data.replace(sources=(str(source),)), out=out, task=task)
     with replaced_folder(out) as folder:  # It may hold the account of an attempt that was stopped by rejected rows.
         train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
         num_train = _write_rows(stream.train, stream.fmt, train)
@@ -49,8 +57,23 @@ def prepare(source: str | Path, out: Path, data: DataConfig, *, seed: int = 0) -
             num_train -= num_held_out
         close_report(stream.report, data, train=num_train, held_out=num_held_out, out=out)
         stream.report.write(folder)
+        _explain_duplicates(stream, train)
         _refuse_existing(out)  # It took a while: something may have been put there.
     return stream.report
+
+
+def _explain_duplicates(stream: RowStream, train: Path) -> None:
+    """Say what made rows equal where they have further columns, which may be what a task learns."""
+    if not stream.report.duplicate or stream.fmt.kind in USUAL_NAMES:
+        return
+    with train.open(encoding="utf-8") as file:
+        others = json.loads(file.readline()).keys() - stream.fmt.columns.keys()
+    if others:
+        logger.info(
+            "duplicates are rows equal in %s; %s made no difference. For labels, name the --task.",
+            " and ".join(map(repr, stream.fmt.columns.values())),
+            ", ".join(map(repr, sorted(others))),
+        )
 
 
 def _refuse_existing(out: Path) -> None:

@@ -33,6 +33,15 @@ def test_prepare_writes_both_sides_and_reports_on_stderr(smolora, rows, tmp_path
     assert json.loads(sides[0][0]).keys() == {"prompt", "completion"}
 
 
+def test_prepare_takes_the_task_and_its_columns_as_train_does(smolora, tmp_path):
+    (tmp_path / "reviews.csv").write_text("review,stars\nbad,1\nbad,5\n")
+    names = ("--text-field", "review", "--label-field", "stars")
+    code, _, err = smolora(
+        "prepare", tmp_path / "reviews.csv", "-o", tmp_path / "data", "--task", "classification", *names
+    )
+    assert (code, "2 to learn from" in err) == (0, True)
+
+
 def test_prepare_of_a_missing_column_is_3_and_lists_the_columns(smolora, rows, tmp_path):
     code, _, err = smolora("prepare", rows, "-o", tmp_path / "data", "--text-field", "txt")
     assert code == 3

@@ -68,6 +68,41 @@ def test_columns_outside_the_form_are_kept(source, tmp_path):
     assert set(read_lines(tmp_path / "out" / "train.jsonl")[0]) == {"text", "id"}
 
 
+REVIEWS = [(1, "bad", "1"), (2, "bad", "5"), (3, "bad", "1"), (4, "good", "5")]
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("id,review,stars\n" + "".join(f"{key},{text},{stars}\n" for key, text, stars in REVIEWS))
+    return path
+
+
+def test_for_a_classifier_rows_of_another_label_are_no_duplicates(reviews, tmp_path):
+    data = DataConfig(text_field="review", label_field="stars")
+    report = prepare(reviews, tmp_path / "out", data, task="classification")
+    assert (report.train, report.duplicate) == (3, 1)
+    assert read_lines(tmp_path / "out" / "train.jsonl")[1] == {"text": "bad", "label": "5", "id": "2"}
+    read_back = read_sources(DataConfig(sources=(str(tmp_path / "out"),)), seed=0, task="classification")
+    assert read_back.report.kept == 3
+
+
+def test_a_column_that_a_task_would_take_for_its_own_is_left_out(tmp_path):
+    row = {"premise": "a", "hypothesis": "b", "review": "c", "stars": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    data = DataConfig(text_field="review", label_field="stars")
+    prepare(tmp_path / "a.jsonl", tmp_path / "out", data, task="classification")
+    assert read_lines(tmp_path / "out" / "train.jsonl") == [{"text": "c", "label": 1}]
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "classification"])
+def test_it_is_said_that_further_columns_make_no_row_another_one(reviews, tmp_path, caplog, task):
+    caplog.set_level("INFO")
+    label = {"label_field": "stars"} if task == "classification" else {}
+    prepare(reviews, tmp_path / "out", DataConfig(text_field="review", **label), task=task)
+    assert ("'id', 'stars' made no difference" in caplog.text) == (task == "causal_lm")
+
+
 def test_the_same_seed_writes_the_same_bytes(source, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         prepare(source, tmp_path / name, DataConfig(), seed=seed)
