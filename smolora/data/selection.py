@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from smolora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FEWEST_ROWS_TO_SPLIT = 50
 """Below this many rows none is held out: too few to measure on, and too many to miss."""
@@ -159,8 +162,15 @@ _MAY_BE_EMPTY = ("input", "label", "answers")
 def choose_held_out(num_rows: int, data: DataConfig, *, seed: int) -> set[int]:
     """Return the indices of the rows to hold out: min(validation_fraction, max_validation_rows), none below 50.
 
-    The choice depends on the seed and the number of rows only.
+    The choice depends on the seed and the number of rows only. Where it is none of few, a line says so.
     """
+    if num_rows < FEWEST_ROWS_TO_SPLIT and data.validation_fraction and data.max_validation_rows:
+        logger.info(
+            "none of %d rows is held out, whatever data.validation_fraction says: fewer than %d are too few to miss "
+            "some. Name others with data.eval_source (--eval-data) to measure by.",
+            num_rows,
+            FEWEST_ROWS_TO_SPLIT,
+        )
     return set(random.Random(seed).sample(range(num_rows), count_held_out(num_rows, data)))
 
 

@@ -138,7 +138,7 @@ def judge(evidence: Evidence) -> Verdict:
 
 def _doubt_labels(majority: Comparison) -> str:
     """Return why labels may have been learned by how frequent they are alone, as a clause."""
-    more = "hold out more: --eval-data, or data.validation_fraction"
+    more = "hold out more: --eval-data, or of 50 rows and more a larger data.validation_fraction"
     if majority.num_rows < FEWEST_ANSWERS:
         return (
             f"{majority.num_rows} held-out rows are too few to tell an accuracy of {majority.tuned:.4f} from the "

@@ -113,12 +113,14 @@ def _is_split(config: ExperimentConfig, found: Findings) -> bool:
 
 
 def _choose_held_out(config: ExperimentConfig, found: Findings) -> tuple[dict[str, object], dict[str, str]]:
-    if "validation_fraction" in config.data.model_fields_set or not _is_split(config, found):
+    if not _is_split(config, found):
         return {}, {}
     if found.rows < FEWEST_ROWS_TO_SPLIT:
         return {}, {
             "data.eval_source": f"{found.rows} rows are too few to hold some out; without, there is no verdict."
         }
+    if "validation_fraction" in config.data.model_fields_set:
+        return {}, {}
     share = max(config.data.validation_fraction, min(round(_WANTED / found.rows, 2), _LARGEST_SHARE))
     count = count_held_out(found.rows, config.data.replace(validation_fraction=share))
     return {"validation_fraction": share}, {"data.validation_fraction": f"{count:,} of {found.rows:,} rows."}

@@ -108,6 +108,16 @@ def test_five_percent_are_held_out_and_none_of_few(rows, held_out):
     assert (len(train), len(validation)) == (rows - held_out, held_out)
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "is_said"),
+    [(49, {"validation_fraction": 0.2}, True), (49, {"validation_fraction": 0.0}, False), (50, {}, False)],
+)
+def test_it_is_said_that_none_of_few_rows_is_held_out_and_what_to_do(caplog, rows, settings, is_said):
+    caplog.set_level("INFO")
+    split_validation(ROWS[:rows], DataConfig(**settings), seed=0)
+    assert ("Name others with data.eval_source (--eval-data)" in caplog.text) == is_said
+
+
 def test_the_number_held_out_is_bounded():
     assert len(split_validation(ROWS, DataConfig(max_validation_rows=7), seed=0)[1]) == 7
 

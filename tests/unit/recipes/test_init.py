@@ -105,10 +105,11 @@ def test_what_was_set_stays(base, tmp_path):
     assert (chosen.adapter.r, chosen.adapter.lora_alpha) == (2, 4)
 
 
-def test_rows_too_few_to_hold_some_out_are_said(base, tmp_path):
+@pytest.mark.parametrize("given", [{}, {"validation_fraction": 0.2}])
+def test_rows_too_few_to_hold_some_out_are_said(base, tmp_path, given):
     out = tmp_path / "run.yaml"
-    chosen = init(_config(base, _write_rows(tmp_path, 30)), out)
-    assert "validation_fraction" not in chosen.data.model_fields_set
+    chosen = init(_config(base, _write_rows(tmp_path, 30), **given), out)
+    assert chosen.data.model_fields_set & {"validation_fraction"} == given.keys()
     assert "# Here: 30 rows are too few to hold some out; without, there is no verdict.\n  #eval_source: null" in (
         out.read_text()
     )

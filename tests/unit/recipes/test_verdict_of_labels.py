@@ -67,4 +67,5 @@ def test_rows_too_few_to_tell_are_no_proof(tmp_path):
     found = read_verdict(tune(tmp_path, reviews(60), "data.validation_fraction=0.2"))
     assert found["verdict"] == "no change"
     assert "12 held-out rows are too few to tell" in found["reason"]
+    assert "of 50 rows and more a larger data.validation_fraction" in found["reason"]
     assert "it takes 16" in found["reason"] and "paired rightly" not in found["reason"]
