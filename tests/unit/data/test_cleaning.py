@@ -43,6 +43,22 @@ def test_declarations_and_scripts_leave_nothing(html, text):
 
 
 @pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("<tr><th>Name</th><th>Price</th></tr><tr><td>Apple</td><td>2</td></tr>", "Name Price\nApple 2"),
+        ("<td>a</td> <td></td><td>b", "a b"),
+        ("<table><caption>a</caption><tr><td>b</table>", "a\nb"),
+        ("<select><option>a<option>b</select>c", "a\nb\nc"),
+        ("<title>a</title></head><body>b", "a\nb"),
+        ("<legend>a</legend><label>b</label><label>c</label>", "a\nb c"),
+        ("press <button>a</button><button>b</button>.", "press a b."),
+    ],
+)
+def test_cells_and_captions_do_not_run_together(html, text):
+    assert TextCleaningProcessor(strip_html=True).clean(html) == text
+
+
+@pytest.mark.parametrize(
     "unit", ["<", "<a ", "<!--", "<a<", "</", "<?", "<a b='", '<a ="', "<a '\"", "<script><!--", "x<!a>"]
 )
 def test_html_takes_linear_time(unit):
