@@ -40,7 +40,7 @@ class DataConfig(_Columns):
     """Held-out rows. Left out, min(5 %, 500) of the rows are held out (none below 50 rows)."""
 
     file_type: FileType | None = None
-    """How to read the sources. Left out, it is inferred from the names."""
+    """How to read the sources. Left out, it is inferred from the names. txt reads a folder's pages of HTML too."""
 
     max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens; of seq2seq, longest prompt and longest answer. Left out, the model's context."""

@@ -32,11 +32,11 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_txt_folder(folder: str | Path) -> list[str]:
-    """Return the contents of every .txt file under `folder`, at any depth, in bytewise order of their paths.
+    """Return the contents of every .txt, .text and .md file under `folder`, at any depth, in bytewise order of paths.
 
-    Files that hold only white space are left out.
+    Hidden files and those that hold only white space are left out.
     """
-    texts = [_read_text(path) for path in list_files(Path(folder), {"txt"})]
+    texts = [_read_text(path) for path in list_files(Path(folder)) if infer_type(path) == "txt"]
     return [text for text in texts if text.strip()]
 
 
@@ -106,14 +106,24 @@ def read_documents(path: Path) -> list[Row | Reject]:
 
 def infer_type(path: Path) -> FileType | None:
     """Return the type that a file's name promises, compressed or not; None for an unknown one."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in {".gz", ".bz2"}:
-        suffixes.pop()
-    return _TYPES_BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+    return _TYPES_BY_SUFFIX.get(_find_suffix(path))
 
 
-def list_files(folder: Path, types: set[FileType]) -> list[Path]:
-    """Return the regular files of some types under `folder`, at any depth, in bytewise order of their paths.
+def is_page(path: Path) -> bool:
+    """Whether a file's name promises HTML, compressed or not."""
+    return _find_suffix(path) in {".html", ".htm"}
+
+
+def _find_suffix(path: Path) -> str:
+    """Return the suffix of a file's name, or of the name that it has once it is unpacked."""
+    suffix = path.suffix.lower()
+    return path.with_suffix("").suffix.lower() if suffix in {".gz", ".bz2"} else suffix
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return the regular files under `folder`, at any depth, in bytewise order of their paths.
+
+    What is hidden, a file or a folder whose name begins with a dot, is left out.
 
     Raises:
         StorageError: A folder may not be read.
@@ -123,12 +133,10 @@ def list_files(folder: Path, types: set[FileType]) -> list[Path]:
         raise _refuse_reading(Path(error.filename)) from error
 
     found = []
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        for name in names:
-            path = Path(parent, name)
-            # A FIFO would hang at opening, so only what is_file says is opened.
-            if infer_type(path) in types and path.is_file():
-                found.append(path)
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.is_file()]  # A FIFO would hang at opening.
     return sorted(found, key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
 
 

@@ -7,6 +7,7 @@ import, so they are imported where a Dataset is made or a tokenizer loaded, whic
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,21 +19,19 @@ from smolora.config.model import TaskType
 from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark, open_benchmark_source
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat
-from smolora.data.readers import check_readable, infer_type, list_files
+from smolora.data.readers import check_readable
 from smolora.data.row_stream import RowStream, Source, check_form, close_report, open_file, refuse_rowless, stream_rows
 from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
-from smolora.errors import DataError, did_you_mean
+from smolora.data.source_files import describe_left_out, find_validation_file, locate, suggest_sibling
+from smolora.errors import DataError
 from smolora.runtime.hub import find_hub_problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-TRAIN_FILE = "train.jsonl"
-VALIDATION_FILE = "validation.jsonl"
-_VALIDATION_FILES = (VALIDATION_FILE, "valid.jsonl", "val.jsonl", "dev.jsonl")
-"""Beside a train.jsonl, one of these holds the held-out rows; test.jsonl is never read with either."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Documents:
 def check_sources(data: DataConfig) -> None:
     """Raise unless every source is there and may be read: seconds, or a download, sooner than a model is loaded.
 
+    What a folder holds beside the files that are read is said in a line.
+
     Raises:
         ConfigError: A source names no benchmark.
         DataError: No source is named, or one isn't there.
@@ -64,6 +65,9 @@ def check_sources(data: DataConfig) -> None:
     """
     for name in list_remote_sources(data):
         load_dataset_from_hub(name)  # Once it is in the cache, reading it again costs next to nothing.
+    for source in data.sources:
+        if left_out := describe_left_out(source, data.file_type):
+            logger.info("%s", left_out)
 
 
 def list_remote_sources(data: DataConfig) -> list[str]:
@@ -73,7 +77,7 @@ def list_remote_sources(data: DataConfig) -> list[str]:
     for source, file_type in [*((source, data.file_type) for source in _require_sources(data)), *held_out]:
         if is_benchmark_source(source):
             check_readable(locate_benchmark(source))
-        elif (found := _locate(source, file_type)) is None:
+        elif (found := locate(source, file_type)) is None:
             remote.append(source)
         else:
             for file, _ in found:
@@ -84,7 +88,7 @@ def list_remote_sources(data: DataConfig) -> list[str]:
 def check_first_form(data: DataConfig, task: TaskType) -> None:
     """Raise, as `check_form`, where the first of the sources is a file whose rows have no form."""
     [first, *_] = _require_sources(data)
-    found = None if is_benchmark_source(first) else _locate(first, data.file_type)
+    found = None if is_benchmark_source(first) else locate(first, data.file_type)
     if found:
         check_form(open_file(*found[0], is_whole=data.chunk_size > 0), data, task)
 
@@ -238,7 +242,7 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
     except ConnectionError as error:
         raise DataError(
             f"no file or folder '{name}' here, and the hub didn't give it: {problem or error}. "
-            f"Check the name, or the network.{_suggest_sibling(Path(name))}"
+            f"Check the name, or the network.{suggest_sibling(Path(name))}"
         ) from error
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -333,60 +337,10 @@ def _open_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Sourc
     """Open what is learned from one source, file by file; `is_whole` reads text files as documents."""
     if is_benchmark_source(source):
         return [open_benchmark_source(source)]
-    found = _locate(source, data.file_type)
+    found = locate(source, data.file_type)
     if found is None:
         return [_open_dataset(load_dataset_from_hub(source), source)]
     return [open_file(file, kind, is_whole=is_whole) for file, kind in found]
-
-
-def _locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType]] | None:
-    """Return the files of a source and how to read them; None where it is of the hub."""
-    path = Path(source).expanduser()
-    if file_type == "hub" or (file_type is None and not path.exists() and _may_be_hub_id(source)):
-        return None
-    if not path.exists():
-        raise DataError(f"no such file or folder: {source}.{_suggest_sibling(path)}")
-    return _find_files(path, file_type)
-
-
-def find_validation_file(folder: Path) -> Path | None:
-    """Return the file of held-out rows in a folder that `prepare` wrote, or one like it."""
-    if not (folder / TRAIN_FILE).is_file():
-        return None
-    return next((folder / name for name in _VALIDATION_FILES if (folder / name).is_file()), None)
-
-
-def _may_be_hub_id(source: str) -> bool:
-    """Whether a name that is no path here could be one of the hub: `name` or `owner/name`, with no known suffix."""
-    parts = source.split("/")
-    return len(parts) <= 2 and all(parts) and not source.startswith((".", "~")) and infer_type(Path(source)) is None
-
-
-def _suggest_sibling(path: Path) -> str:
-    return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
-
-
-def _find_files(path: Path, file_type: FileType | None) -> list[tuple[Path, FileType]]:
-    known: set[FileType] = {"txt", "csv", "jsonl", "json", "parquet"}
-    if not path.is_dir():
-        kind = file_type or infer_type(path)
-        if kind is None:
-            raise DataError(
-                f"can't tell the type of {path} from its name. Name it with data.file_type: {', '.join(sorted(known))}."
-            )
-        return [(path, kind)]
-    files = list_files(path, {file_type} if file_type else known)  # First, as it says so where the folder is locked.
-    if (path / TRAIN_FILE).is_file():
-        return [(path / TRAIN_FILE, "jsonl")]
-    kinds = {kind for file in files if (kind := infer_type(file)) is not None}
-    if not files:
-        wanted = file_type or ", ".join(sorted(known))
-        raise DataError(f"the folder {path} holds no file to read ({wanted}), at any depth.")
-    if len(kinds) > 1:
-        raise DataError(
-            f"{path} holds files of several types ({', '.join(sorted(kinds))}). Choose with data.file_type=TYPE."
-        )
-    return [(file, kind) for file in files for kind in kinds]
 
 
 def _open_dataset(dataset: Dataset, name: str) -> Source:

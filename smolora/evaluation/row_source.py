@@ -20,7 +20,8 @@ from smolora.data.chat import check_messages
 from smolora.data.prompts import PromptFormat, render_pair
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
-from smolora.data.sources import check_sources, find_validation_file, stream_sources
+from smolora.data.source_files import find_validation_file
+from smolora.data.sources import check_sources, stream_sources
 from smolora.errors import ConfigError, DataError
 from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources

@@ -16,7 +16,8 @@ from smolora.data.prompts import PromptFormat, name_by_roles
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
 from smolora.data.selection import choose_held_out
-from smolora.data.sources import TRAIN_FILE, VALIDATION_FILE, stream_sources
+from smolora.data.source_files import TRAIN_FILE, VALIDATION_FILE
+from smolora.data.sources import check_sources, stream_sources
 from smolora.data.task_columns import USUAL_NAMES
 from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
@@ -47,7 +48,9 @@ def prepare(
     """
     require_writable(out)
     _refuse_existing(out)
-    stream = stream_sources(data.replace(sources=(str(source),)), out=out, task=task)
+    data = data.replace(sources=(str(source),))
+    check_sources(data)
+    stream = stream_sources(data, out=out, task=task)
     with replaced_folder(out) as folder:  # It may hold the account of an attempt that was stopped by rejected rows.
         train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
         num_train = _write_rows(stream.train, stream.fmt, train)

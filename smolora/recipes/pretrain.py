@@ -18,7 +18,7 @@ from smolora.config import PretrainConfig
 from smolora.data.collate import collate_windows
 from smolora.data.encoding import encode_texts, get_eos_id
 from smolora.data.ledger import DataReport
-from smolora.data.sources import Documents, read_source_documents
+from smolora.data.sources import Documents, check_sources, read_source_documents
 from smolora.data.token_dataset import TextDataset, TokenArray
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
@@ -127,6 +127,7 @@ def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: i
     """Read the text, train the tokenizer and build the model; rejected rows are written to `out`, where it is given."""
     allocator = keep_large_blocks()
     device, reason = resolve_device(config.device)
+    check_sources(config.data)
     documents = _split_documents(read_source_documents(config.data, out=out), config)
     tokenizer = _train_tokenizer(config, documents)
     train, held_out = _build_datasets(config, documents, tokenizer)

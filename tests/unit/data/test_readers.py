@@ -43,6 +43,7 @@ def rejects(found):
 def test_a_folder_of_text_is_read_at_any_depth_in_bytewise_order(tmp_path, write):
     for name in ("b.txt", "a/z.txt", "B.txt", "é.txt", "a.txt", "skip.csv", "empty.txt"):
         write(name, "" if name == "empty.txt" else name)
+    write(".c.txt", "hidden")
     assert read_txt_folder(tmp_path) == ["B.txt", "a.txt", "a/z.txt", "b.txt", "é.txt"]
 
 

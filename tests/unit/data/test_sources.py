@@ -194,9 +194,45 @@ def test_a_folder_of_several_types_asks_for_one(tmp_path):
     assert len(read(tmp_path, file_type="csv").train) == 1
 
 
-def test_a_folder_with_nothing_to_read_is_named(tmp_path):
-    with pytest.raises(DataError, match="holds no file to read"):
+def test_a_folder_with_nothing_to_read_is_named_with_what_it_holds(tmp_path):
+    with pytest.raises(DataError, match="holds no file to read.*at any depth.$"):
         read(tmp_path)
+    (tmp_path / "a.docx").touch()
+    with pytest.raises(DataError, match="at any depth. It holds 1 .docx."):
+        read(tmp_path)
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path):
+    for name in ("a.txt", ".b.txt", ".ipynb_checkpoints/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [row.values["text"] for row in read(tmp_path).train] == ["a.txt"]
+
+
+def test_pages_of_html_are_text_where_text_is_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.HTML").write_text("<p>two")
+    assert len(read(tmp_path).train) == 1
+    rows = read(tmp_path, file_type="txt", clean="strip_html")
+    assert [row.values["text"] for row in rows.train] == ["one", "two"]
+
+
+def test_the_files_that_a_folder_holds_beside_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("a.txt", "b.docx", "c.html", "d/e.docx", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    check_sources(DataConfig(sources=(str(tmp_path), str(tmp_path / "a.txt"))))
+    hint = "data.file_type=txt (--file-type txt) reads pages of HTML too."
+    assert caplog.messages == [f"3 of 4 files in {tmp_path} are left out: 2 .docx, 1 .html. {hint}"]
+
+
+def test_what_stands_beside_a_prepared_folder_s_files_is_not_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_rows(tmp_path / "train.jsonl", numbered(1))
+    (tmp_path / "data_report.json").write_text("{}")
+    check_sources(DataConfig(sources=(str(tmp_path),)))
+    assert not caplog.messages
 
 
 def test_no_source_is_an_error():

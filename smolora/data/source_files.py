@@ -1,0 +1,111 @@
+"""Which files a source is and how each is read, and which files of a folder are left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from smolora.config.data import FileType
+from smolora.data.readers import infer_type, is_page, list_files
+from smolora.errors import DataError, did_you_mean
+
+TRAIN_FILE = "train.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+_VALIDATION_FILES = (VALIDATION_FILE, "valid.jsonl", "val.jsonl", "dev.jsonl")
+"""Beside a train.jsonl, one of these holds the held-out rows; test.jsonl is never read with either."""
+
+_TYPES = "csv, json, jsonl, parquet, txt"
+_SHOWN = 5
+
+
+def locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType]] | None:
+    """Return the files of a source and how to read them; None where it is of the hub.
+
+    Raises:
+        DataError: There is no such file or folder, or how to read it can't be told.
+        StorageError: A folder may not be read.
+    """
+    path = Path(source).expanduser()
+    if file_type == "hub" or (file_type is None and not path.exists() and _may_be_hub_id(source)):
+        return None
+    if not path.exists():
+        raise DataError(f"no such file or folder: {source}.{suggest_sibling(path)}")
+    return _search_folder(path, file_type) if path.is_dir() else [(path, _require_type(path, file_type))]
+
+
+def describe_left_out(source: str, file_type: FileType | None) -> str | None:
+    """Return how many files of a folder aren't read, by suffix; None where all are, or it is one that `prepare` wrote.
+
+    Hidden files don't count.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir() or file_type == "hub" or (path / TRAIN_FILE).is_file():
+        return None
+    files = list_files(path)
+    read = {file for file, _ in _search_folder(path, file_type)}
+    left_out = [file for file in files if file not in read]
+    if not left_out:
+        return None
+    verb = "is" if len(left_out) == 1 else "are"
+    hint = " data.file_type=txt (--file-type txt) reads pages of HTML too." if any(map(is_page, left_out)) else ""
+    return f"{len(left_out):,} of {len(files):,} files in {source} {verb} left out: {_count_suffixes(left_out)}.{hint}"
+
+
+def find_validation_file(folder: Path) -> Path | None:
+    """Return the file of held-out rows in a folder that `prepare` wrote, or one like it."""
+    if not (folder / TRAIN_FILE).is_file():
+        return None
+    return next((folder / name for name in _VALIDATION_FILES if (folder / name).is_file()), None)
+
+
+def suggest_sibling(path: Path) -> str:
+    """Return the name beside `path` that is nearest to its own, as a question; empty where none is near."""
+    return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether a name that is no path here could be one of the hub: `name` or `owner/name`, with no known suffix."""
+    parts = source.split("/")
+    return len(parts) <= 2 and all(parts) and not source.startswith((".", "~")) and infer_type(Path(source)) is None
+
+
+def _require_type(path: Path, file_type: FileType | None) -> FileType:
+    kind = file_type or infer_type(path)
+    if kind is None:
+        raise DataError(f"can't tell the type of {path} from its name. Name it with data.file_type: {_TYPES}.")
+    return kind
+
+
+def _search_folder(path: Path, file_type: FileType | None) -> list[tuple[Path, FileType]]:
+    files = list_files(path)  # First, as it says so where the folder is locked.
+    if (path / TRAIN_FILE).is_file():
+        return [(path / TRAIN_FILE, "jsonl")]
+    typed = [(file, kind) for file in files if (kind := _find_type(file, file_type)) is not None]
+    kinds = {kind for _, kind in typed}
+    if not typed:
+        found = f" It holds {_count_suffixes(files)}." if files else ""
+        raise DataError(f"the folder {path} holds no file to read ({file_type or _TYPES}), at any depth.{found}")
+    if len(kinds) > 1:
+        raise DataError(
+            f"{path} holds files of several types ({', '.join(sorted(kinds))}). Choose with data.file_type=TYPE."
+        )
+    return typed
+
+
+def _find_type(file: Path, asked: FileType | None) -> FileType | None:
+    """Return how a file of a folder is read; None where it isn't. Pages are text where text is asked for."""
+    kind: FileType | None = "txt" if asked == "txt" and is_page(file) else infer_type(file)
+    return kind if asked in (None, kind) else None
+
+
+def _count_suffixes(files: Iterable[Path]) -> str:
+    """Say how many files there are of each suffix.
+
+    >>> _count_suffixes([Path("a.html"), Path("b.html"), Path("LICENSE")])
+    '2 .html, 1 without a suffix'
+    """
+    counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
+    others = sum(count for _, count in counts.most_common()[_SHOWN:])
+    shown = [f"{count:,} {suffix}" for suffix, count in counts.most_common(_SHOWN)]
+    return ", ".join([*shown, *([f"{others:,} others"] if others else [])])
