@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from smolora.data.encoding import check_spelling, get_bos_ids, get_eos_id
 from smolora.data.token_dataset import Example, build_example
-from smolora.errors import DataError
+from smolora.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,10 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n' }}Assistant:{% endif %}"
 )
 """Used where a tokenizer brings no template: `User: ...`, then on the next line `Assistant: ...<eos>`."""
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Who may speak; a template may name others. A turn of anyone else would be taken for one that isn't learned."""
 
 
 def check_messages(value: object) -> list[dict[str, str]]:
@@ -53,10 +57,38 @@ def check_messages(value: object) -> list[dict[str, str]]:
     return [dict(message) for message in value]
 
 
+def check_conversation(value: object, template: str | None) -> list[dict[str, str]]:
+    """Return `value` as messages that can be learned from.
+
+    Args:
+        value: What a row holds.
+        template: The chat template, which may name roles of its own.
+
+    Raises:
+        DataError: As `check_messages`, or the assistant speaks first, or somebody unknown speaks.
+    """
+    messages = check_messages(value)
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in ROLES and not any(quoted in (template or "") for quoted in (f"'{role}'", f'"{role}"')):
+            raise DataError(
+                f"message {number} has the unknown role {role!r}.{did_you_mean(role, ROLES)} Known: "
+                f"{', '.join(ROLES)}, and those that data.chat_template names."
+            )
+    if messages[0]["role"] == "assistant":
+        raise DataError("the conversation begins with the assistant, so nothing prompts its first turn.")
+    return messages
+
+
 def encode_conversation(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, template: str | None
 ) -> Example:
     """Encode a conversation; every assistant turn is a target, the mark that ends it included.
+
+    Args:
+        messages: As `check_conversation` returns them.
+        tokenizer: The model's.
+        template: The chat template; left out, the tokenizer's, else the plain one.
 
     Raises:
         DataError: The template can't render it, or rewrites a turn so that what to train on can't be told.
@@ -115,8 +147,6 @@ class _Renderer:
         return [] if list(ids[: len(bos)]) == bos else bos
 
     def find_start(self, ids: list[int], messages: Sequence[Message], turn: int) -> int:
-        if turn == 0:
-            raise DataError("the conversation begins with the assistant, so nothing prompts its first turn.")
         prompt = self.render(messages[:turn], is_prompt=True)
         if ids[: len(prompt)] != prompt:
             raise DataError(

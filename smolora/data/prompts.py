@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Literal
 from smolora.config.base import Section
 from smolora.config.data import DataConfig
 from smolora.config.model import TaskType
-from smolora.data.chat import PLAIN_CHAT_TEMPLATE, Message, check_messages, encode_chat_prompt, encode_conversation
+from smolora.data.chat import (
+    PLAIN_CHAT_TEMPLATE,
+    Message,
+    check_conversation,
+    check_messages,
+    encode_chat_prompt,
+    encode_conversation,
+)
 from smolora.data.encoding import encode_pairs, encode_texts, get_bos_ids
 from smolora.data.rows import find_column, match_column
 from smolora.data.task_columns import FORMS_BY_TASK, USUAL_NAMES, refuse_other_fields, resolve_task_columns
@@ -225,7 +232,7 @@ def encode_row(row: Mapping[str, object], fmt: PromptFormat, tokenizer: PreTrain
         DataError: The row doesn't fit the form.
     """
     if fmt.kind == "messages":
-        messages = check_messages(row.get(fmt.columns["messages"]))
+        messages = check_conversation(row.get(fmt.columns["messages"]), fmt.chat_template)
         return encode_conversation(messages, tokenizer, template=fmt.chat_template)
     return encode_pairs([render_pair(row, fmt)], tokenizer, end_token=fmt.end_token)[0]
 

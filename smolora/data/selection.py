@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
-from smolora.data.chat import check_messages
+from smolora.data.chat import check_conversation
 from smolora.data.cleaning import TextCleaningProcessor
 from smolora.data.ledger import DataReport
 from smolora.data.pipeline import chunk_texts
@@ -114,7 +114,7 @@ def find_problem(row: Row, fmt: PromptFormat) -> str | None:
         return None
     for role, column in fmt.columns.items():
         if role == "messages":
-            return _find_message_problem(row.values.get(column))
+            return _find_message_problem(row.values.get(column), fmt.chat_template)
         if column not in row.values and role != "input":
             return f"no column {column!r}; found {', '.join(map(repr, row.values))}"
         value = row.values.get(column)
@@ -135,9 +135,9 @@ _NO_TEXT: dict[str, Callable[[Values, Mapping[str, str]], str | None]] = {
 """What is wrong with the values of roles that aren't plain text."""
 
 
-def _find_message_problem(value: object) -> str | None:
+def _find_message_problem(value: object, template: str | None) -> str | None:
     try:
-        check_messages(value)
+        check_conversation(value, template)
     except DataError as error:
         return str(error)
     return None

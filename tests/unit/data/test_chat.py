@@ -1,7 +1,13 @@
 import pytest
 
 from smolora.config.data import DataConfig
-from smolora.data.chat import PLAIN_CHAT_TEMPLATE, check_messages, encode_chat_prompt, encode_conversation
+from smolora.data.chat import (
+    PLAIN_CHAT_TEMPLATE,
+    check_conversation,
+    check_messages,
+    encode_chat_prompt,
+    encode_conversation,
+)
 from smolora.data.encoding import decode_ids
 from smolora.data.prompts import encode_prompt, encode_row, resolve_prompt_format
 from smolora.errors import DataError
@@ -102,15 +108,41 @@ def test_a_template_that_drops_the_answer_is_refused(chatml):
         encode_conversation(TALK, chatml, template=template)
 
 
-def test_what_a_template_refuses_is_said_with_the_roles(chatml):
-    template = "{{ raise_exception('no tools here') }}"
-    with pytest.raises(DataError, match=r"roles user\): no tools here"):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no tools here') }}", "no tools here"),
+    ],
+)
+def test_what_a_template_refuses_is_said_with_the_roles(chatml, template, reason):
+    with pytest.raises(DataError, match=rf"roles user\): .*({reason})"):
         encode_chat_prompt(TALK[:1], chatml, template=template)
 
 
-def test_a_conversation_that_the_assistant_begins_is_refused(chatml):
-    with pytest.raises(DataError, match="begins with the assistant"):
-        encode_conversation(TALK[1:], chatml, template=None)
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        (TALK[1:], "begins with the assistant"),
+        (
+            [TALK[0], {"role": "asistant", "content": "a"}],
+            "message 2 has the unknown role 'asistant'. Did you mean 'as",
+        ),
+        ([TALK[0], {"role": "Assistant", "content": "a"}], "Did you mean 'assistant'"),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_from_is_refused(chatml, turns, reason):
+    fmt = resolve_prompt_format(["messages"], DataConfig(), chatml)
+    with pytest.raises(DataError, match=reason):
+        encode_row({"messages": turns}, fmt, chatml)
+
+
+@pytest.mark.parametrize(
+    ("role", "template"),
+    [("tool", None), ("developer", PLAIN_CHAT_TEMPLATE), ("critic", "{% if m['role'] == 'critic' %}")],
+)
+def test_roles_in_use_and_those_of_the_template_are_known(role, template):
+    turns = [{"role": role, "content": "a"}, TALK[1]]
+    assert check_conversation(turns, template) == turns
 
 
 def test_a_conversation_without_an_answer_has_no_target(chatml):

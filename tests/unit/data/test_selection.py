@@ -77,6 +77,17 @@ def test_messages_that_are_none_are_rejected():
     assert "must be a list" in report.rejects[0].reason
 
 
+@pytest.mark.parametrize(
+    ("role", "reason"),
+    [("assistant", "begins with the assistant"), ("usr", "unknown role 'usr'. Did you mean 'user'?")],
+)
+def test_a_conversation_that_cannot_be_learned_from_is_a_reject(role, reason):
+    fmt = PromptFormat(kind="messages", columns={"messages": "m"})
+    rows, report = select([{"m": [{"role": role, "content": "hi"}]}, {"m": [{"role": "user", "content": "hi"}]}], fmt)
+    assert (len(rows), report.rejects[0].line) == (1, 1)
+    assert reason in report.rejects[0].reason
+
+
 def test_cleaning_comes_before_empty_rows_and_duplicates():
     rows, report = select(texts("<b>A</b>", "a", "<br>"), clean=("strip_html", "lowercase"))
     assert rows == texts("a")
