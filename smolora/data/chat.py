@@ -136,7 +136,7 @@ class _Renderer:
                 sanitize_control_tokens=True,
                 tokenizer_kwargs={"verbose": False},
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the chat template can't render this conversation (roles {roles}): {error}.") from error
         return list(encoded["input_ids"])

@@ -112,6 +112,9 @@ def test_a_template_that_drops_the_answer_is_refused(chatml):
     ("template", "reason"),
     [
         ("{{ raise_exception('no tools here') }}", "no tools here"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for n in range(10 ** 10) %}{% endfor %}", "Range too big"),
+        ("{{ 2.0 ** 9999 }}", "Result too large|out of range"),
     ],
 )
 def test_what_a_template_refuses_is_said_with_the_roles(chatml, template, reason):
