@@ -1,4 +1,4 @@
-"""Files to rows: txt, csv, jsonl, json, parquet, plain or .gz or .bz2.
+"""Files to rows: txt, csv (with commas, semicolons or tabs), jsonl, json, parquet, plain or .gz or .bz2.
 
 A record that can't be used becomes a Reject with its line and reason, and the rest is read on; a file whose records
 can't be told apart (a duplicate header, an unterminated quote) is a DataError. No reader guesses, none drops a record.
@@ -11,14 +11,15 @@ import csv
 import gzip
 import json
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from smolora.config.data import FileType
-from smolora.data.rows import Reject, Row, check_values, find_column, list_columns
+from smolora.data.rows import Reject, Row, check_values, find_broken_character, find_column, list_columns
 from smolora.data.squad import is_squad, iter_questions
 from smolora.errors import DataError, StorageError, did_you_mean
 
@@ -74,9 +75,22 @@ def read_columns(path: Path, file_type: FileType) -> list[str]:
 
     Lines of JSON are read for their keys alone, at a third of the time that rows take; what is wrong with a line is for
     `iter_rows` to say.
+
+    Raises:
+        DataError: A name can't be read.
     """
-    if file_type != "jsonl":
-        return list_columns(iter_rows(path, file_type))
+    columns = _read_keys(path) if file_type == "jsonl" else list_columns(iter_rows(path, file_type))
+    _check_names(columns, path)
+    return columns
+
+
+def _check_names(names: Iterable[str], path: Path) -> None:
+    for name in names:
+        if problem := find_broken_character(name):
+            raise DataError(f"{path}: the name of column {name!r} can't be read: {problem}.")
+
+
+def _read_keys(path: Path) -> list[str]:
     columns: dict[str, None] = {}
     with open_text(path) as file:
         for line in file:
@@ -209,7 +223,7 @@ def _iter_txt(path: Path) -> Read:
 def _iter_csv(path: Path) -> Read:
     with open_text(path) as file, _long_fields():
         # strict: without it, text after a closing quote and a quote that never closes are read as if they were meant.
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, delimiter=_find_delimiter(file, path))
         header = _read_header(reader, path)
         while True:
             first_line = reader.line_num + 1
@@ -228,11 +242,23 @@ def _iter_csv(path: Path) -> Read:
             yield _match_header(fields, header, path, first_line)
 
 
+def _find_delimiter(file: TextIO, path: Path) -> str:
+    """Return the first of the usual delimiters that the header has outside of quotes; a comma where it has none."""
+    header = _QUOTED.sub("", file.readline())
+    file.seek(0)
+    usual = "\t,;" if _find_suffix(path) == ".tsv" else ",;\t"
+    return next((delimiter for delimiter in usual if delimiter in header), ",")
+
+
+_QUOTED = re.compile(r'"[^"]*"?')
+
+
 def _read_header(reader: Iterator[list[str]], path: Path) -> list[str]:
     try:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise DataError(f"{path}:1: the header is malformed: {error}.") from None
+    _check_names(header, path)
     duplicates = sorted({name for name in header if header.count(name) > 1})
     if duplicates:
         listed = ", ".join(map(repr, duplicates))
@@ -349,6 +375,7 @@ _TYPES_BY_SUFFIX: dict[str, FileType] = {
     ".text": "txt",
     ".md": "txt",
     ".csv": "csv",
+    ".tsv": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",

@@ -34,21 +34,30 @@ class Reject(NamedTuple):
 
 
 def check_values(values: Values, file: str, line: int) -> Row | Reject:
-    """Return the row, or a reject where a value holds half of a surrogate pair (or, as the same, bytes of no UTF-8)."""
+    """Return the row, or a reject where a value holds half of a surrogate pair, or bytes of no UTF-8."""
     for name, value in values.items():
         if value.isascii() if isinstance(value, str) else isinstance(value, int | float | None):
             continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        if (half := find_surrogate(text)) is not None:
-            code = ord(text[half])
-            # Undecodable bytes arrive as U+DC80 to U+DCFF, by Python's surrogateescape.
-            found = (
-                f"byte 0x{code - 0xDC00:02x} is no UTF-8"
-                if 0xDC80 <= code <= 0xDCFF
-                else f"U+{code:04X} is half a pair"
-            )
-            return Reject(file, line, f"column {name!r}, character {half}: {found}")
+        if problem := find_broken_character(text):
+            return Reject(file, line, f"column {name!r}, {problem}")
     return Row(values, file, line)
+
+
+def find_broken_character(text: str) -> str | None:
+    """Return where text has half of a surrogate pair and what that is; None where it has none.
+
+    Undecodable bytes arrive as U+DC80 to U+DCFF, by Python's surrogateescape.
+    """
+    if (half := find_surrogate(text)) is None:
+        return None
+    code = ord(text[half])
+    if not 0xDC80 <= code <= 0xDCFF:
+        return f"character {half}: U+{code:04X} is half a pair"
+    return (
+        f"character {half}: byte 0x{code - 0xDC00:02x} is no UTF-8 (if the file is in another encoding, save it as "
+        "UTF-8)"
+    )
 
 
 def list_columns(rows: Iterable[Row | Reject]) -> list[str]:

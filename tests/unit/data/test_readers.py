@@ -101,8 +101,34 @@ def test_utf_16_is_refused_with_what_to_do(write):
 
 def test_a_line_that_is_no_utf_8_is_rejected_and_the_rest_read(write):
     found = read_rows(write("a.txt", b"one\ntw\xffo\nthree\n"), "txt")
-    assert rejects(found) == [(2, "column 'text', character 2: byte 0xff is no UTF-8")]
+    reason = "column 'text', character 2: byte 0xff is no UTF-8 (if the file is in another encoding, save it as UTF-8)"
+    assert rejects(found) == [(2, reason)]
     assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "id,größe\n1,2\n".encode("cp1252")), ("a.jsonl", '{"größe": 1}'.encode("latin-1"))],
+)
+def test_a_column_whose_name_is_no_utf_8_is_named(write, name, content):
+    with pytest.raises(DataError, match=r"the name of column 'gr\\udcf6\\udcdfe' can't be read: .*save it as UTF-8"):
+        read_columns(write(name, content), name.partition(".")[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "row"),
+    [
+        ("a.csv", "id;question\n1;a, b\n", {"id": "1", "question": "a, b"}),
+        ("a.csv", "id\tquestion\n1\ta; b\n", {"id": "1", "question": "a; b"}),
+        ("a.csv", '"a, b";c\n1;2\n', {"a, b": "1", "c": "2"}),
+        ("a.csv", "id,a;b\n1,c;d\n", {"id": "1", "a;b": "c;d"}),
+        ("a.csv", "text\na;b\n", {"text": "a;b"}),
+        ("a.tsv", 'id\ta, b\n1\t"c\td"\n', {"id": "1", "a, b": "c\td"}),
+    ],
+)
+def test_the_header_says_what_parts_the_columns(write, name, content, row):
+    path = write(name, content)
+    assert values(read_rows(path, infer_type(path))) == [row]
 
 
 def test_a_column_is_matched_without_regard_to_case(write):
