@@ -107,16 +107,19 @@ class DataReport:
             return
         if folder is not None:
             self.write(folder)
-        shown = "\n".join(f"  {reject.file}:{reject.line}: {reject.reason}" for reject in self.rejects[:5])
-        more = f"\n  and {len(self.rejects) - 5} more" if len(self.rejects) > 5 else ""
         place = f" All are listed in {RunDir(folder).rejects}." if folder is not None else ""
-        found = f"{len(self.rejects)} of {self.read} rows can't be used"
         if not self.train:
-            raise DataError(f"no row is left to learn from: {found}:\n{shown}{more}\nRepair them.{place}")
+            raise DataError(f"no row is left to learn from: {self.describe_rejects()}\nRepair them.{place}")
         raise DataError(
-            f"{found} (data.max_rejects allows {allowed}):\n{shown}{more}\n"
-            f"Repair them, or set data.max_rejects={len(self.rejects)} to go on without them.{place}"
+            f"{self.describe_rejects()}\nRepair them, or set data.max_rejects={len(self.rejects)} (now {allowed}) to "
+            f"go on without them.{place}"
         )
+
+    def describe_rejects(self) -> str:
+        """Return how many rows can't be used, and of the first ones where they are and why."""
+        shown = [f"  {reject.file}:{reject.line}: {reject.reason}" for reject in self.rejects[:5]]
+        more = [f"  and {len(self.rejects) - 5} more"] if len(self.rejects) > 5 else []
+        return "\n".join([f"{len(self.rejects)} of {self.read} rows can't be used:", *shown, *more])
 
     def to_dict(self) -> dict[str, object]:
         """Return the ledger as plain values, for data_report.json."""

@@ -190,12 +190,13 @@ def _iter_rows(
     is_heads = stream.fmt.kind in HEAD_KINDS
     grouped = iter_head_rows(count(), stream.fmt) if is_heads else group_rows(count(), stream.fmt, trained)
     yield from islice(grouped, num_samples)
-    if num_samples is None or next(grouped, None) is None:
+    is_whole = num_samples is None or next(grouped, None) is None
+    if len(stream.report.rejects) > data.max_rejects:
+        raise DataError(
+            f"{stream.report.describe_rejects()}\nRepair them, or take them out: what is measured is every row."
+        )
+    if is_whole:  # What was read before need not add up: a row may be cut into several.
         close_report(stream.report, data, train=num_rows, held_out=0, out=None)
-        return
-    # What was read so far need not add up: a row may be cut into several.
-    stream.report.train = num_rows
-    stream.report.check_rejects(data.max_rejects, None)
 
 
 def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:

@@ -35,7 +35,7 @@ def test_rejects_past_the_limit_are_written_and_stop_the_run(tmp_path):
     made = report(rejects=[Reject("a.jsonl", line, "bad") for line in range(1, 8)], train=3)
     with pytest.raises(
         DataError,
-        match=r"7 of 10 rows can't be used \(data.max_rejects allows 6\)[\s\S]*a.jsonl:1: bad[\s\S]*and 2 more",
+        match=r"7 of 10 rows can't be used:\s*a.jsonl:1: bad[\s\S]*and 2 more\s*Repair.* data.max_rejects=7 \(now 6\)",
     ):
         made.check_rejects(6, tmp_path / "out")
     lines = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()

@@ -92,7 +92,9 @@ def test_rejected_rows_end_the_evaluation_and_equal_ones_stay(tmp_path):
     row = {"prompt": "A", "completion": "1"}
     assert open_rows(write(tmp_path / "a.jsonl", [row, {**row, "prompt": "B"}, row])).count() == 3
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\nnonsense\n")
-    with pytest.raises(DataError, match=r"1 of 2 rows can't be used"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 rows can't be used[\s\S]*take them out: what is measured is every row.$"
+    ):
         open_rows(tmp_path / "b.jsonl").count()
 
 
