@@ -79,7 +79,7 @@ def check_form(source: Source, data: DataConfig, task: TaskType) -> None:
         resolve_prompt_format(source.first_columns, data, task=task)
     except DataError:
         if source.columns:
-            resolve_prompt_format(source.columns, data, task=task)
+            _resolve(source, data, task)
 
 
 def stream_rows(
@@ -152,8 +152,18 @@ def _resolve_first(
     """Resolve the form of the first source that has columns; where none has, every record was rejected."""
     for source in sources:
         if source.columns:
-            return resolve_prompt_format(source.columns, data, tokenizer, task)
+            return _resolve(source, data, task, tokenizer)
     raise refuse_rowless(sources, data, report, out)
+
+
+def _resolve(
+    source: Source, data: DataConfig, task: TaskType, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PromptFormat:
+    """Resolve the form of one source's rows; what is wrong is said with the source's name."""
+    try:
+        return resolve_prompt_format(source.columns, data, tokenizer, task)
+    except DataError as error:
+        raise DataError(f"{source.name}: {error}") from None
 
 
 def _iter_alike(
@@ -161,7 +171,7 @@ def _iter_alike(
 ) -> Iterator[Row | Reject]:
     """Yield the records of all sources under the first one's column names (MR in one file may be mr in another)."""
     for source in sources:
-        own = resolve_prompt_format(source.columns, data, task=task) if source.columns else fmt
+        own = _resolve(source, data, task) if source.columns else fmt
         if own.kind != fmt.kind:
             raise DataError(
                 f"{source.name} holds rows of the form {own.describe()}, but the first source {fmt.describe()}. "

@@ -98,6 +98,15 @@ def test_sources_of_different_forms_are_refused(tmp_path):
         read(first, second)
 
 
+@pytest.mark.parametrize("lacking", ["a.csv", "b.csv", "held_out.csv"])
+def test_the_file_that_lacks_a_column_is_named(tmp_path, lacking):
+    for name in ("a.csv", "b.csv", "held_out.csv"):
+        (tmp_path / name).write_text("wrong\nx\n" if name == lacking else "story\nx\n")
+    names = {"text_field": "story", "eval_source": str(tmp_path / "held_out.csv")}
+    with pytest.raises(DataError, match=rf"{lacking}: no column 'story'.* Columns found: 'wrong'"):
+        read(tmp_path / "a.csv", tmp_path / "b.csv", **names)
+
+
 def test_rejects_stop_the_run_after_they_are_written(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{bad\n')
     config = DataConfig(sources=(str(tmp_path / "a.jsonl"),))
