@@ -51,7 +51,7 @@ def learn_labels(
         known: The labels of the adapter that is trained further, which stay what they are.
 
     Raises:
-        DataError: Fewer than two labels, or rows with labels that aren't learned.
+        DataError: Fewer than two labels, true or false beside numbers, or rows with labels that aren't learned.
     """
     if known:
         refuse_unknown("training", _iter_names(train, fmt), known)
@@ -61,8 +61,17 @@ def learn_labels(
             f"all labels in column {fmt.columns[_ROLES[fmt.kind]]!r} are {learned[0]!r}: there is nothing to tell "
             "apart. Add rows of another label, or name another column with --label-field."
         )
+    if not known and _TRUTHS & set(learned) and any(name.isdecimal() for name in learned):
+        odd = next(row for row in train if not _TRUTHS.isdisjoint(iter_labels(row.values, fmt)))
+        raise DataError(
+            f"labels mix true or false, as in {odd.origin}, with numbers. Found are: "
+            f"{', '.join(learned[:_SHOWN_LEARNED])}. Write them all alike."
+        )
     refuse_unknown("held-out", _iter_names(held_out, fmt), learned)
     return learned
+
+
+_TRUTHS = {"true", "false"}
 
 
 def match_label(name: str, labels: Sequence[str], aliases: Mapping[str, str]) -> str | None:
