@@ -72,7 +72,7 @@ class DataConfig(_Columns):
 
     validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of rows to hold out where no `eval_source` is given. Of fewer than 50 rows none is, whatever stands here:
-    name others in `eval_source`. In pretraining, the share of the text, however short."""
+    name others in `eval_source`. In pretraining, share of the text, unless that is too short for a window."""
 
     max_validation_rows: int = Field(default=500, ge=0)
     """Bound on the rows that are split off to be held out; of an `eval_source`, or of a benchmark, all rows are. In

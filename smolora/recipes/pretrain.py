@@ -128,13 +128,12 @@ def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: i
     allocator = keep_large_blocks()
     device, reason = resolve_device(config.device)
     check_sources(config.data)
-    documents = _split_documents(read_source_documents(config.data, out=out), config)
-    tokenizer = _train_tokenizer(config, documents)
-    train, held_out = _build_datasets(config, documents, tokenizer)
+    documents, tokenizer, held_out = _split_documents(read_source_documents(config.data, out=out), config)
+    train = _build_train_windows(config, documents, tokenizer)
     refuse_unmeasurable(config, is_evaluated=held_out is not None)
     bundle = build_gpt(config.gpt, tokenizer, seed=config.training.seed, device=device)
     logger.info("device: %s (%s); products: %s", device, reason, _describe_precision(config, device))
-    logger.info("text: %s", _describe_text(documents, train, held_out))
+    logger.info("text: %s", _describe_text(config, documents, train, held_out))
     logger.info("model: %s parameters, vocabulary %s", f"{bundle.num_parameters:,}", f"{len(tokenizer):,}")
     identity = RunIdentity(
         base=bundle.fingerprint,
@@ -177,12 +176,24 @@ def _finish(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
     leave_report(run)
 
 
-def _split_documents(documents: Documents, config: PretrainConfig) -> Documents:
+def _split_documents(
+    documents: Documents, config: PretrainConfig
+) -> tuple[Documents, PreTrainedTokenizerBase, TextDataset | None]:
+    """Return the text, a tokenizer trained on what is learned of it, and windows to evaluate on.
+
+    Text that would be held out and is too short for a window is learned.
+    """
+    is_split = not documents.held_out and bool(config.data.validation_fraction and config.data.max_validation_rows)
+    for candidate in [_hold_out(documents, config), documents] if is_split else [documents]:
+        tokenizer = _train_tokenizer(config, candidate)
+        if held_out := _build_held_out_windows(config, candidate, tokenizer):
+            return candidate, tokenizer, held_out
+    return documents, tokenizer, None
+
+
+def _hold_out(documents: Documents, config: PretrainConfig) -> Documents:
     """Hold out `validation_fraction` of the text: whole documents where there are many, else the end of each."""
-    share = config.data.validation_fraction
-    if documents.held_out or not share:
-        return documents
-    texts = documents.train
+    share, texts = config.data.validation_fraction, documents.train
     if len(texts) >= _FEWEST_DOCUMENTS_TO_SPLIT:
         order = permutation(len(texts), config.evaluation.choose_split_seed(config.training.seed), "held out")
         chosen = set(order[: max(1, int(len(texts) * share))].tolist())
@@ -199,24 +210,28 @@ def _train_tokenizer(config: PretrainConfig, documents: Documents) -> PreTrained
     return to_pretrained(BPETokenizer(config.tokenizer.vocab_size).train(documents.train), config.gpt.context)
 
 
-def _build_datasets(
+def _build_train_windows(
     config: PretrainConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TextDataset, TextDataset | None]:
-    """Return windows to learn from and windows to evaluate on.
+) -> TextDataset:
+    """Return windows to learn from.
 
     With `max_steps` a window may start at any token, so no two passes cut the text alike; an epoch is each token once.
     """
     context = config.gpt.context
     stride = 1 if config.training.max_steps else context
-    train = TextDataset(_encode_documents(documents.train, tokenizer), context, stride)
-    held_out = _encode_documents(documents.held_out, tokenizer)
-    if len(held_out) <= context or not config.data.max_validation_rows:
-        if documents.held_out:
-            logger.info("nothing is evaluated: %d held-out tokens, windows of %d", len(held_out), context)
-        return train, None
+    return TextDataset(_encode_documents(documents.train, tokenizer), context, stride)
+
+
+def _build_held_out_windows(
+    config: PretrainConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase
+) -> TextDataset | None:
+    """Return windows to evaluate on; None where the text isn't longer than one, or none are wanted."""
+    context, bound = config.gpt.context, config.data.max_validation_rows
+    tokens = _encode_documents(documents.held_out, tokenizer)
+    if len(tokens) <= context or not bound:
+        return None
     # Bounded as rows are: windows spread over the whole held-out text, each as long as a training one.
-    apart = len(held_out) // max(1, config.data.max_validation_rows)
-    return train, TextDataset(held_out, context, max(context, apart))
+    return TextDataset(tokens, context, max(context, len(tokens) // bound))
 
 
 def _encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenArray:
@@ -245,10 +260,20 @@ def split_at_lines(text: str, length: int = 4096) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
-def _describe_text(documents: Documents, train: TextDataset, held_out: TextDataset | None) -> str:
-    evaluated = f"{len(held_out.tokens):,} held out" if held_out else "none held out"
+def _describe_text(
+    config: PretrainConfig, documents: Documents, train: TextDataset, held_out: TextDataset | None
+) -> str:
     count = len(documents.train)
-    return f"{count:,} document{'s' * (count != 1)}, {len(train.tokens):,} tokens to learn from, {evaluated}"
+    known = f"{count:,} document{'s' * (count != 1)}, {len(train.tokens):,} tokens to learn from"
+    if held_out:
+        return f"{known}, {len(held_out.tokens):,} held out"
+    if not config.data.max_validation_rows or not (documents.held_out or config.data.validation_fraction):
+        return f"{known}, none held out"
+    window = f"no longer than a window of {config.gpt.context} tokens"
+    if documents.held_out:
+        return f"{known}, none evaluated: the held-out text is {window}"
+    share = f"{100 * config.data.validation_fraction:g} %"
+    return f"{known}, none held out: {share} of them are {window}. Name other text with data.eval_source (--eval-data)"
 
 
 def _save_model(run: RunDir, bundle: ModelBundle) -> None:

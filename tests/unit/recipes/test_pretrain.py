@@ -71,6 +71,29 @@ def test_a_run_where_one_exists_is_refused(tmp_path, text):
         pretrain(config(text), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.validation_fraction=0.02"], "40 tokens to learn from, none held out: 2 % of them are no longer than"),
+        (["data.validation_fraction=0"], "40 tokens to learn from, none held out"),
+        (["data.max_validation_rows=0"], "40 tokens to learn from, none held out"),
+        (["data.validation_fraction=0.5"], "20 tokens to learn from, 20 held out"),
+        (
+            ["data.eval_source=short.txt"],
+            "40 tokens to learn from, none evaluated: the held-out text is no longer than",
+        ),
+    ],
+)
+def test_text_too_short_to_evaluate_on_is_learned_and_one_line_says_so(tmp_path, caplog, monkeypatch, settings, said):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "text.txt").write_text("abcd" * 10)
+    pretrain(config("text.txt", "training.max_steps=1", *settings), tmp_path / "run")
+    [line] = [message for message in caplog.messages if "to learn from" in message]
+    assert line.partition(" a window of 16 tokens")[0] == f"text: 1 document, {said}"
+
+
 def test_a_resumed_run_may_get_more_steps_but_not_another_shape(tmp_path, text):
     pretrain(config(text), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"gpt\.width can't change within a run: it was 16, now 32"):
