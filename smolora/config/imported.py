@@ -1,7 +1,8 @@
 """LLaMA-Factory's and axolotl's files as configurations of ours, with a reason for every key that has no counterpart.
 
 Where such a file is silent and the tool's default is another one than ours, the tool's is written out, so that these
-settings stay what they were. What isn't taken is listed: no key is dropped without a word.
+settings stay what they were. What isn't taken is listed: no key is dropped without a word. A file whose objective or
+method train doesn't have is refused, as something else would be learned.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _DEFAULTS: dict[Tool, Settings] = {
 """Defaults of the tools that aren't ours."""
 
 _BY_ITSELF = {
-    "stage": "train does sft and pt: rows with answers, and texts",
+    "stage": "train learns the answers of rows that have a prompt",
     "do_train": "train is the verb",
     "overwrite_output_dir": "a run is never written over; name another folder with -o",
     "resume_from_checkpoint": "smolora train --resume -o RUN",
@@ -88,6 +89,21 @@ _BY_ITSELF = {
 """What needs no setting here, or can't be one, and why."""
 
 _NO_COUNTERPART = "no counterpart"
+
+_ANSWERS_AND_TEXTS = "train learns answers (sft) and whole texts (pt), from no preferences and no rewards"
+_ANSWERS_ALONE = "where rows have a prompt, train learns the answer alone; rows of one text it learns whole"
+
+_LEARNED_OTHERWISE: dict[str, tuple[tuple[object, ...], str]] = {
+    "stage": (("sft", "pt"), _ANSWERS_AND_TEXTS),
+    "rl": ((False,), _ANSWERS_AND_TEXTS),
+    "reward_model": ((False,), _ANSWERS_AND_TEXTS),
+    "process_reward_model": ((False,), _ANSWERS_AND_TEXTS),
+    "train_on_inputs": ((False,), _ANSWERS_ALONE),
+    "train_on_prompt": ((False,), _ANSWERS_ALONE),
+    "mask_history": ((False,), "train learns every answer of a conversation"),
+    "unfrozen_parameters": (([],), "train moves an adapter, or with adapter.method=full all weights"),
+}
+"""Keys that change what is learned: the values that fit, and what train can do instead."""
 
 _FORMS = "rows are text, prompt and completion, instruction and output, or messages with role and content"
 
@@ -154,21 +170,33 @@ def import_config(values: Values, folder: Path) -> Imported:
         folder: Where LLaMA-Factory's `dataset_dir` is looked for.
 
     Raises:
-        ConfigError: It is a file of neither.
+        ConfigError: It is a file of neither, or what it trains, or how, has no counterpart.
     """
     tool = detect_tool(values)
     made = Imported(tool)
     given = {key: value for key, value in values.items() if value is not None}  # An empty key is one that isn't set.
+    for key, (fitting, instead) in _LEARNED_OTHERWISE.items():
+        if key in given and given[key] not in fitting:
+            raise _refuse(key, given, instead)
     read = dict(_READ[tool](given, folder, made))
     if not any("model.name_or_path" in settings for settings in read.values()):
         raise ConfigError(f"this file of {tool} names no model.")
     for key in sorted(read, key=_in_order(read)):
         made.add(key, read[key])
+        if "adapter.method" in read[key] and key in made.left_out:
+            raise _refuse(key, given, made.left_out[key])
     for key, value in given.items():
         if key not in read and key not in made.left_out:
             made.left_out[key] = _explain(key, value)
     _fill(made)
     return made
+
+
+def _refuse(key: str, given: Values, reason: str) -> ConfigError:
+    why = " ".join(reason.split()).rstrip(".")
+    return ConfigError(
+        f"{key}: {given.get(key)} has {_NO_COUNTERPART}: {why}. Without this key, the rest can be imported."
+    )
 
 
 def detect_tool(values: Values) -> Tool:
@@ -187,9 +215,11 @@ def detect_tool(values: Values) -> Tool:
 
 
 def _read_llama_factory(given: Values, folder: Path, made: Imported) -> Iterator[tuple[str, Settings]]:
-    stage = given.get("stage", "sft")
-    if stage not in ("sft", "pt"):
-        made.left_out["stage"] = f"{stage}: {_NO_COUNTERPART}, train learns from texts and answers"
+    if given.get("stage") == "pt":
+        yield (
+            "stage",
+            {"data.text_field": "text"},
+        )  # Otherwise, of rows with a prompt, the answer alone would be learned.
     if "dataset" in given:
         yield "dataset", {"data.sources": _find_files(given["dataset"], given, folder, made)}
     if "eval_dataset" in given:

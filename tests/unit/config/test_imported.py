@@ -169,7 +169,6 @@ def test_names_of_datasets_are_looked_up_where_their_list_is(tmp_path):
 @pytest.mark.parametrize(
     ("line", "key", "reason"),
     [
-        ("stage: dpo", "stage", "dpo: no counterpart"),
         ("lr_scheduler_type: polynomial", "lr_scheduler_type", "input should be 'linear', 'cosine'"),
         ("val_size: 200", "val_size", "200 held-out rows can't be asked for"),
         ("warmup_ratio: 0.1\nwarmup_steps: 5", "warmup_steps", "another key sets training.warmup_steps to 0.1"),
@@ -179,6 +178,47 @@ def test_names_of_datasets_are_looked_up_where_their_list_is(tmp_path):
 )
 def test_what_cant_be_taken_is_listed_with_the_reason(line, key, reason):
     assert reason in _import(f"model_name_or_path: m\ntemplate: x\n{line}\n").left_out[key]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        *(
+            (f"stage: {stage}", "train learns answers .sft. and whole texts .pt.")
+            for stage in ("dpo", "kto", "rm", "ppo")
+        ),
+        ("finetuning_type: freeze", "finetuning_type: freeze has no counterpart: .*Methods: lora, "),
+        ("train_on_prompt: true", "train learns the answer alone"),
+        ("mask_history: true", "train learns every answer"),
+    ],
+)
+def test_a_file_of_llama_factory_that_learns_otherwise_is_refused(line, reason):
+    with pytest.raises(ConfigError, match=rf"{reason}.*Without this key, the rest can be imported\.$"):
+        _import(f"model_name_or_path: m\ntemplate: x\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("rl: dpo", "rl: dpo has no counterpart: train learns answers"),
+        ("reward_model: true", "from no preferences and no rewards"),
+        ("train_on_inputs: true", "train learns the answer alone"),
+        ("unfrozen_parameters: [lm_head]", "train moves an adapter"),
+        ("adapter: llama-adapter", "adapter: llama-adapter has no counterpart: "),
+    ],
+)
+def test_a_file_of_axolotl_that_learns_otherwise_is_refused(line, reason):
+    with pytest.raises(ConfigError, match=reason):
+        _import(f"base_model: m\nsequence_len: 64\n{line}\n")
+
+
+@pytest.mark.parametrize("line", ["rl: false", "train_on_inputs: false", "rl:", "adapter: lora"])
+def test_a_key_that_leaves_what_is_learned_alone_is_no_reason_to_refuse(line):
+    assert _import(f"base_model: m\nsequence_len: 64\n{line}\n").settings["model"] == {"name_or_path": "m"}
+
+
+def test_whole_texts_of_llama_factory_are_not_taken_for_rows_with_a_prompt():
+    assert _import("model_name_or_path: m\nstage: pt\n").settings["data"]["text_field"] == "text"
 
 
 @pytest.mark.parametrize("text", ["model: {name_or_path: m}", "lr: 1"])
