@@ -68,7 +68,7 @@ class DataConfig(_Columns):
     indentation stay; several blank lines become one), flatten_whitespace (all on one line), lowercase."""
 
     deduplicate: bool = True
-    """Drop rows equal to an earlier one, keeping order."""
+    """Drop rows equal to an earlier one in the columns that the task reads, keeping order."""
 
     validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of rows to hold out where no `eval_source` is given. Of fewer than 50 rows none is, whatever stands here:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from smolora.config.data import FileType
@@ -48,8 +48,7 @@ def describe_left_out(source: str, file_type: FileType | None) -> str | None:
     if not left_out:
         return None
     verb = "is" if len(left_out) == 1 else "are"
-    hint = " data.file_type=txt (--file-type txt) reads pages of HTML too." if any(map(is_page, left_out)) else ""
-    return f"{len(left_out):,} of {len(files):,} files in {source} {verb} left out: {_count_suffixes(left_out)}.{hint}"
+    return f"{len(left_out):,} of {len(files):,} files in {source} {verb} left out: {_describe_unread(left_out)}"
 
 
 def find_validation_file(folder: Path) -> Path | None:
@@ -84,7 +83,7 @@ def _search_folder(path: Path, file_type: FileType | None) -> list[tuple[Path, F
     typed = [(file, kind) for file in files if (kind := _find_type(file, file_type)) is not None]
     kinds = {kind for _, kind in typed}
     if not typed:
-        found = f" It holds {_count_suffixes(files)}." if files else ""
+        found = f" It holds {_describe_unread(files)}" if files else ""
         raise DataError(f"the folder {path} holds no file to read ({file_type or _TYPES}), at any depth.{found}")
     if len(kinds) > 1:
         raise DataError(
@@ -99,13 +98,14 @@ def _find_type(file: Path, asked: FileType | None) -> FileType | None:
     return kind if asked in (None, kind) else None
 
 
-def _count_suffixes(files: Iterable[Path]) -> str:
-    """Say how many files there are of each suffix.
+def _describe_unread(files: Sequence[Path]) -> str:
+    """Say how many files there are of each suffix, and how to read those that may be.
 
-    >>> _count_suffixes([Path("a.html"), Path("b.html"), Path("LICENSE")])
-    '2 .html, 1 without a suffix'
+    >>> _describe_unread([Path("a.docx"), Path("b.docx"), Path("LICENSE")])
+    '2 .docx, 1 without a suffix.'
     """
     counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
     others = sum(count for _, count in counts.most_common()[_SHOWN:])
     shown = [f"{count:,} {suffix}" for suffix, count in counts.most_common(_SHOWN)]
-    return ", ".join([*shown, *([f"{others:,} others"] if others else [])])
+    hint = " data.file_type=txt (--file-type txt) reads pages of HTML too." if any(map(is_page, files)) else ""
+    return ", ".join([*shown, *([f"{others:,} others"] if others else [])]) + f".{hint}"

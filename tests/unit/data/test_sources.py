@@ -206,8 +206,8 @@ def test_a_folder_of_several_types_asks_for_one(tmp_path):
 def test_a_folder_with_nothing_to_read_is_named_with_what_it_holds(tmp_path):
     with pytest.raises(DataError, match="holds no file to read.*at any depth.$"):
         read(tmp_path)
-    (tmp_path / "a.docx").touch()
-    with pytest.raises(DataError, match="at any depth. It holds 1 .docx."):
+    (tmp_path / "a.html").touch()
+    with pytest.raises(DataError, match=r"at any depth. It holds 1 .html. .*--file-type txt\) reads pages"):
         read(tmp_path)
 
 
