@@ -121,8 +121,8 @@ def recorded_run(
         FolderInUseError: Another process writes here.
     """
     with run.locked():
-        if not resume:
-            run.refuse_existing()
+        if not (resume and run.is_started):
+            run.require_vacant()
         if resume and (checkpoint := run.newest_checkpoint()):
             # Before anything is written: a refused resume must change nothing.
             identity.require(checkpoint.path)

@@ -59,11 +59,16 @@ class RunDir:
         """Whether a run was started in this folder."""
         return RunDir(path).resolved_config.is_file()
 
+    @property
+    def is_started(self) -> bool:
+        """Whether there is something to resume: what a run was started with, or a checkpoint."""
+        return self.is_run(self.path) or bool(self.checkpoints())
+
     def require_usable(self, *, resume: bool) -> None:
         """Raise unless a run may start here, or go on where `resume` is set; creates no folder.
 
         Raises:
-            ConfigError: As `refuse_existing`, unless `resume` is set.
+            ConfigError: As `require_vacant`, unless there is a run and `resume` is set.
             FolderInUseError: Another process writes here.
             StorageError: The folder can't be written.
         """
@@ -71,18 +76,33 @@ class RunDir:
         if self.is_run(self.path):
             with self.locked():
                 pass
-        if not resume:
-            self.refuse_existing()
+        if not (resume and self.is_started):
+            self.require_vacant()
+
+    def require_vacant(self) -> None:
+        """Raise unless a new run may start here, which overwrites what it finds; creates nothing.
+
+        Raises:
+            ConfigError: There is more than what an attempt leaves that failed before it was a run, or hidden files.
+        """
+        self.refuse_existing()
+        left = {file.name for file in (self.lock_file, self.env, self.data_report, self.rejects)}
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        if others := sorted(entry.name for entry in entries if entry.name not in left and entry.name[0] != "."):
+            raise ConfigError(
+                f"{self.path} holds {others[0]} already, and a run needs a folder of its own. "
+                "Choose another output folder, or move away what is there."
+            )
 
     def refuse_existing(self) -> None:
-        """Raise unless a new run may start here; creates nothing.
+        """Raise where a run is; creates nothing.
 
         Raises:
             ConfigError: A run is here already, or the path is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; the output must be a folder.")
-        if self.is_run(self.path) or self.checkpoints():
+        if self.is_started:
             raise ConfigError(
                 f"{self.path} already holds a run. Continue it with --resume, or choose another output folder."
             )

@@ -184,6 +184,13 @@ def test_a_rejected_row_stops_the_run_before_it_is_one(tmp_path, base, own_rows)
     assert not RunDir.is_run(tmp_path / "run")
 
 
+def test_once_its_rows_are_repaired_a_run_starts_where_it_was_refused(tmp_path, base, rows, own_rows):
+    own_rows.write_text(own_rows.read_text() + '{"prompt": "half a row\n')
+    with pytest.raises(DataError):
+        finetune(config(base, own_rows), tmp_path / "run")
+    assert finetune(config(base, rows, "training.max_steps=1"), tmp_path / "run").adapter.is_dir()
+
+
 def test_an_overlong_row_is_refused_without_a_folder(tmp_path, base, rows):
     with pytest.raises(DataError, match="--overlong"):
         finetune(config(base, rows, "data.max_length=8"), tmp_path / "run")

@@ -131,6 +131,28 @@ def test_a_folder_that_holds_a_run_is_usable_for_going_on_unless_it_is_in_use(ru
         run.require_usable(resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["adapter_checkpoint", "report.html", "train.jsonl"])
+def test_a_folder_that_holds_something_but_no_run_is_refused_with_its_name(run, name, resume):
+    run.path.mkdir()
+    (run.path / name).touch()
+    with pytest.raises(ConfigError, match=f"holds {name} already, and a run needs a folder of its own"):
+        run.require_usable(resume=resume)
+
+
+def test_what_an_attempt_leaves_that_failed_before_it_was_a_run_keeps_nobody_out(run):
+    with run.locked():
+        for name in (".tmp-env.json-99", "env.json", "rejects.jsonl", "data_report.json"):
+            (run.path / name).touch()
+    run.require_usable(resume=False)
+
+
+def test_hidden_files_keep_nobody_out(run):
+    run.path.mkdir()
+    (run.path / ".gitkeep").touch()
+    run.require_usable(resume=False)
+
+
 def test_a_file_in_place_of_the_folder_is_refused(run):
     run.path.write_text("")
     with pytest.raises(ConfigError, match="is a file"):
