@@ -34,6 +34,9 @@ _Result = TypeVar("_Result")
 _GLANCE = 0.2
 """Seconds between two looks for a signal."""
 
+_STOPPING = "the runs under way finish their step and save"
+"""What a signal makes stderr say."""
+
 _PATIENCE = 10.0
 """Seconds that a cluster has to answer."""
 
@@ -52,7 +55,7 @@ def run_on_processes(function: Callable[[_Job], _Result], jobs: Sequence[_Job], 
     crew = [_hire(function, threads) for _ in range(size)]
     waiting = iter(jobs)
     busy: set[Connection] = set()
-    with deferred_signals() as stop:
+    with deferred_signals(_STOPPING) as stop:
         try:
             for (_, pipe), job in zip(crew, waiting, strict=False):
                 pipe.send(job)
@@ -131,7 +134,7 @@ def _work(function: Callable[[_Job], _Result], pipe: Connection, threads: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The terminal sends it to all; the parent passes it on once.
     torch.set_num_threads(threads)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    # A second signal, as a scheduler sends one to all of a group, interrupts a step: the run is at its last checkpoint.
+    # A later signal, as a scheduler sends one to all of a group, interrupts a step: the run is at its last checkpoint.
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             job = pipe.recv()
@@ -148,7 +151,7 @@ def run_on_ray(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, add
         StoppedBySignal: A signal arrived; the runs were told to stop, and have.
         StorageError: A worker died.
     """
-    with deferred_signals() as early:  # Which also puts back the handler that Ray replaces.
+    with deferred_signals(_STOPPING) as early:  # Which also puts back the handler that Ray replaces.
         ray = _join_cluster(address)
         try:
             yield from _spread(ray, function, jobs, early)
@@ -162,7 +165,7 @@ def _spread(
     """Hand the jobs to Ray and yield their results; `early` is what arrived while the cluster was joined."""
     attempt = ray.remote(num_cpus=1, max_retries=0)(_attempt_in)
     here = Path.cwd()
-    with deferred_signals() as stop:  # Anew, since Ray takes SIGTERM for itself when it starts.
+    with deferred_signals(_STOPPING) as stop:  # Anew, since Ray takes SIGTERM for itself when it starts.
         pending = [attempt.remote(here, function, job) for job in jobs]
         try:
             while pending:

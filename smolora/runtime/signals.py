@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _STOPPING = [signal.SIGINT, signal.SIGTERM]
 if sys.platform != "win32":
     _STOPPING.append(signal.SIGHUP)  # The terminal was closed, or its connection lost.
 
+SAVING = "finishing this step and saving; another Ctrl-C stops at once, without saving"
+"""The notice of a loop that saves."""
+
+_SAME_WISH = 1.0
+"""Seconds in which further signals are taken for the first one: a key pressed twice, or a closing terminal's second."""
+
 
 class StopRequest:
     """Whether somebody asked the run to stop, and by which signal."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice: str = "") -> None:
         self.signal_name: str | None = None
+        self._notice = notice
+        self._received = 0.0
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
-        """Remember the first signal; a second one interrupts at once."""
+        """Remember the first signal and say what it starts; one that comes a second later interrupts at once."""
         if self.signal_name is not None:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+            if time.monotonic() - self._received >= _SAME_WISH:
+                raise KeyboardInterrupt
+            return
+        self.signal_name, self._received = signal.Signals(number).name, time.monotonic()
+        if self._notice:
+            with suppress(OSError):  # By no print or console: the signal may have come while one of them is locked.
+                os.write(2, f"\nsmolora: {self.signal_name}: {self._notice}.\n".encode())
 
 
 @contextmanager
-def deferred_signals() -> Iterator[StopRequest]:
+def deferred_signals(notice: str = "") -> Iterator[StopRequest]:
     """Collect the signals that ask to stop instead of dying by them; outside the main thread nothing can be collected.
 
     A signal that the process ignores, as under nohup, stays ignored.
+
+    Args:
+        notice: What the first one makes stderr say, however quiet the run; of a worker's, its parent speaks.
     """
-    request = StopRequest()
+    request = StopRequest(notice if multiprocessing.parent_process() is None else "")
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

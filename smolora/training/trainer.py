@@ -31,7 +31,7 @@ from smolora.models.structure import without_dropout
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.runtime.seeding import seed_noise
-from smolora.runtime.signals import StopRequest, deferred_signals
+from smolora.runtime.signals import SAVING, StopRequest, deferred_signals
 from smolora.training.activations import recomputed_activations
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_newest, save_checkpoint
@@ -162,7 +162,7 @@ class Trainer:
         """
         was_training = self.bundle.model.training
         self._start(resume=resume)
-        with deferred_signals() as stop, ExitStack() as ending:
+        with deferred_signals(SAVING if self._run_dir else "") as stop, ExitStack() as ending:
             ending.callback(self.bundle.model.train, was_training)
             self.bundle.model.train()
             ending.callback(self._tell, lambda callback: callback.on_train_end(self))

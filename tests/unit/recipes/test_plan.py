@@ -22,6 +22,7 @@ from smolora.recipes.estimate import Estimate, Memory, Parts, Seconds, Work
 from smolora.recipes.finetune import finetune
 from smolora.recipes.plan import Plan, Proposal, TrialRequest, apply_settings, plan, propose, run_trial
 from smolora.recipes.plan_trial import try_out
+from smolora.runtime import signals
 from tests.tiny import save_tiny_model
 
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
@@ -101,16 +102,17 @@ def test_what_would_stop_the_run_stops_its_plan_with_the_same_error(base, rows):
 
 
 @pytest.mark.parametrize(
-    "signals", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]], ids=["one", "an impatient second one"]
+    "numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]], ids=["one", "an impatient second one"]
 )
-def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path, base, rows, monkeypatch, signals):
+def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path, base, rows, monkeypatch, numbers):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(signals, "_SAME_WISH", 0.0)
     is_over, children = threading.Event(), psutil.Process().children()
 
     def stop_it():
         while not is_over.wait(0.01):
             if list(tmp_path.glob("*/run")):  # The trial is under way.
-                for number in signals:  # Of one kind, those that wait would be one.
+                for number in numbers:  # Of one kind, those that wait would be one.
                     os.kill(os.getpid(), number)
                 return
 

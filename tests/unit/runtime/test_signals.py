@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from smolora.runtime import signals
 from smolora.runtime.signals import deferred_signals
 
 
@@ -17,7 +18,28 @@ def test_a_signal_is_remembered_by_name():
         assert stop.signal_name == "SIGTERM"
 
 
-def test_a_second_signal_interrupts_at_once():
+def test_a_key_pressed_twice_is_one_wish():
+    with deferred_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.signal_name == "SIGINT"
+
+
+def test_what_the_first_signal_starts_is_said_once_on_stderr(capfd):
+    with deferred_signals("saving"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr() == ("", "\nsmolora: SIGTERM: saving.\n")
+
+
+def test_without_a_notice_nothing_is_said(capfd):
+    with deferred_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_later_second_signal_interrupts_at_once(monkeypatch):
+    monkeypatch.setattr(signals, "_SAME_WISH", 0.0)
     with pytest.raises(KeyboardInterrupt), deferred_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

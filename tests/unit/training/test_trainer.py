@@ -140,6 +140,12 @@ def test_a_signal_finishes_the_step_saves_and_stops(make_trainer, run):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_is_answered_at_once_by_what_the_run_does_now(make_trainer, run, capfd):
+    with pytest.raises(StoppedBySignal):
+        make_trainer(run_dir=run, callbacks=[Kill("on_step_begin", 3)]).train()
+    assert "SIGTERM: finishing this step and saving; another Ctrl-C stops at once" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("event", ["on_evaluate", "on_log", "on_save"])
 def test_a_signal_after_the_update_stops_a_step_whose_checkpoint_is_on_disk(make_trainer, run, dataset, event):
     settings = {"logging_steps": 1, "eval_steps": 2, "save_steps": 2 if event == "on_save" else 100}
