@@ -100,11 +100,15 @@ class DataReport:
     def check_rejects(self, allowed: int, folder: Path | None) -> None:
         """Raise when more rows were rejected than `allowed`, or all, after writing what was found into `folder`.
 
+        Where that is a run's already, nothing is written: it has the account of its own rows.
+
         Raises:
             DataError: Too many rows were rejected.
         """
         if not self.rejects or (self.train and len(self.rejects) <= allowed):
             return
+        if folder is not None and RunDir(folder).is_started:
+            folder = None
         if folder is not None:
             self.write(folder)
         place = f" All are listed in {RunDir(folder).rejects}." if folder is not None else ""

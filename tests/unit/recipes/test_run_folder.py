@@ -271,6 +271,16 @@ def test_a_resume_on_other_held_out_rows_is_refused(run, tuning, tmp_path):
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_a_resume_that_is_refused_for_its_rows_changes_nothing(tuned, tuning, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", NUMBERS)
+    other.write_text(other.read_text() + '{"prompt": "half a row\n')
+    before = snapshot(tuned.path)
+    with pytest.raises(DataError, match="1 of 73 rows can't be used") as refused:
+        finetune(tuning(f"data.sources={other}"), tuned.path, resume=True)
+    assert snapshot(tuned.path) == before
+    assert "All are listed in" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "fewer", [["training.max_steps=5"], ["training.max_steps=null", "training.num_train_epochs=0.5"]]
 )
