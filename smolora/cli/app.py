@@ -30,6 +30,7 @@ from smolora.cli.prove import evaluate
 from smolora.cli.settings import config, init
 from smolora.cli.start import demo, doctor
 from smolora.errors import StoppedBySignal
+from smolora.runtime.console import print_plainly, stderr_console
 
 _START = Group("Start here", sort_key=1)
 _MAKE = Group("Make", sort_key=2)
@@ -90,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail("interrupted.", INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the edge: what is no mistake of the person's is a bug, and shown whole
         if (explained := explain(error)) is None:
-            traceback.print_exc()
+            _say(traceback.format_exc().rstrip())
             return _fail("this is a bug in smolora. Please report it with the lines above.", UNEXPECTED)
         return _fail(*explained)
 
@@ -124,5 +125,9 @@ def _let_go_of_stdout() -> None:
 def _fail(message: str, exit_code: int) -> int:
     kind = "" if exit_code == StoppedBySignal.exit_code else "error: "  # A run that was stopped did as it was told.
     if message:
-        print(f"smolora: {kind}{message}", file=sys.stderr)
+        _say(f"smolora: {kind}{message}")
     return exit_code
+
+
+def _say(text: str) -> None:
+    print_plainly(stderr_console(), text)

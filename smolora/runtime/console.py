@@ -14,14 +14,22 @@ _QUIET = {
 }
 
 
+class StderrConsole(Console):
+    """A console on stderr whose work goes on when nobody reads it any more, as after `2>&1 | head`."""
+
+    def on_broken_pipe(self) -> None:
+        """Write nowhere from now on, where rich would end the program."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def stderr_console(quiet: bool = False) -> Console:
     """Return a console on stderr; a quiet one shows nothing but the warnings of `show_log`."""
-    return Console(stderr=True, quiet=quiet, highlight=False)
+    return StderrConsole(stderr=True, quiet=quiet, highlight=False)
 
 
 def print_plainly(console: Console, text: str) -> None:
-    """Print text as it is: no markup read from it, no colours added, no line broken at the terminal's width."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print text as it is: no markup or emoji read from it, no colours, no line broken at the terminal's width."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def show_log(console: Console) -> None:
@@ -54,5 +62,5 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record; warnings also on a quiet console."""
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        console = Console(stderr=True) if self._console.quiet else self._console
+        console = stderr_console() if self._console.quiet else self._console
         print_plainly(console, f"{prefix}{record.getMessage()}")

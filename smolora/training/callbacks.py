@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.profiler import profile
 
 from smolora.config.phases import PlateauConfig
+from smolora.runtime.console import print_plainly
 from smolora.training.callback import Callback
 from smolora.training.plateau import PlateauDetector
 
@@ -185,4 +186,4 @@ class ProgressCallback(Callback):
         return f"loss {record.loss:.3f}{held_out}  {speed}  ETA {minutes}:{seconds:02}"
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_plainly(self.console, line)

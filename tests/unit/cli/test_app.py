@@ -206,6 +206,14 @@ def test_a_reader_that_leaves_early_is_no_error():
         assert process.stderr.read() == ""
 
 
+def test_an_error_that_nobody_reads_keeps_its_code():
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()\nfrom smolora.cli import main\nmain(['trian'])"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stderr.close()
+        process.stdin.close()
+    assert process.returncode == 2
+
+
 def test_main_exits_with_the_code(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["trian"])

@@ -23,12 +23,12 @@ def log():
 
 def test_information_is_a_plain_line_and_a_warning_says_so(log, capsys):
     show_log(stderr_console())
-    log.info("device: cpu [bold]%s[/bold] %s", "x", "long " * 60)
+    log.info("device: cpu [bold]%s[/bold] :cat: %s", "x", "long " * 60)
     log.warning("careful")
     log.debug("never shown")
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"device: cpu [bold]x[/bold] {'long ' * 60}\nwarning: careful\n"
+    assert err == f"device: cpu [bold]x[/bold] :cat: {'long ' * 60}\nwarning: careful\n"
 
 
 def test_a_quiet_console_shows_warnings_only(log, capsys):
@@ -45,6 +45,21 @@ def test_showing_the_log_twice_prints_each_line_once(log, capsys):
     show_log(stderr_console())
     log.info("once")
     assert capsys.readouterr().err == "once\n"
+
+
+def test_work_goes_on_when_nobody_reads_what_is_said_of_it():
+    script = """
+from smolora.runtime.console import stderr_console
+for _ in range(3):
+    stderr_console().print("progress")
+print("done")
+"""
+    command = [sys.executable, "-c", f"import sys; sys.stdin.read()\n{script}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stderr.close()
+        process.stdin.close()
+        assert process.stdout.read() == b"done\n"
+    assert process.returncode == 0
 
 
 def test_what_a_person_set_about_bars_stays(monkeypatch):
