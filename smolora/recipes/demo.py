@@ -29,7 +29,7 @@ from smolora.config import (
     TrainingConfig,
 )
 from smolora.data.sources import read_source_documents
-from smolora.errors import ConfigError
+from smolora.errors import ConfigError, StoppedBySignal
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.bundle import ModelBundle
@@ -99,12 +99,14 @@ def run_demo(out: Path, text: Path | None = None, *, console: Console | None = N
     Raises:
         ConfigError: There is something in `out`.
         DataError: `text` is missing or too short.
+        StoppedBySignal: A signal arrived while it trained.
     """
     _refuse_filled(out)
     walk = Walk(console or stderr_console(), effort)
     task = _write_stories(walk, out) if text is None else _write_own_text(walk, out, text)
-    base = _pretrain(walk, task, out / "base")
-    run = _tune(walk, task, base, out / "tuned")
+    with _stopped_for_good(out):
+        base = _pretrain(walk, task, out / "base")
+        run = _tune(walk, task, base, out / "tuned")
     _merge(walk, run)
     _ask(walk, task, base, run)
     _suggest(walk, out, task)
@@ -113,6 +115,18 @@ def run_demo(out: Path, text: Path | None = None, *, console: Console | None = N
 def _refuse_filled(out: Path) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} is there already. Remove it, or choose another folder with -o.")
+
+
+@contextmanager
+def _stopped_for_good(out: Path) -> Iterator[None]:
+    """Say of a training that is stopped how to start anew: the whole walk can't be resumed, as a run can."""
+    try:
+        yield
+    except StoppedBySignal as stopped:
+        raise StoppedBySignal(
+            f"the demo was stopped, and doesn't go on from there. Remove {out}, or choose another folder with -o, "
+            "and start it again."
+        ) from stopped
 
 
 def _write_stories(walk: Walk, out: Path) -> DemoTask:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
+
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from smolora.errors import ConfigError, DataError
+from smolora.errors import ConfigError, DataError, StoppedBySignal
 from smolora.recipes.demo import run_demo
 
 EFFORT = 0.004
@@ -30,6 +35,23 @@ def test_a_persons_own_text_takes_the_same_walk(tmp_path, capsys):
     assert "mine.txt is cut into passages" in shown
     assert "answers right" not in shown  # A text has no single right continuation.
     assert "Passage" in shown.split("before:")[0]
+
+
+class Impatient(io.StringIO):
+    """Presses Ctrl-C at the first step that is shown."""
+
+    def write(self, text):
+        if text.startswith("step") and "step" not in self.getvalue():
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_demo_that_is_stopped_says_how_to_start_anew(tmp_path):
+    with pytest.raises(
+        StoppedBySignal, match=r"doesn't go on from there. Remove .*/out, or choose another folder"
+    ) as told:
+        run_demo(tmp_path / "out", console=Console(file=Impatient()), effort=EFFORT)
+    assert "--resume" not in str(told.value)
 
 
 def test_a_filled_folder_is_refused_and_left_alone(tmp_path):
