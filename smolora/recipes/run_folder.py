@@ -117,7 +117,7 @@ def recorded_run(
 
     Raises:
         ConfigError: A run is here and `resume` isn't set, or it has done more steps than asked for.
-        ModelError, DataError: The checkpoint belongs to another base, tokenizer or data.
+        ModelError, DataError: The checkpoint belongs to another base, tokenizer or data, or none is whole.
         FolderInUseError: Another process writes here.
     """
     with run.locked():

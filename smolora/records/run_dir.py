@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolora.errors import ConfigError, FolderInUseError
+from smolora.errors import ConfigError, FolderInUseError, ModelError
 from smolora.records.staging import describe_os_error, find_damage, require_writable, retire_folder
 
 logger = logging.getLogger(__name__)
@@ -137,19 +137,31 @@ class RunDir:
         return sorted((Checkpoint(int(match[1]), entry) for match, entry in found), key=lambda item: item.step)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """Return the highest step whose manifest verifies; name each damaged one that is passed over."""
+        """Return the highest step whose manifest verifies; None where there is no checkpoint.
+
+        Raises:
+            ModelError: There are some, and none is whole.
+        """
+        damages: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
             damage = find_damage(checkpoint.path)
             if damage is None:
                 return checkpoint
-            logger.warning("%s is skipped: %s.", checkpoint.path.name, damage)
+            damages.append(f"{checkpoint.path.name} ({damage})")
+        if damages:
+            raise ModelError(
+                f"{self.path} has no whole checkpoint to go on from: {', '.join(damages)}. "
+                "Restore one from a copy, or start a new run in another folder."
+            )
         return None
 
-    def set_aside_damaged(self, newest: Checkpoint | None) -> None:
-        """Rename the checkpoints past the newest whole one to `damaged-...`, so that their steps can be saved anew."""
+    def set_aside_damaged(self, newest: Checkpoint) -> None:
+        """Name the checkpoints past the newest whole one and rename them, so that their steps can be saved anew."""
         for checkpoint in self.checkpoints():
-            if newest is None or checkpoint.step > newest.step:
-                checkpoint.path.rename(self._vacant(f"damaged-{checkpoint.path.name}"))
+            if checkpoint.step > newest.step:
+                damage = find_damage(checkpoint.path)
+                aside = checkpoint.path.rename(self._vacant(f"damaged-{checkpoint.path.name}"))
+                logger.warning("%s is skipped: %s. It is now %s.", checkpoint.path.name, damage, aside.name)
 
     def _vacant(self, name: str) -> Path:
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))

@@ -159,12 +159,12 @@ def load_newest(
 
     Raises:
         ConfigError: The run was one of another number of processes, or has done more than `total_steps`.
-        ModelError, DataError: It belongs to another base, tokenizer or data.
+        ModelError, DataError: It belongs to another base, tokenizer or data, or no checkpoint is whole.
     """
     checkpoint = run.newest_checkpoint()
-    run.set_aside_damaged(checkpoint)
     if checkpoint is None:
         return None
+    run.set_aside_damaged(checkpoint)
     require_same_count(checkpoint.path, num_processes)
     require_reach(checkpoint.step, total_steps)
     identity.require(checkpoint.path)

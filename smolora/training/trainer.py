@@ -158,7 +158,7 @@ class Trainer:
             BrokenRunError: Numbers that aren't finite, or trainable tensors without gradient or movement.
             StoppedBySignal: SIGINT or SIGTERM; the step was finished and a checkpoint written.
             FailedElsewhere: Another process of the run failed.
-            ModelError, DataError: The checkpoint belongs to another base, tokenizer or data.
+            ModelError, DataError: The checkpoint belongs to another base, tokenizer or data, or none is whole.
         """
         was_training = self.bundle.model.training
         self._start(resume=resume)

@@ -260,6 +260,21 @@ def test_a_run_whose_best_checkpoint_was_damaged_ends_with_its_last_step(run, tu
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == last.read_bytes()
 
 
+def test_a_resume_without_a_whole_checkpoint_is_refused_and_changes_nothing(tuned, tuning):
+    for checkpoint in tuned.checkpoints():
+        flip_a_bit(checkpoint.path / "adapter_model.safetensors")
+    before = snapshot(tuned.path)
+    with pytest.raises(ModelError, match="no whole checkpoint to go on from: .*start a new run in another folder"):
+        finetune(tuning(), tuned.path, resume=True)
+    assert snapshot(tuned.path) == before
+
+
+def test_a_damaged_checkpoint_is_named_once(tuned, tuning, caplog):
+    flip_a_bit(tuned.checkpoint_path(6) / "adapter_model.safetensors")
+    finetune(tuning(), tuned.path, resume=True)
+    assert caplog.text.count("step-000006 is skipped") == 1
+
+
 def test_a_resume_on_other_held_out_rows_is_refused(run, tuning, tmp_path):
     held_out = write_rows(tmp_path / "held_out.jsonl", ["seven", "eight"])
     settings = tuning(f"data.eval_source={held_out}")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from smolora.errors import ConfigError, FolderInUseError, StorageError
+from smolora.errors import ConfigError, FolderInUseError, ModelError, StorageError
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_manifest
 
@@ -32,6 +32,10 @@ def write_checkpoint(run, step):
     folder.mkdir(parents=True)
     (folder / "weights").write_text(str(step))
     write_manifest(folder, {"step": step})
+
+
+def damage(run, step):
+    (run.checkpoint_path(step) / "weights").write_text("X")
 
 
 def test_a_folder_locked_by_another_process_is_refused_until_it_is_killed(run):
@@ -171,12 +175,21 @@ def test_the_newest_checkpoint_is_the_highest_step(run):
     assert run.newest_checkpoint().step == 1_000_000
 
 
-def test_a_damaged_checkpoint_is_named_and_the_older_one_used(run, caplog):
+def test_the_newest_checkpoint_is_one_that_is_whole(run):
     write_checkpoint(run, 1)
     write_checkpoint(run, 2)
-    (run.checkpoint_path(2) / "weights").write_text("X")
+    damage(run, 2)
     assert run.newest_checkpoint().step == 1
-    assert "step-000002 is skipped: weights has changed" in caplog.text
+
+
+def test_where_no_checkpoint_is_whole_each_is_named(run):
+    for step in (1, 2):
+        write_checkpoint(run, step)
+        damage(run, step)
+    with pytest.raises(
+        ModelError, match=r"no whole checkpoint to go on from: step-000002 \(weights .*, step-000001 \("
+    ):
+        run.newest_checkpoint()
 
 
 def test_pruning_keeps_the_newest_and_the_protected_one(run):
@@ -194,8 +207,13 @@ def test_leftovers_of_a_killed_writer_are_swept(run):
     assert list(run.path.iterdir()) == []
 
 
-def test_damaged_checkpoints_are_set_aside_under_a_name_of_their_own(run):
+def test_damaged_checkpoints_are_named_and_set_aside_under_a_name_of_their_own(run, caplog):
+    write_checkpoint(run, 1)
     for _ in range(2):
         write_checkpoint(run, 2)
-        run.set_aside_damaged(None)
-    assert sorted(entry.name for entry in run.path.iterdir()) == ["damaged-step-000002", "damaged-step-000002-2"]
+        damage(run, 2)
+        run.set_aside_damaged(run.newest_checkpoint())
+    asides = ["damaged-step-000002", "damaged-step-000002-2"]
+    assert sorted(entry.name for entry in run.path.iterdir()) == [*asides, "step-000001"]
+    change = "step-000002 is skipped: weights has changed (its SHA-256 differs). It is now"
+    assert caplog.messages == [f"{change} {aside}." for aside in asides]
