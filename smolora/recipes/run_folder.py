@@ -70,6 +70,8 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool, num_processes
     run.require_usable(resume=resume)
     if not resume:
         return config
+    if not run.is_started:
+        logger.info("%s holds no run: starting one", run.path)
     if not run.is_run(run.path):
         return config  # Nothing to resume, or a lost configuration: then the checkpoints' identity decides.
     stored = _stored_config(run)
@@ -89,6 +91,8 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool, num_processes
     if asked and any(checkpoint.step > asked for checkpoint in run.checkpoints()):
         newest = run.newest_checkpoint()
         require_reach(newest.step if newest else 0, asked)
+    if not run.checkpoints():
+        logger.info("%s holds no checkpoint yet: starting at its first step", run.path)
     for path, (before, now) in changes.items():
         logger.info("resuming with %s = %r (was %r)", path, now, before)
     return config

@@ -176,7 +176,7 @@ class Trainer:
                 self._evaluate_base()
             if resume and self._is_over:
                 logger.info("the run is finished already, at step %d of %d", self.state.step, self.state.total_steps)
-            elif resume:
+            elif resume and self.state.step:
                 logger.info("going on after step %d of %d", self.state.step, self.state.total_steps)
             while not self._is_over:
                 self._finish_step(self._train_step(), stop)

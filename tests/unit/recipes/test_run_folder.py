@@ -269,6 +269,21 @@ def test_a_resume_without_a_whole_checkpoint_is_refused_and_changes_nothing(tune
     assert snapshot(tuned.path) == before
 
 
+def test_a_resume_where_no_run_is_says_that_it_starts_one(run, tuning, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    finetune(tuning(), run.path, resume=True)
+    assert f"{run.path} holds no run: starting one" in caplog.messages
+    assert "going on after step" not in caplog.text
+
+
+def test_a_resume_before_the_first_checkpoint_says_that_it_starts_at_the_first_step(run, tuning, caplog):
+    with pytest.raises(ZeroDivisionError):
+        finetune(tuning(), run.path, callbacks=[Crash(1)])
+    caplog.set_level("INFO", logger="smolora")
+    finetune(tuning(), run.path, resume=True)
+    assert f"{run.path} holds no checkpoint yet: starting at its first step" in caplog.messages
+
+
 def test_a_damaged_checkpoint_is_named_once(tuned, tuning, caplog):
     flip_a_bit(tuned.checkpoint_path(6) / "adapter_model.safetensors")
     finetune(tuning(), tuned.path, resume=True)
