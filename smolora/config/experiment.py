@@ -169,12 +169,15 @@ def resolve_config(
         assignments: Strings such as `training.learning_rate=1e-4`; the value is read as YAML.
 
     Raises:
-        ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed.
+        ConfigError: A file that isn't a YAML mapping, an unknown key or a value that isn't allowed; or `base` is of the
+            other verb.
     """
     values: dict[str, Any] = dict(preset or {})
     if kind is PretrainConfig:
         values["training"] = _pretraining_defaults().model_dump(exclude_unset=True)
     is_afresh = base is not None and not base.is_file()
+    if base is not None and not is_afresh:
+        require_kind(kind, read_yaml(base), base.parent)
     for layer in (None if is_afresh else base, file):
         values = _lay_over(values, rename_aliases(kind, read_yaml(layer))) if layer else values
     values = _lay_over(values, _read_command(kind, flags or {}, assignments))
@@ -185,6 +188,18 @@ def resolve_config(
             "model.name_or_path is missing. Name the base model with --model: a folder, a run or a hub id."
         )
     return kind(**values)
+
+
+def require_kind(kind: type[Section], stored: Mapping[str, object], folder: Path) -> None:
+    """Raise where the settings stored in a run's folder aren't those of a run of this kind.
+
+    Raises:
+        ConfigError: They are the other verb's.
+    """
+    was_pretraining = "gpt" in stored
+    if was_pretraining != (kind is PretrainConfig):
+        verb = "pretrain" if was_pretraining else "train"
+        raise ConfigError(f"{folder} holds a run of {verb}, which goes on with: smolora {verb} --resume -o {folder}")
 
 
 def _read_command(kind: type[Section], flags: Mapping[str, object], assignments: Iterable[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from smolora.config import AdaLoRAConfig, ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
+from smolora.config.experiment import require_kind
 from smolora.errors import ConfigError, ModelError
 from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
@@ -75,8 +76,7 @@ def settle_config(run: RunDir, config: RunConfig, *, resume: bool, num_processes
     if not run.is_run(run.path):
         return config  # Nothing to resume, or a lost configuration: then the checkpoints' identity decides.
     stored = _stored_config(run)
-    if ("gpt" in stored) != isinstance(config, PretrainConfig):
-        raise ConfigError(f"{run.path} holds a run of the other kind: pretrain and train can't resume each other's.")
+    require_kind(type(config), stored, run.path)
     for checkpoint in run.checkpoints():
         require_same_count(checkpoint.path, num_processes)
     changes = changed_settings(run, config)

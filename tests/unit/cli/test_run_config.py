@@ -154,6 +154,17 @@ def test_a_file_lies_above_a_resumed_runs_settings_key_by_key(stored, tmp_path):
     assert (config.training.save_steps, config.training.seed) == (3, 5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "verb"),
+    [(ExperimentConfig, TRAIN, "pretrain"), (PretrainConfig, PretrainFlags(), "train")],
+)
+def test_a_run_of_the_other_verb_is_said_to_be_one_in_a_sentence(tmp_path, kind, flags, verb):
+    started = _build() if verb == "train" else PretrainConfig()
+    (tmp_path / "resolved_config.yaml").write_text(dump_config(started))
+    with pytest.raises(ConfigError, match=f"holds a run of {verb}, which goes on with: smolora {verb} --resume"):
+        _build(flags=flags, kind=kind, resumed=tmp_path)
+
+
 def test_resuming_where_no_run_is_starts_from_the_defaults(tmp_path):
     flags = TrainFlags(model="m", data=("a.csv",))
     assert _build(flags=flags, resumed=tmp_path) == _build(flags=flags)

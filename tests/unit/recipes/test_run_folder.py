@@ -159,14 +159,14 @@ def snapshot(folder):
 def test_train_does_not_resume_a_pretraining_run(run, tuning, pretraining):
     pretrain(pretraining, run.path)
     before = snapshot(run.path)
-    with pytest.raises(ConfigError, match="a run of the other kind: pretrain and train can't resume each other's"):
+    with pytest.raises(ConfigError, match="holds a run of pretrain, which goes on with: smolora pretrain --resume -o"):
         finetune(tuning(), run.path, resume=True)
     assert snapshot(run.path) == before
 
 
 def test_pretrain_does_not_resume_a_tuning_run(tuned, tuning, pretraining):
     before = snapshot(tuned.path)
-    with pytest.raises(ConfigError, match="a run of the other kind: pretrain and train can't resume each other's"):
+    with pytest.raises(ConfigError, match="holds a run of train, which goes on with: smolora train --resume -o"):
         pretrain(pretraining, tuned.path, resume=True)
     assert snapshot(tuned.path) == before
 
