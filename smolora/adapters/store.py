@@ -36,7 +36,7 @@ from smolora.models.folders import resolve_model_folder
 from smolora.models.loading import load_model
 from smolora.models.structure import PreTrainedModel
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import hash_file, write_json
+from smolora.records.staging import hash_file, share, write_json
 from smolora.runtime.device import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def save_adapter(bundle: ModelBundle, folder: Path) -> None:
         tensors = subtract_start(tensors, bundle.taken)
         double_rank(peft_config)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE, _METADATA)
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors writes 0600, which nobody else can read.
+    share(folder / WEIGHTS_FILE)
     _write_config(peft_config, folder)
     write_json(
         folder / IDENTITY_FILE,

@@ -20,6 +20,7 @@ from smolora.config.model import GPTConfig
 from smolora.errors import ModelError
 from smolora.models.gpt import GPTModel
 from smolora.models.loading import quiet_transformers
+from smolora.records.staging import share
 
 AnyGPT = TypeVar("AnyGPT", bound=GPTModel)
 
@@ -65,7 +66,7 @@ def save_gpt2(model: GPTModel, folder: Path, *, eos_token_id: int | None = None)
     with quiet_transformers():
         to_gpt2(model, eos_token_id=eos_token_id).save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes 0600, which nobody else can read.
+        share(file)
 
 
 def load_gpt2(kind: type[AnyGPT], folder: Path, *, dropout: float | None = None) -> AnyGPT:

@@ -8,6 +8,7 @@ from smolora.data.prompts import write_prompt_format
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import quiet_transformers
 from smolora.models.structure import PreTrainedModel
+from smolora.records.staging import share
 
 
 def save_model(bundle: ModelBundle, folder: Path) -> None:
@@ -20,6 +21,6 @@ def save_model(bundle: ModelBundle, folder: Path) -> None:
         bundle.model.save_pretrained(str(folder))
         bundle.tokenizer.save_pretrained(str(folder))
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes 0600, which nobody else can read.
+        share(file)
     if bundle.prompt_format:
         write_prompt_format(bundle.prompt_format, folder)

@@ -48,7 +48,7 @@ def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
         yield staging
         for file in sorted(staging.rglob("*")):
             if file.is_file():
-                file.chmod(0o644)  # safetensors writes 0600, which the next person can't read.
+                share(file)
                 _flush(file)
         _flush_folder(staging)
         if final.is_dir():
@@ -69,6 +69,13 @@ def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
     except BaseException:  # Also KeyboardInterrupt: a half-written folder must not stay.
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def share(file: Path) -> None:
+    """Give a file the rights that the umask leaves to new ones: safetensors writes 0600 whatever it is."""
+    mask = os.umask(0o077)  # It can't be read without being set.
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def refuse_existing(folder: Path) -> None:

@@ -63,10 +63,16 @@ def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path):
         pass
 
 
-def test_files_are_readable_by_others(tmp_path):
-    with staged_folder(tmp_path / "out") as folder:
-        (folder / "a.txt").touch(mode=0o600)
-    assert stat.S_IMODE((tmp_path / "out" / "a.txt").stat().st_mode) == 0o644
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with staged_folder(tmp_path / "out") as folder:
+            (folder / "a.txt").touch(mode=0o600)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out" / "a.txt").stat().st_mode) == mode
 
 
 @pytest.fixture
