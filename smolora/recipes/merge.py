@@ -31,5 +31,7 @@ def merge(source: Path, out: Path | None = None) -> MergeReport:
     if out is None and not RunDir.is_run(run.path):
         read_adapter(adapter)  # What holds no adapter is refused as such.
         raise ConfigError(f"{adapter} is in no run, so the merged model has no default place. Name one with -o.")
-    with run.locked() if RunDir.is_run(run.path) else nullcontext():  # No run may rewrite the adapter meanwhile.
+    # No run may rewrite the adapter meanwhile. One that this process may only read can be merged elsewhere yet.
+    is_guarded = RunDir.is_run(run.path) and (out is None or run.is_lockable)
+    with run.locked() if is_guarded else nullcontext():
         return merge_adapter(adapter, out or run.merged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
 import shutil
 import sys
@@ -106,6 +107,11 @@ class RunDir:
             raise ConfigError(
                 f"{self.path} already holds a run. Continue it with --resume, or choose another output folder."
             )
+
+    @property
+    def is_lockable(self) -> bool:
+        """Whether this process has the right to hold the lock of a folder that is there."""
+        return os.access(self.lock_file if self.lock_file.exists() else self.path, os.W_OK)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,14 +143,16 @@ def require_writable(folder: Path) -> None:
     """Raise unless `folder` could be made, or written in where it exists; creates nothing.
 
     Raises:
-        StorageError: A part of the path is a file, or the permission is missing.
+        StorageError: A part of the path is a file, the file system is read-only, or the permission is missing.
     """
     # os.access, unlike Path.exists, takes a folder that may not be searched for one that isn't there.
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.access(place, os.F_OK))
     if nearest != folder and not nearest.is_dir():
         raise describe_os_error(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), folder)
     if not os.access(nearest, os.W_OK | (os.X_OK if nearest.is_dir() else 0)):
-        raise describe_os_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), folder)
+        is_read_only = sys.platform != "win32" and os.statvfs(nearest).f_flag & os.ST_RDONLY
+        code = errno.EROFS if is_read_only else errno.EACCES
+        raise describe_os_error(OSError(code, os.strerror(code)), folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from smolora.config.adapter import LoRAConfig
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
 from smolora.recipes.merge import merge
+from tests.read_only import run_read_only
 from tests.tiny import random_input_ids, save_tiny_model
 
 
@@ -44,6 +45,12 @@ def test_another_folder_can_be_named(run, tmp_path):
     merge(run, tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere/model.safetensors").is_file()
     assert not (run / "final_merged").exists()
+
+
+def test_a_run_that_may_only_be_read_is_merged_elsewhere(run, tmp_path):
+    said = run_read_only(run, "from smolora.recipes.merge import merge as work", tmp_path / "elsewhere")
+    assert "Error" not in said
+    assert (tmp_path / "elsewhere/model.safetensors").is_file()
 
 
 def test_an_adapter_in_no_run_needs_a_folder(run, tmp_path):

@@ -24,6 +24,7 @@ from smolora.records.staging import (
     write_manifest,
     write_text,
 )
+from tests.read_only import run_read_only
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
@@ -327,6 +328,11 @@ def test_a_folder_below_a_file_is_not_writable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=f"can't write {tmp_path / 'file' / 'a' / 'b'}: Not a directory"):
         require_writable(tmp_path / "file" / "a" / "b")
+
+
+def test_a_read_only_file_system_is_said_to_be_one(tmp_path):
+    said = run_read_only(tmp_path, "from smolora.records.staging import require_writable as work")
+    assert f"can't write {tmp_path}: Read-only file system. Choose a folder that you may write." in said
 
 
 @pytest.mark.parametrize("mode", [0o500, 0o000])
