@@ -75,6 +75,15 @@ class StoppedBySignal(SmoloraError, RuntimeError):  # noqa: N818 - no error, the
     exit_code = 75
 
 
+def clause(error: object) -> str:
+    """Return what an error says as a part of a sentence that goes on: without a full stop at its end.
+
+    >>> clause(ValueError("Not a parquet file."))
+    'Not a parquet file'
+    """
+    return str(error).rstrip().removesuffix(".")
+
+
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest allowed name, or an empty string.
 

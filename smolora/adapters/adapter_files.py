@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smolora.config.model import Quantization, TaskType
 from smolora.data.prompts import read_prompt_format
-from smolora.errors import ModelError
+from smolora.errors import ModelError, clause
 from smolora.records.staging import hash_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -157,7 +157,7 @@ def _read_config(folder: Path) -> peft.PeftConfig:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / CONFIG_FILE} can't be read: {error}. Copy the adapter again.") from None
+        raise ModelError(f"{folder / CONFIG_FILE} can't be read: {clause(error)}. Copy the adapter again.") from None
     if config.peft_type is None:
         raise ModelError(f"{folder / CONFIG_FILE} can't be read: it names no peft_type. Copy the adapter again.")
     if config.peft_type not in _OPENED:

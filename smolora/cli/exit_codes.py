@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from smolora.errors import FailedElsewhere, SmoloraError, StorageError
+from smolora.errors import FailedElsewhere, SmoloraError, StorageError, clause
 from smolora.runtime.available_memory import is_out_of_memory
 from smolora.runtime.launch import is_main_launched
 
@@ -39,7 +39,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
     if (code := _find_system_code(error)) is not None:
         from smolora.records.staging import advise
 
-        return f"{error}. {advise(code)}", StorageError.exit_code
+        return f"{clause(error)}. {advise(code)}", StorageError.exit_code
     return None
 
 

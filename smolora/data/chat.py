@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from smolora.data.encoding import check_spelling, get_bos_ids, get_eos_id
 from smolora.data.token_dataset import Example, build_example
-from smolora.errors import DataError, did_you_mean
+from smolora.errors import DataError, clause, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,9 @@ class _Renderer:
             )
         except (TemplateError, ValueError, TypeError, ArithmeticError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template can't render this conversation (roles {roles}): {error}.") from error
+            raise DataError(
+                f"the chat template can't render this conversation (roles {roles}): {clause(error)}."
+            ) from error
         return list(encoded["input_ids"])
 
     def missing_bos(self, ids: Sequence[int]) -> list[int]:

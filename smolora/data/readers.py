@@ -21,7 +21,7 @@ from typing import TextIO
 from smolora.config.data import FileType
 from smolora.data.rows import Reject, Row, check_values, find_broken_character, find_column, list_columns
 from smolora.data.squad import is_squad, iter_questions
-from smolora.errors import DataError, StorageError, did_you_mean
+from smolora.errors import DataError, StorageError, clause, did_you_mean
 
 Read = Iterator[Row | Reject]
 
@@ -359,7 +359,7 @@ def _iter_parquet(path: Path) -> Read:
                     number += 1
                     yield check_values(values, str(path), number)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"can't read {path}: {error}. The file may be damaged or no parquet file.") from error
+        raise DataError(f"can't read {path}: {clause(error)}. The file may be damaged or no parquet file.") from error
 
 
 _READERS: dict[FileType, Callable[[Path], Read]] = {

@@ -20,7 +20,7 @@ import yaml
 
 from smolora.config import flatten_settings
 from smolora.config.training import TrackerName
-from smolora.errors import ConfigError
+from smolora.errors import ConfigError, clause
 from smolora.integrations.trackers import (
     MLflowTracker,
     TensorBoardTracker,
@@ -202,7 +202,7 @@ class _Feed:
                 "%s gets no more numbers: %s: %s. The run goes on, and metrics.jsonl has all of them.",
                 self._tracker.tool,
                 type(error).__name__,
-                error,
+                clause(error),
             )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
-from smolora.errors import ModelError
+from smolora.errors import ModelError, clause
 from smolora.runtime.hub import find_hub_problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -56,7 +56,7 @@ def resolve_model_folder(name_or_path: str | Path, *, revision: str | None = Non
     except (OSError, ValueError, HfHubHTTPError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise _refuse_name(name_or_path, problem or reason) from error
 
 
@@ -83,7 +83,9 @@ def _is_cached(name: str, revision: str | None) -> bool:
 
 
 def _refuse_name(name: str | Path, reason: str) -> ModelError:
-    return ModelError(f"no folder '{name}' here, and the hub didn't give it: {reason}. Check the name, or the network.")
+    return ModelError(
+        f"no folder '{name}' here, and the hub didn't give it: {clause(reason)}. Check the name, or the network."
+    )
 
 
 def refuse_code(folder: Path) -> None:

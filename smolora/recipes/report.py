@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from smolora.analysis.run_record import RunRecord, open_runs
-from smolora.errors import ConfigError, DataError
+from smolora.errors import ConfigError, DataError, clause
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import describe_os_error, write_bytes, write_text
 
@@ -48,7 +48,7 @@ def leave_report(run: RunDir) -> None:
     try:
         write_report([RunRecord(run.path)], run)
     except (ImportError, OSError, DataError) as error:
-        logger.warning("no report was written: %s. The run is whole; write it with smolora report.", error)
+        logger.warning("no report was written: %s. The run is whole; write it with smolora report.", clause(error))
     else:
         logger.info("report: %s", run.report)
 

@@ -17,7 +17,7 @@ import yaml
 
 from smolora.config import AdaLoRAConfig, ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.config.experiment import require_kind
-from smolora.errors import ConfigError, ModelError
+from smolora.errors import ConfigError, ModelError, clause
 from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
@@ -222,7 +222,7 @@ def changed_settings(run: RunDir, config: RunConfig) -> dict[str, tuple[object, 
     try:
         before = type(config)(**_stored_config(run)).model_dump(mode="json")
     except (ConfigError, TypeError) as error:
-        raise ModelError(f"{run.resolved_config} can't be read: {error}. The run can't be resumed.") from None
+        raise ModelError(f"{run.resolved_config} can't be read: {clause(error)}. The run can't be resumed.") from None
     old, new = flatten_settings(before), flatten_settings(config.model_dump(mode="json"))
     return {path: (old.get(path), new.get(path)) for path in old | new if old.get(path) != new.get(path)}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from smolora.errors import ModelError
+from smolora.errors import ModelError, clause
 from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.byte_level import END_OF_TEXT, ByteLevelTokenizer
 
@@ -37,7 +37,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         if problem:
             reason = f"no such folder here, and the hub didn't give it: {problem}"
         raise ModelError(
-            f"can't load a tokenizer from {name_or_path}: {reason}. It takes a folder with tokenizer.json and "
+            f"can't load a tokenizer from {name_or_path}: {clause(reason)}. It takes a folder with tokenizer.json and "
             "tokenizer_config.json, or a hub id that can be reached."
         ) from error
     _refuse_code(tokenizer.init_kwargs, name_or_path)

@@ -226,8 +226,8 @@ def test_parquet_is_read(tmp_path):
 
 
 def test_a_damaged_parquet_file_is_named(write):
-    with pytest.raises(DataError, match=r"can't read .*a\.parquet"):
-        read_rows(write("a.parquet", "no"), "parquet")
+    with pytest.raises(DataError, match=r"can't read .*a\.parquet: .*[^.]\. The file may be damaged"):
+        read_rows(write("a.parquet", "no parquet"), "parquet")
 
 
 def test_the_promised_readers_name_the_line_they_can_not_use(write):

@@ -94,6 +94,8 @@ def test_a_report_that_cannot_be_written_is_a_warning_with_the_reason(run, caplo
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert f"no report was written: can't write {run.plots}" in record.getMessage()
+    assert ". The run is whole" in record.getMessage()
+    assert ".." not in record.getMessage()
 
 
 def test_a_run_without_metrics_is_a_warning(run, caplog):
