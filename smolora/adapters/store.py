@@ -325,7 +325,7 @@ def find_adapter(source: str | Path) -> Path:
     advice = (
         "It trained a whole model, which needs no merge: the run itself is a model."
         if run.model.is_dir()
-        else "Finish it with --resume."
+        else _advise_unfinished(run)
     )
     raise ModelError(f"the run {source} has no adapter in {run.adapter.name}. {advice}")
 
@@ -334,7 +334,14 @@ def _find_result(run: RunDir) -> Path:
     for folder in (run.model, run.adapter, run.merged):
         if folder.is_dir():
             return folder
-    raise ModelError(f"the run {run.path} has no model or adapter yet. Finish it with --resume.")
+    raise ModelError(f"the run {run.path} has no model or adapter yet. {_advise_unfinished(run)}")
+
+
+def _advise_unfinished(run: RunDir) -> str:
+    saved = run.newest_checkpoint()
+    if saved is None or not is_adapter_folder(saved.path):  # One of a whole model lacks its settings and tokenizer.
+        return "Finish it with --resume."
+    return f"Finish it with --resume, or name its last checkpoint, which is an adapter: {saved.path}"
 
 
 def _write_config(peft_config: peft.PeftConfig, folder: Path) -> None:

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import read_adapter
 from smolora.adapters.attach import attach_adapter
-from smolora.adapters.store import follow_adapter, load_adapter, load_bundle, open_model, save_adapter
+from smolora.adapters.store import find_adapter, follow_adapter, load_adapter, load_bundle, open_model, save_adapter
 from smolora.config import ExperimentConfig
 from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
+from smolora.records.staging import write_manifest
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model, tiny_bundle
 from tests.unit.adapters.conftest import attach_moved, change_json, write_tensors
 
@@ -281,8 +282,19 @@ class TestLoadBundle:
 
     def test_a_run_that_has_made_nothing_yet_is_refused(self, tmp_path):
         (tmp_path / "resolved_config.yaml").write_text("")
-        with pytest.raises(ModelError, match="no model or adapter yet"):
+        with pytest.raises(ModelError, match=r"no model or adapter yet. Finish it with --resume\.$"):
             load_bundle(tmp_path)
+
+    def test_a_stopped_run_names_its_last_checkpoint_which_can_be_asked(self, save_pair, tmp_path):
+        _, adapter = save_pair()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/resolved_config.yaml").write_text("")
+        saved = adapter.rename(tmp_path / "run/step-000002")
+        write_manifest(saved, {"step": 2})
+        for open_run in (load_bundle, find_adapter):
+            with pytest.raises(ModelError, match=f"or name its last checkpoint, which is an adapter: {saved}"):
+                open_run(tmp_path / "run")
+        assert isinstance(load_bundle(saved).model, peft.PeftModel)
 
 
 def save_classifier(folder, method="lora"):
