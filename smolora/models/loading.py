@@ -33,6 +33,7 @@ from smolora.models.weight_files import (
     name_in_files,
     read_stored_tensors,
 )
+from smolora.records.run_dir import RunDir
 from smolora.tokenizers.pretrained import load_tokenizer
 
 
@@ -113,6 +114,11 @@ def read_model_settings(folder: Path) -> dict[str, object]:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
                 f"{folder} is an adapter, and no model. Name its base instead, and the adapter with --adapter."
+            )
+        if (found := set(folder.iterdir())) and found <= RunDir(folder).account:
+            raise ModelError(
+                f"{folder} holds no model: what was begun there was stopped by rows that can't be used, listed in "
+                f"{RunDir(folder).rejects.name}. Repair them and start it again."
             )
         raise ModelError(
             f"{folder} has no config.json, so it is no model folder. Name a model folder, a run, or a hub id."

@@ -82,12 +82,8 @@ def _explain_duplicates(stream: RowStream, train: Path) -> None:
 def _refuse_existing(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; the output must be a folder.")
-    if out.is_dir() and (others := sorted(set(out.iterdir()) - set(_account_files(out)))):
+    if out.is_dir() and (others := sorted(set(out.iterdir()) - RunDir(out).account)):
         raise ConfigError(f"{out} holds {others[0].name} already. Choose another output folder, or remove it first.")
-
-
-def _account_files(out: Path) -> list[Path]:
-    return [RunDir(out).data_report, RunDir(out).rejects]
 
 
 def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:

@@ -55,6 +55,11 @@ class RunDir:
         self.report = self.path / "report.html"
         self.lock_file = self.path / "run.lock"
 
+    @property
+    def account(self) -> frozenset[Path]:
+        """What is left of data alone, where too many rejected rows stopped the work."""
+        return frozenset((self.data_report, self.rejects))
+
     @staticmethod
     def is_run(path: str | Path) -> bool:
         """Whether a run was started in this folder."""
@@ -87,11 +92,11 @@ class RunDir:
             ConfigError: There is more than what an attempt leaves that failed before it was a run, or hidden files.
         """
         self.refuse_existing()
-        left = {file.name for file in (self.lock_file, self.env, self.data_report, self.rejects)}
-        entries = self.path.iterdir() if self.path.is_dir() else ()
-        if others := sorted(entry.name for entry in entries if entry.name not in left and entry.name[0] != "."):
+        found = set(self.path.iterdir()) if self.path.is_dir() else set()
+        others = found - self.account - {self.lock_file, self.env}
+        if named := sorted(entry.name for entry in others if not entry.name.startswith(".")):
             raise ConfigError(
-                f"{self.path} holds {others[0]} already, and a run needs a folder of its own. "
+                f"{self.path} holds {named[0]} already, and a run needs a folder of its own. "
                 "Choose another output folder, or move away what is there."
             )
 

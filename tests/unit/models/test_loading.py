@@ -220,6 +220,12 @@ def test_an_adapter_in_place_of_its_base_is_named(tmp_path):
         load_model(tmp_path)
 
 
+def test_a_folder_with_nothing_but_rejected_rows_says_what_stopped_the_model(tmp_path):
+    (tmp_path / "rejects.jsonl").touch()
+    with pytest.raises(ModelError, match=r"was stopped by rows that can't be used, listed in rejects\.jsonl. Repair"):
+        load_model(tmp_path)
+
+
 def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="is a file, not a folder"):
