@@ -54,7 +54,7 @@ def pretrain(
 
     Args:
         words: A YAML file, and any setting as key.path=value.
-        out: Folder of the run: a new or empty one, or with --resume that of the run.
+        out: Folder of the run: a new one, or with --resume that of the run.
         flags: What has a flag of its own.
     """
     flags = flags or PretrainFlags()
@@ -83,7 +83,7 @@ def train(
 
     Args:
         words: A YAML file, and any setting as key.path=value.
-        out: Folder of the run: a new or empty one, or with --resume that of the run.
+        out: Folder of the run: a new one, or with --resume that of the run.
         preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
         dataset: Benchmark to learn from, in place of --data: e2e_nlg, samsum, wikisql, sst2, sick and others.
         data_dir: Folder with the files of the benchmark, of --dataset or of the preset.

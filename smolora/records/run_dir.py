@@ -18,6 +18,9 @@ from smolora.records.staging import describe_os_error, find_damage, require_writ
 
 logger = logging.getLogger(__name__)
 
+_PREPARED = "train.jsonl"
+"""What `prepare` writes, beside an account that is about it."""
+
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -86,17 +89,20 @@ class RunDir:
             self.require_vacant()
 
     def require_vacant(self) -> None:
-        """Raise unless a new run may start here, which overwrites what it finds; creates nothing.
+        """Raise unless a new run may start here, where it would overwrite nothing; creates nothing.
 
         Raises:
-            ConfigError: There is more than what an attempt leaves that failed before it was a run, or hidden files.
+            ConfigError: Something is here that a run writes, but for what an attempt leaves that failed before it was
+                a run.
         """
         self.refuse_existing()
         found = set(self.path.iterdir()) if self.path.is_dir() else set()
-        others = found - self.account - {self.lock_file, self.env}
-        if named := sorted(entry.name for entry in others if not entry.name.startswith(".")):
+        left = {self.lock_file, self.env}
+        if self.path / _PREPARED not in found:
+            left |= self.account
+        if lost := sorted(path.name for path in found & set(vars(self).values()) - left):
             raise ConfigError(
-                f"{self.path} holds {named[0]} already, and a run needs a folder of its own. "
+                f"{self.path} holds {lost[0]} already, which a run would overwrite. "
                 "Choose another output folder, or move away what is there."
             )
 

@@ -136,11 +136,12 @@ def test_a_folder_that_holds_a_run_is_usable_for_going_on_unless_it_is_in_use(ru
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("name", ["adapter_checkpoint", "report.html", "train.jsonl"])
-def test_a_folder_that_holds_something_but_no_run_is_refused_with_its_name(run, name, resume):
+@pytest.mark.parametrize("names", [["adapter_checkpoint"], ["report.html"], ["data_report.json", "train.jsonl"]])
+def test_a_folder_with_what_a_run_would_overwrite_is_refused_with_its_name(run, names, resume):
     run.path.mkdir()
-    (run.path / name).touch()
-    with pytest.raises(ConfigError, match=f"holds {name} already, and a run needs a folder of its own"):
+    for name in names:
+        (run.path / name).touch()
+    with pytest.raises(ConfigError, match=f"holds {names[0]} already, which a run would overwrite"):
         run.require_usable(resume=resume)
 
 
@@ -151,9 +152,10 @@ def test_what_an_attempt_leaves_that_failed_before_it_was_a_run_keeps_nobody_out
     run.require_usable(resume=False)
 
 
-def test_hidden_files_keep_nobody_out(run):
+def test_what_a_run_leaves_alone_keeps_nobody_out(run):
     run.path.mkdir()
-    (run.path / ".gitkeep").touch()
+    for name in (".gitkeep", "slurm.log", "rows.csv"):
+        (run.path / name).touch()
     run.require_usable(resume=False)
 
 
