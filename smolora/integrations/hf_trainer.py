@@ -43,6 +43,8 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: object
     ) -> None:
         self.parameters = trainable_parameters(model)
+        if state.global_step == 0:
+            self.norms.reset()
         self.norms.begin(model, self.parameters, read_anatomy(model))
         if self.norms.log:
             self.norms.log.cut(state.global_step)
@@ -147,6 +149,8 @@ class _Phases(TrainerCallback):  # type: ignore[misc]
             steps=StepPlan(steps_per_epoch, TrainingConfig(max_steps=state.max_steps, per_device_train_batch_size=1)),
             is_evaluated=False,
         )
+        if state.global_step == 0:
+            self.callback.reset()
         self.callback.begin(self.plan)
 
     def on_step_begin(

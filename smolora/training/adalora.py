@@ -25,6 +25,9 @@ class AdaLoRACallback(Callback):
     """Reallocates the ranks of a run's AdaLoRA adapter."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self._allocation: RankAllocation | None = None
         self._saved_pattern: dict[str, list[bool]] | None = None
         self._saved_tensors: Mapping[str, Tensor] = {}

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class Callback:
     """A listener. Override what you need; what `state_dict` returns comes back at resume."""
 
+    def reset(self) -> None:
+        """A run is about to begin: forget the one before. What a resumed run has kept comes back after this."""
+
     def on_train_begin(self, trainer: Trainer) -> None:
         """Model, optimiser and state are ready, restored where a run is resumed."""
 

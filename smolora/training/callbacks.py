@@ -34,6 +34,9 @@ class EarlyStoppingCallback(Callback):
     def __init__(self, patience: int = 1, threshold: float = 0.0) -> None:
         self.patience = patience
         self.threshold = threshold
+        self.reset()
+
+    def reset(self) -> None:
         self.best = math.inf
         self.evaluations_without_improvement = 0
 
@@ -75,6 +78,9 @@ class PlateauRateCallback(Callback):
     def __init__(self, patience: int = 2, factor: float = 0.5) -> None:
         self.plateau = PlateauConfig(patience=patience)
         self.factor = factor
+        self.reset()
+
+    def reset(self) -> None:
         self._detector = PlateauDetector()
         self._scale = 1.0
 

@@ -140,13 +140,16 @@ class GradientNormCallback(Callback):
 
     def __init__(self, log: GradientNormLog | None = None) -> None:
         self.log = log
-        self.latest: GradientNorms | None = None
-        self.summary = GradientSummary()
+        self.reset()
         self._meter = GradientMeter({}, {})
         self._pairs: list[LoRAPair] = []
         self._weight_norms: dict[str, float] = {}
         self._measured: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        self.latest: GradientNorms | None = None
+        self.summary = GradientSummary()
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self.begin(trainer.bundle.model, trainer.parameters, trainer.bundle.anatomy)

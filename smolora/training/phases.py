@@ -54,9 +54,12 @@ class DynamicLoRACallback(Callback):
         self.config = config
         self.verbose = verbose
         self.report_path = report_path
+        self._places: dict[str, TensorPlace] = {}
+        self.reset()
+
+    def reset(self) -> None:
         self.reports: list[dict[str, object]] = []
         self._plan: PhasePlan | None = None
-        self._places: dict[str, TensorPlace] = {}
         self._recorded: Sequence[int | None] = ()
         self._recorded_total: int | None = None
         self._index: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from smolora.errors import ConfigError
 from smolora.records.metrics_log import Scalar
 
 _OF_THE_MOMENT = {"total_steps", "should_stop", "stop_reason", "phase", "kept_steps"}
@@ -52,6 +53,19 @@ class TrainerState:
         """Whether a held-out loss was lower than the one before the first update."""
         best, base = self.best_eval_loss, self.base_eval_loss
         return best is not None and base is not None and best < base
+
+    def require_a_step(self) -> None:
+        """Raise where a callback ends the run before its first update.
+
+        Raises:
+            ConfigError: So it is.
+        """
+        if self.should_stop and self.step == 0:
+            held_out = f" at a held-out loss of {self.base_eval_loss:.4f}" if self.base_eval_loss is not None else ""
+            raise ConfigError(
+                f"{self.stop_reason or 'a callback ended the run'} before the first step{held_out}: there is nothing "
+                "left to train for. Keep what you have, or ask for more of the run before it may stop."
+            )
 
     def to_dict(self) -> dict[str, object]:
         """Return what state.json holds."""

@@ -66,6 +66,9 @@ class TrainingStrategy:
                 f"{type(self).__name__} looks at the held-out loss, and no rows are held out. Give an eval_dataset."
             )
 
+    def reset(self) -> None:
+        """A run is about to begin: forget the one before. What a resumed run has kept comes back after this."""
+
     def state_dict(self) -> Mapping[str, object]:
         """Return what must survive a resume, as JSON can hold it."""
         return {}
@@ -122,6 +125,10 @@ class EarlyStoppingStrategy(TrainingStrategy):
 
     def __init__(self, patience: int = 2, threshold: float = 0.0) -> None:
         self.plateau = PlateauConfig(patience=patience, threshold=threshold)
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from the start."""
         self._detector = PlateauDetector()
 
     def should_stop_early(self, metrics: Mapping[str, float | None]) -> bool:
@@ -154,6 +161,10 @@ class _AskToStop(Callback):
     def __init__(self, strategy: TrainingStrategy) -> None:
         self.strategy = strategy
         self._has_stopped = False
+
+    def reset(self) -> None:
+        self._has_stopped = False
+        self.strategy.reset()
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self._stop(trainer)  # A run that was stopped is not trained further by resuming it.

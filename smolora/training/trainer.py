@@ -103,7 +103,6 @@ class Trainer:
         self.eval_dataset = eval_dataset
         self.evaluation = evaluation or EvaluationConfig()
         self.callbacks = list(callbacks)
-        self.state = TrainerState()
         self._first_step = 0
         self._collate = collate
         self._identity = identity
@@ -111,7 +110,7 @@ class Trainer:
         self._run_dir = run_dir if self._processes.is_main else None
         self.plan = plan or StepPlan(len(train_dataset), config, self._processes.count)
         assert self.plan.num_processes == self._processes.count, "the plan gives every process its own rows"
-        self.state.total_steps = self.plan.total_steps
+        self.state = TrainerState(total_steps=self.plan.total_steps)
         self.schedule = ScheduleWindow.over(0, self.state.total_steps, warmup_steps=config.warmup_steps)
         self.parameters = trainable_parameters(bundle.model)
         if not self.parameters:
@@ -156,6 +155,7 @@ class Trainer:
 
         Raises:
             BrokenRunError: Numbers that aren't finite, or trainable tensors without gradient or movement.
+            ConfigError: A callback ends the run before its first step.
             StoppedBySignal: SIGINT or SIGTERM; the step was finished and a checkpoint written.
             FailedElsewhere: Another process of the run failed.
             ModelError, DataError: The checkpoint belongs to another base, tokenizer or data, or none is whole.
@@ -174,10 +174,10 @@ class Trainer:
             ending.enter_context(sharded_base(self.bundle, self.parameters.values(), self._processes))
             if self.eval_dataset is not None and self.state.step == 0:
                 self._evaluate_base()
-            if resume and self._is_over:
-                logger.info("the run is finished already, at step %d of %d", self.state.step, self.state.total_steps)
-            elif resume and self.state.step:
-                logger.info("going on after step %d of %d", self.state.step, self.state.total_steps)
+            self.state.require_a_step()
+            if resume and self.state.step:
+                words = "the run is finished already, at" if self._is_over else "going on after"
+                logger.info("%s step %d of %d", words, self.state.step, self.state.total_steps)
             while not self._is_over:
                 self._finish_step(self._train_step(), stop)
             require_movement(self.active_parameters, self.state.checksums, self.state.step, waiting=self.state.waiting)
@@ -219,6 +219,7 @@ class Trainer:
             self._restore(snapshot)
         self._processes.copy_from_main(self.parameters.values())
         if snapshot is None and self.state.step == 0:
+            self._tell(lambda callback: callback.reset())
             self.state.checksums = tensor_checksums(self.parameters)
             self.state.waiting = sorted(find_waiting(self.parameters))
         self._first_step = self.state.step
@@ -238,6 +239,7 @@ class Trainer:
         restore_optimizer(self._optimizer, self.parameters, snapshot.optimizer)
         self.state.restore(snapshot.state)
         for name, callback in self._named_callbacks():
+            callback.reset()
             if saved := snapshot.callbacks.get(name):
                 callback.load_state_dict(saved)
             if tensors := snapshot.callback_tensors.get(name):
@@ -298,17 +300,15 @@ class Trainer:
     def _finish_step(self, record: StepRecord, stop: StopRequest) -> None:
         self._tell(lambda callback: callback.on_step_end(self, record))
         signal_name = self._agree_to_stop(stop)
-        last = record.step == self.state.total_steps or self.state.should_stop
         eval_loss, improved = None, False
-        if self.eval_dataset is not None and (last or record.step % self.plan.eval_steps == 0):
+        if self.eval_dataset is not None and (self._is_over or record.step % self.plan.eval_steps == 0):
             eval_loss, improved = self._evaluate_and_compare()
-            last = last or self.state.should_stop
-        if last or self.will_log(record.step):
+        if self._is_over or self.will_log(record.step):
             self._log(record, eval_loss)
         is_due = record.step % self.config.save_steps == 0 or record.step in self.state.kept_steps
-        if last or improved or signal_name or is_due:
+        if self._is_over or improved or signal_name or is_due:
             self._save()
-        if signal_name and not last:
+        if signal_name and not self._is_over:
             kept = "Nothing was saved: there is no run folder."
             if self._run_dir:
                 kept = f"A checkpoint of this step is safe in {self._run_dir.path}. Continue with --resume."

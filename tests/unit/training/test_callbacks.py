@@ -10,8 +10,16 @@ import re
 import pytest
 from rich.console import Console
 
+from smolora.config.phases import DynamicLoRAConfig
 from smolora.training.callback import Callback
-from smolora.training.callbacks import EarlyStoppingCallback, ProfileCallback, ProgressCallback
+from smolora.training.callbacks import (
+    EarlyStoppingCallback,
+    PlateauRateCallback,
+    ProfileCallback,
+    ProgressCallback,
+)
+from smolora.training.gradients import GradientNormCallback
+from smolora.training.phases import DynamicLoRACallback
 from smolora.training.state import StepRecord
 
 
@@ -66,6 +74,25 @@ def test_early_stopping_counts_evaluations_and_survives_a_resume(make_trainer, r
     state = make_trainer(callbacks=[stopping], **settings).train(resume=True)
     assert state.step < 6
     assert "has not improved for 2 evaluations" in state.stop_reason
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: EarlyStoppingCallback(patience=3), id="early stopping"),
+        pytest.param(lambda: PlateauRateCallback(patience=1), id="plateau"),
+        pytest.param(GradientNormCallback, id="gradient norms"),
+        pytest.param(lambda: DynamicLoRACallback(DynamicLoRAConfig(strategy="both,mlp,attn")), id="phases"),
+    ],
+)
+def test_a_callback_that_is_used_again_starts_afresh(make_trainer, dataset, make):
+    settings = {"eval_dataset": dataset, "eval_steps": 1}
+    used, fresh = make(), make()
+    make_trainer(callbacks=[used], **settings, learning_rate=10.0).train()
+    spoiled = used.state_dict()
+    for callback in (used, fresh):
+        make_trainer(callbacks=[callback], **settings).train()
+    assert used.state_dict() == fresh.state_dict() != spoiled
 
 
 def profiled_steps(path):

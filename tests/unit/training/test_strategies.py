@@ -133,6 +133,28 @@ def test_early_stopping_stops_the_loop_and_stays_stopped(make_trainer, unlike, r
     assert (resumed.state.step, recorder.records) == (2, [])
 
 
+@pytest.mark.parametrize("says_why", [True, False])
+def test_a_run_whose_base_is_good_enough_is_refused_with_the_reason(make_trainer, dataset, says_why):
+    class GoodAlready(TrainingStrategy):
+        def should_stop_early(self, metrics):
+            return True
+
+    class Stops(Callback):
+        def on_train_begin(self, trainer):
+            trainer.state.should_stop = True
+
+    strategy, callbacks = (GoodAlready(), []) if says_why else (TrainingStrategy(), [Stops()])
+    reason = "GoodAlready said so" if says_why else "a callback ended the run"
+    with pytest.raises(ConfigError, match=rf"{reason} before the first step at a held-out loss of \d\.\d{{4}}"):
+        run_with(strategy, make_trainer, eval_dataset=dataset, callbacks=callbacks)
+
+
+def test_one_strategy_starts_each_run_afresh(make_trainer, unlike):
+    strategy = EarlyStoppingStrategy(patience=2)
+    settings = {"eval_dataset": unlike, "eval_steps": 1, "max_steps": 6}
+    assert [run_with(strategy, make_trainer, **settings)[0].state.step for _ in range(2)] == [2, 2]
+
+
 def test_a_strategy_of_ones_own_is_asked_after_each_evaluation_alone(make_trainer, dataset):
     asked = []
 
