@@ -5,7 +5,7 @@ Read from the anatomy and from the segments that peft appends to a module's path
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from smolora.models.anatomy import PEFT_PREFIX, Anatomy, Group, build_anatomy
-from smolora.models.structure import PreTrainedModel
+from smolora.models.structure import PreTrainedModel, is_stored_transposed
 
 _MATRICES: dict[str, Literal["A", "B"]] = {
     "lora_A": "A",
@@ -51,6 +51,26 @@ class LoRAPair:
     scaling: float
     base: nn.Module
     """The linear layer under it."""
+    start: tuple[Tensor, Tensor] | None = None
+    """PiSSA's first A and B, whose product was taken out of the weight."""
+
+    @property
+    def change(self) -> tuple[Tensor, Tensor]:
+        """A and B of what training adds; B A - B0 A0 as a product in which no large numbers cancel out."""
+        if self.start is None:
+            return self.a, self.b
+        a, b = self.start
+        return torch.cat((self.a, self.a - a)), torch.cat((self.b - b, b), dim=1)
+
+    @torch.no_grad()
+    def measure_base(self) -> Tensor:
+        """Return the norm of the base's own weight, in float32; what PiSSA took out of it is put back."""
+        weight = self.weight
+        if self.start is not None:
+            a, b = self.start
+            weight = (weight.T if is_stored_transposed(self.base) else weight).float().addmm(b, a, alpha=self.scaling)
+        norm: Tensor = torch.linalg.vector_norm(weight, dtype=torch.float32)
+        return norm
 
     @property
     def weight(self) -> Tensor:
@@ -69,8 +89,15 @@ def _locate(name: str, anatomy: Anatomy) -> TensorPlace:
     return TensorPlace(part.name, part.group, part.layer, _MATRICES.get(segment))
 
 
-def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
-    """Return the matrices of every linear module that an active LoRA adapter is on."""
+def find_lora_pairs(model: nn.Module, taken: Mapping[str, Tensor] | None = None) -> list[LoRAPair]:
+    """Return the matrices of every linear module that an active LoRA adapter is on, and adds nothing but their product.
+
+    DoRA, which changes a weight's lengths too, has none.
+
+    Args:
+        model: It may carry an adapter.
+        taken: What a PiSSA adapter took out of the base.
+    """
     return [
         LoRAPair(
             path.removeprefix(PEFT_PREFIX),
@@ -78,11 +105,12 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
             layer.lora_B[adapter].weight,
             float(layer.scaling[adapter]),
             layer.get_base_layer(),
+            (taken[f"{path}.lora_A.weight"], taken[f"{path}.lora_B.weight"]) if taken else None,
         )
         for path, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer)
         for adapter in layer.active_adapters
-        if adapter in layer.lora_A
+        if adapter in layer.lora_A and adapter not in layer.lora_magnitude_vector
     ]
 
 

@@ -119,13 +119,13 @@ def to_floats(measured: Mapping[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_delta_norms(pairs: Iterable[LoRAPair]) -> dict[str, Tensor]:
-    """Return |scaling * B A| of each module without making the product, which is as large as the weight.
+    """Return |scaling * B A| of each module, of PiSSA less its start, without a product as large as the weight.
 
     |B A|^2 = trace((B^T B) (A A^T)), of two matrices of r x r.
     """
     norms = {}
     for pair in pairs:
-        a, b = pair.a.float(), pair.b.float()
+        a, b = (factor.float() for factor in pair.change)
         square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0)  # Rounding may leave a small negative number.
         norms[pair.module] = pair.scaling * square.sqrt()
     return norms
@@ -152,7 +152,7 @@ class GradientNormCallback(Callback):
         self.summary = GradientSummary()
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        self.begin(trainer.bundle.model, trainer.parameters, trainer.bundle.anatomy)
+        self.begin(trainer.bundle.model, trainer.parameters, trainer.bundle.anatomy, taken=trainer.bundle.taken)
         if self.log and trainer.is_main_process:
             self.log.cut(trainer.state.step)
 
@@ -165,12 +165,27 @@ class GradientNormCallback(Callback):
         if trainer.is_main_process:
             self.record(record.step, record.phase)
 
-    def begin(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], anatomy: Anatomy) -> None:
-        """Look up what `parameters` are; any loop can drive what follows, in this order, as `on_...` do."""
+    def begin(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        anatomy: Anatomy,
+        *,
+        taken: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Look up what `parameters` are; any loop can drive what follows, in this order, as `on_...` do.
+
+        Args:
+            model: It may carry an adapter.
+            parameters: Those that are trained.
+            anatomy: Of the plain model.
+            taken: What a PiSSA adapter took out of the base.
+        """
         self._meter = GradientMeter(parameters, locate_tensors(parameters, anatomy))
-        self._pairs = find_lora_pairs(model)
-        weights = {pair.module: pair.weight.detach() for pair in self._pairs if pair.weight.is_floating_point()}
-        self._weight_norms = to_floats(measure_norms(weights))
+        self._pairs = find_lora_pairs(model, taken)
+        self._weight_norms = to_floats(
+            {pair.module: pair.measure_base() for pair in self._pairs if pair.weight.is_floating_point()}
+        )
         page_out_copied(model)  # Reading brought them back.
 
     def take(self, measured: Mapping[str, Tensor]) -> None:

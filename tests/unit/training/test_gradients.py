@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from smolora.adapters.attach import attach_adapter, setup_model_with_lora
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.tensor_places import find_lora_pairs, locate_tensors, read_anatomy
-from smolora.config import ExperimentConfig, GPTConfig, LoRAConfig, SpeedConfig, resolve_config
+from smolora.config import DoRAConfig, ExperimentConfig, GPTConfig, LoRAConfig, PiSSAConfig, SpeedConfig, resolve_config
 from smolora.models.anatomy import build_anatomy
 from smolora.models.gpt import GPTModel
 from smolora.recipes.finetune import finetune
@@ -125,6 +125,27 @@ def test_the_delta_of_a_module_is_the_norm_of_the_whole_product(family):
 def test_a_fresh_adapter_has_no_delta():
     deltas = measure_delta_norms(find_lora_pairs(adapted("llama", b=0)))
     assert {delta.item() for delta in deltas.values()} == {0.0}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_delta_of_pissa_is_what_training_changed_of_the_base(family, tmp_path):
+    base = tiny_bundle(family, tmp_path)
+    before = {name: weight.clone() for name, weight in base.model.state_dict().items()}
+    bundle = attach_adapter(base, PiSSAConfig(r=2), seed=0)
+    pairs = find_lora_pairs(bundle.model, bundle.taken)
+    with torch.no_grad():
+        for pair in pairs:
+            pair.a.mul_(1.1)
+            pair.b.add_(0.01)
+    found, held = measure_delta_norms(pairs), {pair.module: pair.measure_base() for pair in pairs}
+    merged = bundle.model.merge_and_unload().state_dict()
+    changes = {module: (merged[f"{module}.weight"] - before[f"{module}.weight"]).norm() for module in found}
+    assert_close({name: norm.detach() for name, norm in found.items()}, changes, rtol=1e-3, atol=0)
+    assert_close(held, {module: before[f"{module}.weight"].norm() for module in held}, rtol=1e-5, atol=0)
+
+
+def test_dora_has_no_delta_since_its_change_is_no_product():
+    assert not find_lora_pairs(setup_model_with_lora(tiny_model("llama"), DoRAConfig(r=2)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
