@@ -121,7 +121,7 @@ def open_data(
     task: TaskType = "causal_lm",
     num_samples: int | None = None,
 ) -> RowSource:
-    """Return a person's own rows. Rows that follow each other with the same prompt are one row of several references.
+    """Return a person's own rows. Rows with the same prompt, wherever they stand, are one row of several references.
 
     Args:
         data: The sources and their columns; of a folder that `prepare` wrote, the held-out rows.
@@ -200,7 +200,7 @@ def _iter_rows(
 
 
 def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
-    """Yield rows as they are asked; those that follow each other with the same prompt are one of several references.
+    """Yield rows as they are asked, where the first of those with the same prompt stands: one of several references.
 
     Args:
         rows: What was read.
@@ -210,19 +210,15 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
     Raises:
         DataError: A conversation doesn't end with an answer.
     """
-    prompt: Prompt | None = None
-    references: list[str] = []
-    origin = ""
+    grouped: dict[str, tuple[Prompt, list[str], str]] = {}
     for row in rows:
         asked, reference = _read_row(row, fmt, trained)
-        if references and (asked != prompt or not asked):
-            yield BenchmarkRow(prompt or "", tuple(references), origin=origin)
-            references = []
-        if not references:
-            prompt, origin = asked, row.origin
-        references.append(reference)
-    if references:
-        yield BenchmarkRow(prompt or "", tuple(references), origin=origin)
+        if asked:
+            grouped.setdefault(json.dumps(asked), (asked, [], row.origin))[1].append(reference)
+        else:
+            yield BenchmarkRow("", (reference,), origin=row.origin)
+    for asked, references, origin in grouped.values():
+        yield BenchmarkRow(asked, tuple(references), origin=origin)
 
 
 def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:

@@ -28,13 +28,19 @@ def read(source):
     return [(row.prompt, row.references) for row in source.iter_rows()]
 
 
-def test_rows_with_one_prompt_after_another_are_one_with_several_references(tmp_path):
+def test_rows_with_one_prompt_are_one_with_several_references_wherever_they_stand(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("mr,ref\nA,1\nA,2\nB,3\nA,4\n")
     source = open_rows(file, prompt_field="mr", completion_field="ref")
-    assert read(source) == read(source) == [("A", ("1", "2")), ("B", ("3",)), ("A", ("4",))]
-    assert (source.count(), source.name) == (3, "rows")
+    assert read(source) == read(source) == [("A", ("1", "2", "4")), ("B", ("3",))]
+    assert (source.count(), source.name) == (2, "rows")
     assert source.metrics == ("bleu", "rouge", "exact_match", "distinct", "loss")
+
+
+def test_conversations_with_the_same_turns_share_their_answers(tmp_path):
+    turns = [{"role": "user", "content": "hi"}]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": answer}]} for answer in ("yes", "no")]
+    assert read(open_rows(write(tmp_path / "a.jsonl", rows))) == [(turns, ("yes", "no"))]
 
 
 def test_the_columns_a_model_was_trained_on_need_no_flags(tmp_path):
@@ -90,7 +96,8 @@ def test_a_prepared_folder_gives_its_held_out_rows(tmp_path):
 
 def test_rejected_rows_end_the_evaluation_and_equal_ones_stay(tmp_path):
     row = {"prompt": "A", "completion": "1"}
-    assert open_rows(write(tmp_path / "a.jsonl", [row, {**row, "prompt": "B"}, row])).count() == 3
+    rows = open_rows(write(tmp_path / "a.jsonl", [row, {**row, "prompt": "B"}, row]))
+    assert read(rows) == [("A", ("1", "1")), ("B", ("1",))]
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\nnonsense\n")
     with pytest.raises(
         DataError, match=r"1 of 2 rows can't be used[\s\S]*take them out: what is measured is every row.$"
