@@ -59,6 +59,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": CONTEXT,
     },
 }
+_UNUSUAL: dict[str, dict[str, Any]] = {
+    "mixtral": {**_GROUPED, "num_local_experts": 2},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
+}
 _ENCODER = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -211,7 +215,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
         "pad_token_id": None,
         "initializer_range": 0.15,  # Not the usual 0.02, so that a small mistake moves the logits of so few layers.
         **_no_dropout(family),
-        **_SETTINGS[family],
+        **{**_SETTINGS, **_UNUSUAL}[family],
         **changes,
     }
     return AutoConfig.for_model(family, **settings)

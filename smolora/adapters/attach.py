@@ -19,7 +19,7 @@ from smolora.adapters.tensors import copy_tensors, quiet_peft
 from smolora.config.adapter import FullConfig, LoftQConfig, LoRAConfig, PEFTConfig, PiSSAConfig
 from smolora.config.model import TaskType
 from smolora.errors import ConfigError, ModelError
-from smolora.models.anatomy import build_anatomy
+from smolora.models.anatomy import Anatomy, build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.folders import resolve_model_folder
 from smolora.models.structure import PreTrainedModel
@@ -58,6 +58,8 @@ def attach_adapter(
     width = model.get_input_embeddings().weight.shape[1]
     ground = Ground(bundle.anatomy, width=width, seed=seed, total_steps=total_steps)
     peft_config = build_peft_config(config, ground)
+    if "target_modules" in type(config).model_fields:
+        _name_unadaptable(model, bundle.anatomy)
     _name_task(peft_config, bundle.task, bundle.anatomy.heads)
     adapted = adapt(model, peft_config, source=bundle.source, revision=bundle.revision, seed=seed)
     if isinstance(config, LoftQConfig):
@@ -68,6 +70,18 @@ def attach_adapter(
         num_virtual_tokens=count_virtual_tokens(peft_config),
         taken=copy_tensors(adapted) if isinstance(config, PiSSAConfig) else None,
     )
+
+
+def _name_unadaptable(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Say which large part of a model no adapter can go on."""
+    if paths := anatomy.unadaptable_modules():
+        held = sum(p.numel() for path in paths for p in model.get_submodule(path).parameters(recurse=False))
+        logger.info(
+            "no adapter can go on %s: %s of %s parameters stay as they are",
+            " and ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths)),
+            f"{held:,}",
+            f"{sum(p.numel() for p in model.parameters()):,}",
+        )
 
 
 def _train_all(model: PreTrainedModel) -> PreTrainedModel:

@@ -23,9 +23,8 @@ def resolve_target_modules(
     Args:
         anatomy: Of the plain model.
         target_modules: `attention_only` (query and value, or the fused module), `mlp_only`, `both`, `all` (every
-        linear layer but the
-            head), or names: the last part of a path (`q_proj`), its last parts (`mlp.c_proj`), or all of it.
-            For IA3 also `default` (key, value and the last module of the MLP).
+            linear layer but the head, and what no adapter can go on), or names: the last part of a path (`q_proj`),
+            its last parts (`mlp.c_proj`), or all of it. For IA3 also `default` (key, value and the MLP's last module).
         layers: Layers to take modules of; None takes all, and those outside of the layers.
 
     Raises:
@@ -115,7 +114,7 @@ def resolve_pattern(
 def _match(anatomy: Anatomy, name: str, *, field: str) -> list[str]:
     matched = [path for path in anatomy.linear_modules() if path == name or path.endswith(f".{name}")]
     if not matched:
-        _refuse_head(anatomy, name, field=field)
+        _refuse_known(anatomy, name, field=field)
         hint = did_you_mean(name, _short_names(anatomy))
         raise ConfigError(
             f"adapter.{field}: no module named '{name}' in '{anatomy.family}'.{hint} {_list_modules(anatomy)}"
@@ -123,13 +122,22 @@ def _match(anatomy: Anatomy, name: str, *, field: str) -> list[str]:
     return matched
 
 
-def _refuse_head(anatomy: Anatomy, name: str, *, field: str) -> None:
+def _refuse_known(anatomy: Anatomy, name: str, *, field: str) -> None:
+    """Raise where `name` is in the model, and no adapter goes on it."""
     heads = [*anatomy.heads, *(part.name for part in anatomy.parts if part.group == "head" and anatomy.heads)]
     if any(path == name or path.endswith(f".{name}") for path in heads):
         raise ConfigError(
             f"adapter.{field}: '{name}' is in the head, which is trained whole for its task and kept with the adapter: "
             "a low-rank update on top of it would train nothing more. Leave it out."
         )
+    known = {part.name: part for part in anatomy.parts if part.name == name or part.name.endswith(f".{name}")}
+    if not known:
+        return
+    if any(part.is_linear and part.group != "head" for part in known.values()):
+        reason = f"can't be adapted in '{anatomy.family}', whose own code reads its weight past an adapter."
+    else:
+        reason = f"is in '{anatomy.family}', but is no linear layer of its blocks, so no adapter goes on it."
+    raise ConfigError(f"adapter.{field}: '{name}' {reason} {_list_modules(anatomy)}")
 
 
 def _short_names(anatomy: Anatomy) -> list[str]:

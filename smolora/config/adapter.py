@@ -56,7 +56,8 @@ class PEFTConfig(Section):
 
 class _TargetedConfig(PEFTConfig):
     target_modules: str | tuple[str, ...] = "all"
-    """attention_only (query and value), mlp_only, both, all (every linear layer but the head), or module names."""
+    """attention_only (query and value), mlp_only, both, all (every linear layer but the head), or module names. Experts
+    that a model holds in one tensor are no linear layers: no adapter goes on them, and the run says so."""
 
     layers: LayerChoice = None
     """Layers to adapt, from 0, such as 4-11 or [0, 5]; left out, all."""

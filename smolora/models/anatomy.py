@@ -16,13 +16,16 @@ from transformers import PreTrainedModel
 
 from smolora.models.gpt import GPTModel
 from smolora.models.registry import FAMILIES, Family, Role
-from smolora.models.structure import infer_family, is_linear
+from smolora.models.structure import holds_experts, infer_family, is_linear
 from smolora.models.tasks import find_heads
 
 Group = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before the paths of the plain model."""
+
+_BYPASSED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("dt_proj", "out_proj"))
+"""Linear layers whose weight a family's own code reads, past whatever stands in their place; peft refuses out_proj."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,18 @@ class Anatomy:
         return [block for path in self.blocks for block in model.get_submodule(path).children()]
 
     def linear_modules(self) -> list[str]:
-        """Every linear layer but the head."""
-        return [part.name for part in self.parts if part.is_linear and part.group != "head"]
+        """Every linear layer but the head, and those whose weight the family's own code reads."""
+        left = self.unadaptable_modules()
+        return [part.name for part in self.parts if part.is_linear and part.group != "head" and part.name not in left]
+
+    def unadaptable_modules(self) -> list[str]:
+        """The layers that nothing can be put on: experts in one tensor, and those whose weight is read past them."""
+        bypassed = _BYPASSED.get(self.family, ())
+        return [
+            part.name
+            for part in self.parts
+            if (part.group == "mlp" and not part.is_linear) or part.name.rpartition(".")[2] in bypassed
+        ]
 
     def modules_with_role(self, *roles: Role) -> list[str]:
         """The modules that compute one of `roles`."""
@@ -119,6 +132,8 @@ def _iter_parts(model: nn.Module, family: Family, heads: tuple[str, ...]) -> Ite
             continue
         layer, path = _split_layer(name, sizes)
         group, role = _read_place(path, module, family)
+        if layer is not None and holds_experts(module):
+            group = "mlp"
         yield Part(name, group, layer, role, is_linear(module))
 
 

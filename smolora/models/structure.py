@@ -31,6 +31,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module of a block holds the matrices of all experts in one tensor, as transformers 5 does."""
+    is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return not is_convolution and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether `module` is a linear layer that holds its weight in 8 or 4 bits."""
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()

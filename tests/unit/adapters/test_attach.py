@@ -122,6 +122,20 @@ def test_an_adapted_model_packs_rows_as_its_base_does(tmp_path):
     assert not can_pack_rows(attach_adapter(tiny_bundle("opt", tmp_path / "b"), LoRAConfig(), seed=0).model)[0]
 
 
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("mixtral", ["no adapter can go on experts: 18,432 of 43,296 parameters stay as they are"]),
+        ("mamba", ["no adapter can go on dt_proj and out_proj: 4,480 of 24,544 parameters stay as they are"]),
+        ("llama", []),
+    ],
+)
+def test_what_no_adapter_can_go_on_is_named(tmp_path, caplog, family, named):
+    caplog.set_level("INFO", "smolora.adapters.attach")
+    attach_adapter(tiny_bundle(family, tmp_path), LoRAConfig(), seed=0)
+    assert caplog.messages == named
+
+
 def test_patterns_give_modules_ranks_and_scales_of_their_own_and_the_longest_name_wins(tmp_path):
     first = "model.layers.0.mlp.down_proj"
     config = LoRAConfig(

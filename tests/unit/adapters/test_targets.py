@@ -116,10 +116,21 @@ def test_a_misspelt_name_is_refused_with_the_nearest_and_all():
     )
 
 
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "input_layernorm"])
-def test_what_is_no_linear_layer_of_a_block_is_no_target(name):
-    with pytest.raises(ConfigError, match=f"no module named '{name}'"):
-        resolve_target_modules(anatomy_of("llama"), [name])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "lm_head"), ("llama", "embed_tokens"), ("llama", "input_layernorm"), ("mixtral", "experts")],
+)
+def test_what_is_no_linear_layer_of_a_block_is_no_target(family, name):
+    with pytest.raises(ConfigError, match=f"'{name}' is in '{family}', but is no linear layer of its blocks"):
+        resolve_target_modules(anatomy_of(family), [name])
+
+
+def test_layers_whose_weight_mamba_reads_itself_are_no_targets():
+    anatomy = anatomy_of("mamba")
+    names = {path.rpartition(".")[2] for path in resolve_target_modules(anatomy, "all")}
+    assert names == {"in_proj", "x_proj"}
+    with pytest.raises(ConfigError, match=r"'out_proj' can't be adapted in 'mamba'.*Linear modules: in_proj, x_proj\."):
+        resolve_target_modules(anatomy, ["in_proj", "out_proj"])
 
 
 def test_a_named_group_that_a_model_does_not_have_is_refused():

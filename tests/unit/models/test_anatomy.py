@@ -204,3 +204,9 @@ def test_every_parameter_of_a_model_has_a_part():
     model = tiny_model("llama")
     anatomy = build_anatomy(model)
     assert all(name.startswith(f"{anatomy.part_of(name).name}.") for name, _ in model.named_parameters())
+
+
+def test_experts_that_are_one_tensor_are_in_the_mlp_of_their_layer():
+    parts = {part.name: part for part in build_anatomy(tiny_model("mixtral")).parts}
+    experts = parts["model.layers.1.mlp.experts"]
+    assert (experts.group, experts.layer, experts.is_linear) == ("mlp", 1, False)
