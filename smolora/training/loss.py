@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 
 from smolora.config.model import TaskType
 from smolora.data.collate import Batch
@@ -185,16 +186,20 @@ class _SumCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def find_first_nonfinite(model: nn.Module, batches: Sequence[Batch], task: TaskType = "causal_lm") -> str:
-    """Say where numbers first stop being finite: a parameter, a module's output, a gradient, or only the loss."""
+    """Say where numbers first stop being finite: a parameter, an output, a gradient or all their norm, or the loss."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"parameter {name}"
     for batch in batches:
         if module := _first_nonfinite_output(model, batch, task):
             return f"the output of {module}"
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for name, gradient in gradients.items():
+        if not torch.isfinite(gradient).all():
             return f"the gradient of {name}"
+    if not torch.isfinite(get_total_norm(gradients.values())):
+        largest = max(gradients, key=lambda name: gradients[name].abs().max().item())
+        return f"the norm of all gradients: each is finite, but their squares aren't, those of {largest} first of all"
     return "the loss alone"
 
 

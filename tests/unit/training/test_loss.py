@@ -258,6 +258,15 @@ def test_where_all_is_finite_only_the_loss_is_blamed(model, examples):
     assert find_first_nonfinite(model, [collate_padded(examples)]) == "the loss alone"
 
 
+def test_gradients_whose_squares_overflow_are_blamed_and_not_the_loss(model, examples):
+    for scale, parameter in enumerate(model.parameters(), start=1):
+        parameter.grad = torch.full_like(parameter, 1e30 / scale)
+    largest = next(name for name, _ in model.named_parameters())
+    assert find_first_nonfinite(model, [collate_padded(examples)]) == (
+        f"the norm of all gradients: each is finite, but their squares aren't, those of {largest} first of all"
+    )
+
+
 def test_the_first_module_in_the_order_of_the_forward_pass_is_named(make_trainer, examples):
     model = make_trainer().bundle.model
     for module in (model.ln_final, model.blocks[1].attention):
