@@ -87,13 +87,13 @@ def new_figure(
         key: Lines of text under them, each after a sample of the line that it is about.
     """
     key = key or {}
-    right = 0.12 + _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0)
+    width = _measure_across(labels)
     total = _TOP + sum(heights) + _GAP * (len(heights) - 1) + _BOTTOM + _LINE * len(key)
     figure = Figure(figsize=(_WIDTH, total), facecolor="white")
     panels: list[Axes] = []
     top = total - _TOP
     for height in heights:
-        box = (_LEFT / _WIDTH, (top - height) / total, (_WIDTH - _LEFT - right) / _WIDTH, height / total)
+        box = (_LEFT / _WIDTH, (top - height) / total, width / _WIDTH, height / total)
         panels.append(figure.add_axes(box, sharex=panels[0] if panels else None))
         _style(panels[-1], across if len(panels) == len(heights) else None)
         top -= height + _GAP
@@ -105,6 +105,16 @@ def new_figure(
             sample = Line2D([3 / 72 / _WIDTH, 20 / 72 / _WIDTH], [at, at])
             figure.add_artist(sample).set(color=style[0], linestyle=style[1], linewidth=1.1)
     return panels
+
+
+def count_letters(labels: Sequence[str]) -> float:
+    """Return how many letters have room above axes with `labels` to the right of them."""
+    return _measure_across(labels) / _CHARACTER
+
+
+def _measure_across(labels: Sequence[str]) -> float:
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+    return _WIDTH - _LEFT - 0.12 - _CHARACTER * longest
 
 
 def _style(panel: Axes, across: str | None) -> None:
@@ -123,7 +133,7 @@ def _style(panel: Axes, across: str | None) -> None:
 def name_panel(
     panel: Axes, title: str, phases: Sequence[PhaseSpan] = (), texts: Mapping[str, str] | None = None
 ) -> None:
-    """Write above the axes what its values are, and each phase's name, with what it trains where there is room.
+    """Write above the axes what its values are, and each phase's name, with what it trains where `texts` has it.
 
     Call it when all is drawn. Beside the axes the words would cost a tenth of the width.
     """
@@ -153,9 +163,9 @@ def _name_phases(panel: Axes, phases: Sequence[PhaseSpan], texts: Mapping[str, s
     letters = panel.get_position().width * _WIDTH / _CHARACTER
     for phase in phases:
         about = texts.get(phase.name)
-        choices = [f"phase {phase.name}: {about}", f"{phase.name}: {about}"] if about else [f"phase {phase.name}"]
+        short = f"{phase.name}: {about}" if about else phase.name
         room = (phase.end - phase.start) / length * letters
-        text = next((choice for choice in choices if len(choice) <= room), phase.name)
+        text = f"phase {short}" if len(f"phase {short}") <= room else short
         middle = ((phase.start + phase.end) / 2 - left) / length
         _write(panel, text, (0, 2), at=(middle, 1), ha="center", va="bottom", color=FAINT)
 
@@ -186,7 +196,8 @@ def _label_stack(panel: Axes, stack: Sequence[tuple[float, float, LineEnd]], *, 
     box = panel.get_position()
     width, height = box.width * _WIDTH * 72, box.height * panel.figure.get_figheight() * 72  # type: ignore[union-attr]
     sizes = [(end.text.count("\n") + 1) * FONT_SIZE * 1.25 / height for _, _, end in stack]
-    for at, (x, y, end) in zip(_spread([y for _, y, _ in stack], sizes), stack, strict=True):
+    lowest = 0.0 if is_beside else sizes[0] / 2  # A label inside would cover the axis.
+    for at, (x, y, end) in zip(_spread([y for _, y, _ in stack], sizes, lowest), stack, strict=True):
         shift = ((1 - x) * width + 6 if is_beside else 4, (at - y) * height)
         style: dict[str, object] = {} if is_beside else {"bbox": _VEIL}
         if abs(shift[1]) > FONT_SIZE / 2:
@@ -200,8 +211,8 @@ def _column(x: float) -> int:
     return _COLUMNS if x >= 0.97 else int(x * _COLUMNS)
 
 
-def _spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Return the positions in order, moved by as little as lets none overlap, and inside the axes if there is room.
+def _spread(wanted: Sequence[float], sizes: Sequence[float], lowest: float = 0.0) -> list[float]:
+    """Return the positions in order, moved by as little as lets none overlap, from `lowest` to 1 if there is room.
 
     Less the room below each, positions must only not fall: the nearest such (isotonic regression) is a maximum of
     minima of means.
@@ -216,7 +227,7 @@ def _spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
         max(min(free[low : high + 1].mean() for high in range(index, len(free))) for low in range(index + 1))
         for index in range(len(free))
     ]
-    return [float(np.clip(at, min(0.0, highest), highest) + below) for at, below in zip(nearest, room, strict=False)]
+    return [float(np.clip(at, min(lowest, highest), highest) + below) for at, below in zip(nearest, room, strict=False)]
 
 
 def write_inside(panel: Axes, text: str, at: tuple[float, float]) -> None:

@@ -25,6 +25,7 @@ from smolora.analysis.canvas import (
     Style,
     add_color_bar,
     add_shades,
+    count_letters,
     label_ends,
     name_panel,
     new_figure,
@@ -45,9 +46,6 @@ _MOST_COLUMNS = 300
 """Steps that areas one column wide can show; more are averaged."""
 
 _LAYER_COLORS = "cividis"
-
-_SHORT = len("attention")
-"""Letters that mostly have room above a third of a run."""
 
 _NAMED_SHARE = 0.14
 """A band of this height has room for its name."""
@@ -72,8 +70,9 @@ def plot_training_loss(*runs: RunSource) -> Figure:
     if held_out and best:
         lowest = f"held-out\nlowest {best[1]:.3f}\nat step {best[0]:,.0f}"
         ends.append(_end(*held_out, lowest, RUN_STYLES[1]))
-    texts, key = _name_phases(record)
-    [panel] = new_figure([1.5], labels=[end.text for end in ends], key=key)
+    labels = [end.text for end in ends]
+    texts, key = _name_phases(record, labels)
+    [panel] = new_figure([1.5], labels=labels, key=key)
     shade_phases(panel, record.phases)
     _draw(panel, steps, losses, RUN_STYLES[0], label="training", linewidth=0.8)
     if held_out and best:
@@ -97,7 +96,7 @@ def plot_gradient_norms(*runs: RunSource) -> Figure:
     [record] = records
     table = record.group_norms
     curves = {name: table.columns[name] for name in ("total", *table.groups) if name in table.columns}
-    texts, key = _name_phases(record)
+    texts, key = _name_phases(record, list(curves))
     [panel] = new_figure([1.6], labels=list(curves), key=key)
     shade_phases(panel, record.phases)
     for name, values in curves.items():
@@ -119,7 +118,7 @@ def plot_layer_heatmap(run: RunSource) -> Figure:
     matrices = _layers_of(record, table)
     shades = LogNorm(*_widen(*positive_range(list(matrices.values()))))
     count = len(next(iter(matrices.values())))
-    texts, key = _name_phases(record)
+    texts, key = _name_phases(record, [BAR_ROOM])
     panels = new_figure([min(1.6, max(0.7, 0.055 * count))] * len(matrices), labels=[BAR_ROOM], key=key)
     for panel, (group, matrix) in zip(panels, matrices.items(), strict=True):
         panel.patch.set(facecolor="white", edgecolor="#b0b0b0", hatch="//////", linewidth=0)
@@ -190,7 +189,7 @@ def plot_gradient_evolution(run: RunSource) -> Figure:
     table, layers = record.group_norms, record.layer_norms
     by_layer = measure_shares(layer_totals(_layers_of(record, layers)))
     by_group = measure_shares(np.stack(list(table.groups.values())))
-    texts, key = _name_phases(record)
+    texts, key = _name_phases(record, [BAR_ROOM])
     panels = new_figure([0.95, 1.25], labels=[BAR_ROOM], key=key)
     _stack_groups(panels[0], _thin(table.steps, by_group, record.phases), list(table.groups), record.phases)
     count = len(by_layer)
@@ -230,11 +229,13 @@ def _overlay(records: Sequence[RunRecord], curves: Mapping[str, str], *, fits_sc
     return _figure_of(panels[0])
 
 
-def _name_phases(record: RunRecord) -> tuple[dict[str, str], dict[str, Style | None]]:
-    """Return what the phases trained: in few letters, to stand above the axes, and else in lines under them."""
-    texts = describe_phases(record)
-    short = {name: text for name, text in texts.items() if len(text) <= _SHORT}
-    return short, {f"phase {name}: {text}": None for name, text in texts.items() if name not in short}
+def _name_phases(record: RunRecord, labels: Sequence[str]) -> tuple[dict[str, str], dict[str, Style | None]]:
+    """Return what the phases trained: above axes with `labels` beside them where there is room, else in lines below."""
+    texts, phases = describe_phases(record), record.phases
+    letters = count_letters(labels) / (phases[-1].end - phases[0].start) if phases else 0.0
+    rooms = {phase.name: (phase.end - phase.start) * letters for phase in phases}
+    above = {name: text for name, text in texts.items() if len(f"{name}: {text}") <= rooms[name]}
+    return above, {f"phase {name}: {text}": None for name, text in texts.items() if name not in above}
 
 
 def _key(records: Sequence[RunRecord]) -> dict[str, Style | None]:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 
-from smolora.analysis.canvas import add_shades, locate_decades, new_figure
+from smolora.analysis.canvas import LineEnd, add_shades, label_ends, locate_decades, new_figure
 
 
 @pytest.mark.parametrize("low", [0.0021, 0.11, 1.0, 1.6, 2.1, 5.5, 73.0])
@@ -29,3 +29,13 @@ def test_the_numbers_beside_a_colour_bar_stand_at_their_colours():
     indices = (np.array(shades(values)) * colors.N).astype(int)
     np.testing.assert_allclose(strips.get_facecolor()[indices], colors(shades(values)))
     assert values == [1, 3, 10, 30]
+
+
+def test_a_label_inside_the_axes_covers_no_axis():
+    [panel] = new_figure([1.0])
+    panel.plot([0, 1, 2], [1.0, 0.0, 1.0])
+    panel.set_ylim(0, 1)
+    label_ends(panel, [LineEnd((1.0, 0.0), "1", "black")])
+    panel.figure.draw_without_rendering()
+    [label] = panel.texts
+    assert label.get_window_extent().y0 >= panel.bbox.y0
