@@ -42,6 +42,17 @@ _FEWEST_FOR_STALL = 20
 
 _IRREGULARITIES = "Stalls and spikes"
 
+_OF_A_METHOD = {
+    "r": "r",
+    "init_r": "r at the start",
+    "target_r": "at the end",
+    "lora_alpha": "alpha",
+    "num_virtual_tokens": "virtual tokens",
+    "target_modules": "targets",
+    "layers": "layers",
+}
+"""Settings of a method by what they are called; each method has some."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -114,11 +125,10 @@ def _say_what(record: RunRecord) -> Iterator[str]:
         shape = [settings.get(f"gpt.{name}") for name in ("num_layers", "width", "context")]
         yield "A GPT from nothing: {} layers, width {}, context {}.".format(*shape)
     else:
-        yield (
-            f"{settings.get('model.name_or_path')} with {settings.get('adapter.method')}: "
-            f"r {settings.get('adapter.r')}, alpha {settings.get('adapter.lora_alpha')}, "
-            f"targets {_list(settings.get('adapter.target_modules'))}."
-        )
+        found = {word: settings.get(f"adapter.{name}") for name, word in _OF_A_METHOD.items()}
+        chosen = ", ".join(f"{word} {_list(value)}" for word, value in found.items() if value is not None)
+        method = f"{settings.get('adapter.method')}{f': {chosen}' if chosen else ''}"
+        yield f"{settings.get('model.name_or_path')} with {method}."
     yield f"Data: {_list(settings.get('data.sources'))}."
     asked = settings.get("training.max_steps")
     goal = f" of {asked:,}" if isinstance(asked, int) else ""

@@ -18,6 +18,21 @@ def test_it_says_what_was_trained(tmp_path):
     assert "Trained to step 20 at a peak learning rate of 0.0002" in text
 
 
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"method": "full", "path": None}, "full"),
+        ({"method": "layernorm", "layers": [0, 1]}, "layernorm: layers 0, 1"),
+        ({"method": "vera", "r": 256, "target_modules": "all", "layers": None}, "vera: r 256, targets all"),
+        ({"method": "adalora", "init_r": 12, "target_r": 8}, "adalora: r at the start 12, at the end 8"),
+        ({"method": "p_tuning", "num_virtual_tokens": 20}, "p_tuning: virtual tokens 20"),
+    ],
+)
+def test_of_a_method_only_what_it_has_is_said(tmp_path, adapter, said):
+    text = generate_summary_report(write_run(tmp_path / "run", settings={**SETTINGS, "adapter": adapter}))
+    assert f"base with {said}.\n" in text
+
+
 def test_passes_by_tokens_are_not_told_in_rows(tmp_path):
     settings = {**SETTINGS, "speed": {"max_tokens_per_batch": 512}}
     text = generate_summary_report(write_run(tmp_path / "run", settings=settings))
