@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,6 +88,7 @@ class RunRecord:
             DataError: No run is there.
         """
         self.run = RunDir(path)
+        self.name_parts = 1
         if not self.run.metrics.is_file():
             raise DataError(
                 f"{path} holds no run: there is no {self.run.metrics.name}. "
@@ -95,8 +97,8 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The folder's own name, on one line."""
-        return " ".join(self.run.path.resolve().name.split())
+        """The last parts of the folder's path, on one line: one, unless runs side by side must be told apart."""
+        return " ".join("/".join(self.run.path.resolve().parts[-self.name_parts :]).split())
 
     @cached_property
     def settings(self) -> dict[str, object]:
@@ -192,14 +194,18 @@ RunSource = str | Path | RunRecord
 
 
 def open_runs(runs: Sequence[RunSource]) -> list[RunRecord]:
-    """Open every folder that isn't open yet.
+    """Open every folder that isn't open yet; those of one name are named with the folder that each is in.
 
     Raises:
         DataError: None was named, or one is missing.
     """
     if not runs:
         raise DataError("no run was named. Name the folder of one, or of several.")
-    return [run if isinstance(run, RunRecord) else RunRecord(run) for run in runs]
+    records = [run if isinstance(run, RunRecord) else RunRecord(run) for run in runs]
+    counts = Counter(record.name for record in records)
+    for record in [record for record in records if counts[record.name] > 1]:
+        record.name_parts = 2
+    return records
 
 
 def find_phases(

@@ -84,9 +84,9 @@ def test_the_text_of_several_runs_begins_with_their_table_and_says_each_rule_onc
     assert "A stall is" in second
 
 
-def test_runs_of_one_name_are_told_by_their_number(tmp_path):
-    report = build(write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run"))
-    assert list(report.summaries) == ["1  run", "2  run"]
+def test_runs_of_one_name_are_named_with_the_folder_they_are_in(tmp_path):
+    report = build(*(write_run(tmp_path / path) for path in ("a/run", "b/run", "c/other")))
+    assert list(report.summaries) == ["1  a/run", "2  b/run", "3  other"]
 
 
 def test_what_is_missing_in_one_run_leaves_the_others_drawn(tmp_path):
