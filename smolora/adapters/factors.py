@@ -1,4 +1,4 @@
-"""Which tensors can't move yet, because a factor beside them is still zero: a rule of products, for every method.
+"""What an adapter's tensors are multiplied with, for every method: which can't move yet, and which are 1 at rest.
 
 What an adapter adds is a product: B A of LoRA, P diag(e) Q of AdaLoRA, two vectors of VeRA. The gradient of a factor is
 exactly zero as long as another factor of the same module is zero everywhere, as one of them is at the start.
@@ -19,6 +19,15 @@ _PRODUCTS = (
 """Factors that are multiplied, by the segment that peft puts into a parameter's name."""
 
 _PRODUCT_OF = {factor: number for number, product in enumerate(_PRODUCTS) for factor in product}
+
+
+_RESCALES = "ia3_l"
+"""The segment of tensors that multiply what the base computes, so that 1, and not 0, changes nothing."""
+
+
+def rescales(name: str) -> bool:
+    """Whether a parameter multiplies what the base computes, as IA3's vectors do, stored as [n, 1] or [1, n]."""
+    return _RESCALES in name.split(".")
 
 
 def find_waiting(parameters: Mapping[str, Tensor]) -> set[str]:

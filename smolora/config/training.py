@@ -42,7 +42,7 @@ class _Learning(Section):
     """The curve after warm-up: linear or cosine to 0, constant, or one_cycle (cosine up, cosine down)."""
 
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    """Decoupled decay of AdamW, on tensors of two or more dimensions."""
+    """Decoupled decay of AdamW, on tensors of two or more dimensions, but for IA3's vectors, which rest at 1."""
 
     max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     """Clip the gradient to this L2 norm; 0 turns clipping off."""

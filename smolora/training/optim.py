@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from smolora.adapters.factors import rescales
 from smolora.errors import BrokenRunError, ModelError
 
 
@@ -22,10 +23,12 @@ def build_optimizer(
 ) -> AdamW:
     """Return AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) in two named groups.
 
-    Tensors of one dimension (norms, biases) are not decayed. The fused step updates all tensors in one kernel.
+    Tensors of one dimension (norms, biases) are not decayed, nor are those that change nothing at 1 rather than 0. The
+    fused step updates all tensors in one kernel.
     """
-    decayed = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    plain = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    is_decayed = {name: parameter.dim() >= 2 and not rescales(name) for name, parameter in parameters.items()}
+    decayed = [parameter for name, parameter in parameters.items() if is_decayed[name]]
+    plain = [parameter for name, parameter in parameters.items() if not is_decayed[name]]
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
         {"params": plain, "weight_decay": 0.0, "name": "not_decayed"},

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from smolora.adapters.attach import setup_model_with_lora
+from smolora.config.adapter import DoRAConfig, IA3Config, LoRAConfig
 from smolora.errors import BrokenRunError, ModelError
 from smolora.training.optim import (
     build_optimizer,
@@ -17,6 +19,7 @@ from smolora.training.optim import (
     tensor_checksums,
     trainable_parameters,
 )
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -54,6 +57,18 @@ def test_tensors_of_two_dimensions_or_more_are_decayed_and_no_others(parameters)
         for group in optimizer_of(parameters).param_groups
     }
     assert groups == {"decayed": (["matrix", "table"], 0.5), "not_decayed": (["norm.weight", "scale"], 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("config", "decayed"),
+    [(LoRAConfig(r=1), {"lora_A", "lora_B"}), (IA3Config(), set()), (DoRAConfig(r=1), {"lora_A", "lora_B"})],
+)
+def test_factors_of_rank_1_are_decayed_and_ia3_s_vectors_are_not(config, decayed):
+    parameters = trainable_parameters(setup_model_with_lora(tiny_model("llama"), config))
+    names = {id(parameter): name.split(".")[-3] for name, parameter in parameters.items()}
+    groups = {group["name"]: group["params"] for group in optimizer_of(parameters).param_groups}
+    assert {names[id(parameter)] for parameter in groups.get("decayed", [])} == decayed
+    assert sum(map(len, groups.values())) == len(parameters)
 
 
 @pytest.mark.parametrize(("kept", "groups"), [("matrix", ["decayed"]), ("scale", ["not_decayed"])])
