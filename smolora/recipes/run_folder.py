@@ -31,6 +31,7 @@ from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback
 from smolora.training.plan import StepPlan, require_reach
 from smolora.training.prefix_cache import PrefixCacheCallback
+from smolora.training.schedules import resolve_warmup_steps
 from smolora.training.state import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -131,10 +132,19 @@ def recorded_run(
             # Before anything is written: a refused resume must change nothing.
             identity.require(checkpoint.path)
             require_reach(checkpoint.step, steps.total_steps)
+        _name_short_warm_up(config, steps.total_steps)
         run.sweep_leftovers()
         write_json(run.env, {**_describe_environment(), **machine})
         write_text(run.resolved_config, dump_config(config))
         yield
+
+
+def _name_short_warm_up(config: RunConfig, total_steps: int) -> None:
+    """Say where a run has no room for the warm-up that was asked for."""
+    asked, possible = config.training.warmup_steps, resolve_warmup_steps(config.training.warmup_steps, total_steps)
+    if possible < int(asked):
+        words = "training.warmup_steps=%g is more than the run has room for: warm-up takes %d of its %d updates"
+        logger.warning(words, asked, possible, total_steps)
 
 
 def choose_callbacks(

@@ -380,3 +380,11 @@ def test_a_configuration_that_cannot_be_read_is_named(tuned, tuning, content):
     tuned.resolved_config.write_text(content)
     with pytest.raises(ModelError, match=r"resolved_config\.yaml can't be read"):
         finetune(tuning(), tuned.path, resume=True)
+
+
+@pytest.mark.parametrize(("asked", "named"), [(50, True), (2, False), (0.9, False)])
+def test_a_warm_up_that_the_run_has_no_room_for_is_named(pretraining, run, caplog, asked, named):
+    pretrain(pretraining.replace(training=pretraining.training.replace(warmup_steps=asked)), run.path)
+    assert (
+        "training.warmup_steps=50 is more than the run has room for: warm-up takes 2 of its 3" in caplog.text
+    ) == named
