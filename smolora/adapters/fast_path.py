@@ -243,11 +243,11 @@ class _Installer:
 
     def _product(self, names: list[str], *, gated: Activation | None = None) -> LoRAProduct | None:
         layers = [self._model.get_submodule(name) for name in names]
-        reason = next((reason for layer in layers if (reason := why_not_fast(layer))), None)
-        if reason:
-            self._fallbacks.setdefault(reason, set()).update(names)
-            return None
-        if not self._config.fused_lora:
+        reasons = {name: why_not_fast(layer) for name, layer in zip(names, layers, strict=True)}
+        for name, reason in reasons.items():
+            if reason:
+                self._fallbacks.setdefault(reason, set()).add(name)
+        if any(reasons.values()) or not self._config.fused_lora:
             return None
         return LoRAProduct(layers, packed=self._config.packed_weights, gated=gated, kernels=self._kernels)
 

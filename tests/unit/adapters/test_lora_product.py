@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from smolora.adapters.attach import attach_adapter
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.lora_product import LoRAProduct
 from smolora.config import LoRAConfig, SpeedConfig
+from smolora.config.adapter import IA3Config
 from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import Dropped
 from smolora.models.loading import load_model
 from smolora.models.rows import Rows
 from smolora.models.saving import save_model
 from tests.packed_runs import LENGTHS, adapted, assert_same, run, run_fast
-from tests.tiny import NUM_LAYERS, random_input_ids, save_tiny_model
+from tests.tiny import NUM_LAYERS, random_input_ids, save_tiny_model, tiny_bundle
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean(tmp_path):
@@ -146,6 +148,12 @@ def test_it_keeps_fewer_bytes_for_backward_than_plain_code(family, shape, dtype,
     with fast_path(bundle, SpeedConfig(), is_packed=True):
         fast = kept_bytes(bundle, by_rows=True)
     assert fast < 0.75 * plain
+
+
+def test_layers_beside_one_that_is_no_lora_are_not_called_so(tmp_path):
+    bundle = attach_adapter(tiny_bundle("llama", tmp_path), IA3Config(target_modules=("k_proj",)), seed=0)
+    with fast_path(bundle, SpeedConfig(), is_packed=True) as parts:
+        assert parts.left == [f"ia3 isn't LoRA ({NUM_LAYERS} layers)"]
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1])
