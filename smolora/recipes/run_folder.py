@@ -21,6 +21,7 @@ from smolora.errors import ConfigError, ModelError, clause
 from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
+from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, write_json, write_text
 from smolora.training.adalora import AdaLoRACallback
@@ -202,15 +203,25 @@ def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
             )
         load_checkpoint(best, bundle)
     logger.info(
-        "held-out loss %.4f before, %.4f after %d of %d steps (%s)",
+        "held-out loss %.4f before, %.4f after %d of %d steps (%s%s)",
         state.base_eval_loss,
         state.best_eval_loss,
         state.best_step,
         state.step,
         "the lowest, kept" if state.has_improved else "the lowest of those, kept though the base was no worse",
+        _name_early_phase(run, state.best_step),
     )
     if not state.has_improved:
         logger.warning("the held-out loss never fell below its start: this run has not learned")
+
+
+def _name_early_phase(run: RunDir, step: int) -> str:
+    """Return a clause on the phase of a step, where the run went on to another one."""
+    lines = MetricsLog(run.metrics).read()
+    phases = {line["step"]: int(line["phase"] or 0) for line in lines if line.get("phase")}
+    if step not in phases or phases[step] == max(phases.values()):
+        return ""
+    return f"; it is of phase {phases[step]}, and what later phases trained is not in it"
 
 
 def _stored_config(run: RunDir) -> dict[str, object]:

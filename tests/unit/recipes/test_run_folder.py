@@ -58,6 +58,17 @@ class Damage(Callback):
             flip_a_bit(self.run.checkpoint_path(self.step) / "adapter_model.safetensors")
 
 
+class Prefer(Callback):
+    """Calls an earlier step the best one, in the last step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_evaluate(self, trainer, eval_loss):
+        if trainer.state.step == trainer.state.total_steps:
+            trainer.state.best_step = self.step
+
+
 def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -248,6 +259,17 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end_is_a_model_error(run, tuni
     with pytest.raises(ModelError, match="step-000004, with the lowest held-out loss, is damaged: adapter_model"):
         finetune(settings, run.path, callbacks=[Damage(run, step=4)])
     assert not run.adapter.exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [(2, "; it is of phase 1, and what later phases trained is not in it)"), (6, "kept)")]
+)
+def test_a_kept_checkpoint_of_an_early_phase_is_named_with_it(run, tuning, caplog, step, said):
+    caplog.set_level("INFO", "smolora.recipes.run_folder")
+    phased = ("phases.strategy=both,mlp,attn", "training.eval_steps=2", "training.save_total_limit=9")
+    finetune(tuning(*phased), run.path, callbacks=[Prefer(step)])
+    [line] = [message for message in caplog.messages if message.startswith("held-out loss")]
+    assert line.endswith(said)
 
 
 def test_a_run_whose_best_checkpoint_was_damaged_ends_with_its_last_step(run, tuning, caplog):
