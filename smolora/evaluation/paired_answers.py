@@ -80,18 +80,19 @@ def compare_answers(
     if not rows:
         found.skipped.append("answers: no held-out row leaves room for one")
         return found
-    room = _count_affordable_tokens(bundle, rows[0], settings, budget) if budget.left > 0 else 0
+    generator = TextGenerator(bundle)
+    room = _count_affordable_tokens(generator, rows[0], settings, budget) if budget.left > 0 else 0
     if room < min(_FEWEST_TOKENS, settings.max_new_tokens):
         found.reached = 0.0
         found.skipped.append(f"answers: there was no time for any; {_MORE_TIME}")
         return found
     is_cut = room < settings.max_new_tokens
     if is_cut:
-        cut = f"{room} of up to {settings.max_new_tokens} tokens of each"
-        found.skipped.append(f"scores of answers: there was time for {cut}; {_MORE_TIME}")
+        cut = f"each was cut at {room} tokens to save time, and a right one has up to {settings.max_new_tokens}"
+        found.skipped.append(f"scores of answers: {cut}; {_MORE_TIME}")
         settings, metrics = settings.replace(max_new_tokens=room), ()
     rows = rows if metrics else rows[:NUM_SAMPLES]
-    generator, chosen = TextGenerator(bundle), settings
+    chosen = settings
 
     def answer(part: Sequence[BenchmarkRow]) -> list[Answer]:
         prompts = [row.prompt for row in part]
@@ -154,9 +155,10 @@ def _score(
     found.scores = list(_compare_scores(calculators)) if found.num_rows else []
 
 
-def _count_affordable_tokens(bundle: ModelBundle, row: BenchmarkRow, settings: SamplingSettings, budget: Budget) -> int:
+def _count_affordable_tokens(
+    generator: TextGenerator, row: BenchmarkRow, settings: SamplingSettings, budget: Budget
+) -> int:
     """Return how long the first answers may be, by the time that a few tokens take."""
-    generator = TextGenerator(bundle)
     generator.generate([row.prompt], settings=settings.replace(max_new_tokens=1))  # The first call looks at the model.
     began = time.perf_counter()
     generator.generate([row.prompt], settings=settings.replace(max_new_tokens=_PROBE_TOKENS, stop=()))

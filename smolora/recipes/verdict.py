@@ -165,7 +165,9 @@ def enforce_verdict(run: RunDir, config: ExperimentConfig) -> None:
     word, required = found.get("verdict"), config.evaluation.require
     if word == "broken" or (required and word != required):
         asked = "" if word == "broken" else f", and evaluation.require={required}"
-        raise BrokenRunError(f"the verdict is {word}{asked}: {found.get('reason')}. The run is kept in {run.path}.")
+        reason = str(found.get("reason"))
+        end = "" if reason.endswith("?") else "."
+        raise BrokenRunError(f"the verdict is {word}{asked}: {reason}{end} The run is kept in {run.path}.")
 
 
 def _gather(

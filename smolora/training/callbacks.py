@@ -93,13 +93,14 @@ class PlateauRateCallback(Callback):
         if self._detector.is_reached(eval_loss, self.plateau):
             self._detector.without_improvement = 0
             self._scale *= self.factor
-            logger.info(
-                "step %d: no held-out loss below %s in %d evaluations; the learning rate is now %.3g of its curve",
-                trainer.state.step,
-                self._detector.best,
-                self.plateau.patience,
-                self._scale,
-            )
+            if trainer.state.step < trainer.state.total_steps:  # After the last update there is no rate to speak of.
+                logger.info(
+                    "step %d: no held-out loss below %.4f in %d evaluations; the rate is now %.3g of its curve",
+                    trainer.state.step,
+                    self._detector.best,
+                    self.plateau.patience,
+                    self._scale,
+                )
 
     def state_dict(self) -> Mapping[str, object]:
         return {"detector": self._detector.to_state(), "scale": self._scale}

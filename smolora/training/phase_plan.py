@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -140,6 +140,7 @@ def _advise(places: Iterable[TensorPlace]) -> str:
     return "This method adapts nothing else: choose phases by layers, such as --phase-strategy early,late."
 
 
-def _describe_places(places: Iterable[TensorPlace], num_layers: int) -> str:
+def _describe_places(places: Collection[TensorPlace], num_layers: int) -> str:
     counts = Counter(place.group for place in places)
-    return f"{', '.join(f'{count} tensors in {group}' for group, count in counts.items())}, in {num_layers} layers"
+    found = ", ".join(f"{count} tensors in {group}" for group, count in counts.items())
+    return f"{found}, in {len({place.layer for place in places} - {None})} of {num_layers} layers"

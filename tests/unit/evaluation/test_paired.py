@@ -19,6 +19,7 @@ from smolora.evaluation.paired_answers import compare_answers
 from smolora.evaluation.paired_loss import compare_losses
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.loading import load_model
+from tests.tiny import tiny_bundle
 
 PLENTY, NONE = 60.0, -1.0
 SHORT = SamplingSettings(temperature=0.0, max_new_tokens=8)
@@ -119,9 +120,15 @@ def test_with_little_time_the_samples_are_cut_and_not_scored(tuned, rows):
     assert (found.scores, found.reached) == ([], 0)
     assert len(found.samples) == 5
     assert re.fullmatch(
-        r"scores of answers: there was time for \d+ of up to 1000000 tokens of each; .*verdict_share.*",
+        r"scores of answers: each was cut at \d+ tokens to save time, and .* up to 1000000; .*verdict_share.*",
         found.skipped[0],
     )
+
+
+def test_that_a_model_has_no_slots_is_said_once(tmp_path, rows, caplog):
+    bundle = attach_adapter(tiny_bundle("mamba", tmp_path), LoRAConfig(), seed=0)
+    compare_answers(bundle, rows, ("exact_match",), SHORT, budget=Budget(PLENTY))
+    assert sum("asked through transformers' generate" in message for message in caplog.messages) == 1
 
 
 def test_no_row_to_ask_is_said(tuned):

@@ -117,11 +117,14 @@ def test_shuffled_answers_are_not_learned_though_the_loss_falls(tmp_path, base):
     answers = [row["completion"] for row in spoiled]
     random.Random(0).shuffle(answers)
     spoiled = [{**row, "completion": answer} for row, answer in zip(spoiled, answers, strict=True)]
-    few = "training.max_steps=30"
-    found = read(finetune(config(base, write_rows(tmp_path / "s.jsonl", spoiled), few), tmp_path / "run"))
+    asked = config(
+        base, write_rows(tmp_path / "s.jsonl", spoiled), "training.max_steps=30", "evaluation.require=learned"
+    )
+    with pytest.raises(BrokenRunError, match=r"paired rightly\? The run is kept in"):
+        finetune(asked, tmp_path / "run")
+    found = read(RunDir(tmp_path / "run"))
     assert found["loss"]["high"] < -2
     assert found["verdict"] in ("no change", "worse")
-    assert "paired rightly?" in found["reason"]
 
 
 def test_a_learning_rate_of_zero_is_broken(tmp_path, base, rows):

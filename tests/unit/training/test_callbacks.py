@@ -95,6 +95,14 @@ def test_a_callback_that_is_used_again_starts_afresh(make_trainer, dataset, make
     assert used.state_dict() == fresh.state_dict() != spoiled
 
 
+def test_a_plateau_at_the_last_update_lowers_no_rate_that_is_spoken_of(make_trainer, dataset, caplog):
+    caplog.set_level("INFO", "smolora.training.callbacks")
+    settings = {"eval_dataset": dataset, "eval_steps": 2, "max_steps": 4, "learning_rate": 10.0}
+    make_trainer(callbacks=[PlateauRateCallback(patience=1)], **settings).train()
+    [line] = caplog.messages
+    assert re.fullmatch(r"step 2: no held-out loss below \d\.\d{4} in 1 evaluations; the rate is now 0\.5 of .*", line)
+
+
 def profiled_steps(path):
     """Return how often the optimiser stepped while the profile ran."""
     names = [event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]]

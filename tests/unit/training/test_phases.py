@@ -310,7 +310,7 @@ def test_a_selector_takes_the_tensors_that_all_its_conditions_hold_for(make, sel
         (
             strategy("both,mlp,attn"),
             "attention_only",
-            r"phase 2 \(mlp\) trains nothing: the adapter has 8 tensors in att",
+            r"phase 2 \(mlp\) trains nothing: the adapter has 8 tensors in attention, in 2 of 2 layers\.",
         ),
         (DynamicLoRAConfig(table=[{"layers": [2, 5]}]), "all", r"phase 1 \(layers 2 to 5\) trains nothing"),
         (DynamicLoRAConfig(table=[{"pattern": "q_proj"}]), "all", r"phase 1 \(q_proj\) trains nothing"),
