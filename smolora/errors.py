@@ -92,3 +92,12 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(found, list(allowed), n=1)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with the word for what it counts.
+
+    >>> count_of(1, "row"), count_of(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from smolora.errors import DataError, did_you_mean
+from smolora.errors import DataError, count_of, did_you_mean
 
 if TYPE_CHECKING:
     from smolora.data.prompts import PromptFormat
@@ -110,7 +110,7 @@ def refuse_unknown(side: str, rows: Iterable[set[str]], learned: Sequence[str]) 
     """
     unknown = Counter(name for names in rows for name in names - set(learned))
     if unknown:
-        shown = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(_SHOWN))
+        shown = ", ".join(f"{name!r} ({count_of(count, 'row')})" for name, count in unknown.most_common(_SHOWN))
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         hint = did_you_mean(next(iter(unknown)), learned)
         others = f" and {len(learned) - _SHOWN_LEARNED} more" if len(learned) > _SHOWN_LEARNED else ""

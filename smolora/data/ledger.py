@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from smolora.data.rows import Reject
-from smolora.errors import BrokenRunError, DataError
+from smolora.errors import BrokenRunError, DataError, count_of
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import describe_os_error, write_json, write_text
 
@@ -162,14 +162,13 @@ class DataReport:
         lines += [f"  {name:<17}{count:>9,}" for name, count in counts.items() if count]
         lines.append(f"kept               {self.kept:>9,}  {self.train:,} to learn from, {self.held_out:,} held out")
         if self.held_out_seen:
-            lines.append(f"  {self.held_out_seen:,} held-out rows are among the training rows too")
+            lines.append(f"  among the training rows too: {count_of(self.held_out_seen, 'held-out row')}")
         return "\n".join([*lines, *(_describe_side(side, counts) for side, counts in self.encoded.items())])
 
 
 def _describe_side(side: str, counts: EncodingCounts) -> str:
-    parts = [
-        f"{side}: {counts.examples:,} examples, {counts.target_tokens:,} of {counts.input_tokens:,} tokens learned"
-    ]
+    examples = count_of(counts.examples, "example")
+    parts = [f"{side}: {examples}, {counts.target_tokens:,} of {counts.input_tokens:,} tokens learned"]
     if side != "train":
         parts[0] = parts[0].replace("learned", "evaluated")
     if counts.added_by_windows:

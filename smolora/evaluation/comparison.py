@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from smolora.errors import count_of
 from smolora.evaluation.bootstrap import find_interval
 from smolora.evaluation.metric import Sums
 from smolora.models.bundle import ModelBundle
@@ -62,7 +63,8 @@ class Comparison:
     def describe(self) -> str:
         """Return the numbers as a line."""
         bounds = "" if self.low is None else f", 95 % of {self.low:+.4f} to {self.high:+.4f}"
-        return f"{self.name} {self.base:.4f} -> {self.tuned:.4f} ({self.difference:+.4f}{bounds}; {self.num_rows} rows)"
+        change = f"{self.difference:+.4f}{bounds}; {count_of(self.num_rows, 'row')}"
+        return f"{self.name} {self.base:.4f} -> {self.tuned:.4f} ({change})"
 
     def to_dict(self) -> dict[str, object]:
         """Return the numbers as plain values; null where one isn't finite."""

@@ -11,7 +11,7 @@ from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.preprocessing import get_preprocessor
 from smolora.data.prompts import PromptFormat
 from smolora.data.token_dataset import Example
-from smolora.errors import DataError
+from smolora.errors import DataError, count_of
 from smolora.evaluation.head_logits import compute_head_logits
 from smolora.evaluation.head_rows import read_texts
 from smolora.evaluation.metric import Answer
@@ -35,7 +35,7 @@ class LabelAsker:
         """Return how many rows were too long so far, as a sentence; None where none was."""
         if not self._num_cut:
             return None
-        return f"{self._num_cut} rows are cut at the model's context of {self.bundle.context} tokens."
+        return f"cut at the model's context of {self.bundle.context} tokens: {count_of(self._num_cut, 'row')}."
 
     def answer(self, rows: Sequence[BenchmarkRow], *, first: int = 0) -> list[Answer]:
         """Return the labels that the head gives, with -log p of the right ones, in nats.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from smolora.errors import count_of
 from smolora.evaluation.metric import MetricScore
 
 
@@ -30,7 +31,7 @@ class EvaluationResult:
 
     def describe(self) -> str:
         """Return a line for each number: name, value, interval, variant and version; then what is missing and why."""
-        lines = [f"{self.num_rows:,} rows; in brackets 95 % of 1,000 resamplings of them"]
+        lines = [f"{count_of(self.num_rows, 'row')}; in brackets 95 % of 1,000 resamplings of them"]
         width = max(map(len, self.scores), default=0)
         for name, score in self.scores.items():
             if score.value is None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from smolora.adapters.movement import Movement
 from smolora.data.overlap import Overlap
+from smolora.errors import count_of
 from smolora.evaluation.comparison import FEWEST_ANSWERS, LEAST_LOSS_SHARE, Comparison, finite
 from smolora.evaluation.paired_answers import Sample
 from smolora.evaluation.paired_loss import PromptUse
@@ -72,7 +73,7 @@ class Evidence:
         if self.has_seen_prompts:
             yield f"{self.describe_seen_prompts()}: nothing here says how it answers new ones"
         if self.loss.num_rows < _FEW_ROWS:
-            yield f"only {self.loss.num_rows} held-out rows: the intervals are rough"
+            yield f"only {count_of(self.loss.num_rows, 'held-out row')}: the intervals are rough"
         yield from (f"skipped: {what}" for what in self.skipped)
 
     @property

@@ -17,7 +17,7 @@ import yaml
 
 from smolora.config import AdaLoRAConfig, ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.config.experiment import require_kind
-from smolora.errors import ConfigError, ModelError, clause
+from smolora.errors import ConfigError, ModelError, clause, count_of
 from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
@@ -193,7 +193,7 @@ def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
         measured = (
             "its held-out loss is lost" if state.base_eval_loss is not None else "nothing was held out to measure it on"
         )
-        logger.info("done after %d steps; %s", state.step, measured)
+        logger.info("done after %s; %s", count_of(state.step, "step"), measured)
         return
     if state.best_step != state.step:
         best = run.checkpoint_path(state.best_step)

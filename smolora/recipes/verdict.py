@@ -21,7 +21,7 @@ from smolora.data.chat import check_messages
 from smolora.data.overlap import measure_overlap
 from smolora.data.prompts import render_pair
 from smolora.data.rows import Row
-from smolora.errors import BrokenRunError, ConfigError, StorageError
+from smolora.errors import BrokenRunError, ConfigError, StorageError, count_of
 from smolora.evaluation.comparison import Before, Budget
 from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources
@@ -193,9 +193,8 @@ def _gather(
     answers = _ask(bundle, data, config, before=before, budget=budget)
     skipped = list(answers.skipped)
     if missed := len(data.held_out) - loss.num_rows:
-        skipped.insert(
-            0, f"the loss of {missed:,} held-out rows; the run's evaluations are of all {len(data.held_out):,}"
-        )
+        held_out = count_of(missed, "held-out row")
+        skipped.insert(0, f"the loss of {held_out}; the run's evaluations are of all {len(data.held_out):,}")
     return Evidence(
         loss=loss,
         prompt_use=prompt_use,

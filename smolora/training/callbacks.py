@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.profiler import profile
 
 from smolora.config.phases import PlateauConfig
+from smolora.errors import count_of
 from smolora.runtime.console import print_plainly
 from smolora.training.callback import Callback
 from smolora.training.plateau import PlateauDetector
@@ -55,7 +56,7 @@ class EarlyStoppingCallback(Callback):
         if self.evaluations_without_improvement >= self.patience:
             trainer.state.should_stop = True
             trainer.state.stop_reason = (
-                f"the held-out loss has not improved for {self.evaluations_without_improvement} evaluations"
+                f"the held-out loss has not improved for {count_of(self.evaluations_without_improvement, 'evaluation')}"
             )
 
     def state_dict(self) -> Mapping[str, object]:
@@ -95,10 +96,10 @@ class PlateauRateCallback(Callback):
             self._scale *= self.factor
             if trainer.state.step < trainer.state.total_steps:  # After the last update there is no rate to speak of.
                 logger.info(
-                    "step %d: no held-out loss below %.4f in %d evaluations; the rate is now %.3g of its curve",
+                    "step %d: no held-out loss below %.4f in %s; the rate is now %.3g of its curve",
                     trainer.state.step,
                     self._detector.best,
-                    self.plateau.patience,
+                    count_of(self.plateau.patience, "evaluation"),
                     self._scale,
                 )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from smolora.adapters.factors import rescales
-from smolora.errors import BrokenRunError, ModelError
+from smolora.errors import BrokenRunError, ModelError, count_of
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -94,7 +94,7 @@ def require_movement(
         still = [name for name in still if name not in waiting]
     if still:
         raise BrokenRunError(
-            f"{len(still)} of {len(after)} trainable tensors did not move in {num_updates} updates, "
+            f"{len(still)} of {len(after)} trainable tensors did not move in {count_of(num_updates, 'update')}, "
             f"first {still[0]}. Check the learning rate, and that the loss depends on them."
         )
 

@@ -103,7 +103,7 @@ def test_labels_may_differ_in_case(run, tmp_path):
 
 
 def test_numbers_of_rows_are_refused_where_the_order_of_labels_is_ours(run, tmp_path):
-    with pytest.raises(DataError, match=r"'1' \(1 rows\)"):
+    with pytest.raises(DataError, match=r"'1' \(1 row\)"):
         ask_rows(run, [{"text": "good", "label": 1}], tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_a_classifier_that_was_not_tuned_here_takes_the_numbers_of_its_outputs(t
 
 def test_rows_past_the_context_are_cut_and_counted(run, tmp_path, caplog):
     ask_rows(run, [*reviews(4), {"text": "the dog " * CONTEXT, "label": "yes"}], tmp_path)
-    assert f"1 rows are cut at the model's context of {CONTEXT} tokens" in caplog.text
+    assert f"cut at the model's context of {CONTEXT} tokens: 1 row." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_benchmark_of_other_texts_or_without_labels_is_refused(run, pairs, tmp
     write_rows(tmp_path / "sst2_test.jsonl", [{"text": "good", "label": 1}])
     with pytest.raises(ConfigError, match="trained on 2 texts a row, and sst2-test has 1"):
         evaluate_benchmark("sst2", pairs, data_dir=tmp_path)
-    with pytest.raises(DataError, match=r"'positive' \(1 rows\)"):
+    with pytest.raises(DataError, match=r"'positive' \(1 row\)"):
         evaluate_benchmark("sst2", run, data_dir=tmp_path)
     write_rows(tmp_path / "test.jsonl", [{"dialogue": "A: hi", "summary": "Hi."}])
     with pytest.raises(ConfigError, match="samsum-test has no labels"):

@@ -106,7 +106,7 @@ def test_a_model_that_was_not_tuned_here_takes_the_numbers_of_its_outputs(model,
 
 
 def test_labels_that_the_head_does_not_know_are_refused(model, tmp_path):
-    with pytest.raises(DataError, match=r"'B-LOC' \(1 rows\).*Learned are: O, B-PER, I-PER"):
+    with pytest.raises(DataError, match=r"'B-LOC' \(1 row\).*Learned are: O, B-PER, I-PER"):
         ask_rows(model, [{"tokens": ["a", "b"], "tags": ["O", "B-LOC"]}], tmp_path)
 
 

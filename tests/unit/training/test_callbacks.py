@@ -100,7 +100,7 @@ def test_a_plateau_at_the_last_update_lowers_no_rate_that_is_spoken_of(make_trai
     settings = {"eval_dataset": dataset, "eval_steps": 2, "max_steps": 4, "learning_rate": 10.0}
     make_trainer(callbacks=[PlateauRateCallback(patience=1)], **settings).train()
     [line] = caplog.messages
-    assert re.fullmatch(r"step 2: no held-out loss below \d\.\d{4} in 1 evaluations; the rate is now 0\.5 of .*", line)
+    assert re.fullmatch(r"step 2: no held-out loss below \d\.\d{4} in 1 evaluation; the rate is now 0\.5 of .*", line)
 
 
 def profiled_steps(path):
