@@ -184,6 +184,14 @@ def test_each_step_is_logged_with_its_phase(tmp_path, make):
     assert [row["phase"] for row in norms.log.read_layers()] == [1, 1, 2, 2, 3, 3]
 
 
+def test_callbacks_that_are_used_again_start_afresh_on_hugging_face_too(tmp_path):
+    norms, phases = GradientNormCallback(), DynamicLoRACallback(DynamicLoRAConfig(strategy="both,mlp,attn"))
+    for number in range(2):
+        norms_first(norms, phases, tmp_path / str(number)).train()
+    assert len(phases.reports) == 3
+    assert norms.summary.to_state()["statistics"]["groups/total/norm"][0] == 6
+
+
 def test_the_certificates_are_written_on_hugging_face_too(tmp_path):
     path = tmp_path / "out" / "phase_report.json"
     phases = DynamicLoRACallback(DynamicLoRAConfig(strategy="both,mlp,attn"), report_path=path)
