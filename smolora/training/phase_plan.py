@@ -75,7 +75,7 @@ def build_phase_plan(
         if not chosen:
             raise ConfigError(
                 f"phases: phase {number} ({describe_phase(phase)}) trains nothing: the adapter has "
-                f"{_describe_places(places.values(), num_layers)}. {_advise(places.values())}"
+                f"{_describe_places(places.values(), num_layers)}. {_advise(places.values(), num_layers)}"
             )
     if config.end is not None and config.end != steps.total_steps:
         raise ConfigError(
@@ -134,7 +134,9 @@ def _describe_layers(phase: PhaseConfig) -> str | None:
     return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
-def _advise(places: Iterable[TensorPlace]) -> str:
+def _advise(places: Collection[TensorPlace], num_layers: int) -> str:
+    if _count_layers(places) < num_layers:
+        return "Adapt the other layers too (adapter.layers, --target), or choose another phase."
     if {"attention", "mlp"} & {place.group for place in places}:
         return "Adapt those modules too, such as with --target all, or choose another phase."
     return "This method adapts nothing else: choose phases by layers, such as --phase-strategy early,late."
@@ -143,4 +145,8 @@ def _advise(places: Iterable[TensorPlace]) -> str:
 def _describe_places(places: Collection[TensorPlace], num_layers: int) -> str:
     counts = Counter(place.group for place in places)
     found = ", ".join(f"{count} tensors in {group}" for group, count in counts.items())
-    return f"{found}, in {len({place.layer for place in places} - {None})} of {num_layers} layers"
+    return f"{found}, in {_count_layers(places)} of {num_layers} layers"
+
+
+def _count_layers(places: Iterable[TensorPlace]) -> int:
+    return len({place.layer for place in places} - {None})

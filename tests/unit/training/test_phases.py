@@ -312,6 +312,11 @@ def test_a_selector_takes_the_tensors_that_all_its_conditions_hold_for(make, sel
             "attention_only",
             r"phase 2 \(mlp\) trains nothing: the adapter has 8 tensors in attention, in 2 of 2 layers\.",
         ),
+        (
+            strategy("early,late"),
+            ("model.layers.1.self_attn.q_proj",),
+            r"phase 1 \(early layers\) trains nothing: .*, in 1 of 2 layers\. Adapt the other layers too",
+        ),
         (DynamicLoRAConfig(table=[{"layers": [2, 5]}]), "all", r"phase 1 \(layers 2 to 5\) trains nothing"),
         (DynamicLoRAConfig(table=[{"pattern": "q_proj"}]), "all", r"phase 1 \(q_proj\) trains nothing"),
         (strategy("both,mlp,attn", phase2_end=9), "all", "phase 3 starts after 9 updates and would have none"),
