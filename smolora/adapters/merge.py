@@ -26,7 +26,7 @@ from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.loading import load_model, read_model_settings
-from smolora.models.saving import save_model
+from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_template
 from smolora.models.structure import is_quantised, is_stored_transposed
 from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
@@ -45,6 +45,7 @@ _COPIED = (
     "merges.txt",
     "*.model",
     "chat_template*",
+    f"{NAMED_TEMPLATES}/*.jinja",
     "LICENSE*",
     "NOTICE*",
 )
@@ -268,7 +269,10 @@ def _copy_settings(base: Path, adapter: Path, target: Path) -> None:
     for pattern in _COPIED:
         for file in base.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, target / file.name)
+                copy = target / file.relative_to(base)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
     for folder in (base, adapter):  # The adapter's own format wins.
         if (folder / PROMPT_FORMAT_FILE).is_file():
             shutil.copyfile(folder / PROMPT_FORMAT_FILE, target / PROMPT_FORMAT_FILE)
+    settle_chat_template(target)

@@ -36,6 +36,45 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Who may speak; a template may name others. A turn of anyone else would be taken for one that isn't learned."""
 
 
+_SAMPLE_CHAT: tuple[Message, ...] = (
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A model."},
+    {"role": "user", "content": "Which one?"},
+)
+_BEGINNINGS = ("", "{{ bos_token }}", "{{ bos_token + ' ' }}")
+
+
+def choose_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the tokenizer's own chat template, of several the one for plain conversations, else ours."""
+    found = tokenizer.chat_template if tokenizer is not None else None
+    own = found.get("default") if isinstance(found, Mapping) else found
+    return str(own) if own else PLAIN_CHAT_TEMPLATE
+
+
+def spell_chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a template by which plain transformers makes the prompts that `encode_chat_prompt` makes by `template`.
+
+    Transformers adds no begin-of-text token to what a template renders, so the template has to write it. Some
+    tokenizers take the space before the first word of a text away where that token is written.
+
+    Raises:
+        DataError: No template does, or `template` can't render a conversation.
+    """
+    wanted = encode_chat_prompt(_SAMPLE_CHAT, tokenizer, template=template)
+    for beginning in _BEGINNINGS:
+        spelt = beginning + template
+        found = tokenizer.apply_chat_template(
+            [dict(message) for message in _SAMPLE_CHAT],
+            chat_template=spelt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        if list(found["input_ids"]) == wanted:
+            return spelt
+    raise DataError("the tokenizer encodes what the chat template renders otherwise behind its begin-of-text token.")
+
+
 def check_messages(value: object) -> list[dict[str, str]]:
     """Return `value` as messages.
 
@@ -129,7 +168,7 @@ class _Renderer:
         try:
             encoded = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=self.template or self.tokenizer.chat_template or PLAIN_CHAT_TEMPLATE,
+                chat_template=self.template or choose_chat_template(self.tokenizer),
                 add_generation_prompt=is_prompt,
                 tokenize=True,
                 return_dict=True,

@@ -19,6 +19,7 @@ from smolora.data.chat import (
     Message,
     check_conversation,
     check_messages,
+    choose_chat_template,
     encode_chat_prompt,
     encode_conversation,
 )
@@ -84,9 +85,8 @@ class PromptFormat(Section):
         """Return the form with texts ended by `end_token`; our plain chat template too, which has none of its own."""
         if end_token is None:
             return self
-        template = self.chat_template
-        if template == PLAIN_CHAT_TEMPLATE:
-            template = template.replace("{{ eos_token }}", end_token)
+        ended = PLAIN_CHAT_TEMPLATE.replace("{{ eos_token }}", end_token)
+        template = self.chat_template and self.chat_template.replace(PLAIN_CHAT_TEMPLATE, ended)
         return self.model_copy(update={"chat_template": template, "end_token": end_token})
 
     def describe(self) -> str:
@@ -109,7 +109,7 @@ class PromptFormat(Section):
         """Return the form of messages with the template that `data` names, else the tokenizer's, else ours."""
         if self.kind != "messages":
             return self
-        return self.model_copy(update={"chat_template": _choose_template(data, tokenizer)})
+        return self.model_copy(update={"chat_template": data.chat_template or choose_chat_template(tokenizer)})
 
 
 def name_by_roles(columns: Sequence[str], fmt: PromptFormat) -> dict[str, str]:
@@ -179,18 +179,13 @@ def resolve_prompt_format(
             continue
         if kind == "instruction" and (given := match_column("input", columns)) is not None:
             found = {"instruction": found["instruction"], "input": given, "output": found["output"]}
-        template = _choose_template(data, tokenizer) if kind == "messages" else None
+        template = data.chat_template or choose_chat_template(tokenizer) if kind == "messages" else None
         return PromptFormat(kind=kind, columns=found, chat_template=template)
     raise DataError(
         f"the columns {', '.join(map(repr, columns)) or '(none)'} fit no form. Known: text; prompt and completion; "
         "instruction, output and perhaps input; messages. Name yours: --text-field X (data.text_field=X), or "
         "--prompt-field X --completion-field Y (data.prompt_field=X data.completion_field=Y)."
     )
-
-
-def _choose_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    own = tokenizer.chat_template if tokenizer is not None else None
-    return data.chat_template or (own if isinstance(own, str) else PLAIN_CHAT_TEMPLATE)
 
 
 def _named_format(columns: Sequence[str], data: DataConfig) -> PromptFormat | None:

@@ -10,14 +10,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolora.adapters.attach import quiet_peft
 from smolora.adapters.merge import merge_adapter
 from smolora.adapters.store import save_adapter
-from smolora.data.prompts import PromptFormat, read_prompt_format, write_prompt_format
+from smolora.data.chat import PLAIN_CHAT_TEMPLATE
+from smolora.data.prompts import PromptFormat, encode_prompt, read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
+from smolora.tokenizers.pretrained import load_tokenizer
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model
 from tests.unit.adapters.conftest import attach_moved, change_json, write_tensors
 
@@ -159,6 +161,41 @@ def test_the_adapter_s_prompt_format_goes_along_before_the_base_s(save_pair, tmp
     write_prompt_format(of_adapter, adapter)
     merge_adapter(adapter, tmp_path / "two")
     assert read_prompt_format(tmp_path / "two") == of_adapter
+
+
+def _give_template(base, kept):
+    """Give a base a chat template, in one of the places that transformers reads."""
+    if kept == "jinja":
+        (base / "chat_template.jinja").write_text("of the base")
+    elif kept == "config":
+        change_json(base / "tokenizer_config.json", chat_template="of the base")
+    elif kept == "named":
+        tokenizer = load_tokenizer(base)
+        tokenizer.chat_template = {"default": "of the base", "tool_use": "tools"}
+        tokenizer.save_pretrained(base)
+
+
+@pytest.mark.parametrize("kept", ["nowhere", "jinja", "config", "named"])
+def test_plain_transformers_prompts_a_merged_model_as_it_was_trained(save_pair, tmp_path, kept):
+    base, adapter = save_pair()
+    _give_template(base, kept)
+    fmt = PromptFormat(kind="messages", columns={"messages": "messages"}, chat_template=PLAIN_CHAT_TEMPLATE)
+    write_prompt_format(fmt, adapter)
+    merge_adapter(adapter, tmp_path / "out")
+    talk = [{"role": "user", "content": "The cat?"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert found == encode_prompt(talk, fmt, load_model(base).tokenizer)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == tokenizer.chat_template == PLAIN_CHAT_TEMPLATE
+
+
+def test_named_templates_go_along_where_the_base_s_own_was_trained(save_pair, tmp_path):
+    base, adapter = save_pair()
+    _give_template(base, "named")
+    fmt = PromptFormat(kind="messages", columns={"messages": "messages"}, chat_template="of the base")
+    write_prompt_format(fmt, adapter)
+    merge_adapter(adapter, tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template == {"default": "of the base", "tool_use": "tools"}
 
 
 def test_a_merged_model_can_be_adapted_and_merged_again(save_pair, tmp_path):

@@ -1,12 +1,15 @@
 import pytest
+from tokenizers.pre_tokenizers import Metaspace
 
 from smolora.config.data import DataConfig
 from smolora.data.chat import (
     PLAIN_CHAT_TEMPLATE,
     check_conversation,
     check_messages,
+    choose_chat_template,
     encode_chat_prompt,
     encode_conversation,
+    spell_chat_template,
 )
 from smolora.data.encoding import decode_ids
 from smolora.data.prompts import encode_prompt, encode_row, resolve_prompt_format
@@ -76,6 +79,32 @@ def test_the_template_is_the_configured_one_else_the_tokenizers_else_the_plain_o
 def test_a_template_that_writes_begin_of_text_gets_no_second_one(llama):
     ids = encode_chat_prompt(TALK[:1], llama, template="{{ bos_token }}" + PLAIN_CHAT_TEMPLATE)
     assert ids.count(llama.bos_token_id) == 1
+
+
+@pytest.fixture
+def first_word(llama):
+    """Llama's habit as newer tokenizers have it: the space is put before the first word of a text and no other."""
+    llama.backend_tokenizer.normalizer = None
+    llama.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    return llama
+
+
+@pytest.mark.parametrize("name", ["char", "bpe", "chatml", "llama", "first_word"])
+@pytest.mark.parametrize("beginning", ["", "{{ bos_token }}", "{%- if true -%}Chat. {% endif %}"])
+def test_a_spelt_template_makes_plain_transformers_prompt_as_we_do(request, name, beginning):
+    tokenizer = request.getfixturevalue(name)
+    template = beginning + PLAIN_CHAT_TEMPLATE
+    tokenizer.chat_template = spell_chat_template(template, tokenizer)
+    for talk in (TALK[:1], TALK[:3], [{"role": "system", "content": "Be kind."}, *TALK[:1]]):
+        found = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert found == encode_chat_prompt(talk, tokenizer, template=template)
+    assert spell_chat_template(tokenizer.chat_template, tokenizer) == tokenizer.chat_template
+
+
+def test_of_several_templates_the_default_is_the_tokenizers_own(chatml):
+    chatml.chat_template = {"tool_use": "x", "default": chatml.chat_template}
+    assert choose_chat_template(chatml) == chatml.chat_template["default"]
+    assert encode_chat_prompt(TALK[:1], chatml, template=None)[0] == chatml.convert_tokens_to_ids("<|im_start|>")
 
 
 def test_a_template_without_a_mark_for_the_end_gets_the_end_of_text(bpe):
