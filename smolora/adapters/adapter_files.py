@@ -63,13 +63,19 @@ class StoredAdapter:
     config: peft.PeftConfig
     tensors: Mapping[str, Tensor]
     identity: Mapping[str, str | None]
-    """`fingerprint`, `source`, `revision` and `quantization` of the base, and `weights`, the SHA-256 of the adapter's
-    own file; empty for a folder that plain peft wrote."""
+    """`fingerprint`, `source`, `revision` and `quantization` of the base, `relative_source`, its path from the folder
+    that the adapter's lies in, and `weights`, the SHA-256 of the adapter's own file; empty for a folder that plain
+    peft wrote."""
 
     @property
     def base(self) -> str | None:
-        """The folder or hub id of the base."""
-        return self.config.base_model_name_or_path or self.identity.get("source")
+        """The folder or hub id of the base: where base and adapter were moved together, where it is now."""
+        recorded = self.config.base_model_name_or_path or self.identity.get("source")
+        relative = self.identity.get("relative_source")
+        if not relative or recorded != self.identity.get("source") or Path(str(recorded)).is_dir():
+            return recorded
+        moved = self.folder.resolve().parent / relative
+        return str(moved.resolve()) if moved.is_dir() else recorded
 
     @property
     def method(self) -> str:
@@ -184,6 +190,7 @@ def _read_identity(folder: Path) -> dict[str, str | None]:
     try:
         identity = json.loads(file.read_text(encoding="utf-8"))
         known = {name: identity[name] for name in ("fingerprint", "source", "revision")}
-        return {**known, "quantization": identity.get("quantization", "none"), "weights": identity.get("weights")}
+        later = {name: identity.get(name) for name in ("relative_source", "weights")}
+        return {**known, **later, "quantization": identity.get("quantization", "none")}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{file} can't be read. Copy the adapter again.") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,7 @@ def save_adapter(bundle: ModelBundle, folder: Path) -> None:
         {
             "fingerprint": bundle.fingerprint,
             "source": bundle.source,
+            "relative_source": _find_way(bundle.source, folder),
             "revision": bundle.revision,
             "quantization": bundle.quantization,
             "weights": hash_file(folder / WEIGHTS_FILE),
@@ -308,7 +310,10 @@ def resolve_base_folder(adapter: StoredAdapter) -> Path:
     try:
         return resolve_model_folder(adapter.base, revision=adapter.config.revision)
     except ModelError as error:
-        raise ModelError(f"the base of {adapter.folder} isn't there: {error}") from error
+        raise ModelError(
+            f"the base of {adapter.folder} isn't there: {error} If it was moved: generate, chat, merge and evaluate "
+            "take --base PATH, and Python's from_path takes base=."
+        ) from error
 
 
 def find_adapter(source: str | Path) -> Path:
@@ -342,6 +347,16 @@ def _advise_unfinished(run: RunDir) -> str:
     if saved is None or not is_adapter_folder(saved.path):  # One of a whole model lacks its settings and tokenizer.
         return "Finish it with --resume."
     return f"Finish it with --resume, or name its last checkpoint, which is an adapter: {saved.path}"
+
+
+def _find_way(source: str, folder: Path) -> str | None:
+    """Return the path of a local base from the folder that an adapter's lies in."""
+    if not Path(source).is_dir():
+        return None
+    try:
+        return os.path.relpath(source, folder.resolve().parent)
+    except ValueError:  # Another drive of Windows.
+        return None
 
 
 def _write_config(peft_config: peft.PeftConfig, folder: Path) -> None:

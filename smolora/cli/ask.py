@@ -68,6 +68,7 @@ def generate(
     /,
     *,
     flags: SamplingFlags | None = None,
+    base: str | None = None,
     device: str = "auto",
 ) -> None:
     """Print a model's answer to a prompt: the answer alone, on stdout.
@@ -76,6 +77,7 @@ def generate(
         model: A run, a model or adapter folder, or a hub id.
         prompt: What it is asked, in the form it was trained on.
         flags: How the answer is drawn.
+        base: Base of the adapter, where it isn't where it was in training.
         device: auto, cpu, cuda or mps.
     """
     open_terminal()
@@ -84,26 +86,29 @@ def generate(
         logger.warning('the prompt is the name of a file, not what it holds; for that, give "$(cat %s)"', prompt)
     from smolora.models.folders import require_model
 
-    require_model(model)  # Before torch and transformers are imported.
+    for name in filter(None, (model, base)):  # Before torch and transformers are imported.
+        require_model(name)
     from smolora.recipes.generate import generate as run_generate
 
-    print(run_generate(model, prompt, settings, device=device))
+    print(run_generate(model, prompt, settings, base=base, device=device))
 
 
-def chat(model: str, /, *, flags: SamplingFlags | None = None, device: str = "auto") -> None:
+def chat(model: str, /, *, flags: SamplingFlags | None = None, base: str | None = None, device: str = "auto") -> None:
     """Talk to a model in the terminal, or through pipes with a question a line.
 
     Args:
         model: A run, a model or adapter folder, or a hub id.
         flags: How the answer is drawn.
+        base: Base of the adapter, where it isn't where it was in training.
         device: auto, cpu, cuda or mps.
     """
     open_terminal()
     settings = (flags or SamplingFlags()).to_settings()
     from smolora.models.folders import require_model
 
-    require_model(model)
+    for name in filter(None, (model, base)):
+        require_model(name)
     from smolora.adapters.store import open_model
     from smolora.inference.chat import run_chat
 
-    run_chat(open_model(model, device=device), settings)
+    run_chat(open_model(model, base, device=device), settings)

@@ -155,20 +155,22 @@ def probe(
     print_plainly(terminal, f"configuration: {folder.config}\nnext: smolora train {folder.config} -o RUN")
 
 
-def merge(run: Path, *, out: OutIfAny = None) -> None:
+def merge(run: Path, *, out: OutIfAny = None, base: str | None = None) -> None:
     """Add an adapter to its base and write a plain model, checked to answer the same.
 
     Args:
         run: A run of `train`, or an adapter folder.
         out: Folder to write. Left out, RUN/final_merged.
+        base: Base of the adapter, where it isn't where it was in training.
     """
     terminal = open_terminal()
     from smolora.models.folders import require_model
 
-    require_model(run)  # Before torch and transformers are imported.
+    for name in filter(None, (str(run), base)):  # Before torch and transformers are imported.
+        require_model(name)
     from smolora.recipes.merge import merge as run_merge
 
-    report = run_merge(run, out)
+    report = run_merge(run, out, base=base)
     print_plainly(
         terminal,
         f"merged model: {report.out} (base and adapter to within {report.max_difference:.1e}, by {report.compared})",

@@ -20,6 +20,7 @@ def evaluate(
     model: str | None = None,
     /,
     *,
+    base: str | None = None,
     predictions: Path | None = None,
     rows: RowFlags | None = None,
     flags: AnswerFlags | None = None,
@@ -36,6 +37,7 @@ def evaluate(
 
     Args:
         model: A run, a model or adapter folder, or a hub id.
+        base: Base of the adapter, where it isn't where it was in training.
         predictions: File with a prediction a line, in the order of the benchmark's rows, in place of a model.
         rows: Which rows.
         flags: How answers are drawn.
@@ -54,9 +56,9 @@ def evaluate(
     from smolora.recipes.evaluate import evaluate as run_evaluate
 
     fields = {path.removeprefix("data."): value for path, value in collect_settings(rows).items()}
-    given = {name: value for name, value in vars(flags).items() if value is not None}
     request = EvaluationRequest(
         model=model,
+        base=base,
         predictions=predictions,
         benchmark=rows.benchmark,
         data_dir=rows.data_dir,
@@ -64,7 +66,7 @@ def evaluate(
         data=DataConfig(sources=rows.data, **fields),
         num_samples=rows.num_samples,
         batch_size=batch_size,
-        settings=SamplingSettings(**given),
+        settings=SamplingSettings(**{name: value for name, value in vars(flags).items() if value is not None}),
         by_likelihood=by_likelihood,
         out=out,
         device=device,

@@ -28,6 +28,8 @@ class EvaluationRequest:
 
     model: str | None = None
     """A run, a model or adapter folder, or a hub id."""
+    base: str | None = None
+    """The base of an adapter, where its folder doesn't lead to it."""
     predictions: Path | None = None
     """Or a file with a prediction a line."""
     benchmark: str | None = None
@@ -66,7 +68,7 @@ class EvaluationRequest:
         given = {name for name, value in vars(self).items() if value != usual[name]} | self.data.model_fields_set
         drawing = self.settings.model_fields_set if self.settings else set()
         idle_beside = {
-            "--predictions": {"by_likelihood", "batch_size", "device", *drawing} if self.predictions else set(),
+            "--predictions": {"base", "by_likelihood", "batch_size", "device", *drawing} if self.predictions else set(),
             "--benchmark": set(DataConfig.model_fields) - {"sources"} if self.benchmark else set(),
             "--data": {"data_dir", "split"} if self.data.sources else set(),
             "--by-likelihood": drawing if self.by_likelihood else set(),
@@ -98,7 +100,7 @@ def evaluate(
     if rows:
         rows.count()  # What is wrong with the rows is said before a model is loaded.
     assert request.model is not None, "check has seen to that"
-    bundle = open_model(request.model, device=request.device)
+    bundle = open_model(request.model, request.base, device=request.device)
     rows = rows or open_data(
         request.data,
         trained=bundle.prompt_format,

@@ -9,17 +9,31 @@ from smolora.generation.text_generator import TextGenerator
 from smolora.inference.pipeline import InferencePipeline
 
 
-def generate(source: str, prompt: str, settings: SamplingSettings = DEFAULT_SAMPLING, *, device: str = "auto") -> str:
+def generate(
+    source: str,
+    prompt: str,
+    settings: SamplingSettings = DEFAULT_SAMPLING,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+) -> str:
     """Return the answer, without the prompt, of a run, a model or adapter folder, or a hub id.
 
     The answer of a classifier is the label of the text.
+
+    Args:
+        source: What is asked.
+        prompt: What it is asked.
+        settings: How the answer is drawn.
+        base: The base of an adapter, where its folder doesn't lead to it.
+        device: auto, cpu, cuda or mps.
 
     Raises:
         ModelError: There is no such model.
         ConfigError: The model has a head that answers no text alone, or one that the settings change nothing of.
         DataError: The prompt leaves no room in the model's context.
     """
-    bundle = open_model(source, device=device)
+    bundle = open_model(source, base, device=device)
     if bundle.task == "classification":
         refuse_drawing(bundle, SamplingSettings(**settings.model_dump(exclude_defaults=True)), by_likelihood=False)
         return InferencePipeline(bundle).classify(prompt).label

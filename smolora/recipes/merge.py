@@ -13,12 +13,13 @@ from smolora.records.run_dir import RunDir
 from smolora.runtime.memory import keep_large_blocks
 
 
-def merge(source: Path, out: Path | None = None) -> MergeReport:
+def merge(source: Path, out: Path | None = None, *, base: str | Path | None = None) -> MergeReport:
     """Merge an adapter into its base, verify it, and write the merged model.
 
     Args:
         source: A run, or an adapter folder.
         out: The new folder. Left out, it is `final_merged` in the run.
+        base: The base's folder, hub id or run, where the adapter's own record doesn't lead to it.
 
     Raises:
         ConfigError: `out` exists and isn't empty, or is left out for an adapter that is in no run.
@@ -34,4 +35,4 @@ def merge(source: Path, out: Path | None = None) -> MergeReport:
     # No run may rewrite the adapter meanwhile. One that this process may only read can be merged elsewhere yet.
     is_guarded = RunDir.is_run(run.path) and (out is None or run.is_lockable)
     with run.locked() if is_guarded else nullcontext():
-        return merge_adapter(adapter, out or run.merged)
+        return merge_adapter(adapter, out or run.merged, base=base)

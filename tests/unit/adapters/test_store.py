@@ -239,6 +239,25 @@ def test_a_base_that_is_gone_is_named(save_pair):
         load_bundle(adapter)
 
 
+def test_a_base_that_was_moved_with_its_adapter_is_found(save_pair, tmp_path):
+    save_pair()
+    for name in ("base", "adapter"):
+        shutil.move(tmp_path / name, tmp_path / "elsewhere" / name)
+    assert load_bundle(tmp_path / "elsewhere/adapter").source == str((tmp_path / "elsewhere/base").resolve())
+    save_tiny_model("llama", tmp_path / "base", seed=1)  # The place that is recorded goes before.
+    with pytest.raises(ModelError, match="was trained on another base"):
+        load_bundle(tmp_path / "elsewhere/adapter")
+
+
+def test_another_model_where_a_moved_base_would_be_is_refused(save_pair, tmp_path):
+    base, adapter = save_pair()
+    shutil.rmtree(base)
+    shutil.move(adapter, tmp_path / "elsewhere/adapter")
+    save_tiny_model("llama", tmp_path / "elsewhere/base", seed=1)
+    with pytest.raises(ModelError, match="was trained on another base"):
+        load_bundle(tmp_path / "elsewhere/adapter")
+
+
 def test_an_adapter_that_names_no_base_is_refused(save_peft_pair):
     _, adapter = save_peft_pair(target_modules="all-linear")
     change_json(adapter / "adapter_config.json", base_model_name_or_path=None)

@@ -6,11 +6,43 @@ import io
 import sys
 from pathlib import Path
 
+import pytest
+
+from smolora.adapters.attach import attach_adapter
+from smolora.adapters.store import save_adapter
+from smolora.config.adapter import LoRAConfig
 from smolora.generation.sampling import SamplingSettings
+from smolora.models.loading import load_model
 from smolora.recipes.generate import generate
-from tests.tiny import CONTEXT
+from smolora.records.run_dir import RunDir
+from tests.tiny import CONTEXT, save_tiny_model
 
 FEW = ("--max-new-tokens", 8)
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """A run whose base was moved away, and the base."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.resolved_config.write_text("")
+    bundle = attach_adapter(load_model(save_tiny_model("gpt2", tmp_path / "base")), LoRAConfig(), seed=0)
+    save_adapter(bundle, run.adapter)
+    return run.path, (tmp_path / "base").rename(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "merge", "evaluate"])
+def test_a_base_that_was_moved_is_named_with_base(smolora, moved, rows, verb, monkeypatch):
+    run, place = moved
+    fields = ("--prompt-field", "mr", "--completion-field", "ref", "--num-samples", 1)
+    more = {"generate": ("the cat", *FEW), "chat": FEW, "merge": (), "evaluate": ("--data", rows, *fields, *FEW)}[verb]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
+    code, _, err = smolora(verb, run, *more)
+    assert (code, "take --base PATH" in err) == (4, True)
+    assert smolora(verb, run, *more, "--base", "./none")[0] == 4
+    code, _, err = smolora(verb, run, *more, "--base", save_tiny_model("gpt2", run / "other", seed=1))
+    assert (code, "was trained on another base" in err) == (4, True)
+    assert smolora(verb, run, *more, "--base", place)[0] == 0
 
 
 def test_the_answer_is_all_of_stdout(smolora, base):

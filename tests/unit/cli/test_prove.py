@@ -101,6 +101,10 @@ def test_a_run_keeps_its_evaluations(smolora, base, rows, tmp_path):
             ("--predictions", "p.txt", "--benchmark", "sick", "--seed", 1, "--by-likelihood"),
             (2, "--by-likelihood, --seed would change nothing beside --predictions"),
         ),
+        (
+            ("--predictions", "p.txt", "--benchmark", "sick", "--base", "b"),
+            (2, "--base would change nothing beside --predictions"),
+        ),
         (("m", "--benchmark", "squid", "--data-dir", "."), (2, "Did you mean 'squad'")),
         (("m", "--benchmark", "squad", "--data-dir", "none"), (3, "no folder none with one of dev-v1.1.json")),
         (("no-such-model", "--data", "no-such-file.csv"), (4, "no-such-model")),
