@@ -242,11 +242,14 @@ def encode_prompt(
             form without turns has no history: of messages, it is asked the last one.
         fmt: The form the model was trained in; None for a plain model.
         tokenizer: The model's.
+
+    Raises:
+        DataError: It is neither, or can't be rendered.
     """
     if isinstance(prompt, str) and fmt is not None and fmt.kind == "messages":
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
-        messages = check_messages(prompt)
+        messages = check_conversation(prompt)
         if fmt is None or fmt.kind in {"messages", "text"}:
             return encode_chat_prompt(messages, tokenizer, template=fmt.chat_template if fmt else None)
     return [*get_bos_ids(tokenizer), *encode_texts([render_prompt(prompt, fmt)], tokenizer)[0]]
@@ -254,8 +257,22 @@ def encode_prompt(
 
 def render_prompt(prompt: str | Sequence[Message], fmt: PromptFormat | None) -> str:
     """Return what is asked as one text, in the form `fmt` where it is an instruction; of messages the last one."""
-    text = prompt if isinstance(prompt, str) else check_messages(prompt)[-1]["content"]
+    text = prompt if isinstance(prompt, str) else check_conversation(prompt)[-1]["content"]
     return _render_instruction(text, "") if fmt is not None and fmt.kind == "instruction" else text
+
+
+def check_conversation(prompt: object) -> list[dict[str, str]]:
+    """Return the messages of a prompt that is no text.
+
+    Raises:
+        DataError: It is no conversation either.
+    """
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        raise DataError(
+            'a prompt is a text, or a conversation as a list of {"role": ..., "content": ...}; found '
+            f"{prompt!r:.80}. Several prompts, and one conversation among them, stand in a list."
+        )
+    return check_messages(prompt)
 
 
 def _render_instruction(instruction: str, given: str) -> str:

@@ -182,6 +182,13 @@ def test_a_value_that_is_no_text_is_refused(bpe):
         encode_row({"p": "a", "c": 5}, PAIR, bpe)
 
 
+@pytest.mark.parametrize("fmt", [None, PAIR, INSTRUCTION])
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user", "content": "hi"}])
+def test_what_is_no_prompt_is_refused_with_what_one_is(bpe, fmt, prompt):
+    with pytest.raises(DataError, match=r"a prompt is a text, or a conversation as a list of .*; found (None|5|\{)"):
+        encode_prompt(prompt, fmt, bpe)
+
+
 def test_half_of_a_surrogate_pair_in_a_prompt_is_refused(bpe):
     with pytest.raises(DataError, match="half of a surrogate pair"):
         encode_prompt("a\ud800", None, bpe)
