@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from smolora.cli.terminal import open_terminal
-from smolora.errors import ConfigError
+from smolora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from smolora.generation.sampling import SamplingSettings
@@ -75,15 +76,19 @@ def generate(
 
     Args:
         model: A run, a model or adapter folder, or a hub id.
-        prompt: What it is asked, in the form it was trained on.
+        prompt: What it is asked, in the form it was trained on; - reads it from standard input.
         flags: How the answer is drawn.
         base: Base of the adapter, where it isn't where it was in training.
         device: auto, cpu, cuda or mps.
     """
     open_terminal()
     settings = (flags or SamplingFlags()).to_settings()
-    if os.path.isfile(prompt):  # noqa: PTH113 - Path.is_file raises where text is too long to be a name
-        logger.warning('the prompt is the name of a file, not what it holds; for that, give "$(cat %s)"', prompt)
+    if prompt == "-":
+        prompt = _read_prompt()
+    elif os.path.isfile(prompt):  # noqa: PTH113 - Path.is_file raises where text is too long to be a name
+        logger.warning(
+            "the prompt is the name of a file, not what it holds; for that, write - < %s in its place", prompt
+        )
     from smolora.models.folders import require_model
 
     for name in filter(None, (model, base)):  # Before torch and transformers are imported.
@@ -91,6 +96,14 @@ def generate(
     from smolora.recipes.generate import generate as run_generate
 
     print(run_generate(model, prompt, settings, base=base, device=device))
+
+
+def _read_prompt() -> str:
+    """Return what standard input holds but for line breaks at its end, as $(...) of a shell does."""
+    try:
+        return sys.stdin.read().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input isn't UTF-8 text: {error.reason} at byte {error.start + 1}.") from None
 
 
 def chat(model: str, /, *, flags: SamplingFlags | None = None, base: str | None = None, device: str = "auto") -> None:

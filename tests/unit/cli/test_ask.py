@@ -87,6 +87,16 @@ def test_a_prompt_that_names_a_file_is_asked_as_it_is_with_a_warning(smolora, ba
     assert "the name of a file" not in smolora("generate", base, "the cat " * 400)[2]
 
 
+def test_a_dash_reads_the_prompt_from_standard_input(smolora, base, monkeypatch):
+    piped = io.TextIOWrapper(io.BytesIO(b"the cat\nsat\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    answer = smolora("generate", base, "-", "--greedy", *FEW)
+    assert answer == smolora("generate", base, "the cat\nsat", "--greedy", *FEW)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    code, _, err = smolora("generate", base, "-")
+    assert (code, "standard input isn't UTF-8 text" in err) == (3, True)
+
+
 def test_an_empty_prompt_starts_from_nothing(smolora, base):
     assert smolora("generate", base, "", *FEW)[0] == 0
 
