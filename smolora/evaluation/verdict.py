@@ -25,6 +25,7 @@ _OVERWRITTEN = 10.0
 """An update so many times as large as the weights has replaced them; usual ones are below 1."""
 
 _MANY_SEEN = 0.1
+_HOLD_OUT_MORE = "hold out more: --eval-data, or of 50 rows and more a larger data.validation_fraction"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +140,36 @@ def judge(evidence: Evidence) -> Verdict:
 
 def _doubt_labels(majority: Comparison) -> str:
     """Return why labels may have been learned by how frequent they are alone, as a clause."""
-    more = "hold out more: --eval-data, or of 50 rows and more a larger data.validation_fraction"
     if majority.num_rows < FEWEST_ANSWERS:
         return (
             f"{majority.num_rows} held-out rows are too few to tell an accuracy of {majority.tuned:.4f} from the "
-            f"{majority.base:.4f} of always naming the commonest label: it takes {FEWEST_ANSWERS} ({more})"
+            f"{majority.base:.4f} of always naming the commonest label: it takes {FEWEST_ANSWERS} ({_HOLD_OUT_MORE})"
         )
     return (
         f"an accuracy of {majority.tuned:.4f} isn't surely above the {majority.base:.4f} of always naming the "
-        f"commonest label. Either {majority.num_rows} held-out rows are too few to tell ({more}), or how frequent "
-        "each label is was learned, and not which text has which: are texts and labels paired rightly?"
+        f"commonest label. Either {majority.num_rows} held-out rows are too few to tell ({_HOLD_OUT_MORE}), or how "
+        "frequent each label is was learned, and not which text has which: are texts and labels paired rightly?"
+    )
+
+
+def _doubt_prompts(use: PromptUse) -> str:
+    """Return why the answers may not depend on the prompts, as a clause."""
+    other, prompts = ("another row's prompt", "prompts")
+    if use.is_of_questions:
+        other, prompts = ("another question about its context", "questions")
+    too_few = f"{use.num_rows} held-out row{'s are' if use.num_rows != 1 else ' is'} too few to tell"
+    form = f"the form of the answers was learned, not what they answer: are {prompts} and answers paired rightly?"
+    least = LEAST_LOSS_SHARE * use.own
+    if use.high is not None and use.high < least:
+        return f"after {other} an answer is as likely as after its own (to 1 %): {form}"
+    if use.high is not None and use.other - use.own < least:
+        return (
+            f"after {other} an answer is about as likely as after its own. Either {too_few} ({_HOLD_OUT_MORE}), or "
+            + form
+        )
+    return (
+        f"{too_few} whether the answers depend on the {prompts}: a loss of {use.other:.4f} after {other} against "
+        f"{use.own:.4f} after its own may be chance ({_HOLD_OUT_MORE})"
     )
 
 
@@ -164,13 +185,7 @@ def _choose_word(evidence: Evidence) -> tuple[Word, str]:
     if evidence.majority is not None and evidence.majority.verdict <= 0:
         return "no change", f"{found}, but {_doubt_labels(evidence.majority)}"
     if use is not None and not use.is_sure:
-        other, prompts = ("another row's prompt", "prompts")
-        if use.is_of_questions:
-            other, prompts = ("another question about its context", "questions")
-        return "no change", (
-            f"{found}, but after {other} an answer is as likely as after its own (to 1 %): "
-            f"the form of the answers was learned, not what they answer. Are {prompts} and answers paired rightly?"
-        )
+        return "no change", f"{found}, but {_doubt_prompts(use)}"
     if overlap.rows > _MANY_SEEN * overlap.num_held_out:
         found += f"; but {overlap.rows} of {overlap.num_held_out} held-out rows were trained on, so this may be memory"
     elif evidence.has_seen_prompts:

@@ -69,6 +69,24 @@ def test_each_kind_of_run_has_its_word(evidence, word):
     assert judge(evidence).word == word
 
 
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        (
+            PromptUse(0.4743, 0.4865, -0.0017, 0.035, 4),
+            "4 held-out rows are too few to tell whether the answers depend",
+        ),
+        (PromptUse(0.5, 0.52, None, None, 1), "1 held-out row is too few to tell whether the answers depend"),
+        (PromptUse(1.0, 1.001, -0.1, 0.1, 40), "Either 40 held-out rows are too few to tell (hold out more"),
+        (A_TRACE, "an answer is as likely as after its own (to 1 %): the form of the answers was learned"),
+    ],
+)
+def test_that_rows_are_too_few_is_told_from_a_form_that_was_learned(use, reason):
+    found = judge(gather(loss(1.0), use=use)).reason
+    assert reason in found
+    assert ("paired rightly" in found) != ("whether the answers depend" in found)
+
+
 def test_held_out_rows_that_were_trained_on_are_named():
     assert "20 of 40 held-out rows were trained on" in judge(gather(loss(1.0), seen=20)).reason
 
