@@ -113,8 +113,9 @@ def refuse_unknown(side: str, rows: Iterable[set[str]], learned: Sequence[str]) 
         shown = ", ".join(f"{name!r} ({count_of(count, 'row')})" for name, count in unknown.most_common(_SHOWN))
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         hint = did_you_mean(next(iter(unknown)), learned)
+        verb = "isn't" if len(unknown) == 1 else "aren't"
         others = f" and {len(learned) - _SHOWN_LEARNED} more" if len(learned) > _SHOWN_LEARNED else ""
         raise DataError(
-            f"{side} rows have {len(unknown)} labels that aren't learned: {shown}{more}.{hint} "
+            f"{side} rows have {count_of(len(unknown), 'label')} that {verb} learned: {shown}{more}.{hint} "
             f"Learned are: {', '.join(learned[:_SHOWN_LEARNED])}{others}. Correct those rows, or leave them out."
         )

@@ -113,7 +113,7 @@ class DataReport:
             self.write(folder)
         place = f" All are listed in {RunDir(folder).rejects}." if folder is not None else ""
         if not self.train:
-            raise DataError(f"no row is left to learn from: {self.describe_rejects()}\nRepair them.{place}")
+            raise DataError(f"no row is left: {self.describe_rejects()}\nRepair them.{place}")
         raise DataError(
             f"{self.describe_rejects()}\nRepair them, or set data.max_rejects={len(self.rejects)} (now {allowed}) to "
             f"go on without them.{place}"

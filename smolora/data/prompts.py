@@ -249,7 +249,7 @@ def encode_prompt(
     if isinstance(prompt, str) and fmt is not None and fmt.kind == "messages":
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str):
-        messages = check_conversation(prompt)
+        messages = check_prompt(prompt)
         if fmt is None or fmt.kind in {"messages", "text"}:
             return encode_chat_prompt(messages, tokenizer, template=fmt.chat_template if fmt else None)
     return [*get_bos_ids(tokenizer), *encode_texts([render_prompt(prompt, fmt)], tokenizer)[0]]
@@ -257,11 +257,11 @@ def encode_prompt(
 
 def render_prompt(prompt: str | Sequence[Message], fmt: PromptFormat | None) -> str:
     """Return what is asked as one text, in the form `fmt` where it is an instruction; of messages the last one."""
-    text = prompt if isinstance(prompt, str) else check_conversation(prompt)[-1]["content"]
+    text = prompt if isinstance(prompt, str) else check_prompt(prompt)[-1]["content"]
     return _render_instruction(text, "") if fmt is not None and fmt.kind == "instruction" else text
 
 
-def check_conversation(prompt: object) -> list[dict[str, str]]:
+def check_prompt(prompt: object) -> list[dict[str, str]]:
     """Return the messages of a prompt that is no text.
 
     Raises:

@@ -21,7 +21,7 @@ from typing import TextIO
 from smolora.config.data import FileType
 from smolora.data.rows import Reject, Row, check_values, find_broken_character, find_column, list_columns
 from smolora.data.squad import is_squad, iter_questions
-from smolora.errors import DataError, StorageError, clause, did_you_mean
+from smolora.errors import DataError, StorageError, clause, count_of, did_you_mean
 
 Read = Iterator[Row | Reject]
 
@@ -270,7 +270,7 @@ def _match_header(fields: list[str], header: list[str], path: Path, line: int) -
     if not fields:  # A blank line.
         return Row({}, str(path), line)
     if len(fields) != len(header):
-        return Reject(str(path), line, f"{len(fields)} fields, but the header has {len(header)}")
+        return Reject(str(path), line, f"{count_of(len(fields), 'field')}, but the header has {len(header)}")
     return check_values(dict(zip(header, fields, strict=True)), str(path), line)
 
 

@@ -137,7 +137,7 @@ def close_report(report: DataReport, data: DataConfig, *, train: int, held_out: 
 def _describe_emptiness(data: DataConfig) -> DataError:
     """Say the same of an empty file, of blank lines, and of rows without text."""
     named = ", ".join(data.sources) or "the dataset"
-    return DataError(f"no rows to learn from in {named}: it is empty, or every row lacks text. Name one with text.")
+    return DataError(f"no rows in {named}: it is empty, or every row lacks text. Name one with text.")
 
 
 def _resolve_first(

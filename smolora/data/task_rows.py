@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from smolora.data.labels import learn_labels, name_label
 from smolora.data.rows import Row
+from smolora.errors import count_of
 
 if TYPE_CHECKING:
     from smolora.data.prompts import PromptFormat
@@ -37,7 +38,7 @@ def find_tags_problem(words: object, tags: object) -> str | None:
     if not isinstance(tags, Sequence) or isinstance(tags, str):
         return f"the labels of a row are a list, found {type(tags).__name__} {tags!r}"[:200]
     if len(words) != len(tags):
-        return f"{len(words)} words, but {len(tags)} labels"
+        return f"{count_of(len(words), 'word')}, but {count_of(len(tags), 'label')}"
     problems = (problem for tag in tags if (problem := find_label_problem(tag)))
     return next(problems, None)
 

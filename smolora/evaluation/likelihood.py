@@ -14,7 +14,7 @@ from smolora.config.model import TaskType
 from smolora.data.benchmark_rows import Prompt
 from smolora.data.collate import Batch, get_data_collator
 from smolora.data.encoding import encode_pairs
-from smolora.data.prompts import PromptFormat, check_conversation, encode_row, render_prompt
+from smolora.data.prompts import PromptFormat, check_prompt, encode_row, render_prompt
 from smolora.data.seq2seq import cut_sides, encode_answered
 from smolora.data.token_dataset import Example
 from smolora.generation.decoding import in_eval_mode
@@ -149,10 +149,10 @@ def _count_positions(examples: Sequence[Example], task: TaskType) -> int:
 def _render(prompt: Prompt, answer: str, fmt: PromptFormat | None) -> tuple[dict[str, object], PromptFormat]:
     """Return a pair as a row of the model's own form, and that form; messages for a model without one are plain."""
     if fmt is not None and fmt.kind != "messages":
-        text = prompt if isinstance(prompt, str) else check_conversation(prompt)[-1]["content"]
+        text = prompt if isinstance(prompt, str) else check_prompt(prompt)[-1]["content"]
         asked, answered = ("instruction", "output") if fmt.kind == "instruction" else ("prompt", "completion")
         return {asked: text, answered: answer}, _with_columns(fmt, (asked, answered))
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_conversation(prompt)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_prompt(prompt)
     form = fmt or PromptFormat(kind="messages", columns={"messages": "messages"})
     return {"messages": [*turns, {"role": "assistant", "content": answer}]}, _with_columns(form, ("messages",))
 

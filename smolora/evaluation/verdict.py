@@ -157,7 +157,7 @@ def _doubt_prompts(use: PromptUse) -> str:
     other, prompts = ("another row's prompt", "prompts")
     if use.is_of_questions:
         other, prompts = ("another question about its context", "questions")
-    too_few = f"{use.num_rows} held-out row{'s are' if use.num_rows != 1 else ' is'} too few to tell"
+    too_few = f"{count_of(use.num_rows, 'held-out row')} {'are' if use.num_rows != 1 else 'is'} too few to tell"
     form = f"the form of the answers was learned, not what they answer: are {prompts} and answers paired rightly?"
     least = LEAST_LOSS_SHARE * use.own
     if use.high is not None and use.high < least:

@@ -50,7 +50,7 @@ def test_rejects_within_the_limit_pass(tmp_path):
 
 def test_rejects_that_leave_no_row_are_written_and_stop_the_run_whatever_is_allowed(tmp_path):
     made = report(rejects=[Reject("a.jsonl", line, "bad") for line in range(1, 11)])
-    with pytest.raises(DataError, match="no row is left to learn from: 10 of 10 rows can't be used") as caught:
+    with pytest.raises(DataError, match="no row is left: 10 of 10 rows can't be used") as caught:
         made.check_rejects(10, tmp_path / "out")
     assert "max_rejects" not in str(caught.value)
     assert f"All are listed in {tmp_path / 'out' / 'rejects.jsonl'}" in str(caught.value)

@@ -164,7 +164,7 @@ def test_an_unterminated_quote_is_fatal_and_says_where_it_opened(write):
 
 def test_a_row_with_another_number_of_fields_is_rejected(write):
     found = read_rows(write("a.csv", "a,b\n1,2\n1\n1,2,3\n"), "csv")
-    assert rejects(found) == [(3, "1 fields, but the header has 2"), (4, "3 fields, but the header has 2")]
+    assert rejects(found) == [(3, "1 field, but the header has 2"), (4, "3 fields, but the header has 2")]
 
 
 def test_text_after_a_closing_quote_is_rejected(write):

@@ -68,5 +68,5 @@ def test_nothing_is_read_before_it_is_asked_for_and_one_row_is_held_at_a_time(tm
 def test_a_report_closes_on_rows_alone(tmp_path):
     found = stream([write_rows(tmp_path / "a.jsonl", [{"text": " "}])])
     assert list(found.train) == []
-    with pytest.raises(DataError, match=r"no rows to learn from in a\.jsonl"):
+    with pytest.raises(DataError, match=r"no rows in a\.jsonl"):
         close_report(found.report, DataConfig(sources=("a.jsonl",)), train=0, held_out=0, out=None)

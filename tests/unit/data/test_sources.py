@@ -135,7 +135,7 @@ def test_tolerated_rejects_are_left_out_and_counted(tmp_path):
 )
 def test_a_file_without_text_is_refused_with_one_message_that_names_it(tmp_path, reader, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"no rows to learn from in .*{name}: it is empty, or every row lacks text"):
+    with pytest.raises(DataError, match=f"no rows in .*{name}: it is empty, or every row lacks text"):
         reader(DataConfig(sources=(str(tmp_path / name),)))
 
 
@@ -144,7 +144,7 @@ def test_a_file_without_text_is_refused_with_one_message_that_names_it(tmp_path,
 def test_where_every_row_is_rejected_the_account_is_written_and_no_limit_blamed(tmp_path, reader, content):
     (tmp_path / "a.jsonl").write_text(content)
     data = DataConfig(sources=(str(tmp_path / "a.jsonl"),), max_rejects=5)
-    with pytest.raises(DataError, match=r"no row is left to learn from: 1 of 1 rows[\s\S]*a.jsonl:1") as caught:
+    with pytest.raises(DataError, match=r"no row is left: 1 of 1 rows[\s\S]*a.jsonl:1") as caught:
         reader(data, out=tmp_path / "out")
     assert "max_rejects" not in str(caught.value)
     assert (tmp_path / "out" / "rejects.jsonl").read_text()

@@ -89,7 +89,7 @@ def test_words_are_not_cleaned_away_under_their_labels():
 @pytest.mark.parametrize(
     ("words", "tags", "problem"),
     [
-        (["a", "b"], ["O"], "2 words, but 1 labels"),
+        (["a", "b"], ["O"], "2 words, but 1 label"),
         ("a b", ["O"], "a list of texts, found str"),
         (["a"], "O", "a list, found str"),
         (["a"], [-100], "-100, which stands for no label"),

@@ -147,7 +147,7 @@ def test_a_row_with_more_words_than_labels_is_rejected_with_its_line(tmp_path):
     config = settings(tmp_path)
     with Path(config.data.sources[0]).open("a") as file:
         file.write('{"tokens": ["a", "b"], "ner_tags": [1]}\n')
-    with pytest.raises(DataError, match="words.jsonl:41: .*2 words, but 1 labels"):
+    with pytest.raises(DataError, match="words.jsonl:41: .*2 words, but 1 label"):
         read_rows(config)
 
 

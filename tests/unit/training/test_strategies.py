@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -46,12 +47,14 @@ def test_a_plain_strategy_changes_nothing(make_trainer):
     assert_close(weights(trainer), weights(plain), rtol=0, atol=0)
 
 
-def test_the_adaptive_rate_is_a_cosine_with_warm_up_that_every_plateau_halves(make_trainer, unlike):
+def test_the_adaptive_rate_is_a_cosine_with_warm_up_that_every_plateau_halves(make_trainer, unlike, caplog):
+    caplog.set_level("INFO", logger="smolora")
     settings = {"eval_dataset": unlike, "eval_steps": 2, "max_steps": 8}
     _, recorder = run_with(AdaptiveLRStrategy(warmup_steps=2, patience=1), make_trainer, **settings)
     curve = [1e-2 * schedule_factor("cosine", step, warmup_steps=2, total_steps=8) for step in range(8)]
     lowered = [rate * 0.5 ** (step // 2) for step, rate in enumerate(curve)]
     assert rates(recorder) == pytest.approx(lowered, rel=1e-12)
+    assert re.search(r"no held-out loss below \d\.\d{4} in 1 evaluation; the learning rate is now 0\.5 of", caplog.text)
 
 
 def test_a_falling_loss_keeps_the_curve(make_trainer, dataset):
