@@ -104,12 +104,14 @@ class TrainingConfig(_Learning):
 
     def with_rows_per_step(self, rows: int, num_processes: int = 1) -> TrainingConfig:
         """Return a copy whose updates see `rows` rows over all processes, at this accumulation."""
-        size, remainder = divmod(rows, self.gradient_accumulation_steps * num_processes)
+        parts = self.gradient_accumulation_steps * num_processes
+        size, remainder = divmod(rows, parts)
         if remainder or size < 1:
             over = f" on {num_processes} processes" if num_processes > 1 else ""
+            nearest = " or ".join(str(parts * number) for number in (size, max(size, 0) + 1) if number > 0)
             raise ConfigError(
-                f"training: {rows} rows a step can't be split evenly into "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} passes{over}."
+                f"--batch-size: {rows} rows a step can't be split evenly into "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} passes{over}. Give {nearest}."
             )
         copy: TrainingConfig = self.replace(per_device_train_batch_size=size)
         return copy

@@ -61,8 +61,10 @@ def test_rows_per_step_multiplies_accumulation():
 
 
 def test_rows_that_accumulation_does_not_divide_are_refused():
-    with pytest.raises(ConfigError, match="7 rows a step"):
+    with pytest.raises(ConfigError, match=r"--batch-size: 7 rows a step .*Give 6 or 8\."):
         TrainingConfig(gradient_accumulation_steps=2).with_rows_per_step(7)
+    with pytest.raises(ConfigError, match=r"Give 2\."):
+        TrainingConfig(gradient_accumulation_steps=2).with_rows_per_step(-1)
 
 
 def test_processes_share_the_rows_of_a_step():
