@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from smolora.cli.flags import TrainFlags
 from smolora.cli.make import OutIfAny
-from smolora.cli.run_config import build_config, require_inputs
+from smolora.cli.run_config import build_config, require_inputs, require_out
 from smolora.cli.terminal import open_terminal
 from smolora.runtime.console import print_plainly
 
@@ -18,6 +18,7 @@ from smolora.runtime.console import print_plainly
 def plan(
     *words: str,
     out: OutIfAny = None,
+    resume: bool = False,
     preset: str | None = None,
     data_dir: Path | None = None,
     flags: TrainFlags | None = None,
@@ -28,6 +29,7 @@ def plan(
     Args:
         words: A YAML file, and any setting as key.path=value.
         out: Folder of the run, only read, for --resume.
+        resume: Plan what is left of the run in OUT.
         preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
         data_dir: Folder with the files of the preset's benchmark, in place of --data.
         flags: What has a flag of its own.
@@ -37,11 +39,13 @@ def plan(
     terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import ExperimentConfig
 
-    config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir)
+    config = build_config(
+        ExperimentConfig, words, flags, resumed=require_out(out) if resume else None, preset=preset, data_dir=data_dir
+    )
     require_inputs(config)
     from smolora.recipes.plan import plan as run_plan
 
-    made = run_plan(config, out, resume=flags.resume)
+    made = run_plan(config, out, resume=resume)
     print_plainly(terminal, made.estimate.describe())
     if as_json:
         print(json.dumps(made.to_dict()))

@@ -82,9 +82,6 @@ class LoopFlags:
     batch_size: int | None = None
     """Rows per update, however many passes and processes they take."""
 
-    resume: bool = False
-    """Go on from the newest whole checkpoint in OUT, with the settings it was started with."""
-
     quiet: bool = False
     """Show warnings only."""
 

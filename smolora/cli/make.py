@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from smolora.cli.flags import PrepareFlags, PretrainFlags, TrainFlags, collect_settings
-from smolora.cli.run_config import build_config, require_inputs, require_start
+from smolora.cli.run_config import build_config, require_inputs, require_out, require_start
 from smolora.cli.terminal import open_terminal
-from smolora.errors import ConfigError
 from smolora.runtime.console import print_plainly
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def prepare(
 def pretrain(
     *words: str,
     out: Out,
+    resume: bool = False,
     flags: PretrainFlags | None = None,
 ) -> None:
     """Train a tokenizer and a small GPT from nothing. The model is written to OUT/model.
@@ -55,24 +55,26 @@ def pretrain(
     Args:
         words: A YAML file, and any setting as key.path=value.
         out: Folder of the run: a new one, or with --resume that of the run.
+        resume: Go on from the newest whole checkpoint in OUT, with the settings it was started with.
         flags: What has a flag of its own.
     """
     flags = flags or PretrainFlags()
     terminal = open_terminal(quiet=flags.quiet, is_shared=True)
     from smolora.config import PretrainConfig
 
-    config = build_config(PretrainConfig, words, flags, out)
-    require_start(config, out, resume=flags.resume)
+    config = build_config(PretrainConfig, words, flags, resumed=out if resume else None)
+    require_start(config, out, resume=resume)
     from smolora.recipes.pretrain import pretrain as run_pretrain
     from smolora.training.callbacks import ProgressCallback
 
-    model = run_pretrain(config, out, resume=flags.resume, callbacks=[ProgressCallback(terminal)])
+    model = run_pretrain(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
     print_plainly(terminal, f'model: {model}\nnext: smolora generate {out} "..."')
 
 
 def train(
     *words: str,
     out: OutIfAny = None,
+    resume: bool = False,
     preset: str | None = None,
     dataset: str | None = None,
     data_dir: Path | None = None,
@@ -84,6 +86,7 @@ def train(
     Args:
         words: A YAML file, and any setting as key.path=value.
         out: Folder of the run: a new one, or with --resume that of the run.
+        resume: Go on from the newest whole checkpoint in OUT, with the settings it was started with.
         preset: Experiment to start from, such as e2e_attention, samsum_mlp or e2e_dynamic.
         dataset: Benchmark to learn from, in place of --data: e2e_nlg, samsum, wikisql, sst2, sick and others.
         data_dir: Folder with the files of the benchmark, of --dataset or of the preset.
@@ -94,19 +97,21 @@ def train(
     terminal = open_terminal(quiet=flags.quiet, is_shared=not show)
     from smolora.config import ExperimentConfig
 
-    config = build_config(ExperimentConfig, words, flags, out, preset=preset, data_dir=data_dir, dataset=dataset)
+    resumed = require_out(out) if resume else None
+    config = build_config(
+        ExperimentConfig, words, flags, resumed=resumed, preset=preset, data_dir=data_dir, dataset=dataset
+    )
     if show:
         from smolora.recipes.finetune import show_examples
 
         _print_examples(show_examples(config))
         return
-    if out is None:
-        raise ConfigError("-o is missing: the folder of the run, such as -o my-run.")
-    require_start(config, out, resume=flags.resume)
+    out = require_out(out)
+    require_start(config, out, resume=resume)
     from smolora.recipes.finetune import finetune
     from smolora.training.callbacks import ProgressCallback
 
-    run = finetune(config, out, resume=flags.resume, callbacks=[ProgressCallback(terminal)])
+    run = finetune(config, out, resume=resume, callbacks=[ProgressCallback(terminal)])
     made = f"adapter: {run.adapter}" if run.adapter.is_dir() else f"model: {run.model}"
     print_plainly(terminal, f"{made}\nnext: {_propose_next(run)}")
 
@@ -147,7 +152,7 @@ def probe(
     terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import ExperimentConfig
 
-    config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir)
+    config = build_config(ExperimentConfig, words, flags, preset=preset, data_dir=data_dir)
     require_inputs(config)
     from smolora.recipes.probe import probe as run_probe
 

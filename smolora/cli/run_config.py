@@ -20,8 +20,8 @@ def build_config(
     kind: type[RunConfig],
     words: Sequence[str],
     flags: LoopFlags,
-    out: Path | None,
     *,
+    resumed: Path | None = None,
     preset: str | None = None,
     data_dir: Path | None = None,
     dataset: str | None = None,
@@ -32,7 +32,7 @@ def build_config(
         kind: The configuration class.
         words: Positional words: at most one YAML file, and `key.path=value`.
         flags: What was given by flags; it beats the file, and a word beats it.
-        out: The run's folder. Where it is resumed, its own configuration lies below all of this but the preset.
+        resumed: The run that goes on: its own configuration lies below all of this but the preset.
         preset: The name of an experiment, below everything else.
         data_dir: A folder with the files of the preset's benchmark, or of `dataset`.
         dataset: A benchmark to learn from.
@@ -47,9 +47,7 @@ def build_config(
     from smolora.records.run_dir import RunDir
 
     file, assignments = split_words(words)
-    if flags.resume and out is None:
-        raise ConfigError("--resume goes on with a run: it is for train, pretrain and plan, with -o RUN.")
-    base = RunDir(out).resolved_config if flags.resume and out else None
+    base = RunDir(resumed).resolved_config if resumed else None
     settings = {**_find_data(preset, dataset, data_dir, flags), **collect_settings(flags)}
     start = read_preset(preset) if preset else None
     config = resolve_config(kind, preset=start, base=base, file=file, flags=settings, assignments=assignments)
@@ -67,6 +65,17 @@ def build_config(
     training = config.training.with_rows_per_step(flags.batch_size, launched_processes())
     resolved: RunConfig = config.replace(training=training)
     return resolved
+
+
+def require_out(out: Path | None) -> Path:
+    """Return the folder of the run.
+
+    Raises:
+        ConfigError: None is given.
+    """
+    if out is None:
+        raise ConfigError("-o is missing: the folder of the run, such as -o my-run.")
+    return out
 
 
 def require_start(config: RunConfig, out: Path, *, resume: bool) -> None:

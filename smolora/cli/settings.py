@@ -38,7 +38,7 @@ def init(
     terminal = open_terminal(quiet=flags.quiet)
     from smolora.config import ExperimentConfig
 
-    config = build_config(ExperimentConfig, words, flags, None, preset=preset, data_dir=data_dir, dataset=dataset)
+    config = build_config(ExperimentConfig, words, flags, preset=preset, data_dir=data_dir, dataset=dataset)
     require_inputs(config)
     from smolora.recipes.init import init as run_init
 

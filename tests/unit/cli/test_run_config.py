@@ -16,13 +16,12 @@ TRAIN = TrainFlags(model="m")
 
 
 def _build(*words, flags=TRAIN, kind=ExperimentConfig, batch_size=None, resumed=None):
-    flags = dataclasses.replace(flags, batch_size=batch_size, resume=resumed is not None)
-    return build_config(kind, words, flags, resumed)
+    return build_config(kind, words, dataclasses.replace(flags, batch_size=batch_size), resumed=resumed)
 
 
 def _settings(flags):
     """Return the fields that set the configuration by their path alone."""
-    return {field.name for field in dataclasses.fields(flags)} - {"batch_size", "resume", "quiet"}
+    return {field.name for field in dataclasses.fields(flags)} - {"batch_size", "quiet"}
 
 
 def test_every_train_flag_reaches_its_path():
