@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from smolora.models.tasks import HEAD_TASKS
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _PREDICTIONS_AT_ONCE = 256
 
@@ -112,17 +115,18 @@ def evaluate_model(
     chosen = fill_settings(settings, source)
     evaluator = ModelEvaluator(bundle, settings=chosen, batch_size=batch_size, labels=labels)
     log = None
+    is_repeatable = bool(labels) or not chosen.is_drawn or chosen.seed is not None
     if folder:
         asked = {"settings": chosen.model_dump(mode="json"), "labels": labels}
-        is_repeatable = bool(labels) or not chosen.is_drawn or chosen.seed is not None
         log = PredictionLog(folder, {**_identify(source), **_identify_model(bundle), **asked}, is_resumed=is_repeatable)
     metrics = source.metrics if bundle.task in HEAD_TASKS else tuple(dict.fromkeys((*source.metrics, "loss")))
-    return evaluator.evaluate_dataset(
-        source.iter_rows(),
-        MetricsCalculator(metrics, resources=source.resources),
-        log=log,
-        progress=progress,
-    )
+    calculator = MetricsCalculator(metrics, resources=source.resources)
+    try:
+        return evaluator.evaluate_dataset(source.iter_rows(), calculator, log=log, progress=progress)
+    except KeyboardInterrupt:
+        if log and is_repeatable:
+            logger.info("the answers so far are kept in %s: the same command goes on from there.", folder)
+        raise
 
 
 def evaluate_predictions(

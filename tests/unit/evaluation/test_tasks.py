@@ -17,6 +17,7 @@ from smolora.evaluation.row_source import open_benchmark
 from smolora.evaluation.tasks import (
     evaluate_benchmark,
     evaluate_e2e,
+    evaluate_model,
     evaluate_multi_nli,
     evaluate_predictions,
     fill_settings,
@@ -130,6 +131,24 @@ def test_what_was_drawn_without_a_seed_is_drawn_anew(base, nli, tmp_path, seed, 
     predictions.write_text(predictions.read_text().replace('"prediction": "', '"prediction": "kept '))
     evaluate_multi_nli(base, **arguments)
     assert ("kept " in predictions.read_text()) == is_kept
+
+
+@pytest.mark.parametrize(("settings", "goes_on"), [({}, True), ({"temperature": 1.0}, False)])
+def test_an_evaluation_that_is_interrupted_says_whether_it_goes_on(base, nli, tmp_path, caplog, settings, goes_on):
+    def interrupt(num_rows):
+        raise KeyboardInterrupt
+
+    caplog.set_level("INFO", logger="smolora")
+    rows = open_benchmark("multi_nli", nli, split="test", num_samples=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(
+            load_bundle(base),
+            rows,
+            settings=SamplingSettings(max_new_tokens=2, **settings),
+            folder=tmp_path / "out",
+            progress=interrupt,
+        )
+    assert ("the same command goes on from there" in caplog.text) == goes_on
 
 
 def test_the_file_of_predictions_is_not_written_over(nli):
