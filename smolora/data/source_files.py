@@ -30,7 +30,8 @@ def locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType
     if file_type == "hub" or (file_type is None and not path.exists() and _may_be_hub_id(source)):
         return None
     if not path.exists():
-        raise DataError(f"no such file or folder: {source}.{suggest_sibling(path)}")
+        here = "" if path.is_absolute() else f" Relative names are looked for in the current folder, {Path.cwd()}."
+        raise DataError(f"no such file or folder: {source}.{suggest_sibling(path) or here}")
     return _search_folder(path, file_type) if path.is_dir() else [(path, _require_type(path, file_type))]
 
 

@@ -159,6 +159,12 @@ def test_sources_are_checked_without_being_read(tmp_path, field):
         check_sources(DataConfig(**names))
 
 
+def test_of_a_relative_name_the_folder_is_said_that_it_was_looked_for_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"no such file or folder: rows.jsonl. .* in the current folder, {tmp_path}"):
+        check_sources(DataConfig(sources=("rows.jsonl",)))
+
+
 def test_a_wrong_column_is_named_from_the_first_row_of_the_first_file(tmp_path):
     (tmp_path / "a.csv").write_text("mr,ref\na,b\n")
     check_first_form(DataConfig(sources=("benchmark:sst2@nowhere",)), "causal_lm")
