@@ -123,5 +123,10 @@ def chat(model: str, /, *, flags: SamplingFlags | None = None, base: str | None 
         require_model(name)
     from smolora.adapters.store import open_model
     from smolora.inference.chat import run_chat
+    from smolora.models.tasks import describe_head
 
-    run_chat(open_model(model, base, device=device), settings)
+    bundle = open_model(model, base, device=device)
+    if bundle.task == "classification":
+        asked = f'smolora generate {model} "text" says the label of one'
+        raise ConfigError(f"{describe_head(bundle.task, bundle.labels)}, so there is no talking to it. {asked}.")
+    run_chat(bundle, settings)

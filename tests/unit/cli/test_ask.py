@@ -13,6 +13,7 @@ from smolora.adapters.store import save_adapter
 from smolora.config.adapter import LoRAConfig
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.loading import load_model
+from smolora.models.saving import save_model
 from smolora.recipes.generate import generate
 from smolora.records.run_dir import RunDir
 from tests.tiny import CONTEXT, save_tiny_model
@@ -111,6 +112,14 @@ def test_a_device_that_isnt_known_is_2(smolora, base):
     code, _, err = smolora("generate", base, "the cat", "--device", "tpu")
     assert code == 2
     assert "'tpu' isn't on this machine" in err
+
+
+def test_a_classifier_is_asked_with_generate_in_place_of_chat(smolora, tmp_path):
+    bundle = load_model(save_tiny_model("gpt2", tmp_path / "base"), task="classification", labels=("no", "yes"))
+    save_model(bundle, tmp_path / "classifier")
+    code, _, err = smolora("chat", tmp_path / "classifier")
+    assert (code, f'smolora generate {tmp_path / "classifier"} "text" says the label' in err) == (2, True)
+    assert smolora("generate", tmp_path / "classifier", "the cat")[1] in ("no\n", "yes\n")
 
 
 def test_chat_answers_a_line_at_a_time_through_pipes(smolora, base, monkeypatch):
