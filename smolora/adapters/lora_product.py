@@ -17,6 +17,7 @@ import torch
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from smolora.models.frozen_linear import FrozenLinear
@@ -208,6 +209,8 @@ def why_not_fast(layer: nn.Module) -> str | None:
     """Return why a layer can't be part of a LoRAProduct, or None where it can."""
     if isinstance(layer, BaseTunerLayer) and (isinstance(layer, AdaLoraLayer) or not isinstance(layer, LoraLayer)):
         return f"{type(layer).__module__.split('.')[2]} isn't LoRA"  # peft.tuners.<method>.layer
+    if isinstance(layer, ModulesToSaveWrapper):
+        return "a head that is trained whole"
     base = _base_of(layer)
     if is_quantised(base):
         if not is_dequantised_to_multiply(base):

@@ -54,9 +54,9 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
         return False, f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
     if not torch.equal(packed, repacked):
         leak = (packed - repacked).abs().max().item()
-        return (
-            False,
-            f"packed rows leak into each other (a change of the first moves the second's logits by {leak:.1e})",
+        return False, (
+            "this model's attention can't keep rows apart that are laid end to end (another row in front changed what "
+            f"the next one gives by {leak:.1e})"
         )
     difference = (packed - alone).abs().max().item()
     tolerance = allow_rounding(alone, shifted, next(model.parameters()).dtype)

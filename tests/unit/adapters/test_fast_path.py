@@ -20,11 +20,12 @@ from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.models.fused_ops import TORCH_KERNELS
 from smolora.models.liger import load_kernels
+from smolora.models.loading import load_model
 from smolora.models.rows import Rows
 from smolora.training.activations import recomputed_activations
 from smolora.training.trainer import Trainer
 from tests.packed_runs import LENGTHS, adapted, assert_same, run, run_fast
-from tests.tiny import PACKABLE_FAMILIES, random_input_ids, tiny_bundle
+from tests.tiny import PACKABLE_FAMILIES, random_input_ids, save_tiny_model, tiny_bundle
 
 ALL_OFF = SpeedConfig(row_attention=False, fused_lora=False, fused_blocks=False, packed_weights=False)
 WIDE = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "initializer_range": 0.15}
@@ -346,6 +347,12 @@ def test_a_model_that_cannot_be_probed_stays_plain_and_says_why(tmp_path, caplog
         assert parts.used == []
         assert "IndexError" in parts.describe()
     assert "the fast path is off" in caplog.text
+
+
+def test_a_trained_head_is_named_as_what_it_is(tmp_path):
+    base = load_model(save_tiny_model("llama", tmp_path), task="classification", labels=("no", "yes"))
+    with fast_path(attach_adapter(base, LoRAConfig(), seed=0), SpeedConfig(), is_packed=False) as parts:
+        assert "a head that is trained whole (1 layer)" in parts.left
 
 
 def test_a_linear_layer_with_a_forward_of_its_own_is_left_alone(tmp_path):

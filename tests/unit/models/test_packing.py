@@ -35,7 +35,7 @@ def test_packed_logits_equal_one_by_one_logits(family):
 def test_a_leak_is_named_as_the_reason():
     able, reason = can_pack_rows(tiny_model("opt"))
     assert not able
-    assert reason.startswith("packed rows leak into each other")
+    assert reason.startswith("this model's attention can't keep rows apart that are laid end to end")
 
 
 def test_a_model_that_takes_no_positions_is_named_as_the_reason():
