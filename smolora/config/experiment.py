@@ -292,7 +292,7 @@ def _parse_value(assignment: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)  # YAML 1.1 reads 1e-4 as a string; pydantic reads that as the float it is.
     except yaml.YAMLError as error:
-        raise ConfigError(f"'{assignment}': the value isn't YAML: {error}") from None
+        raise ConfigError(f"'{assignment}': the value can't be read: {_locate_mistake(error)}.") from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -311,10 +311,30 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} isn't YAML: {error}\nRows are named behind --data.") from None
+        raise _refuse_file(file, _locate_mistake(error)) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold sections such as 'model:' and 'training:', found {type(values).__name__}.")
+        kind = {type(None): "it is empty", str: "it holds text", list: "it holds a list"}.get(type(values))
+        raise _refuse_file(file, kind or f"it holds {values!r}")
     return {name: value for name, value in values.items() if value is not None}  # A section may be empty.
+
+
+def _refuse_file(file: Path, problem: str) -> ConfigError:
+    """Return what to say of a file without settings: it may well be rows."""
+    if file.suffix.lower() in (".yaml", ".yml"):
+        advice = "A configuration has sections such as 'model:' and 'training:'; smolora init writes one."
+    else:
+        advice = f"If it holds rows, give it as --data {file}."
+    return ConfigError(f"{file} is no configuration file: {problem}. {advice}")
+
+
+def _locate_mistake(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it isn't UTF-8 text"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        is_plain = error.problem and "<" not in error.problem  # Else it names the parser's own tokens.
+        return f"it isn't YAML at {place}" + (f" ({error.problem})" if is_plain else "")
+    return "it isn't YAML"
 
 
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:

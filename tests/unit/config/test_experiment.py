@@ -51,11 +51,31 @@ def test_a_word_that_is_no_assignment_is_refused():
         resolve_config(ExperimentConfig, assignments=["fast"])
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
-    (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"bad\.yaml"):
-        resolve_config(ExperimentConfig, file=tmp_path / "bad.yaml")
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"- a\n- b\n", "it holds a list"),
+        (b"", "it is empty"),
+        (b"just words", "it holds text"),
+        (b"5", "it holds 5"),
+        (b"a: b: c", r"it isn't YAML at line 1, column 5 \(mapping values are not allowed here\)"),
+        (b'{"a": 1}\n{"a": 2}\n', "it isn't YAML at line 2, column 1"),
+        (b"caf\xe9", "it isn't UTF-8 text"),
+        (b"\0", "it isn't YAML"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "advice"), [("a.yaml", "has sections such as"), ("a.csv", "give it as --data .*a.csv")]
+)
+def test_a_file_without_settings_is_refused_as_what_it_is(tmp_path, text, problem, name, advice):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"{name} is no configuration file: {problem}\. .*{advice}"):
+        resolve_config(ExperimentConfig, file=tmp_path / name)
+
+
+def test_a_value_that_is_no_yaml_is_refused_with_the_place():
+    with pytest.raises(ConfigError, match=r"'training.seed=\[1': the value can't be read: it isn't YAML at line 1"):
+        resolve_config(ExperimentConfig, assignments=["training.seed=[1"])
 
 
 def test_a_missing_file_is_named(tmp_path):
