@@ -43,6 +43,8 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
     """
     if task_of(model) == "seq2seq":
         return False, "an encoder-decoder reads each row with the answer to it, and knows no restarting positions"
+    if task_of(model) == "qa":
+        return False, "where an answer begins and ends is chosen among the tokens of one row"
     try:
         with torch.no_grad(), without_dropout(model):
             packed = _second_row_logits(model, _FIRST)
@@ -80,7 +82,7 @@ def _second_row_logits(model: nn.Module, first: tuple[int, ...]) -> Tensor:
 def _read_forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Return what a model computes at every position: logits, or what the head of another task would read."""
     if isinstance(model, PreTrainedModel) and find_heads(model):
-        hidden: Tensor = model.base_model(input_ids=input_ids, position_ids=position_ids)[0]
+        hidden: Tensor = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
         return hidden
     logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
     return logits

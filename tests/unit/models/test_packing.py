@@ -8,13 +8,34 @@ from torch import nn
 
 from smolora.config.model import GPTConfig
 from smolora.models.gpt import GPTModel
+from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows, choose_layout
-from tests.tiny import FAMILIES, PACKABLE_FAMILIES, random_input_ids, tiny_bundle, tiny_model
+from tests.tiny import (
+    FAMILIES,
+    PACKABLE_FAMILIES,
+    random_input_ids,
+    save_tiny_encoder,
+    save_tiny_model,
+    tiny_bundle,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_tells_which_families_can_pack(family):
     assert can_pack_rows(tiny_model(family))[0] == (family in PACKABLE_FAMILIES)
+
+
+@pytest.mark.parametrize("task", ["classification", "token_classification"])
+@pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gpt2", True), ("bloom", False), ("bert", False)])
+def test_a_head_over_a_model_that_can_pack_can_pack_too(tmp_path, family, task, expected):
+    save = save_tiny_encoder if family == "bert" else save_tiny_model
+    bundle = load_model(save(family, tmp_path), task=task, labels=("no", "yes"))
+    assert choose_layout(bundle) == ("packed" if expected else "padded")
+
+
+def test_questions_about_contexts_are_padded(tmp_path):
+    assert choose_layout(load_model(save_tiny_model("gpt2", tmp_path), task="qa")) == "padded"
 
 
 def test_the_gpt_to_read_can_pack():

@@ -92,6 +92,20 @@ def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_decoder_s_classifier_is_trained_on_packed_rows_that_have_the_logits_of_padded_ones(family, tmp_path):
+    config = settings(tmp_path, family)
+    tuning = open_tuning(config.replace(model=config.model.replace(dtype="float32")))
+    model, rows = tuning.bundle.model.eval(), [tuning.data.train[index] for index in range(7)]
+    logits = target_logits_of(model, "classification")
+    with torch.no_grad():
+        packed, padded = (
+            logits(model, get_data_collator(layout, "classification")(rows))[:7] for layout in ("packed", "padded")
+        )
+    assert tuning.layout == "packed"
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+
+
 def test_plain_peft_opens_a_classifier_with_the_same_logits(tmp_path):
     config = settings(tmp_path)
     run = finetune(config, tmp_path / "run")
