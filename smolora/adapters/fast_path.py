@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from smolora.adapters.attach import plain_model
 from smolora.adapters.lora_product import LoRAProduct, why_not_fast
 from smolora.config import SpeedConfig
-from smolora.errors import number_of
+from smolora.errors import count_of
 from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.frozen_linear import FrozenLinear
@@ -156,9 +156,7 @@ class _Installer:
         if self._config.fused_lora:
             self._install_products(done)
             return_freed_blocks()  # What weights took before they became parts of joint ones.
-        self._parts.left += [
-            f"{reason} ({number_of(len(names), 'layer')})" for reason, names in self._fallbacks.items()
-        ]
+        self._parts.left += [f"{reason} ({count_of(len(names), 'layer')})" for reason, names in self._fallbacks.items()]
 
     def _install_row_attention(self) -> None:
         if not self._is_packed:
