@@ -54,7 +54,7 @@ def test_the_adaptive_rate_is_a_cosine_with_warm_up_that_every_plateau_halves(ma
     curve = [1e-2 * schedule_factor("cosine", step, warmup_steps=2, total_steps=8) for step in range(8)]
     lowered = [rate * 0.5 ** (step // 2) for step, rate in enumerate(curve)]
     assert rates(recorder) == pytest.approx(lowered, rel=1e-12)
-    assert re.search(r"no held-out loss below \d\.\d{4} in 1 evaluation; the learning rate is now 0\.5 of", caplog.text)
+    assert re.search(r"no held-out loss below \d\.\d{4} in 1 evaluation; the rate is now 0\.5 of", caplog.text)
 
 
 def test_a_falling_loss_keeps_the_curve(make_trainer, dataset):
