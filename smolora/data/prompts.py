@@ -261,6 +261,11 @@ def render_prompt(prompt: str | Sequence[Message], fmt: PromptFormat | None) -> 
     return _render_instruction(text, "") if fmt is not None and fmt.kind == "instruction" else text
 
 
+def list_prompts(prompts: str | Sequence[str | Sequence[Message]]) -> Sequence[str | Sequence[Message]]:
+    """Return several prompts as they are; one text in a list, and so what is none, for `check_prompt` to refuse."""
+    return [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) else prompts
+
+
 def check_prompt(prompt: object) -> list[dict[str, str]]:
     """Return the messages of a prompt that is no text.
 

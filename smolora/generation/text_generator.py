@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from smolora.data.chat import Message
 from smolora.data.encoding import encode_with_template
-from smolora.data.prompts import encode_prompt, render_prompt
+from smolora.data.prompts import encode_prompt, list_prompts, render_prompt
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.generation.answer_text import cut_at_stop, decode_answer, ends_at_stop, iter_pieces
 from smolora.generation.beams import search_rows
@@ -90,7 +90,7 @@ class TextGenerator:
             DataError: A prompt leaves no room in the model's context.
             BrokenRunError: The model's logits aren't finite.
         """
-        rows = self._prepare([prompts] if isinstance(prompts, str) else prompts, settings)
+        rows = self._prepare(list_prompts(prompts), settings)
         for _ in self._answer(rows, batch_size):
             pass
         return [self._decode(row) for row in rows]

@@ -19,6 +19,7 @@ from smolora.adapters.store import open_base, open_model
 from smolora.adapters.switching import AdapterSwitch
 from smolora.data.benchmark_rows import render_question
 from smolora.data.chat import Message
+from smolora.data.prompts import list_prompts
 from smolora.data.spans import SpanAnswer
 from smolora.errors import ConfigError
 from smolora.evaluation.head_source import classify_texts, find_answers, label_words, refuse_drawing
@@ -129,7 +130,7 @@ class InferencePipeline:
         self, prompts: str | Sequence[Prompt], *, settings: SamplingSettings | None = None, adapter: str | None = None
     ) -> str | list[str]:
         """Return the answer to a text, or to each of a list of texts and conversations, without the prompt."""
-        asked = [prompts] if isinstance(prompts, str) else prompts
+        asked = list_prompts(prompts)
         with self._switch.left_alone():
             answers = self._generator_of(adapter).generate(
                 asked, settings=settings or self.settings, batch_size=self.batch_size
@@ -201,7 +202,7 @@ class InferencePipeline:
         Raises:
             ConfigError: There are no labels, or not the classifier's; or it was trained on another number of texts.
         """
-        asked = [prompts] if isinstance(prompts, str) else prompts
+        asked = list_prompts(prompts)
         pairs = [text_pairs] if isinstance(text_pairs, str) else text_pairs
         with self._switch.opened(adapter) as bundle:
             if bundle.task in HEAD_TASKS:

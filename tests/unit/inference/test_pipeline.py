@@ -14,7 +14,7 @@ from smolora.adapters.store import load_bundle, save_adapter
 from smolora.config import LoRAConfig
 from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, encode_prompt
-from smolora.errors import ConfigError, ModelError
+from smolora.errors import ConfigError, DataError, ModelError
 from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
@@ -86,6 +86,13 @@ def test_a_merged_model_answers_as_its_adapter(tmp_path, places):
 def test_an_adapter_can_be_opened_on_a_base_that_is_named(places):
     pipeline = InferencePipeline.from_path(places["pairs"], base=places["base"], settings=GREEDY)
     assert pipeline.generate(PROMPTS) == alone(places["pairs"])
+
+
+@pytest.mark.parametrize("prompts", [{"role": "user", "content": "x"}, None, 5, [{"role": "user"}], [None]])
+def test_what_is_no_prompt_is_refused_with_what_one_is(several, prompts):
+    for ask in (several.generate, lambda asked: several.classify(asked, ["a", "b"])):
+        with pytest.raises(DataError, match="a prompt is a text, or a conversation"):
+            ask(prompts)
 
 
 def test_a_stream_is_what_is_generated(several):
