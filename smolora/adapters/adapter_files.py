@@ -23,7 +23,7 @@ from torch import Tensor
 from smolora.config.model import Quantization, TaskType
 from smolora.data.prompts import read_prompt_format
 from smolora.errors import ModelError, clause
-from smolora.records.staging import hash_file
+from smolora.records.staging import hash_file, hash_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -181,6 +181,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ModelError(f"{file} can't be read: {error}. Copy the adapter again.") from None
     return tensors
+
+
+def is_same_adapter(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same adapter, wherever their bases stand."""
+    files, others = ({**hash_folder(folder), IDENTITY_FILE: ""} for folder in (one, other))
+    return files == others
 
 
 def _read_identity(folder: Path) -> dict[str, str | None]:

@@ -26,7 +26,7 @@ from smolora.analysis.findings import (
 )
 from smolora.analysis.phases import describe_phases, steps_within
 from smolora.analysis.run_record import Array, Mask, PhaseSpan, RunRecord, RunSource, open_runs
-from smolora.errors import DataError
+from smolora.errors import DataError, count_of
 from smolora.records.verdict_file import describe_verdict, list_samples
 
 _STANDS_OUT = 1.5
@@ -95,7 +95,7 @@ def summarise(record: RunRecord) -> list[Section]:
     sections.append(Section("Loss", list(_say_loss(record))))
     count = len(record.curve("loss")[0]) if record.has_curve("loss") else 0
     if count < FEWEST_STEPS:
-        few = f"{count} logged step{'s' * (count != 1)}: too few to say where it learned, stalled or spiked"
+        few = f"{count_of(count, 'logged step')}: too few to say where it learned, stalled or spiked"
         return [*sections, Section("Where the gradient was", [f"{few} ({FEWEST_STEPS} at least)."])]
     sections.append(Section("Where the gradient was", list(_say_where(record))))
     if record.phases:
@@ -297,7 +297,7 @@ def _say_spikes(name: str, spikes: Sequence[Spike]) -> Iterator[str]:
         yield f"No spike of the {name}."
         return
     highest = max(spikes, key=lambda spike: spike.ratio)
-    count = f"{len(spikes)} spike{'s' * (len(spikes) != 1)}"
+    count = count_of(len(spikes), "spike")
     places = ", ".join(_place(spike) for spike in spikes[:5]) + (", and later ones" if len(spikes) > 5 else "")
     yield f"{count} of the {name}: {places}; the highest {highest.ratio:.1f} times what came before it."
 

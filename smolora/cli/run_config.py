@@ -108,7 +108,8 @@ def require_inputs(config: RunConfig) -> None:
     list_remote_sources(config.data)
     if isinstance(config, ExperimentConfig):
         require_model(config.model.name_or_path, revision=config.model.revision)
-        check_first_form(config.data, config.model.task_type)
+        if config.adapter.path is None:  # An adapter that is continued brings its task, and so the form of its rows.
+            check_first_form(config.data, config.model.task_type)
 
 
 def _find_data(preset: str | None, dataset: str | None, data_dir: Path | None, flags: LoopFlags) -> dict[str, object]:

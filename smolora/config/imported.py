@@ -216,10 +216,8 @@ def detect_tool(values: Values) -> Tool:
 
 def _read_llama_factory(given: Values, folder: Path, made: Imported) -> Iterator[tuple[str, Settings]]:
     if given.get("stage") == "pt":
-        yield (
-            "stage",
-            {"data.text_field": "text"},
-        )  # Otherwise, of rows with a prompt, the answer alone would be learned.
+        # Otherwise, of rows with a prompt, the answer alone would be learned.
+        yield "stage", {"data.text_field": "text"}
     if "dataset" in given:
         yield "dataset", {"data.sources": _find_files(given["dataset"], given, folder, made)}
     if "eval_dataset" in given:

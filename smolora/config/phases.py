@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from smolora.config.base import Section
-from smolora.errors import ConfigError, did_you_mean
+from smolora.errors import ConfigError, count_of, did_you_mean
 
 StrategyName = Literal["both,mlp,attn", "attn,mlp,both", "both,mlp,both", "early,late"]
 PhaseGroup = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
@@ -224,7 +224,7 @@ def resolve_starts(
     known = [(number, start) for number, start in enumerate(starts, start=1) if start is not None]
     if total_steps < len(known):
         raise ConfigError(
-            f"phases: a run of {total_steps} step{'s' * (total_steps != 1)} can't hold {len(known)} phases, since each "
+            f"phases: a run of {count_of(total_steps, 'step')} can't hold {len(known)} phases, since each "
             f"needs an update at least. Train for {len(known)} steps or more, or with fewer phases."
         )
     for (number, start), (following, end) in itertools.pairwise([*known, (len(phases) + 1, total_steps)]):

@@ -32,7 +32,7 @@ PLAIN_CHAT_TEMPLATE = (
 """Used where a tokenizer brings no template: `User: ...`, then on the next line `Assistant: ...<eos>`."""
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """Who may speak; a template may name others. A turn of anyone else would be taken for one that isn't learned."""
 
 

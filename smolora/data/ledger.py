@@ -152,7 +152,7 @@ class DataReport:
 
     def describe(self) -> str:
         """Return the ledger as text for people: only headings that something fell under."""
-        lines = [f"rows read          {self.read:>9,}  from {len(self.files)} file{'s' * (len(self.files) != 1)}"]
+        lines = [f"rows read          {self.read:>9,}  from {count_of(len(self.files), 'file')}"]
         counts = {
             "added by chunking": self.added_by_chunking,
             "rejected": len(self.rejects),

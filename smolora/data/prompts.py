@@ -7,7 +7,7 @@ weights, and read by everything that asks the model later: the prefix is the sam
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -263,7 +263,9 @@ def render_prompt(prompt: str | Sequence[Message], fmt: PromptFormat | None) -> 
 
 def list_prompts(prompts: str | Sequence[str | Sequence[Message]]) -> Sequence[str | Sequence[Message]]:
     """Return several prompts as they are; one text in a list, and so what is none, for `check_prompt` to refuse."""
-    return [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) else prompts
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        return [prompts]
+    return list(prompts)
 
 
 def check_prompt(prompt: object) -> list[dict[str, str]]:

@@ -192,15 +192,15 @@ def _iter_rows(
     yield from islice(grouped, num_samples)
     is_whole = num_samples is None or next(grouped, None) is None
     if len(stream.report.rejects) > data.max_rejects:
-        raise DataError(
-            f"{stream.report.describe_rejects()}\nRepair them, or take them out: what is measured is every row."
-        )
+        raise DataError(f"{stream.report.describe_rejects()}\nRepair them, or take them out of the file.")
     if is_whole:  # What was read before need not add up: a row may be cut into several.
         close_report(stream.report, data, train=num_rows, held_out=0, out=None)
 
 
 def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
-    """Yield rows as they are asked, where the first of those with the same prompt stands: one of several references.
+    """Yield rows as they are asked: those with the same prompt are one of several references.
+
+    They come when all are read, in the order of their first ones; rows without a prompt come before, each by itself.
 
     Args:
         rows: What was read.

@@ -98,7 +98,7 @@ class Evidence:
         moved = f"are {of_norm} away from the plain base" if self.started_from else f"moved by {of_norm}"
         still = f"; {self.movement.num_still} stood still" if self.movement.num_still else ""
         num_modules = len(self.movement.modules)
-        return f"weights {moved}, in {num_modules} module{'s' * (num_modules > 1)}{still}"
+        return f"weights {moved}, in {count_of(num_modules, 'module')}{still}"
 
     def to_dict(self) -> dict[str, object]:
         """Return all of it as plain values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from smolora.generation.decoding import Switch, keep_as_it_is
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import Prompt, TextGenerator
 from smolora.models.bundle import ModelBundle
@@ -16,11 +17,18 @@ class Conversation:
     trained on single questions sees the last one alone.
     """
 
-    def __init__(self, bundle: ModelBundle, settings: SamplingSettings = DEFAULT_SAMPLING) -> None:
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        settings: SamplingSettings = DEFAULT_SAMPLING,
+        *,
+        switch: Switch = keep_as_it_is,
+    ) -> None:
+        """Begin with nothing said; `switch` is `TextGenerator`'s."""
         self.settings = settings
         self.turns: list[dict[str, str]] = []
         self.num_forgotten = 0
-        self._generator = TextGenerator(bundle)
+        self._generator = TextGenerator(bundle, switch=switch)
         self._context = bundle.context
         self._form = _choose_form(bundle)
 

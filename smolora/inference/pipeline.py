@@ -158,7 +158,7 @@ class InferencePipeline:
         """
         if self.adapters:
             raise ConfigError("a conversation is held with one model: open one adapter alone, or use chat().")
-        return Conversation(self._bundle, settings or self.settings)
+        return Conversation(self._bundle, settings or self.settings, switch=self._switch.switch_to)
 
     @overload
     def classify(  # type: ignore[overload-overlap]

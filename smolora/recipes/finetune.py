@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smolora.adapters.adapter_files import read_adapter
+from smolora.adapters.adapter_files import is_same_adapter, read_adapter
 from smolora.adapters.attach import attach_adapter, is_adapted
 from smolora.adapters.fast_path import fast_path
 from smolora.adapters.state import AdapterWeights, copy_weights
@@ -52,7 +52,7 @@ from smolora.recipes.run_folder import (
 )
 from smolora.recipes.verdict import broken_verdict, enforce_verdict, leave_verdict, refuse_unprovable
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import hash_folder, replaced_folder, retire_folder
+from smolora.records.staging import replaced_folder, retire_folder
 from smolora.runtime.device import resolve_device, resolve_dtype
 from smolora.runtime.memory import keep_large_blocks, return_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
@@ -394,6 +394,6 @@ def _save(run: RunDir, bundle: ModelBundle) -> None:
         return
     with replaced_folder(run.adapter) as staging:
         save_adapter(bundle, staging)
-        if run.merged.exists() and hash_folder(staging) != hash_folder(run.adapter):
+        if run.merged.exists() and not is_same_adapter(staging, run.adapter):
             retire_folder(run.merged)  # Now: no kill may leave it beside the newer adapter.
             logger.info("%s was removed: it was merged from an older adapter. Merge again.", run.merged)

@@ -20,6 +20,7 @@ from smolora.data.encoding import encode_texts, get_eos_id
 from smolora.data.ledger import DataReport
 from smolora.data.sources import Documents, check_sources, read_source_documents
 from smolora.data.token_dataset import TextDataset, TokenArray
+from smolora.errors import count_of
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
 from smolora.models.frozen_linear import goes_by_onednn
@@ -264,7 +265,7 @@ def _describe_text(
     config: PretrainConfig, documents: Documents, train: TextDataset, held_out: TextDataset | None
 ) -> str:
     count = len(documents.train)
-    known = f"{count:,} document{'s' * (count != 1)}, {len(train.tokens):,} tokens to learn from"
+    known = f"{count_of(count, 'document')}, {len(train.tokens):,} tokens to learn from"
     if held_out:
         return f"{known}, {len(held_out.tokens):,} held out"
     if not config.data.max_validation_rows or not (documents.held_out or config.data.validation_fraction):

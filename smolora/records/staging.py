@@ -74,9 +74,10 @@ def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
 
 def share(file: Path) -> None:
     """Give a file the rights that the umask leaves to new ones: safetensors writes 0600 whatever it is."""
-    mask = os.umask(0o077)  # It can't be read without being set.
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    probe = file.with_name(f".tmp-rights-{file.name}")  # The umask can't be read without setting it for all threads.
+    probe.touch()
+    file.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
 
 
 def refuse_existing(folder: Path) -> None:

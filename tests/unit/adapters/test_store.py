@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from smolora.adapters.adapter_files import read_adapter
+from smolora.adapters.adapter_files import is_same_adapter, read_adapter
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.store import find_adapter, follow_adapter, load_adapter, load_bundle, open_model, save_adapter
 from smolora.config import ExperimentConfig
@@ -51,11 +51,20 @@ def test_a_plain_peft_adapter_loads_here(save_peft_pair, family):
     assert not torch.equal(bundle.model(ids).logits, load_model(base).model(ids).logits)
 
 
+def test_an_adapter_is_the_same_wherever_its_base_stands(save_pair, tmp_path):
+    _, adapter = save_pair()
+    other = shutil.copytree(adapter, tmp_path / "other")
+    change_json(other / "base_identity.json", relative_source="elsewhere")
+    assert is_same_adapter(adapter, other)
+    write_tensors(other, {name: tensor + 1 for name, tensor in read_adapter(other).tensors.items()})
+    assert not is_same_adapter(adapter, other)
+
+
 def test_an_adapter_folder_is_these_files_and_others_can_read_them(save_pair):
     _, adapter = save_pair()
     names = {file.name: file.stat().st_mode & 0o777 for file in adapter.iterdir()}
     assert names.keys() == {"adapter_config.json", "adapter_model.safetensors", "base_identity.json"}
-    assert names["adapter_model.safetensors"] == 0o644
+    assert len(set(names.values())) == 1
 
 
 def test_the_prompt_format_is_saved_and_comes_back(tmp_path):

@@ -208,6 +208,13 @@ def test_a_column_that_no_row_has_is_named_before_a_model_is_loaded(tmp_path):
         require_inputs(_build(flags=flags))
 
 
+def test_rows_of_an_adapter_that_is_continued_are_judged_by_its_own_task(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.csv").write_text("tokens,tags\na,b\n")
+    flags = TrainFlags(model=str(tmp_path), data=(str(tmp_path / "a.csv"),), adapter=str(tmp_path))
+    require_inputs(_build(flags=flags))
+
+
 def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):
     started = _build("training.save_steps=3", flags=PretrainFlags(layers=1), kind=PretrainConfig)
     (tmp_path / "resolved_config.yaml").write_text(dump_config(started))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +89,14 @@ def test_an_adapter_can_be_opened_on_a_base_that_is_named(places):
     assert pipeline.generate(PROMPTS) == alone(places["pairs"])
 
 
+def test_prompts_may_be_any_iterable(several):
+    assert (
+        several.generate(prompt for prompt in PROMPTS)
+        == several.generate(np.array(PROMPTS))
+        == several.generate(PROMPTS)
+    )
+
+
 @pytest.mark.parametrize("prompts", [{"role": "user", "content": "x"}, None, 5, [{"role": "user"}], [None]])
 def test_what_is_no_prompt_is_refused_with_what_one_is(several, prompts):
     for ask in (several.generate, lambda asked: several.classify(asked, ["a", "b"])):
@@ -109,6 +118,14 @@ def test_streams_that_are_read_in_turns_have_each_its_own_adapter(places, severa
     first.close()
     assert several.generate(PROMPTS, adapter="talk.v2") == alone(places["talk.v2"])
     assert begun + "".join(second) == expected
+
+
+def test_a_conversation_beside_a_stream_of_the_base_is_the_adapter_s(places):
+    pipeline = InferencePipeline.from_path(places["pairs"], settings=GREEDY)
+    expected = pipeline.generate(PROMPTS[0])
+    pieces = pipeline.stream(PROMPTS[1], adapter="base")
+    next(pieces)
+    assert "".join(pipeline.start_conversation().ask(PROMPTS[0])) == expected
 
 
 def test_a_stream_by_transformers_generate_keeps_its_adapter_to_its_end(places):
