@@ -99,9 +99,7 @@ def test_rejected_rows_end_the_evaluation_and_equal_ones_stay(tmp_path):
     rows = open_rows(write(tmp_path / "a.jsonl", [row, {**row, "prompt": "B"}, row]))
     assert read(rows) == [("A", ("1", "1")), ("B", ("1",))]
     (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\nnonsense\n")
-    with pytest.raises(
-        DataError, match=r"1 of 2 rows can't be used[\s\S]*take them out: what is measured is every row.$"
-    ):
+    with pytest.raises(DataError, match=r"1 of 2 rows can't be used[\s\S]*take them out of the file.$"):
         open_rows(tmp_path / "b.jsonl").count()
 
 
