@@ -9,7 +9,8 @@ from typing import Any
 
 from smolora.config import DataConfig, ExperimentConfig, resolve_config
 from smolora.evaluation.result import EvaluationResult
-from smolora.recipes.evaluate import EvaluationRequest, evaluate
+from smolora.recipes.evaluate import evaluate
+from smolora.recipes.evaluation_request import EvaluationRequest
 from smolora.recipes.finetune import finetune
 from smolora.records.run_dir import RunDir
 from tests.tiny import save_tiny_encoder

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, get_args, get_type_hints
 
 from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from smolora.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,13 @@ class RowFlags(FieldFlags):
 
     num_samples: int | None = None
     """Rows to take from the start."""
+
+    def to_data(self) -> DataConfig:
+        """Return where a person's own rows are, and how they are read."""
+        from smolora.config import DataConfig
+
+        fields = {path.removeprefix("data."): value for path, value in collect_settings(self).items()}
+        return DataConfig(sources=self.data, **fields)
 
 
 def collect_settings(flags: TextFlags | LoopFlags) -> dict[str, object]:

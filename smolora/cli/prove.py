@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
-from smolora.cli.flags import AnswerFlags, RowFlags, collect_settings
+from smolora.cli.flags import AnswerFlags, RowFlags
 from smolora.cli.terminal import open_terminal
 from smolora.runtime.console import print_plainly
+
+if TYPE_CHECKING:
+    from smolora.recipes.evaluation_request import EvaluationRequest
 
 
 def evaluate(
@@ -50,12 +53,9 @@ def evaluate(
     """
     terminal = open_terminal(quiet=quiet)
     rows, flags = rows or RowFlags(), flags or AnswerFlags()
-    from smolora.config import DataConfig
     from smolora.generation.sampling import SamplingSettings
-    from smolora.recipes.evaluate import EvaluationRequest
-    from smolora.recipes.evaluate import evaluate as run_evaluate
+    from smolora.recipes.evaluation_request import EvaluationRequest
 
-    fields = {path.removeprefix("data."): value for path, value in collect_settings(rows).items()}
     request = EvaluationRequest(
         model=model,
         base=base,
@@ -63,7 +63,7 @@ def evaluate(
         benchmark=rows.benchmark,
         data_dir=rows.data_dir,
         split=rows.split,
-        data=DataConfig(sources=rows.data, **fields),
+        data=rows.to_data(),
         num_samples=rows.num_samples,
         batch_size=batch_size,
         settings=SamplingSettings(**{name: value for name, value in vars(flags).items() if value is not None}),
@@ -71,11 +71,26 @@ def evaluate(
         out=out,
         device=device,
     )
+    _require_inputs(request)
+    from smolora.recipes.evaluate import evaluate as run_evaluate
+
     with _progress(terminal) as progress_of:
         result = run_evaluate(request, progress_of)
     print(json.dumps(result.to_dict(), allow_nan=False) if as_json else result.describe())
     if result.folder:
         print_plainly(terminal, f"predictions: {result.folder / 'predictions.jsonl'}")
+
+
+def _require_inputs(request: EvaluationRequest) -> None:
+    """Raise where the request is wrong, or names what isn't there: `evaluate` does too, but seconds of imports later."""
+    from smolora.data.sources import list_remote_sources
+    from smolora.models.folders import require_model
+
+    request.check()
+    if request.data.sources:
+        for name in filter(None, (request.model, request.base)):
+            require_model(name)
+        list_remote_sources(request.data)
 
 
 @contextmanager

@@ -170,23 +170,14 @@ def fill_settings(settings: SamplingSettings | None, source: RowSource) -> Sampl
     """Return `settings` with what wasn't set: greedy, and as long as the answers of the source are.
 
     Raises:
-        ConfigError: As `check_drawing`.
+        ConfigError: As `SamplingSettings.check_drawing`.
     """
-    check_drawing(settings)
-    given = settings.model_dump(exclude_unset=True) if settings else {}
+    given: dict[str, object] = {}
+    if settings:
+        settings.check_drawing()
+        given = settings.model_dump(exclude_unset=True)
     usual = {"temperature": 0.0, "max_new_tokens": source.max_new_tokens, "stop": source.stop}
     return SamplingSettings(**{**usual, **given})
-
-
-def check_drawing(settings: SamplingSettings | None) -> None:
-    """Raise where settings shape what is drawn at random, and nothing is.
-
-    Raises:
-        ConfigError: They do.
-    """
-    given = settings.model_fields_set if settings else set()
-    if "temperature" not in given and (idle := sorted(given & {"top_k", "top_p", "seed"})):
-        raise ConfigError(f"answers are greedy, so {' and '.join(idle)} would change nothing: set temperature too.")
 
 
 def _identify(source: RowSource) -> dict[str, object]:

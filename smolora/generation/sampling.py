@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from smolora.config.base import Section
+from smolora.errors import ConfigError
 
 _COLDEST = 1e-6
 """Up to here the likeliest token has all of the probability, and logits divided by it may overflow."""
@@ -47,6 +48,16 @@ class SamplingSettings(Section):
     def is_drawn(self) -> bool:
         """Whether chance has a part in the answer."""
         return self.temperature > _COLDEST and self.num_beams == 1
+
+    def check_drawing(self) -> None:
+        """Raise where they shape what is drawn at random, and nothing is, as answers that are scored are greedy.
+
+        Raises:
+            ConfigError: They do.
+        """
+        given = self.model_fields_set
+        if "temperature" not in given and (idle := sorted(given & {"top_k", "top_p", "seed"})):
+            raise ConfigError(f"answers are greedy, so {' and '.join(idle)} would change nothing: set temperature too.")
 
     @model_validator(mode="after")
     def _refuse_chance_in_beams(self) -> Self:

@@ -141,6 +141,8 @@ def test_what_isnt_there_is_named_before_anything_heavy_is_imported(tmp_path):
     lines = [[verb, "--model", "m", *rest] for verb in ("train", "probe", "plan", "init")] + [["pretrain", *rest]]
     lines += [["generate", "./nowhere", "hello"], ["chat", "./nowhere"], ["merge", "/nowhere"]]
     lines.append(["train", "--model", "./nowhere", "--data", "d.csv", "-o", "out"])
+    lines += [["evaluate", "./nowhere", "--data", "d.csv"], ["evaluate", ".", "--data", "nowhere.csv"]]
+    lines.append(["evaluate", "./nowhere"])
     script = (
         "import json, sys; from smolora.cli.app import run; "
         "print([run(line) for line in json.loads(sys.argv[1])], 'torch' in sys.modules)"
@@ -148,9 +150,9 @@ def test_what_isnt_there_is_named_before_anything_heavy_is_imported(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(lines)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.stdout == f"{[3] * 5 + [4] * 4} False\n"
-    assert done.stderr.count("no such file or folder: nowhere.csv") == 5
-    assert done.stderr.count("/nowhere is no folder. Name a model folder") == 4
+    assert done.stdout == f"{[3] * 5 + [4] * 5 + [3, 2]} False\n"
+    assert done.stderr.count("no such file or folder: nowhere.csv") == 6
+    assert done.stderr.count("/nowhere is no folder. Name a model folder") == 5
 
 
 class _Stdout(io.StringIO):

@@ -15,7 +15,8 @@ from smolora.evaluation.evaluator import ModelEvaluator
 from smolora.evaluation.tasks import evaluate_benchmark
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.loading import load_model
-from smolora.recipes.evaluate import EvaluationRequest, evaluate
+from smolora.recipes.evaluate import evaluate
+from smolora.recipes.evaluation_request import EvaluationRequest
 from smolora.recipes.finetune import finetune
 from tests.head_runs import ask_rows, write_rows
 from tests.tiny import CONTEXT, save_tiny_encoder, save_tiny_model

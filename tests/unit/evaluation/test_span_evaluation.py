@@ -23,7 +23,8 @@ from smolora.evaluation.span_asker import SpanAsker
 from smolora.evaluation.tasks import evaluate_benchmark
 from smolora.inference.pipeline import InferencePipeline
 from smolora.models.loading import load_model
-from smolora.recipes.evaluate import EvaluationRequest, evaluate
+from smolora.recipes.evaluate import evaluate
+from smolora.recipes.evaluation_request import EvaluationRequest
 from tests.head_runs import ask_rows
 from tests.tiny import CONTEXT, save_tiny_encoder
 

@@ -9,7 +9,8 @@ import pytest
 
 from smolora.config import DataConfig
 from smolora.inference.pipeline import InferencePipeline
-from smolora.recipes.evaluate import EvaluationRequest, evaluate
+from smolora.recipes.evaluate import evaluate
+from smolora.recipes.evaluation_request import EvaluationRequest
 from tests.head_runs import ask_rows, read_verdict, tune_head, write_rows
 
 NAMES, PLACES = ("Eagle", "Zoe", "Rome", "Mill"), ("river", "mill", "log", "mat")
