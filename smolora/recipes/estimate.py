@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from smolora.runtime.console import in_minutes
+
 
 @dataclass(frozen=True)
 class Work:
@@ -168,14 +170,3 @@ def in_mib(size: int) -> str:
     '1,536 MiB'
     """
     return f"{size / 2**20:,.0f} MiB"
-
-
-def in_minutes(seconds: float) -> str:
-    """Return seconds in words.
-
-    >>> in_minutes(83.4), in_minutes(7325)
-    ('1:23', '2:02:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -32,6 +32,17 @@ def print_plainly(console: Console, text: str) -> None:
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def in_minutes(seconds: float) -> str:
+    """Return seconds in words.
+
+    >>> in_minutes(83.4), in_minutes(7325)
+    ('1:23', '2:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def show_log(console: Console) -> None:
     """Print the package's own log on `console` as plain lines, clear of a live progress line there.
 

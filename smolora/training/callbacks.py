@@ -15,7 +15,7 @@ from torch.profiler import profile
 
 from smolora.config.phases import PlateauConfig
 from smolora.errors import count_of
-from smolora.runtime.console import print_plainly
+from smolora.runtime.console import in_minutes, print_plainly
 from smolora.training.callback import Callback
 from smolora.training.plateau import PlateauDetector
 
@@ -163,9 +163,12 @@ class ProgressCallback(Callback):
         self._started, self._first_step = 0.0, 0
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        self._started, self._first_step = time.perf_counter(), trainer.state.step
+        self._started, self._first_step = 0.0, trainer.state.step
         self._progress.update(self._task, total=trainer.state.total_steps, completed=trainer.state.step)
         self._progress.start()
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        self._started = self._started or time.perf_counter()  # Only now: the evaluation of the base comes once.
 
     def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
         self._progress.update(self._task, completed=record.step, facts=self._describe(trainer, record))
@@ -189,9 +192,9 @@ class ProgressCallback(Callback):
     def _describe(self, trainer: Trainer, record: StepRecord) -> str:
         held_out = f"  held-out {self._eval_loss:.3f}" if self._eval_loss is not None else ""
         seconds_a_step = (time.perf_counter() - self._started) / max(1, record.step - self._first_step)
-        minutes, seconds = divmod(round(seconds_a_step * (trainer.state.total_steps - record.step)), 60)
+        left = in_minutes(seconds_a_step * (trainer.state.total_steps - record.step))
         speed = f"{record.tokens_per_second:,.0f} tokens/s"
-        return f"loss {record.loss:.3f}{held_out}  {speed}  ETA {minutes}:{seconds:02}"
+        return f"loss {record.loss:.3f}{held_out}  {speed}  ETA {left}"
 
     def _print(self, line: str) -> None:
         print_plainly(self.console, line)

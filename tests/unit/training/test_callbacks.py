@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -158,6 +159,19 @@ def test_elsewhere_than_on_a_terminal_each_logged_step_is_a_plain_line(make_trai
 
 def test_the_last_line_has_no_time_left(make_trainer):
     assert progress(make_trainer, is_terminal=False).splitlines()[-1].split("  lr ")[0].endswith("ETA 0:00")
+
+
+def test_the_evaluation_of_the_base_does_not_count_as_time_of_a_step(make_trainer, dataset):
+    class Slow(Callback):
+        def on_evaluate(self, trainer, eval_loss):
+            if trainer.state.step == 0:
+                time.sleep(1)
+
+    text = io.StringIO()
+    callbacks = [ProgressCallback(Console(file=text)), Slow()]
+    make_trainer(callbacks=callbacks, eval_dataset=dataset, max_steps=60).train()
+    minutes, seconds = re.search(r"step +1/60 .*ETA (\d+):(\d\d)", text.getvalue()).groups()
+    assert 60 * int(minutes) + int(seconds) < 59
 
 
 def test_each_evaluation_is_a_line_that_says_which_is_the_lowest(make_trainer, dataset):
