@@ -51,6 +51,8 @@ class Documents:
     train: list[str]
     held_out: list[str]
     report: DataReport
+    is_cut: bool = False
+    """Whether the last text of `train` goes on in `held_out`."""
 
 
 def check_sources(data: DataConfig) -> None:

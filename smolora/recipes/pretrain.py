@@ -60,8 +60,6 @@ logger = logging.getLogger(__name__)
 _BETAS = (0.9, 0.99)
 """AdamW's decay rates: squares are forgotten ten times sooner than by default, which suits short runs from nothing."""
 
-_FEWEST_DOCUMENTS_TO_SPLIT = 50
-
 _LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -79,7 +77,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
     with processes.together():
         asked = config
         config = processes.from_main(lambda: settle_config(run, asked, resume=resume, num_processes=processes.count))
-        pretraining = _open_pretraining(config, out if processes.is_main else None, processes.count)
+        pretraining = open_pretraining(config, out if processes.is_main else None, processes.count)
         require_one_identity(processes.gather_values(pretraining.identity))
         bundle = pretraining.bundle
         require_shardable(bundle, processes)
@@ -124,8 +122,17 @@ class Pretraining:
     """What env.json says of how the run computes."""
 
 
-def _open_pretraining(config: PretrainConfig, out: Path | None, num_processes: int) -> Pretraining:
-    """Read the text, train the tokenizer and build the model; rejected rows are written to `out`, where it is given."""
+def open_pretraining(config: PretrainConfig, out: Path | None = None, num_processes: int = 1) -> Pretraining:
+    """Read the text, train the tokenizer and build the model: all that a run does before its folder is made.
+
+    Args:
+        config: The whole run.
+        out: Where rejected rows are written; left out, they aren't.
+        num_processes: How many share the run.
+
+    Raises:
+        ConfigError, DataError: As `pretrain`.
+    """
     allocator = keep_large_blocks()
     device, reason = resolve_device(config.device)
     check_sources(config.data)
@@ -193,16 +200,22 @@ def _split_documents(
 
 
 def _hold_out(documents: Documents, config: PretrainConfig) -> Documents:
-    """Hold out `validation_fraction` of the text: whole documents where there are many, else the end of each."""
+    """Hold out `validation_fraction` of the text: whole documents where some come near that, else one document's end.
+
+    That one is the longest, and its beginning is learned last, without an end: no other text ends where it wasn't to.
+    """
     share, texts = config.data.validation_fraction, documents.train
-    if len(texts) >= _FEWEST_DOCUMENTS_TO_SPLIT:
-        order = permutation(len(texts), config.evaluation.choose_split_seed(config.training.seed), "held out")
-        chosen = set(order[: max(1, int(len(texts) * share))].tolist())
-        kept = [text for index, text in enumerate(texts) if index not in chosen]
-        return Documents(kept, [texts[index] for index in sorted(chosen)], documents.report)
-    cuts = [int(len(text) * (1 - share)) for text in texts]
-    heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
-    return Documents(heads, [text[cut:] for text, cut in zip(texts, cuts, strict=True)], documents.report)
+    total = sum(map(len, texts))
+    length = total - int(total * (1 - share))
+    order = permutation(len(texts), config.evaluation.choose_split_seed(config.training.seed), "held out").tolist()
+    chosen = sorted([index for index in order if len(texts[index]) <= length][: int(share * len(texts))])
+    held_out = [texts[index] for index in chosen]
+    if sum(map(len, held_out)) >= length / 2:
+        kept = [text for index, text in enumerate(texts) if index not in set(chosen)]
+        return Documents(kept, held_out, documents.report)
+    longest = max(range(len(texts)), key=lambda index: len(texts[index]))
+    head, tail = texts[longest][:-length], texts[longest][-length:]
+    return Documents([*texts[:longest], *texts[longest + 1 :], head], [tail], documents.report, is_cut=True)
 
 
 def _train_tokenizer(config: PretrainConfig, documents: Documents) -> PreTrainedTokenizerBase:
@@ -220,7 +233,7 @@ def _build_train_windows(
     """
     context = config.gpt.context
     stride = 1 if config.training.max_steps else context
-    return TextDataset(_encode_documents(documents.train, tokenizer), context, stride)
+    return TextDataset(_encode_documents(documents.train, tokenizer, is_cut=documents.is_cut), context, stride)
 
 
 def _build_held_out_windows(
@@ -235,13 +248,16 @@ def _build_held_out_windows(
     return TextDataset(tokens, context, max(context, len(tokens) // bound))
 
 
-def _encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenArray:
-    """Return all documents as one run of tokens, each ended by end-of-text; a single text has no end to learn."""
+def _encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, is_cut: bool = False) -> TokenArray:
+    """Return all documents as one run of tokens, each ended by end-of-text but a last one that is cut.
+
+    A single text has no end to learn.
+    """
     if not texts:
         return np.empty(0, dtype=np.int32)
     end = [get_eos_id(tokenizer)] if len(texts) > 1 else []
     parts = [ids for text in texts for ids in (*encode_texts(split_at_lines(text), tokenizer), end)]
-    return np.concatenate([np.array(ids, dtype=np.int32) for ids in parts])
+    return np.concatenate([np.array(ids, dtype=np.int32) for ids in (parts[:-1] if is_cut else parts)])
 
 
 def split_at_lines(text: str, length: int = 4096) -> list[str]:

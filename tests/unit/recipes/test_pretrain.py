@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smolora.config import PretrainConfig, resolve_config
 from smolora.data.encoding import encode_texts
 from smolora.errors import ConfigError, DataError
-from smolora.recipes.pretrain import pretrain, split_at_lines
+from smolora.recipes.pretrain import open_pretraining, pretrain, split_at_lines
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file
 from smolora.tokenizers.bpe import BPETokenizer
@@ -161,6 +161,32 @@ def test_a_folder_of_many_texts_ends_each_and_holds_whole_ones_out(tmp_path):
     assert json.loads((model / "config.json").read_text())["eos_token_id"] is not None
     lines = [json.loads(line) for line in RunDir(tmp_path / "run").metrics.read_text().splitlines()]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+
+
+def read_pretrained_text(config):
+    """Return what a run would learn and what it would hold out, as text."""
+    run = open_pretraining(config)
+    decode = run.bundle.tokenizer.decode
+    return decode(run.train.tokens), decode(run.held_out.tokens)
+
+
+def test_no_text_of_a_few_ends_where_it_was_cut(tmp_path):
+    texts = [f"Poem {number} begins here and goes on. The last words are THE END." for number in range(40)]
+    for number, words in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(words)
+    learned, held_out = read_pretrained_text(config(tmp_path))
+    assert learned.count("THE END.<|endoftext|>") == learned.count("<|endoftext|>") == 38
+    assert held_out.count("THE END.<|endoftext|>") == held_out.count("<|endoftext|>") == 2
+
+
+def test_of_too_few_texts_the_end_of_the_longest_is_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("a book: " + "one two three four " * 40 + "the end")
+    for name in "bc":
+        (tmp_path / f"{name}.txt").write_text(f"note {name}.")
+    learned, held_out = read_pretrained_text(config(tmp_path))
+    assert learned.startswith("note b.<|endoftext|>note c.<|endoftext|>a book: one")
+    assert learned.count("<|endoftext|>") == 2
+    assert held_out.endswith("four the end")
 
 
 _TEXT = (
