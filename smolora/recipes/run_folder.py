@@ -17,13 +17,14 @@ import yaml
 
 from smolora.config import AdaLoRAConfig, ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
 from smolora.config.experiment import require_kind
-from smolora.errors import ConfigError, ModelError, clause, count_of
+from smolora.errors import ConfigError, ModelError, StoppedBySignal, clause, count_of
 from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage, write_json, write_text
+from smolora.runtime.signals import interrupting_signals
 from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback, ProfileCallback
@@ -125,6 +126,7 @@ def recorded_run(
         ConfigError: A run is here and `resume` isn't set, or it has done more steps than asked for.
         ModelError, DataError: The checkpoint belongs to another base, tokenizer or data, or none is whole.
         FolderInUseError: Another process writes here.
+        StoppedBySignal: A signal interrupted the block, and there is a checkpoint.
     """
     with run.locked():
         if not (resume and run.is_started):
@@ -137,7 +139,22 @@ def recorded_run(
         run.sweep_leftovers()
         write_json(run.env, {**_describe_environment(), **machine})
         write_text(run.resolved_config, dump_config(config))
-        yield
+        with _stopped_with_checkpoint(run):
+            yield
+
+
+@contextmanager
+def _stopped_with_checkpoint(run: RunDir) -> Iterator[None]:
+    """Let a signal end what the loop doesn't answer for, such as the verdict, and name the checkpoint to go on from."""
+    try:
+        with interrupting_signals():
+            yield
+    except KeyboardInterrupt as interrupt:
+        if not run.checkpoints():
+            raise
+        raise StoppedBySignal(
+            f"stopped at once by {interrupt}. The newest checkpoint is safe in {run.path}. Continue with --resume."
+        ) from None
 
 
 def _name_short_warm_up(config: RunConfig, total_steps: int) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -31,11 +31,11 @@ class StopRequest:
         self._notice = notice
         self._received = 0.0
 
-    def receive(self, number: int, _frame: FrameType | None) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
         """Remember the first signal and say what it starts; one that comes a second later interrupts at once."""
         if self.signal_name is not None:
             if time.monotonic() - self._received >= _SAME_WISH:
-                raise KeyboardInterrupt
+                _interrupt(number, frame)
             return
         self.signal_name, self._received = signal.Signals(number).name, time.monotonic()
         if self._notice:
@@ -53,13 +53,34 @@ def deferred_signals(notice: str = "") -> Iterator[StopRequest]:
         notice: What the first one makes stderr say, however quiet the run; of a worker's, its parent speaks.
     """
     request = StopRequest(notice if multiprocessing.parent_process() is None else "")
-    if threading.current_thread() is not threading.main_thread():
+    with _handled_by(request.receive):
         yield request
+
+
+@contextmanager
+def interrupting_signals() -> Iterator[None]:
+    """Let all signals that ask to stop unwind the block as Ctrl-C does, where SIGTERM would end the process in it.
+
+    Raises:
+        KeyboardInterrupt: With the name of the signal.
+    """
+    with _handled_by(_interrupt):
+        yield
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     heeded = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, request.receive) for number in heeded}
+    previous = {number: signal.signal(number, handler) for number in heeded}
     try:
-        yield request
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -308,7 +308,7 @@ class Trainer:
         is_due = record.step % self.config.save_steps == 0 or record.step in self.state.kept_steps
         if self._is_over or improved or signal_name or is_due:
             self._save()
-        if signal_name and not self._is_over:
+        if signal_name and (self._run_dir or not self._is_over):
             kept = "Nothing was saved: there is no run folder."
             if self._run_dir:
                 kept = f"A checkpoint of this step is safe in {self._run_dir.path}. Continue with --resume."

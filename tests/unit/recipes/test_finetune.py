@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -116,6 +117,27 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, base, rows, finished):
         finetune(config(base, rows), tmp_path / "run", callbacks=[Interrupt()])
     run = finetune(config(base, rows), tmp_path / "run", resume=True)
     assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+class KillAfterTraining(logging.Handler):
+    """Sends SIGTERM when a run says what it reached, before its adapter is saved and its verdict given."""
+
+    def emit(self, record):
+        if record.getMessage().startswith("held-out loss"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_last_step_stops_at_once_and_a_resume_finishes(tmp_path, base, rows, finished, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    logger, handler = logging.getLogger("smolora"), KillAfterTraining()
+    logger.addHandler(handler)
+    with pytest.raises(StoppedBySignal, match=r"at once by SIGTERM. The newest checkpoint is safe in .*--resume"):
+        finetune(config(base, rows), tmp_path / "run")
+    logger.removeHandler(handler)
+    assert not (tmp_path / "run" / "adapter_checkpoint").exists()
+    run = finetune(config(base, rows), tmp_path / "run", resume=True)
+    assert adapter_bytes(run) == adapter_bytes(finished)
+    assert run.verdict.is_file()
 
 
 @pytest.mark.parametrize("order", ["speed.max_tokens_per_batch=64", "speed.group_by_length=true"])

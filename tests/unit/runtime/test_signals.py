@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from smolora.runtime import signals
-from smolora.runtime.signals import deferred_signals
+from smolora.runtime.signals import deferred_signals, interrupting_signals
 
 
 def test_a_signal_is_remembered_by_name():
@@ -43,6 +43,12 @@ def test_a_later_second_signal_interrupts_at_once(monkeypatch):
     with pytest.raises(KeyboardInterrupt), deferred_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_may_unwind_a_block_as_ctrl_c_does(number):
+    with pytest.raises(KeyboardInterrupt, match=number.name), interrupting_signals():
+        os.kill(os.getpid(), number)
 
 
 def test_the_handlers_are_put_back():

@@ -15,6 +15,7 @@ from smolora.config import EvaluationConfig, TrainingConfig
 from smolora.data.collate import collate_packed, collate_padded
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.errors import BrokenRunError, ConfigError, DataError, StoppedBySignal
+from smolora.records.metrics_log import MetricsLog
 from smolora.records.staging import find_damage
 from smolora.training.callback import Callback
 from smolora.training.plan import StepPlan
@@ -156,9 +157,16 @@ def test_a_signal_after_the_update_stops_a_step_whose_checkpoint_is_on_disk(make
     assert find_damage(run.checkpoint_path(kill.step + 1)) is None
 
 
-def test_a_signal_in_the_last_step_leaves_a_finished_run(make_trainer, run):
-    assert make_trainer(run_dir=run, callbacks=[Kill("on_step_begin", 6)]).train().step == 6
-    assert run.newest_checkpoint().step == 6
+def test_a_signal_in_the_last_step_stops_a_run_that_has_nothing_left_to_learn(make_trainer, run):
+    with pytest.raises(StoppedBySignal, match=r"SIGTERM after step 6.*is safe in"):
+        make_trainer(run_dir=run, callbacks=[Kill("on_step_begin", 6)]).train()
+    before = MetricsLog(run.metrics).read()
+    assert make_trainer(run_dir=run).train(resume=True).step == 6
+    assert MetricsLog(run.metrics).read() == before
+
+
+def test_a_signal_in_the_last_step_of_a_run_without_a_folder_stops_nothing(make_trainer):
+    assert make_trainer(callbacks=[Kill("on_step_begin", 6)]).train().step == 6
 
 
 def test_a_signal_without_a_run_folder_says_that_nothing_was_saved(make_trainer):
