@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast, get_args
 
@@ -51,8 +51,11 @@ PEFT_TASKS: dict[TaskType, str] = {
 """What peft calls a task."""
 _TASKS = {name: task for task, name in PEFT_TASKS.items()}
 
-_METHOD_KEY = re.compile(r"\.(lora|ia3|vera)_|^prompt_e|\.base_layer\.")
+_METHOD_KEY = re.compile(r"\.(lora|ia3|vera)_|^prompt_e")
 """In the names of a method's own tensors; the others are of a head that is trained whole."""
+
+
+_BASE_COPY = ".base_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class StoredAdapter:
     """`fingerprint`, `source`, `revision` and `quantization` of the base, `relative_source`, its path from the folder
     that the adapter's lies in, and `weights`, the SHA-256 of the adapter's own file; empty for a folder that plain
     peft wrote."""
+    base_copies: Mapping[str, Tensor] = field(default_factory=dict)
+    """What peft brings along of the base where an adapter is on its head or embedding: that layer's own weight."""
 
     @property
     def base(self) -> str | None:
@@ -146,7 +151,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     if not is_adapter_folder(folder):
         raise ModelError(f"{folder} holds no adapter: there is no {CONFIG_FILE}. Name an adapter folder, or a run.")
-    adapter = StoredAdapter(folder, _read_config(folder), _read_tensors(folder), _read_identity(folder))
+    tensors = _read_tensors(folder)
+    copies = {key: tensors.pop(key) for key in [*tensors] if key.endswith(_BASE_COPY)}
+    adapter = StoredAdapter(folder, _read_config(folder), tensors, _read_identity(folder), copies)
     for key, tensor in adapter.tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity. Take an earlier checkpoint of its run.")

@@ -211,7 +211,8 @@ def _refuse_unmergeable(adapter: StoredAdapter) -> None:
         return
     defaults = peft.LoraConfig().to_dict()
     for name, value in config.to_dict().items():
-        if name not in _UNDERSTOOD and value != defaults[name]:
+        is_set = value or defaults[name]  # peft writes an empty list where a conversion found nothing to name.
+        if name not in _UNDERSTOOD and is_set and value != defaults[name]:
             raise ModelError(f"{adapter.folder} uses {name}={value!r}, which can't be merged yet. Plain LoRA can.")
     if config.init_lora_weights not in _PLAIN_STARTS:
         raise ModelError(

@@ -23,10 +23,11 @@ _SAVED = PEFT_PREFIX + "{}.lora_{}.weight"
 
 
 def is_plain_lora(adapter: StoredAdapter) -> bool:
-    """Whether an adapter on weights that aren't quantised is B A on linear layers, and nothing else."""
+    """Whether an adapter on weights that aren't quantised is B A on linear layers, and its files hold nothing else."""
     config = adapter.config
     is_lora = isinstance(config, peft.LoraConfig) and not isinstance(config, peft.AdaLoraConfig)
-    return is_lora and not config.use_dora and not config.modules_to_save and adapter.quantization == "none"
+    has_more = config.use_dora or config.modules_to_save or adapter.base_copies if is_lora else True
+    return not has_more and adapter.quantization == "none"
 
 
 def read_plain_lora(adapter: StoredAdapter, base: ModelBundle) -> dict[str, LowRank]:

@@ -15,6 +15,7 @@ from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adap
 from smolora.adapters.changes import is_soft_prompt
 from smolora.adapters.tensors import adapter_tensors, copy_tensors, quiet_peft
 from smolora.errors import ModelError
+from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
 
 AdapterWeights = Mapping[str, Tensor]
@@ -28,8 +29,21 @@ def fill_adapter(model: peft.PeftModel, stored: StoredAdapter, name: str = "defa
         ModelError: Tensors are missing, unknown or of another shape; nothing was changed.
     """
     refuse_other_tensors(stored, {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()})
+    _refuse_other_copies(model, stored)
     with quiet_peft():
         peft.set_peft_model_state_dict(model, dict(stored.tensors), adapter_name=name)
+
+
+def _refuse_other_copies(model: peft.PeftModel, stored: StoredAdapter) -> None:
+    own = dict(model.named_parameters(remove_duplicate=False))  # A tied head has the embedding's.
+    for key, copy in stored.base_copies.items():
+        weight = own.get(key)
+        narrow = copy.dtype if weight is None or copy.element_size() <= weight.element_size() else weight.dtype
+        if weight is None or not torch.equal(copy.to(narrow), weight.detach().to("cpu", narrow)):
+            raise ModelError(
+                f"{stored.folder} brings a {key.removeprefix(PEFT_PREFIX)} that isn't this base's. It was trained on "
+                "another base, or on one with further tokens; name that one."
+            )
 
 
 def refuse_other_tensors(stored: StoredAdapter, expected: Mapping[str, tuple[int, ...]]) -> None:

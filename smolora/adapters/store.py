@@ -193,6 +193,8 @@ def _refuse_continuation(adapter: StoredAdapter) -> None:
         reason = "AdaLoRA spreads its ranks over one run. Merge it, and adapt the merged model"
     elif config.peft_type == "P_TUNING" or (isinstance(config, peft.PrefixTuningConfig) and config.prefix_projection):
         reason = "the network that made its virtual tokens isn't saved with them. Start anew"
+    elif isinstance(config, peft.LoraConfig) and config.layer_replication:
+        reason = "it repeats layers of its base, which no other adapter here does"
     if reason:
         raise ConfigError(f"adapter.path: {adapter.folder} can't be trained further: {reason}.")
 

@@ -17,7 +17,7 @@ from smolora.adapters.attach import is_adapted, refuse_unadaptable
 from smolora.adapters.state import fill_adapter
 from smolora.adapters.store import bundle_adapted, find_adapter, load_adapter
 from smolora.adapters.tensors import quiet_peft
-from smolora.adapters.toggling import disabled_adapter
+from smolora.adapters.toggling import disabled_adapter, refuse_inseparable
 from smolora.errors import ConfigError, ModelError, did_you_mean
 from smolora.models.bundle import ModelBundle
 from smolora.models.exclusive import lock_of
@@ -65,10 +65,13 @@ class AdapterSwitch:
 
         Raises:
             ConfigError: There is none of that name.
+            ModelError: `base` is asked for, and an adapter has changed it.
         """
         if name is None:
             return self._default
         if name == BASE:
+            if isinstance(self._default.model, peft.PeftModel):
+                refuse_inseparable(*self._default.model.peft_config.values())
             return self._without
         if name in self._bundles:
             return self._bundles[name]
@@ -134,6 +137,8 @@ class AdapterSwitch:
             adapter = read_adapter(folder)
             adapter.refuse_other_base(base.fingerprint, base.source)
             _refuse_other_head(adapter, base)
+            if len(folders) > 1:
+                refuse_inseparable(adapter.config)
         for number, (name, folder) in enumerate(folders.items()):
             self._inner[name] = f"adapter_{number}" if number else "default"  # peft takes no dots in a name.
             added = self._add(base, folder, self._inner[name]) if number else load_adapter(base, folder)

@@ -11,6 +11,7 @@ from torch import nn
 
 from smolora.adapters.changes import is_soft_prompt
 from smolora.adapters.state import replaced_weights
+from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.models.structure import replaced_forward
 
@@ -37,6 +38,9 @@ def disabled_adapter(bundle: ModelBundle) -> Iterator[None]:
 
     What is frozen stays frozen: peft marks every adapter tensor trainable when it switches an adapter back on, so
     that is undone.
+
+    Raises:
+        ModelError: As `refuse_inseparable`.
     """
     if not isinstance(bundle.model, peft.PeftModel):
         yield
@@ -45,6 +49,7 @@ def disabled_adapter(bundle: ModelBundle) -> Iterator[None]:
         with replaced_weights(bundle, bundle.taken):
             yield
         return
+    refuse_inseparable(*bundle.model.peft_config.values())
     trained = [(parameter, parameter.requires_grad) for parameter in bundle.model.parameters()]
     try:
         is_headed = is_soft_prompt(bundle.model) and bool(bundle.anatomy.heads)
@@ -53,6 +58,25 @@ def disabled_adapter(bundle: ModelBundle) -> Iterator[None]:
     finally:
         for parameter, is_trained in trained:
             parameter.requires_grad_(is_trained)
+
+
+def refuse_inseparable(*configs: peft.PeftConfig) -> None:
+    """Raise where an adapter changes its base in a way that switching it off doesn't undo.
+
+    Raises:
+        ModelError: It does.
+    """
+    for config in configs:
+        if not isinstance(config, peft.LoraConfig):
+            continue
+        changes = {"bias": config.bias, "layer_replication": config.layer_replication}
+        for name, value in changes.items():
+            if value in (None, "none"):
+                continue
+            raise ModelError(
+                f"an adapter with {name}={value!r} changes the base itself, so the model can't answer without it or "
+                "with another. Open the base, or each adapter, by itself."
+            )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from smolora.models.gpt import GPTModel
 from smolora.models.registry import FAMILIES, Family, Role
-from smolora.models.structure import holds_experts, infer_family, is_linear
+from smolora.models.structure import holds_experts, infer_family, is_linear, returns_product
 from smolora.models.tasks import find_heads
 
 Group = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
@@ -40,6 +40,7 @@ class Part:
     role: Role | None
     """What it computes inside attention or MLP."""
     is_linear: bool
+    """Whether it is a linear layer, and returns its product."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _read_model_type(model: nn.Module) -> str:
 
 def _iter_parts(model: nn.Module, family: Family, heads: tuple[str, ...]) -> Iterator[Part]:
     sizes = {path: len(list(model.get_submodule(path).children())) for path in family.blocks}
+    fitting: dict[type[nn.Module], bool] = {}
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
@@ -134,7 +136,9 @@ def _iter_parts(model: nn.Module, family: Family, heads: tuple[str, ...]) -> Ite
         group, role = _read_place(path, module, family)
         if layer is not None and holds_experts(module):
             group = "mlp"
-        yield Part(name, group, layer, role, is_linear(module))
+        if is_linear(module) and type(module) not in fitting:
+            fitting[type(module)] = returns_product(module)
+        yield Part(name, group, layer, role, fitting.get(type(module), False))
 
 
 def _split_layer(name: str, sizes: Mapping[str, int]) -> tuple[int | None, str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel as PreTrainedModel  # noqa: PLC0414 - passed on to adapters
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +30,16 @@ _PROJECTION_WORDS: dict[str, Role] = {
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` multiplies by one matrix: nn.Linear or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def returns_product(linear: nn.Module) -> bool:
+    """Whether a linear layer returns its product; some routers of experts return what they chose by it."""
+    if has_plain_forward(linear) or is_quantised(linear):
+        return True
+    inputs, outputs = read_shape(linear)
+    with torch.no_grad():
+        found = linear(linear.get_parameter("weight").new_zeros(1, 1, inputs))
+    return isinstance(found, Tensor) and found.shape[-1] == outputs
 
 
 def holds_experts(module: nn.Module) -> bool:

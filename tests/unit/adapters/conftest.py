@@ -65,8 +65,8 @@ def save_peft_pair(tmp_path):
         model = load_model(base_folder).model
         with quiet_peft():
             adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-        move_adapter(adapted)
-        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+            move_adapter(adapted)
+            adapted.save_pretrained(tmp_path / "adapter")
         return base_folder, tmp_path / "adapter"
 
     return save

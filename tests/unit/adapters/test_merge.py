@@ -318,6 +318,12 @@ class TestRefused:
             merge_adapter(adapter, tmp_path / "out")
 
 
+def test_a_conversion_that_found_nothing_to_name_is_no_obstacle(save_pair, tmp_path):
+    base, adapter = save_pair()
+    change_json(adapter / "adapter_config.json", target_parameters=[])
+    assert merge_adapter(adapter, tmp_path / "out").num_merged_tensors > 0
+
+
 def test_an_untied_head_is_merged(save_peft_pair, tmp_path):
     base, adapter = save_peft_pair(target_modules=["lm_head", "q_proj"])
     merge_adapter(adapter, tmp_path / "out")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import is_same_adapter, read_adapter
@@ -141,6 +141,22 @@ def test_a_plain_peft_adapter_of_another_width_is_refused(save_peft_pair, tmp_pa
     _, adapter = save_peft_pair("llama", target_modules="all-linear")
     with pytest.raises(ModelError, match=r"gate_proj\.lora_B\.weight is \[48, 8\], and this base takes \[40, 8\]"):
         load_adapter(tiny_bundle("llama", tmp_path / "other", intermediate_size=40), adapter)
+
+
+def test_an_adapter_on_the_head_brings_the_base_s_own_and_no_other(save_peft_pair):
+    _, adapter = save_peft_pair(base={"tie_word_embeddings": False}, target_modules=["q_proj", "lm_head"])
+    tensors, name = load_file(adapter / "adapter_model.safetensors"), "base_model.model.lm_head.base_layer.weight"
+    assert name in tensors
+    assert "lm_head.lora_A" in " ".join(name for name, _ in load_bundle(adapter).model.named_parameters())
+    save_file({**tensors, name: tensors[name] + 1}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"brings a lm_head.base_layer.weight that isn't this base's"):
+        load_bundle(adapter)
+
+
+def test_an_adapter_that_repeats_layers_is_not_trained_further(save_peft_pair):
+    base, adapter = save_peft_pair(target_modules=["q_proj"], layer_replication=[[0, 2], [0, 1]])
+    with pytest.raises(ConfigError, match="can't be trained further: it repeats layers of its base"):
+        load_adapter(load_model(base), adapter, trainable=True)
 
 
 def test_an_adapter_whose_keys_match_nothing_is_refused(save_pair):

@@ -92,6 +92,19 @@ def test_an_adapter_for_another_head_is_refused(tmp_path, task, labels, message)
         AdapterSwitch(base, {"one": tmp_path / "one"})
 
 
+@pytest.mark.parametrize("change", [{"bias": "all"}, {"layer_replication": [[0, 2], [0, 1]]}])
+def test_an_adapter_that_changes_the_base_itself_is_open_alone_and_never_without(save_peft_pair, tmp_path, change):
+    base, adapter = save_peft_pair(target_modules=["q_proj"], **change)
+    with pytest.raises(ModelError, match=r"changes the base itself.*Open the base, or each adapter, by itself"):
+        AdapterSwitch(load_model(base), {"one": adapter, "two": adapter})
+    alone = AdapterSwitch(load_model(base), {"one": adapter})
+    with alone.opened("one") as bundle:
+        assert torch.equal(bundle.model(input_ids=IDS).logits, load_bundle(adapter).model(input_ids=IDS).logits)
+    for adapters in (alone, AdapterSwitch(load_bundle(adapter))):
+        with pytest.raises(ModelError, match="changes the base itself"):
+            adapters.find("base")
+
+
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_each_adapter_whose_base_was_held_otherwise_is_named(save_two, tmp_path, caplog, name):
     save_two(attach_moved, attach_moved)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from torch import nn
+from transformers import PhimoeConfig, PhimoeForCausalLM
 
 from smolora.config.model import GPTConfig
 from smolora.errors import ModelError
@@ -210,3 +211,17 @@ def test_experts_that_are_one_tensor_are_in_the_mlp_of_their_layer():
     parts = {part.name: part for part in build_anatomy(tiny_model("mixtral")).parts}
     experts = parts["model.layers.1.mlp.experts"]
     assert (experts.group, experts.layer, experts.is_linear) == ("mlp", 1, False)
+
+
+def test_a_router_that_returns_what_it_chose_is_no_linear_layer():
+    config = PhimoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    names = {path.rpartition(".")[2] for path in build_anatomy(PhimoeForCausalLM(config)).linear_modules()}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
