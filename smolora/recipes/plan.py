@@ -149,7 +149,8 @@ def run_trial(
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
         code = _run(command, environment)
         ended = time.time()
-        if sys.platform != "win32" and code == -signal.SIGKILL:  # As the kernel ends a process when memory runs out.
+        # As the kernel ends a process when memory runs out, and as one of C++ ends when it gets none.
+        if sys.platform != "win32" and code in (-signal.SIGKILL, -signal.SIGABRT):
             return Estimate(Memory(available, None))
         if code:
             raise RuntimeError(f"the trial of the run ended with code {code}")

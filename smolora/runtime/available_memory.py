@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MEMINFO, _CGROUPS, _CGROUP_ROOT = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_STATM = Path("/proc/self/statm")
+
+_TORCH_SAYS = re.compile("out of memory|can't allocate memory|could not create a primitive$")
+"""The last is oneDNN's, which names no reason: it makes one only of shapes that it has said it can compute."""
 
 
 def read_available_memory(
     meminfo: Path = _MEMINFO, cgroups: Path = _CGROUPS, cgroup_root: Path = _CGROUP_ROOT
 ) -> int | None:
-    """Return the bytes that may still be taken, the least of what system and control groups leave; None if unknown.
+    """Return the bytes that may still be taken, the least of what the system and all limits leave; None if unknown.
 
     Without /proc it is all of the machine's memory, which is too much.
     """
-    left = [*_read_meminfo(meminfo), *_read_cgroups(cgroups, cgroup_root)]
+    left = [*_read_meminfo(meminfo), *_read_cgroups(cgroups, cgroup_root), *_read_address_limit()]
     if left:
         return max(0, min(left))
     return None if sys.platform == "win32" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -42,14 +46,24 @@ def split_update(
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: Python says it by a class, torch by a RuntimeError whose wording differs by device."""
     said = str(error)
-    by_torch = isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
-    return isinstance(error, MemoryError) or by_torch
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_TORCH_SAYS.search(said)))
 
 
 def _read_meminfo(file: Path) -> Iterator[int]:
     found = re.search(r"^MemAvailable:\s+(\d+) kB", file.read_text(encoding="ascii"), re.M) if file.is_file() else None
     if found:
         yield int(found[1]) * 1024
+
+
+def _read_address_limit() -> Iterator[int]:
+    """Yield what `ulimit -v` leaves of addresses, where it is set: each byte of memory takes one."""
+    if not _STATM.is_file():
+        return
+    import resource  # Windows has none.
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield limit - int(_STATM.read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _read_cgroups(cgroups: Path, root: Path) -> Iterator[int]:

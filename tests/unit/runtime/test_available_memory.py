@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -66,9 +69,19 @@ def test_this_machine_leaves_something():
     assert read_available_memory() > 2**20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_limit_of_addresses_leaves_no_more_than_itself():
+    script = "from smolora.runtime.available_memory import read_available_memory; print(read_available_memory())"
+    limited = ["bash", "-c", f"ulimit -v 400000; exec {sys.executable} -c '{script}'"]
+    left = int(subprocess.run(limited, capture_output=True, text=True, check=True).stdout)
+    assert 0 < left < 400_000 * 1024
+
+
 def test_torch_out_of_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for matmul"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
