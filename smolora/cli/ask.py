@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from smolora.cli.terminal import open_terminal
-from smolora.errors import ConfigError, DataError
+from smolora.errors import ConfigError
+from smolora.runtime.console import decoded_input
 
 if TYPE_CHECKING:
     from smolora.generation.sampling import SamplingSettings
@@ -100,10 +101,8 @@ def generate(
 
 def _read_prompt() -> str:
     """Return what standard input holds but for line breaks at its end, as $(...) of a shell does."""
-    try:
+    with decoded_input():
         return sys.stdin.read().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"standard input isn't UTF-8 text: {error.reason} at byte {error.start + 1}.") from None
 
 
 def chat(model: str, /, *, flags: SamplingFlags | None = None, base: str | None = None, device: str = "auto") -> None:

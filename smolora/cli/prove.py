@@ -82,7 +82,7 @@ def evaluate(
 
 
 def _require_inputs(request: EvaluationRequest) -> None:
-    """Raise where the request is wrong, or names what isn't there: `evaluate` does too, but seconds of imports later."""
+    """Raise where the request is wrong or names what isn't there: `evaluate` does too, but seconds of imports later."""
     from smolora.data.sources import list_remote_sources
     from smolora.models.folders import require_model
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from io import TextIOWrapper
 
 from rich.console import Console
 
@@ -33,6 +35,8 @@ def open_terminal(*, quiet: bool = False, is_shared: bool = False) -> Console:
             "under torchrun and accelerate launch."
         )
     silence_libraries()
+    if isinstance(sys.stdout, TextIOWrapper):  # An answer that a terminal has no letters for is still worth printing.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))  # Read when torch is loaded.
     console = stderr_console(quiet or not is_main_launched())

@@ -14,6 +14,7 @@ from smolora.errors import DataError, did_you_mean
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.inference.conversation import Conversation
 from smolora.models.bundle import ModelBundle
+from smolora.runtime.console import decoded_input
 
 _COMMANDS = {
     "/help": "show this list",
@@ -100,7 +101,8 @@ def _iter_lines(questions: TextIO) -> Iterator[str]:
         import readline  # noqa: F401 - importing it gives `input` its line editing
     while True:
         try:
-            line = input("> ") if is_terminal else next(questions)
+            with decoded_input():
+                line = input("> ") if is_terminal else next(questions)
         except (EOFError, StopIteration):
             return
         except KeyboardInterrupt:

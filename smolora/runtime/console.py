@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
+
+from smolora.errors import DataError
 
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -41,6 +45,19 @@ def in_minutes(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def decoded_input() -> Iterator[None]:
+    """Say of bytes that standard input can't decode inside the block what they are.
+
+    Raises:
+        DataError: There are some.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input isn't UTF-8 text: {error.reason} at byte {error.start + 1}.") from None
 
 
 def show_log(console: Console) -> None:

@@ -319,7 +319,7 @@ class TestRefused:
 
 
 def test_a_conversion_that_found_nothing_to_name_is_no_obstacle(save_pair, tmp_path):
-    base, adapter = save_pair()
+    _, adapter = save_pair()
     change_json(adapter / "adapter_config.json", target_parameters=[])
     assert merge_adapter(adapter, tmp_path / "out").num_merged_tensors > 0
 

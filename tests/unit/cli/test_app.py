@@ -263,3 +263,11 @@ def test_a_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "smolora: error: interrupted.\n")
+
+
+def test_what_stdout_has_no_letters_for_is_spelt_out(smolora, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    open_terminal()
+    print("a \u2603 caf\xe9")
+    assert written.getvalue() == b"a \\u2603 caf\xe9\n"

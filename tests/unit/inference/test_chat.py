@@ -81,6 +81,12 @@ def test_a_question_past_the_context_ends_a_chat_through_pipes(bundle):
         _chat(bundle, "x\N{SNOWMAN}" * CONTEXT, "the cat")
 
 
+def test_a_question_that_is_no_text_ends_a_chat_through_pipes(bundle):
+    questions = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    with pytest.raises(DataError, match="standard input isn't UTF-8 text"):
+        run_chat(bundle, GREEDY, questions=questions, answers=io.StringIO(), notes=io.StringIO())
+
+
 def test_a_full_context_forgets_the_oldest_turns_with_a_note(bundle):
     _, notes = _chat(bundle, *["the cat sat on the mat"] * 12)
     assert "the context is full: the oldest 2 turns are forgotten" in notes
