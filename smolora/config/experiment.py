@@ -344,4 +344,10 @@ def _assign(values: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(nested, dict):
             raise ConfigError(f"{path}: {parent} is a value, not a section.")
         values = nested
-    values[leaf] = value
+    before = values.get(leaf)
+    if isinstance(before, dict) and not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: {value!r} would replace what is given for it too ({', '.join(map(str, before))}). Name the "
+            f"setting that it is, as {path}.NAME=VALUE."
+        )
+    values[leaf] = _merge(before, value) if isinstance(before, dict) else value

@@ -41,6 +41,19 @@ def test_an_assignment_is_read_as_yaml():
     assert config.adapter.target_modules == ("q_proj", "v_proj")
 
 
+def test_a_mapping_for_a_section_adds_to_what_was_given_for_it_before():
+    flags = {"training.learning_rate": 5e-3, "training.seed": 9}
+    words = [MODEL, "training={max_steps: 2, seed: 8}", "adapter.rank_pattern={q_proj: 2}", "adapter={r: 4}"]
+    config = resolve_config(ExperimentConfig, flags=flags, assignments=words)
+    assert (config.training.learning_rate, config.training.seed, config.training.max_steps) == (5e-3, 8, 2)
+    assert (config.adapter.rank_pattern, config.adapter.r) == ({"q_proj": 2}, 4)
+
+
+def test_a_bare_value_for_a_section_that_was_given_settings_is_refused():
+    with pytest.raises(ConfigError, match=r"adapter: 'dora' would replace .* too \(r\)\. .* as adapter\.NAME=VALUE"):
+        resolve_config(ExperimentConfig, flags={"adapter.r": 4}, assignments=[MODEL, "adapter=dora"])
+
+
 def test_an_unknown_path_is_refused_by_name():
     with pytest.raises(ConfigError, match="trainin: no such setting. Did you mean 'training'"):
         resolve_config(ExperimentConfig, assignments=[MODEL, "trainin.seed=1"])
