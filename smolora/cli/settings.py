@@ -85,8 +85,8 @@ def config(
 
 def _print_imported(file: Path, terminal: Console) -> None:
     from smolora.config.annotated import annotate_config
-    from smolora.config.experiment import read_yaml
     from smolora.config.imported import import_config
+    from smolora.config.yaml_text import read_yaml
 
     made = import_config(read_yaml(file), Path())
     reasons = dict.fromkeys(made.filled, f"{made.tool}'s default.")

@@ -20,6 +20,7 @@ from smolora.config.model import DeviceName, GPTConfig, ModelConfig, TaskType, T
 from smolora.config.phases import DynamicLoRAConfig, resolve_starts
 from smolora.config.speed import SpeedConfig
 from smolora.config.training import TrainingConfig
+from smolora.config.yaml_text import parse_value, read_yaml
 from smolora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ def _read_command(kind: type[Section], flags: Mapping[str, object], assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
             raise ConfigError(f"'{assignment}' isn't key.path=value.")
-        _assign(values, path.strip(), _parse_value(assignment, text))
+        _assign(values, path.strip(), parse_value(assignment, text))
     values = rename_aliases(kind, values)
     training = _section(values, "training")
     if training.get("max_steps") is not None and "num_train_epochs" in training:
@@ -286,55 +287,6 @@ def flatten_settings(values: Mapping[str, object], prefix: str = "") -> dict[str
         nested = flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         flat.update(nested)
     return flat
-
-
-def _parse_value(assignment: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)  # YAML 1.1 reads 1e-4 as a string; pydantic reads that as the float it is.
-    except yaml.YAMLError as error:
-        raise ConfigError(f"'{assignment}': the value can't be read: {_locate_mistake(error)}.") from None
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the settings of a file, empty ones left out.
-
-    Raises:
-        ConfigError: There is none, or it isn't a YAML mapping.
-    """
-    if file.is_dir():
-        raise ConfigError(
-            f"{file} is a folder, not a configuration file. A run in it goes on with -o {file} --resume; "
-            "rows are named behind --data."
-        )
-    if not file.is_file():
-        raise ConfigError(f"no configuration file {file}.")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _refuse_file(file, _locate_mistake(error)) from None
-    if not isinstance(values, dict):
-        kind = {type(None): "it is empty", str: "it holds text", list: "it holds a list"}.get(type(values))
-        raise _refuse_file(file, kind or f"it holds {values!r}")
-    return {name: value for name, value in values.items() if value is not None}  # A section may be empty.
-
-
-def _refuse_file(file: Path, problem: str) -> ConfigError:
-    """Return what to say of a file without settings: it may well be rows."""
-    if file.suffix.lower() in (".yaml", ".yml"):
-        advice = "A configuration has sections such as 'model:' and 'training:'; smolora init writes one."
-    else:
-        advice = f"If it holds rows, give it as --data {file}."
-    return ConfigError(f"{file} is no configuration file: {problem}. {advice}")
-
-
-def _locate_mistake(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "it isn't UTF-8 text"
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
-        is_plain = error.problem and "<" not in error.problem  # Else it names the parser's own tokens.
-        return f"it isn't YAML at {place}" + (f" ({error.problem})" if is_plain else "")
-    return "it isn't YAML"
 
 
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:

@@ -86,6 +86,34 @@ def test_a_file_without_settings_is_refused_as_what_it_is(tmp_path, text, proble
         resolve_config(ExperimentConfig, file=tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "training: {seed: 1}\nmodel: x\ntraining:\n",
+            "'training' stands at line 1, column 1 and again at line 3, col",
+        ),
+        ("training:\n  seed: 1\n  lr: 1e-3\n  seed: 2\n", "'seed' stands at line 2, column 3 and again at line 4, col"),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_file_is_refused_with_both_places(tmp_path, text, problem):
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"twice\.yaml: the key {problem}"):
+        resolve_config(ExperimentConfig, file=tmp_path / "twice.yaml")
+
+
+def test_a_key_that_stands_twice_in_a_word_is_refused():
+    with pytest.raises(ConfigError, match=r"'training={seed: 1, seed: 2}': the key 'seed' stands at line 1, column 2"):
+        resolve_config(ExperimentConfig, assignments=["training={seed: 1, seed: 2}"])
+
+
+def test_a_key_may_stand_beside_a_mapping_that_is_merged_in(tmp_path):
+    text = "model: x\nphases: {table: [&first {groups: mlp, matrices: A}, {<<: *first, groups: attention}]}\n"
+    (tmp_path / "merged.yaml").write_text(text)
+    _, second = resolve_config(ExperimentConfig, file=tmp_path / "merged.yaml").phases.table
+    assert (second.groups, second.matrices) == (("attention",), "A")
+
+
 def test_a_value_that_is_no_yaml_is_refused_with_the_place():
     with pytest.raises(ConfigError, match=r"'training.seed=\[1': the value can't be read: it isn't YAML at line 1"):
         resolve_config(ExperimentConfig, assignments=["training.seed=[1"])
