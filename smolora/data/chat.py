@@ -35,6 +35,9 @@ PLAIN_CHAT_TEMPLATE = (
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """Who may speak; a template may name others. A turn of anyone else would be taken for one that isn't learned."""
 
+_WEIGHTS: tuple[object, ...] = (None, 0, 1)
+"""What a turn's `weight` may be, as in OpenAI's files; Parquet has None where JSON leaves a key out."""
+
 
 _SAMPLE_CHAT: tuple[Message, ...] = (
     {"role": "user", "content": "Who are you?"},
@@ -96,6 +99,11 @@ def check_messages(value: object) -> list[dict[str, str]]:
     return [dict(message) for message in value]
 
 
+def is_learned(message: Mapping[str, object]) -> bool:
+    """Whether a turn is a target: one of the assistant's, unless a `weight` of 0 makes it context alone."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def check_conversation(value: object, template: str | None) -> list[dict[str, str]]:
     """Return `value` as messages that can be learned from.
 
@@ -104,7 +112,8 @@ def check_conversation(value: object, template: str | None) -> list[dict[str, st
         template: The chat template, which may name roles of its own.
 
     Raises:
-        DataError: As `check_messages`, or the assistant speaks first, or somebody unknown speaks.
+        DataError: As `check_messages`, or a turn that nothing prompts is to be learned, or somebody unknown speaks, or
+            a weight is neither 0 nor 1.
     """
     messages = check_messages(value)
     for number, message in enumerate(messages, start=1):
@@ -114,7 +123,12 @@ def check_conversation(value: object, template: str | None) -> list[dict[str, st
                 f"message {number} has the unknown role {role!r}.{did_you_mean(role, ROLES)} Known: "
                 f"{', '.join(ROLES)}, and those that data.chat_template names."
             )
-    if messages[0]["role"] == "assistant":
+        if role == "assistant" and message.get("weight") not in _WEIGHTS:
+            raise DataError(
+                f"message {number} has the weight {message['weight']!r}. Known: 1, by which a turn is learned as it is "
+                "without a weight, and 0, by which it is context alone."
+            )
+    if is_learned(messages[0]):
         raise DataError("the conversation begins with the assistant, so nothing prompts its first turn.")
     return messages
 
@@ -122,7 +136,7 @@ def check_conversation(value: object, template: str | None) -> list[dict[str, st
 def encode_conversation(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, template: str | None
 ) -> Example:
-    """Encode a conversation; every assistant turn is a target, the mark that ends it included.
+    """Encode a conversation; the turns that are learned are targets, the marks that end them included.
 
     Args:
         messages: As `check_conversation` returns them.
@@ -136,7 +150,7 @@ def encode_conversation(
     ids = renderer.render(messages)
     spans = []
     for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if is_learned(message):
             start = renderer.find_start(ids, messages, turn)
             end = renderer.find_end(ids, messages, turn, start)
             check_spelling(ids[start:end], message["content"].strip(), tokenizer)

@@ -16,7 +16,7 @@ from smolora.config.data import DataConfig
 from smolora.config.model import TaskType
 from smolora.data.benchmark_rows import BenchmarkRow, Prompt
 from smolora.data.benchmarks import get_benchmark
-from smolora.data.chat import check_messages
+from smolora.data.chat import check_messages, is_learned
 from smolora.data.prompts import PromptFormat, render_pair
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
@@ -224,8 +224,11 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
 def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:
     if fmt.kind == "messages":
         *turns, answer = check_messages(row.values.get(fmt.columns["messages"]))
-        if answer["role"] != "assistant" or not turns:
-            raise DataError(f"{row.origin}: the last of several messages must be the assistant's, as the reference.")
+        if not is_learned(answer) or not turns:
+            raise DataError(
+                f"{row.origin}: the last of several messages must be the assistant's, and not of weight 0, as the "
+                "reference."
+            )
         return turns, answer["content"]
     if fmt.kind == "instruction" and trained is not None and trained.kind == "instruction":
         given = str(row.values.get(fmt.columns.get("input", ""), "") or "")

@@ -17,7 +17,7 @@ from smolora.config import ExperimentConfig
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.benchmark_source import find_benchmark
 from smolora.data.benchmarks import Benchmark
-from smolora.data.chat import check_messages
+from smolora.data.chat import check_messages, is_learned
 from smolora.data.overlap import measure_overlap
 from smolora.data.prompts import render_pair
 from smolora.data.rows import Row
@@ -260,7 +260,7 @@ def _iter_askable(rows: Sequence[Row], data: TuningData) -> Iterator[BenchmarkRo
         return
     if fmt.kind == "messages":
         turns = {id(row): check_messages(row.values.get(fmt.columns["messages"])) for row in rows}
-        rows = [row for row in rows if len(turns[id(row)]) > 1 and turns[id(row)][-1]["role"] == "assistant"]
+        rows = [row for row in rows if len(turns[id(row)]) > 1 and is_learned(turns[id(row)][-1])]
     yield from (row for row in group_rows(rows, fmt, fmt) if row.prompt)
 
 

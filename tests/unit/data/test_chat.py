@@ -46,6 +46,31 @@ def test_the_plain_template_ends_every_answer_with_the_end_of_text(tokenizer):
     assert [text.strip() for text in runs(example, tokenizer)] == [f"hello there{eos}", f"sat{eos}"]
 
 
+@pytest.mark.parametrize("template", [None, PLAIN_CHAT_TEMPLATE])
+@pytest.mark.parametrize(
+    ("weights", "learned"),
+    [((0, 1), ["sat"]), ((1, 0), ["hello there"]), ((None, True), ["hello there", "sat"]), ((0, 0), [])],
+)
+def test_a_turn_of_weight_0_is_context_alone(chatml, template, weights, learned):
+    talk = [TALK[0], {**TALK[1], "weight": weights[0]}, TALK[2], {**TALK[3], "weight": weights[1]}]
+    example = encode_conversation(check_conversation(talk, template), chatml, template=template)
+    assert example.input_ids.tolist() == encode_conversation(TALK, chatml, template=template).input_ids.tolist()
+    assert [text.partition("<|")[0].strip() for text in runs(example, chatml)] == learned
+
+
+def test_a_greeting_of_weight_0_may_come_first(chatml):
+    example = encode_conversation(
+        check_conversation([{**TALK[1], "weight": 0}, *TALK[2:]], None), chatml, template=None
+    )
+    assert runs(example, chatml) == ["sat<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("weight", [0.5, -1, "0", [0]])
+def test_another_weight_is_refused(weight):
+    with pytest.raises(DataError, match=r"message 2 has the weight .*\. Known: 1, .* and 0"):
+        check_conversation([TALK[0], {**TALK[1], "weight": weight}], None)
+
+
 @pytest.mark.parametrize("turns", [1, 3])
 def test_the_prompt_of_a_turn_is_the_prefix_trained_on(tokenizer, turns):
     fmt = resolve_prompt_format(["messages"], DataConfig(), tokenizer)

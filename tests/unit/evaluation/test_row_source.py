@@ -75,8 +75,9 @@ def test_texts_have_no_prompt_and_are_not_grouped(tmp_path):
 def test_the_last_message_is_the_reference(tmp_path):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     assert read(open_rows(write(tmp_path / "a.jsonl", [{"messages": turns}]))) == [(turns[:1], ("yes",))]
-    with pytest.raises(DataError, match=r"b\.jsonl:1: the last of several messages must be the assistant's"):
-        open_rows(write(tmp_path / "b.jsonl", [{"messages": turns + turns[:1]}])).count()
+    for others in (turns + turns[:1], [turns[0], {**turns[1], "weight": 0}]):
+        with pytest.raises(DataError, match=r"b\.jsonl:1: the last of several messages must be the assistant's"):
+            open_rows(write(tmp_path / "b.jsonl", [{"messages": others}])).count()
 
 
 def test_instructions_are_rendered_once(tmp_path):

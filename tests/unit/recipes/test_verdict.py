@@ -199,20 +199,24 @@ def test_plain_text_is_continued_from_its_first_words(tmp_path, base):
     assert found["overlap"]["prompts"] is None
 
 
+def converse(row, weight=1):
+    asked = {"role": "user", "content": row["prompt"]}
+    return {"messages": [asked, {"role": "assistant", "content": row["completion"], "weight": weight}]}
+
+
 def test_conversations_are_asked_up_to_their_last_answer(tmp_path, base):
-    talks = [
-        {
-            "messages": [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["completion"]},
-            ]
-        }
-        for row in pairs()
-    ]
+    talks = [converse(row) for row in pairs()]
     few = "training.max_steps=3"
     found = read(finetune(config(base, write_rows(tmp_path / "m.jsonl", talks), few), tmp_path / "run"))
     assert found["samples"][0]["prompt"].startswith("user: ")
     assert found["prompt_use"]["num_rows"] == 43
+
+
+def test_an_answer_that_is_context_alone_is_not_asked_for(tmp_path, base):
+    talks = [converse(row, weight=number % 2) for number, row in enumerate(pairs())]
+    few = "training.max_steps=3"
+    found = read(finetune(config(base, write_rows(tmp_path / "m.jsonl", talks), few), tmp_path / "run"))
+    assert 0 < found["prompt_use"]["num_rows"] < 43
 
 
 def test_a_continued_adapter_is_held_against_the_one_it_started_from(tmp_path, base, rows, learned):
