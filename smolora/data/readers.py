@@ -137,7 +137,8 @@ def _find_suffix(path: Path) -> str:
 def list_files(folder: Path) -> list[Path]:
     """Return the regular files under `folder`, at any depth, in bytewise order of their paths.
 
-    What is hidden, a file or a folder whose name begins with a dot, is left out.
+    What is hidden, a file or a folder whose name begins with a dot, is left out. A link to a folder is followed, but a
+    folder that several paths lead to, as where links go round, is read once.
 
     Raises:
         StorageError: A folder may not be read.
@@ -146,9 +147,14 @@ def list_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:  # Left to itself, os.walk passes over what it may not open.
         raise _refuse_reading(Path(error.filename)) from error
 
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (place := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if path.is_file()]  # A FIFO would hang at opening.
     return sorted(found, key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))

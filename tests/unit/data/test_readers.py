@@ -10,6 +10,7 @@ import pytest
 
 from smolora.data.readers import (
     infer_type,
+    list_files,
     read_columns,
     read_csv,
     read_documents,
@@ -45,6 +46,15 @@ def test_a_folder_of_text_is_read_at_any_depth_in_bytewise_order(tmp_path, write
         write(name, "" if name == "empty.txt" else name)
     write(".c.txt", "hidden")
     assert read_txt_folder(tmp_path) == ["B.txt", "a.txt", "a/z.txt", "b.txt", "é.txt"]
+
+
+def test_a_linked_folder_is_read_once_however_many_paths_lead_to_it(tmp_path, write):
+    write("real/b.txt", "linked")
+    write("data/a.txt", "own")
+    for name, target in {"more": "real", "again": "real", "loop": "data"}.items():
+        (tmp_path / "data" / name).symlink_to(tmp_path / target, target_is_directory=True)
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "data", target_is_directory=True)
+    assert list_files(tmp_path / "data") == [tmp_path / "data" / "a.txt", tmp_path / "data" / "again" / "b.txt"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system has no FIFOs")
