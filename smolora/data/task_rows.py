@@ -12,21 +12,22 @@ from smolora.errors import count_of
 if TYPE_CHECKING:
     from smolora.data.prompts import PromptFormat
 
-_NO_LABEL = (-1, -100)
+_NO_LABEL = ("-1", "-100")
 """What data sets put where an annotator gave no label."""
 
 
 def find_label_problem(value: object) -> str | None:
     """Return why `value` is no label, or None.
 
-    >>> find_label_problem(-1)
-    'it holds -1, which stands for no label'
+    >>> find_label_problem("-1")
+    'it holds -1, which stands for no label: if it is one here, give it another name'
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return "it holds no label"
-    if value in _NO_LABEL:
-        return f"it holds {value}, which stands for no label"
-    if name_label(value) is None:
+    name = name_label(value)
+    if name in _NO_LABEL:
+        return f"it holds {name}, which stands for no label: if it is one here, give it another name"
+    if name is None:
         return f"a label is a text or a whole number, found {type(value).__name__} {value!r}"[:200]
     return None
 

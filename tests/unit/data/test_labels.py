@@ -7,6 +7,7 @@ import pytest
 from smolora.data.labels import learn_labels
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
+from smolora.data.task_rows import find_label_problem
 from smolora.errors import DataError
 
 FMT = PromptFormat(kind="classification", columns={"text": "text", "label": "label"})
@@ -23,6 +24,16 @@ def learn(*labels):
 )
 def test_labels_are_learned_by_their_names(labels, learned):
     assert learn(*labels) == learned
+
+
+@pytest.mark.parametrize("value", [-1, "-1", " -1 ", -100, "-100"])
+def test_a_number_that_stands_for_no_label_is_none_as_a_text_too(value):
+    assert f"it holds {str(value).strip()}, which stands for no label" in find_label_problem(value)
+
+
+@pytest.mark.parametrize("value", [0, "0", "1", "-10", True])
+def test_other_numbers_are_labels(value):
+    assert find_label_problem(value) is None
 
 
 @pytest.mark.parametrize("odd", [True, "false"])
