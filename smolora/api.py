@@ -49,8 +49,8 @@ class SmoLoRA:
 
         Args:
             base_model_name: A model folder, a run or a hub id.
-            dataset_name: A txt, csv, jsonl, json or parquet file, a folder of them, or a hub id. Columns such as prompt
-                and completion are recognised.
+            dataset_name: A txt, csv, jsonl, json, parquet or arrow file, a folder of them, or a hub id. Columns such as
+                prompt and completion are recognised.
             text_field: The column of plain text.
             output_dir: Folder of the run.
         """

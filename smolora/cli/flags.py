@@ -57,7 +57,7 @@ class PrepareFlags(FieldFlags):
     """Split texts into pieces of so many words."""
 
     file_type: Annotated[str | None, At("data.file_type")] = None
-    """txt, csv, jsonl, json, parquet or hub, where the name doesn't tell."""
+    """txt, csv, jsonl, json, parquet, arrow or hub, where the name doesn't tell."""
 
     seed: Annotated[int | None, At("seed")] = None
     """Seed of the split."""

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from smolora.config.base import Section
 
-FileType = Literal["txt", "csv", "jsonl", "json", "parquet", "hub"]
+FileType = Literal["txt", "csv", "jsonl", "json", "parquet", "arrow", "hub"]
 
 
 class _Columns(Section):

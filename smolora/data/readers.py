@@ -1,4 +1,4 @@
-"""Files to rows: txt, csv (with commas, semicolons or tabs), jsonl, json, parquet, plain or .gz or .bz2.
+"""Files to rows: txt, csv (with commas, semicolons or tabs), jsonl, json, plain or .gz or .bz2; parquet and arrow.
 
 A record that can't be used becomes a Reject with its line and reason, and the rest is read on; a file whose records
 can't be told apart (a duplicate header, an unterminated quote) is a DataError. No reader guesses, none drops a record.
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TextIO
 
 from smolora.config.data import FileType
+from smolora.data.arrow_files import iter_arrow, iter_parquet
 from smolora.data.rows import Reject, Row, check_values, find_broken_character, find_column, list_columns
 from smolora.data.squad import is_squad, iter_questions
-from smolora.errors import DataError, StorageError, clause, count_of, did_you_mean
+from smolora.errors import DataError, StorageError, count_of, did_you_mean
 
 Read = Iterator[Row | Reject]
 
@@ -353,27 +354,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 """Made once: json.loads makes one for every line, which takes as long as reading it."""
 
 
-def _iter_parquet(path: Path) -> Read:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield check_values(values, str(path), number)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"can't read {path}: {clause(error)}. The file may be damaged or no parquet file.") from error
-
-
 _READERS: dict[FileType, Callable[[Path], Read]] = {
     "txt": _iter_txt,
     "csv": _iter_csv,
     "jsonl": _iter_jsonl,
     "json": _iter_json,
-    "parquet": _iter_parquet,
+    "parquet": iter_parquet,
+    "arrow": iter_arrow,
 }
 
 _TYPES_BY_SUFFIX: dict[str, FileType] = {
@@ -386,4 +373,5 @@ _TYPES_BY_SUFFIX: dict[str, FileType] = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ VALIDATION_FILE = "validation.jsonl"
 _VALIDATION_FILES = (VALIDATION_FILE, "valid.jsonl", "val.jsonl", "dev.jsonl")
 """Beside a train.jsonl, one of these holds the held-out rows; test.jsonl is never read with either."""
 
-_TYPES = "csv, json, jsonl, parquet, txt"
+_DATASET_FILES, _DATASET_INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+"""Of a folder that `Dataset.save_to_disk` wrote: which files hold its rows, and what they are; of one with splits."""
+
+_TYPES = "arrow, csv, json, jsonl, parquet, txt"
 _SHOWN = 5
 
 
@@ -36,12 +40,12 @@ def locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType
 
 
 def describe_left_out(source: str, file_type: FileType | None) -> str | None:
-    """Return how many files of a folder aren't read, by suffix; None where all are, or it is one that `prepare` wrote.
+    """Return how many files of a folder aren't read, by suffix; None where all are, or the folder says which ones.
 
     Hidden files don't count.
     """
     path = Path(source).expanduser()
-    if not path.is_dir() or file_type == "hub" or (path / TRAIN_FILE).is_file():
+    if not path.is_dir() or file_type == "hub" or _find_named(path):
         return None
     files = list_files(path)
     read = {file for file, _ in _search_folder(path, file_type)}
@@ -79,8 +83,8 @@ def _require_type(path: Path, file_type: FileType | None) -> FileType:
 
 def _search_folder(path: Path, file_type: FileType | None) -> list[tuple[Path, FileType]]:
     files = list_files(path)  # First, as it says so where the folder is locked.
-    if (path / TRAIN_FILE).is_file():
-        return [(path / TRAIN_FILE, "jsonl")]
+    if named := _find_named(path):
+        return named
     typed = [(file, kind) for file in files if (kind := _find_type(file, file_type)) is not None]
     kinds = {kind for _, kind in typed}
     if not typed:
@@ -91,6 +95,25 @@ def _search_folder(path: Path, file_type: FileType | None) -> list[tuple[Path, F
             f"{path} holds files of several types ({', '.join(sorted(kinds))}). Choose with data.file_type=TYPE."
         )
     return typed
+
+
+def _find_named(path: Path) -> list[tuple[Path, FileType]]:
+    """Return the files to learn from of a folder that `prepare` or `Dataset.save_to_disk` wrote; none of another."""
+    if (path / TRAIN_FILE).is_file():
+        return [(path / TRAIN_FILE, "jsonl")]
+    if (path / _SPLITS).is_file():
+        splits = sorted(str(file.parent) for file in path.glob(f"*/{_DATASET_FILES}"))
+        raise DataError(f"{path} holds a dataset in splits. Name the one to read: {' or '.join(splits)}.")
+    if not ((path / _DATASET_FILES).is_file() and (path / _DATASET_INFO).is_file()):
+        return []
+    return [(path / name, "arrow") for name in _read_dataset_files(path / _DATASET_FILES)]
+
+
+def _read_dataset_files(state: Path) -> list[str]:
+    try:
+        return [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{state} doesn't name the files of its dataset. Save that again, with save_to_disk.") from None
 
 
 def _find_type(file: Path, asked: FileType | None) -> FileType | None:

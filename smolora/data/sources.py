@@ -198,7 +198,7 @@ class DatasetHandler:
 def prepare_dataset(
     source: str | Path, text_field: str = "text", chunk_size: int = 0, file_type: FileType | None = None
 ) -> Dataset:
-    """Read a txt, csv, jsonl, json or parquet file, a folder of them, or a hub id, without duplicates.
+    """Read a txt, csv, jsonl, json, parquet or arrow file, a folder of them, or a hub id, without duplicates.
 
     Args:
         source: A path or a hub id.

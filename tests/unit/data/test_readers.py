@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+import pyarrow as pa
 import pytest
 
 from smolora.data.readers import (
@@ -235,9 +236,19 @@ def test_parquet_is_read(tmp_path):
     assert values(read_rows(tmp_path / "a.parquet", "parquet")) == [{"text": "one"}, {"text": "two"}]
 
 
-def test_a_damaged_parquet_file_is_named(write):
-    with pytest.raises(DataError, match=r"can't read .*a\.parquet: .*[^.]\. The file may be damaged"):
-        read_rows(write("a.parquet", "no parquet"), "parquet")
+@pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_is_read_as_a_stream_and_as_a_file(tmp_path, kind):
+    table = pa.table({"text": ["one", "two", "three"]})
+    with kind(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    found = read_rows(tmp_path / "a.arrow", "arrow")
+    assert [(row.values["text"], row.line) for row in found] == [("one", 1), ("two", 2), ("three", 3)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_damaged_file_of_columns_is_named(write, kind):
+    with pytest.raises(DataError, match=rf"can't read .*a\.{kind}: .*[^.]\. The file may be damaged"):
+        read_rows(write(f"a.{kind}", "nothing of the kind"), kind)
 
 
 def test_the_promised_readers_name_the_line_they_can_not_use(write):

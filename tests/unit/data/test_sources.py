@@ -5,7 +5,7 @@ from functools import partial
 
 import datasets
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from smolora.config.data import DataConfig
 from smolora.data.sources import (
@@ -196,7 +196,7 @@ def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path):
 
 def test_a_file_of_unknown_type_asks_for_the_type(tmp_path):
     (tmp_path / "a.dat").write_text("one\n")
-    with pytest.raises(DataError, match="data.file_type: csv, json, jsonl, parquet, txt"):
+    with pytest.raises(DataError, match="data.file_type: arrow, csv, json, jsonl, parquet, txt"):
         read(tmp_path / "a.dat")
     assert read(tmp_path / "a.dat", file_type="txt").train[0].values == {"text": "one"}
 
@@ -240,6 +240,31 @@ def test_the_files_that_a_folder_holds_beside_are_counted(tmp_path, caplog):
     check_sources(DataConfig(sources=(str(tmp_path), str(tmp_path / "a.txt"))))
     hint = "data.file_type=txt (--file-type txt) reads pages of HTML too."
     assert caplog.messages == [f"3 of 4 files in {tmp_path} are left out: 2 .docx, 1 .html. {hint}"]
+
+
+def test_a_saved_dataset_is_read_by_the_files_that_it_names(tmp_path, caplog):
+    saved = Dataset.from_dict({"text": ["one", "two", "three"]})
+    saved.save_to_disk(tmp_path, num_shards=2)
+    (tmp_path / "cache-1a2b.arrow").write_text("what a map over it left")
+    check_sources(DataConfig(sources=(str(tmp_path),)))
+    assert [row.values["text"] for row in read(tmp_path).train] == saved["text"]
+    assert caplog.messages == []
+
+
+def test_a_saved_dataset_in_splits_asks_for_one(tmp_path):
+    part = Dataset.from_dict({"text": ["one"]})
+    DatasetDict(train=part, test=part).save_to_disk(tmp_path)
+    with pytest.raises(DataError, match=r"holds a dataset in splits\. Name the one to read: \S*test or \S*train\."):
+        read(tmp_path)
+    assert len(read(tmp_path / "test").train) == 1
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}"])
+def test_a_saved_dataset_that_names_no_files_is_refused(tmp_path, state):
+    Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path)
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(DataError, match=r"state\.json doesn't name the files of its dataset"):
+        read(tmp_path)
 
 
 def test_what_stands_beside_a_prepared_folder_s_files_is_not_counted(tmp_path, caplog):

@@ -1,0 +1,65 @@
+"""Tables of Arrow to rows: Parquet, and .arrow as `datasets` saves it (a stream of batches) or others do (a file)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smolora.data.rows import Reject, Row, check_values
+from smolora.errors import DataError, clause
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+_FILE_MARK = b"ARROW1"
+"""What a file of Arrow begins with, and a stream doesn't."""
+
+
+def iter_parquet(path: Path) -> Iterator[Row | Reject]:
+    """Read a Parquet file batch by batch.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    from pyarrow import parquet
+
+    with _named_errors(path, "parquet"), parquet.ParquetFile(path) as file:
+        yield from _iter_rows(file.iter_batches(), path)
+
+
+def iter_arrow(path: Path) -> Iterator[Row | Reject]:
+    """Read an .arrow file batch by batch.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    import pyarrow as pa
+
+    with _named_errors(path, "Arrow"), pa.OSFile(str(path)) as file:
+        is_stream = file.read(len(_FILE_MARK)) != _FILE_MARK
+        file.seek(0)
+        if is_stream:
+            yield from _iter_rows(pa.ipc.open_stream(file), path)
+        else:
+            reader = pa.ipc.open_file(file)
+            yield from _iter_rows(map(reader.get_batch, range(reader.num_record_batches)), path)
+
+
+def _iter_rows(batches: Iterable[RecordBatch], path: Path) -> Iterator[Row | Reject]:
+    number = 0
+    for batch in batches:
+        for values in batch.to_pylist():
+            number += 1
+            yield check_values(values, str(path), number)
+
+
+@contextmanager
+def _named_errors(path: Path, kind: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"can't read {path}: {clause(error)}. The file may be damaged or no {kind} file.") from error
