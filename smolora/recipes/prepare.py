@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from base64 import b64encode
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import islice
@@ -87,8 +88,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:
-    # Parquet and hub rows may hold dates and other values that JSON has no form for; they are spelt out.
-    encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, default=str).encode
+    encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False, default=_spell_out).encode
 
     @lru_cache  # Most rows have the same columns.
     def choose_keys(columns: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -98,11 +98,26 @@ def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:
     with path.open("w", encoding="utf-8", newline="\n", buffering=2**18) as file:
         for row in rows:
             values = row.values
+            keys = choose_keys(tuple(values))
             # The encoder takes a text by itself in two thirds of the time of an object that holds it.
-            pairs = [f"{key}{encode(values[column])}" for key, column in choose_keys(tuple(values))]
+            try:
+                pairs = [f"{key}{encode(values[column])}" for key, column in keys]
+            except ValueError:
+                pairs = [f"{key}{encode(_put_null_for_nan(values[column]))}" for key, column in keys]
             file.write(f"{{{', '.join(pairs)}}}\n")
             count += 1
     return count
+
+
+def _spell_out(value: object) -> str:
+    """Return what stands for a value that JSON has no form for, such as a date of Parquet; bytes become base64."""
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _put_null_for_nan(value: object) -> object:
+    """Return what JSON makes of a value, with null for NaN and infinities at any depth."""
+    found: object = json.loads(json.dumps(value, default=_spell_out), parse_constant=lambda name: None)
+    return found
 
 
 def _hold_out(train: Path, held_out: Path, chosen: set[int]) -> int:

@@ -1,8 +1,11 @@
 import json
+import math
 import threading
 import time
+from datetime import date
 
 import pytest
+from datasets import Dataset
 
 from smolora.config.data import DataConfig
 from smolora.data.readers import read_rows
@@ -101,6 +104,16 @@ def test_it_is_said_that_further_columns_make_no_row_another_one(reviews, tmp_pa
     label = {"label_field": "stars"} if task == "classification" else {}
     prepare(reviews, tmp_path / "out", DataConfig(text_field="review", **label), task=task)
     assert ("'id', 'stars' made no difference" in caplog.text) == (task == "causal_lm")
+
+
+def test_further_columns_that_json_has_no_form_for_are_written_as_valid_json(tmp_path):
+    odd = {"score": math.nan, "scores": [{"high": math.inf, "low": 0.5}], "raw": b"\xff\x00", "day": date(2026, 1, 2)}
+    Dataset.from_list([{"text": "a", **odd}]).to_parquet(tmp_path / "a.parquet")
+    prepare(tmp_path / "a.parquet", tmp_path / "out", DataConfig())
+    [line] = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "text": "a", "score": None, "scores": [{"high": None, "low": 0.5}], "raw": "/wA=", "day": "2026-01-02",
+    }  # fmt: skip
 
 
 def test_the_same_seed_writes_the_same_bytes(source, tmp_path):
