@@ -175,8 +175,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
     opener = openers.get(path.suffix.lower(), open)
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            if file.read(2).encode("utf-8", "surrogateescape") in _UTF16_MARKS:
-                raise DataError(f"{path} is UTF-16 text. Save it as UTF-8.")
+            start = file.read(2)
+            if "\0" in start or start.encode("utf-8", "surrogateescape") in _UTF16_MARKS:
+                raise DataError(f"{path} is UTF-16 text, or no text at all. Save it as UTF-8.")
             file.seek(0)
             yield file
     except (OSError, EOFError, zlib.error) as error:

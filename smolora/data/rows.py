@@ -34,21 +34,33 @@ class Reject(NamedTuple):
 
 
 def check_values(values: Values, file: str, line: int) -> Row | Reject:
-    """Return the row, or a reject where a value holds half of a surrogate pair, or bytes of no UTF-8."""
+    """Return the row, or a reject where a value holds NUL, half of a surrogate pair, or bytes of no UTF-8."""
     for name, value in values.items():
-        if value.isascii() if isinstance(value, str) else isinstance(value, int | float | None):
+        if isinstance(value, str):
+            if value.isascii() and "\0" not in value:
+                continue
+            text = value
+        elif isinstance(value, int | float | None):
             continue
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        else:
+            text = _join_texts(value)
         if problem := find_broken_character(text):
             return Reject(file, line, f"column {name!r}, {problem}")
     return Row(values, file, line)
 
 
+def _join_texts(value: object) -> str:
+    """Return a list or an object as one text, in which NUL is the character again, and not its escape."""
+    return json.dumps(value, ensure_ascii=False, default=str).replace(r"\\", "").replace(r"\u0000", "\0")
+
+
 def find_broken_character(text: str) -> str | None:
-    """Return where text has half of a surrogate pair and what that is; None where it has none.
+    """Return where text has NUL or half of a surrogate pair and what that is; None where it has neither.
 
     Undecodable bytes arrive as U+DC80 to U+DCFF, by Python's surrogateescape.
     """
+    if "\0" in text:
+        return f"character {text.index(chr(0))}: U+0000 is in no text (if the file is UTF-16, save it as UTF-8)"
     if (half := find_surrogate(text)) is None:
         return None
     code = ord(text[half])

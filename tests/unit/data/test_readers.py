@@ -105,9 +105,23 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(write):
     assert read_jsonl(write("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n')) == ["one"]
 
 
-def test_utf_16_is_refused_with_what_to_do(write):
-    with pytest.raises(DataError, match="Save it as UTF-8"):
-        read_rows(write("a.csv", "text\none\n".encode("utf-16")), "csv")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_with_what_to_do(write, encoding):
+    with pytest.raises(DataError, match=r"is UTF-16 text, or no text at all\. Save it as UTF-8"):
+        read_rows(write("a.csv", "text\none\n".encode(encoding)), "csv")
+
+
+def test_a_text_with_nul_is_rejected_and_the_rest_read(write):
+    found = read_rows(write("a.txt", b"one\nt\0wo\nthr\xc3\xa9\0e\n"), "txt")
+    reason = "column 'text', character {}: U+0000 is in no text (if the file is UTF-16, save it as UTF-8)"
+    assert rejects(found) == [(2, reason.format(1)), (3, reason.format(4))]
+    assert len(found) == 3
+
+
+def test_nul_inside_a_list_is_told_from_the_text_that_spells_its_escape(write):
+    rows = [{"tags": [{"a": text}]} for text in ("x\0", "\\\0", r"\u0000", r"\\u0000")]
+    found = read_rows(write("a.jsonl", "\n".join(map(json.dumps, rows))), "jsonl")
+    assert [line for line, _ in rejects(found)] == [1, 2]
 
 
 def test_a_line_that_is_no_utf_8_is_rejected_and_the_rest_read(write):
