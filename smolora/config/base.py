@@ -33,6 +33,20 @@ class Section(BaseModel):
         """Return what a field of this section is called in messages."""
         return "setting"
 
+    def refuse_idle(self, *names: str, without: str) -> None:
+        """Raise where one of these settings isn't at its default, though without another one nothing reads it.
+
+        What is at its default may be named: the configuration that a run writes names every setting.
+
+        Raises:
+            ValueError: One is idle.
+        """
+        for name in names:
+            if (value := self.__dict__[name]) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value} would change nothing without {without}: set that too, or leave it out"
+                )
+
     def replace(self, **values: Any) -> Any:
         """Return a copy with `values` changed, validated again (`model_copy` of pydantic validates nothing)."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})

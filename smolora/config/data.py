@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from smolora.config.base import Section
 
@@ -77,6 +77,12 @@ class DataConfig(_Columns):
     max_validation_rows: int = Field(default=500, ge=0)
     """Bound on the rows that are split off to be held out; of an `eval_source`, or of a benchmark, all rows are. In
     pretraining, bound on the windows of held-out text that are evaluated."""
+
+    @model_validator(mode="after")
+    def _has_a_chunk_size(self) -> DataConfig:
+        if not self.chunk_size:
+            self.refuse_idle("chunk_tokenizer", without="chunk_size")
+        return self
 
     @field_validator("sources", "clean", mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from smolora.config.base import Section
 
@@ -35,6 +35,14 @@ class EvaluationConfig(Section):
 
     require: Literal["learned"] | None = None
     """End `train` with exit code 6 where the verdict is another one. Left out, only where it is broken."""
+
+    @model_validator(mode="after")
+    def _has_its_patience(self) -> EvaluationConfig:
+        if self.early_stopping_patience is None:
+            self.refuse_idle("early_stopping_threshold", without="early_stopping_patience")
+        if self.plateau_patience is None:
+            self.refuse_idle("plateau_factor", without="plateau_patience")
+        return self
 
     def choose_split_seed(self, seed: int) -> int:
         """Return the seed of the held-out rows of a run with this seed."""

@@ -143,6 +143,8 @@ class DynamicLoRAConfig(Section):
             raise ValueError("give a strategy with its ends, or a table with starts, not both")
         if self.is_on:
             _require_order(self.phases)
+        elif self.enabled is None:
+            self.refuse_idle("learning_rate", "warmup_steps", "moments", without="a strategy or a table")
         return self
 
     @property

@@ -164,8 +164,13 @@ def resolve_prompt_format(
 
     Raises:
         DataError: A named column is missing, or no form fits.
-        ConfigError: The named fields contradict each other.
+        ConfigError: The named fields contradict each other, or a setting is another task's.
     """
+    if data.stride is not None and task != "qa":
+        raise ConfigError(
+            f"data.stride={data.stride} would change nothing for {task}: only qa reads contexts in windows. Leave it "
+            "out, or choose --task qa (model.task_type=qa)."
+        )
     if task in FORMS_BY_TASK:
         own_kind, own_columns = resolve_task_columns(columns, data, task)
         return PromptFormat(kind=own_kind, columns=own_columns)

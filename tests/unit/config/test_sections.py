@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from smolora.config import DataConfig, ExperimentConfig, GPTConfig, LoRAConfig, ModelConfig, TrainingConfig
+from smolora.config import (
+    DataConfig,
+    DynamicLoRAConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    GPTConfig,
+    LoRAConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from smolora.errors import ConfigError
 
 
@@ -52,6 +61,25 @@ def test_replace_validates_the_new_value():
 
 def test_replace_keeps_what_was_set_before():
     assert TrainingConfig(seed=7).replace(learning_rate=0.5).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("section", "idle", "without", "beside"),
+    [
+        (EvaluationConfig, {"early_stopping_threshold": 1}, "early_stopping_patience", {"early_stopping_patience": 2}),
+        (EvaluationConfig, {"plateau_factor": 0.1}, "plateau_patience", {"plateau_patience": 2}),
+        (DataConfig, {"chunk_tokenizer": "m"}, "chunk_size", {"chunk_size": 9}),
+        (DynamicLoRAConfig, {"moments": "reset"}, "a strategy or a table", {"strategy": "early,late"}),
+        (DynamicLoRAConfig, {"warmup_steps": 5}, "a strategy or a table", {"enabled": False}),
+        (DynamicLoRAConfig, {"learning_rate": "restart"}, "a strategy or a table", {"table": [{"groups": "mlp"}]}),
+    ],
+)
+def test_a_setting_that_nothing_reads_without_another_is_refused_unless_at_its_default(section, idle, without, beside):
+    [name] = idle
+    with pytest.raises(ConfigError, match=rf"{name}=\S+ would change nothing without {without}: set that too"):
+        section(**idle)
+    assert section(**idle, **beside).model_fields_set == {name, *beside}
+    assert section(**{name: section.model_fields[name].default}) == section()
 
 
 def test_rows_per_step_multiplies_accumulation():

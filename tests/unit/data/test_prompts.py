@@ -177,6 +177,12 @@ def test_contradicting_fields_are_refused():
         resolve_prompt_format(["a", "b"], DataConfig(prompt_field="a", completion_field="b", text_field="a"))
 
 
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq", "classification", "token_classification"])
+def test_a_stride_without_windows_is_refused(task):
+    with pytest.raises(ConfigError, match=rf"data\.stride=0 would change nothing for {task}: only qa reads contexts"):
+        resolve_prompt_format(["prompt", "completion"], DataConfig(stride=0), task=task)
+
+
 def test_a_value_that_is_no_text_is_refused(bpe):
     with pytest.raises(DataError, match="column 'c' must hold text, found 5"):
         encode_row({"p": "a", "c": 5}, PAIR, bpe)
