@@ -111,7 +111,8 @@ def _find_named(path: Path) -> list[tuple[Path, FileType]]:
 
 def _read_dataset_files(state: Path) -> list[str]:
     try:
-        return [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        # Only what lies beside it: a name from a file must not lead elsewhere.
+        return [Path(file["filename"]).name for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{state} doesn't name the files of its dataset. Save that again, with save_to_disk.") from None
 
