@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def merge(source: Path, out: Path | None = None, *, base: str | Path | None = No
     """
     keep_large_blocks()  # Else every tensor is written into pages that the kernel has to zero first.
     adapter = find_adapter(source)
-    run = RunDir(adapter.parent)
+    run = RunDir(os.path.normpath(adapter / os.pardir))  # The parent of `.` would be `.`.
     if out is None and not RunDir.is_run(run.path):
         read_adapter(adapter)  # What holds no adapter is refused as such.
         raise ConfigError(f"{adapter} is in no run, so the merged model has no default place. Name one with -o.")

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.store import save_adapter
 from smolora.config.adapter import LoRAConfig
-from smolora.errors import ConfigError, ModelError
+from smolora.errors import ConfigError, FolderInUseError, ModelError
 from smolora.models.loading import load_model
 from smolora.recipes.merge import merge
+from smolora.records.run_dir import RunDir
 from tests.read_only import run_read_only
 from tests.tiny import random_input_ids, save_tiny_model
 
@@ -39,6 +42,20 @@ def test_a_run_is_merged_into_its_own_folder(run, tmp_path):
 def test_the_adapter_folder_of_a_run_is_merged_into_the_run(run):
     merge(run / "adapter_checkpoint")
     assert (run / "final_merged/merge_report.json").is_file()
+
+
+@pytest.mark.parametrize(("here", "source"), [(".", "."), ("model", "..")])
+def test_the_adapter_folder_that_one_is_in_is_merged_into_the_run(run, monkeypatch, here, source):
+    (run / "adapter_checkpoint" / here).mkdir(exist_ok=True)
+    monkeypatch.chdir(run / "adapter_checkpoint" / here)
+    merge(Path(source))
+    assert (run / "final_merged/merge_report.json").is_file()
+
+
+def test_a_run_that_is_being_written_is_not_merged_from_within(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run / "adapter_checkpoint")
+    with RunDir(run).locked(), pytest.raises(FolderInUseError):
+        merge(Path(), tmp_path / "elsewhere")
 
 
 def test_another_folder_can_be_named(run, tmp_path):
