@@ -30,7 +30,7 @@ from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_templ
 from smolora.models.structure import is_quantised, is_stored_transposed
 from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
-from smolora.records.staging import refuse_existing, staged_folder, write_json
+from smolora.records.staging import refuse_existing, require_writable, staged_folder, write_json
 
 REPORT_FILE = "merge_report.json"
 
@@ -94,13 +94,15 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
 
     Args:
         adapter_folder: The adapter: ours, or plain peft's.
-        out: The new folder; it appears when all is written and verified.
+        out: The new folder; it is a model when all is written and verified.
         base: The base's folder, hub id or run, where the adapter's own record doesn't lead to it.
 
     Raises:
         ConfigError: `out` exists, and is no empty folder.
+        StorageError: `out` can't be written.
         ModelError: The adapter can't be merged into this base, or what was merged isn't base and adapter.
     """
+    require_writable(out)
     refuse_existing(out)
     adapter = read_on_base(adapter_folder, base)
     _refuse_unmergeable(adapter)
@@ -113,7 +115,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     source, fingerprint, updates, proof = _open(adapter, _choose_dtype(stored))
     matched = match_updates(updates, stored)
     updates_by_tensor = {name: update for name, (update, _) in matched.items()}
-    with staged_folder(out) as staging:
+    with staged_folder(out, last="config.json") as staging:
         for file in files:
             write_merged_file(file, staging / file.name, updates_by_tensor, proof.check)
         _copy_settings(base_folder, adapter_folder, staging)
@@ -134,7 +136,7 @@ def _merge_with_head(adapter: StoredAdapter, out: Path) -> MergeReport:
         merged = update.apply(weights[name].detach())
         proof.check(name, update, weights[name], merged)
         weights[name].data = merged
-    with staged_folder(out) as staging:
+    with staged_folder(out, last="config.json") as staging:
         save_model(replace(plain, prompt_format=bundle.prompt_format), staging)
         dtypes = [_FILE_NAMES[weights[name].dtype] for name in updates]
         report = _report(

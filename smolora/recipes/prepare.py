@@ -20,9 +20,8 @@ from smolora.data.selection import choose_held_out
 from smolora.data.source_files import TRAIN_FILE, VALIDATION_FILE
 from smolora.data.sources import check_sources, stream_sources
 from smolora.data.task_columns import USUAL_NAMES
-from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import replaced_folder, require_writable
+from smolora.records.staging import refuse_existing, require_writable, staged_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ def prepare(
 
     Args:
         source: A file, a folder or a hub id.
-        out: The folder to write; it appears whole or not at all. After too many rejects it holds only the account.
+        out: The folder to write; it holds all or nothing of the data. After too many rejects it holds only the account.
         data: What to do with the rows; its `sources` are replaced by `source`.
         task: What a model is to learn from the rows. It decides which columns make two rows equal.
         seed: Chooses the held-out rows.
@@ -48,11 +47,12 @@ def prepare(
         StorageError: `out` can't be written.
     """
     require_writable(out)
-    _refuse_existing(out)
+    account = RunDir(out).account  # Of an attempt that was stopped by rejected rows.
+    refuse_existing(out, rewritten=account)
     data = data.replace(sources=(str(source),))
     check_sources(data)
     stream = stream_sources(data, out=out, task=task)
-    with replaced_folder(out) as folder:  # It may hold the account of an attempt that was stopped by rejected rows.
+    with staged_folder(out, last=TRAIN_FILE, rewritten=account) as folder:
         train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
         num_train = _write_rows(stream.train, stream.fmt, train)
         num_held_out = _write_rows(stream.held_out or (), stream.fmt, held_out)
@@ -62,7 +62,6 @@ def prepare(
         close_report(stream.report, data, train=num_train, held_out=num_held_out, out=out)
         stream.report.write(folder)
         _explain_duplicates(stream, train)
-        _refuse_existing(out)  # It took a while: something may have been put there.
     return stream.report
 
 
@@ -78,13 +77,6 @@ def _explain_duplicates(stream: RowStream, train: Path) -> None:
             " and ".join(map(repr, stream.fmt.columns.values())),
             ", ".join(map(repr, sorted(others))),
         )
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; the output must be a folder.")
-    if out.is_dir() and (others := sorted(set(out.iterdir()) - RunDir(out).account)):
-        raise ConfigError(f"{out} holds {others[0].name} already. Choose another output folder, or remove it first.")
 
 
 def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all: written beside their place, flushed to disk, then renamed.
+"""Folders and files that appear whole or not at all: written under a hidden name, flushed to disk, then renamed.
 
 A folder may carry a MANIFEST.json with the size and SHA-256 of each file; `find_damage` reads it back.
 """
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -33,43 +33,79 @@ _ADVICE = {
 
 
 @contextmanager
-def staged_folder(final: Path, *, named: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary sibling of `final`; rename it into place when the block ends without an error.
+def staged_folder(final: Path, *, last: str, rewritten: Set[Path] = frozenset()) -> Iterator[Path]:
+    """Yield a temporary folder; what it holds is at `final` when the block ends without an error.
+
+    A folder that isn't there appears whole or not at all. One that is there stays, as it may be a mount, be linked to
+    or have rights of its own: its content is staged inside of it, and moves up entry by entry. What stops that, in its
+    few milliseconds, leaves a part there, which is never the entry `last`.
+
+    Args:
+        final: The folder; a link is followed.
+        last: Name of the entry that readers know the folder by.
+        rewritten: What `final` may hold already, since the block writes it anew.
 
     Raises:
-        ConfigError: `final` exists, and is no empty folder.
+        ConfigError: `final` is a file, or holds something else.
         StorageError: The folder can't be written.
     """
-    refuse_existing(final)
-    staging = final.parent / f".tmp-{final.name}-{os.getpid()}"
+    refuse_existing(final, rewritten=rewritten)
+    place = _follow(final)
+    with _staging(place, parent=place if place.is_dir() else place.parent, named=final) as staging:
+        yield staging
+        _flush_content(staging)
+        refuse_existing(final, rewritten=rewritten)  # It took a while: something may have been put there.
+        if place.is_dir():
+            _move_up(staging, place, last=last)
+        else:
+            staging.rename(place)
+            _flush_folder(place.parent)
+
+
+@contextmanager
+def _staging(place: Path, *, parent: Path, named: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder in `parent`, on its way to `place`; what is left of it goes when the block ends.
+
+    Errors are said of `named`, since a person asked for that.
+    """
+    staging = parent / f".tmp-{place.name}-{os.getpid()}"
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)  # Of a killed process that had the number of this one.
         staging.mkdir()
         yield staging
-        for file in sorted(staging.rglob("*")):
-            if file.is_file():
-                share(file)
-                _flush(file)
-        _flush_folder(staging)
-        if final.is_dir():
-            final.rmdir()
-        staging.rename(final)
-        _flush_folder(final.parent)
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
-            error = error.__cause__  # It names a file of the staging folder, and a person asked for the final one.
-        raise error if isinstance(error, StorageError) else describe_os_error(error, named or final) from error
+            error = error.__cause__  # It names a file of the staging folder.
+        raise error if isinstance(error, StorageError) else describe_os_error(error, named) from error
     except SafetensorError as error:  # Its writer wraps what the system says in an error of its own.
-        shutil.rmtree(staging, ignore_errors=True)
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
-        raise describe_os_error(OSError(int(code[1]), os.strerror(int(code[1]))), named or final) from error
-    except BaseException:  # Also KeyboardInterrupt: a half-written folder must not stay.
+        raise describe_os_error(OSError(int(code[1]), os.strerror(int(code[1]))), named) from error
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+def _follow(folder: Path) -> Path:
+    """Return where links lead, also one to a folder that isn't there yet, and what `.` is called."""
+    return Path(os.path.realpath(folder))  # Path.resolve raises where links lead round in a circle.
+
+
+def _flush_content(staging: Path) -> None:
+    for file in sorted(staging.rglob("*")):
+        if file.is_file():
+            share(file)
+            _flush(file)
+    _flush_folder(staging)
+
+
+def _move_up(staging: Path, folder: Path, *, last: str) -> None:
+    for entry in sorted(staging.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
+        if entry.name == last:
+            _flush_folder(folder)  # On the disk, too, it comes after the others.
+        entry.replace(folder / entry.name)
+    _flush_folder(folder)
 
 
 def share(file: Path) -> None:
@@ -80,33 +116,38 @@ def share(file: Path) -> None:
     probe.unlink()
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raise a ConfigError where `folder` is anything but an empty folder or nothing."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists. Choose another output folder, or remove it first.")
+def refuse_existing(folder: Path, *, rewritten: Set[Path] = frozenset()) -> None:
+    """Raise where `folder` is a file, or holds more than what is to be written anew and what killed writers left.
+
+    Raises:
+        ConfigError: It is or does.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; the output must be a folder.")
+    found = {path for path in folder.iterdir() if not path.name.startswith(".tmp-")} if folder.is_dir() else set()
+    if others := sorted(found - rewritten):
+        raise ConfigError(f"{folder} holds {others[0].name} already. Choose another output folder, or remove it first.")
 
 
 @contextmanager
 def replaced_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that takes the place of `final` when the block ends; until then `final` stays.
+    """Yield a temporary folder that takes the place of `final` when the block ends; until then `final` stays.
 
     Raises:
         StorageError: The folder can't be written, or the old one not be moved.
     """
-    successor = final.with_name(f".tmp-new-{final.name}-{os.getpid()}")
-    shutil.rmtree(successor, ignore_errors=True)
-    with staged_folder(successor, named=final) as staging:
+    place = _follow(final)
+    with _staging(place, parent=place.parent, named=final) as staging:
         yield staging
-    old = None
-    try:
-        old = _set_aside(final) if final.exists() else None
-        successor.rename(final)
-        _flush_folder(final.parent)
-    except OSError as error:
-        if old and not final.exists():
-            old.rename(final)
-        shutil.rmtree(successor, ignore_errors=True)
-        raise describe_os_error(error, final) from error
+        _flush_content(staging)
+        old = _set_aside(place) if place.exists() else None
+        try:
+            staging.rename(place)
+        except BaseException:  # Also KeyboardInterrupt: there must be one of the two.
+            if old and not place.exists():
+                old.rename(place)
+            raise
+        _flush_folder(place.parent)
     if old:  # Last: to remove it takes a while, in which a kill must find the new one in its place.
         shutil.rmtree(old, ignore_errors=True)
 
@@ -118,7 +159,7 @@ def retire_folder(folder: Path) -> None:
         StorageError: It can't be moved.
     """
     try:
-        doomed = _set_aside(folder)
+        doomed = _set_aside(_follow(folder))
     except OSError as error:
         raise describe_os_error(error, folder) from error
     shutil.rmtree(doomed, ignore_errors=True)

@@ -21,7 +21,7 @@ from smolora.adapters.store import save_adapter
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import find_damage, read_manifest, staged_folder, write_json, write_manifest
+from smolora.records.staging import MANIFEST, find_damage, read_manifest, staged_folder, write_json, write_manifest
 from smolora.training.plan import require_reach
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def save_checkpoint(
     Raises:
         StorageError: The disk is full or can't be written; nothing is left at `folder`.
     """
-    with staged_folder(folder) as staging:
+    with staged_folder(folder, last=MANIFEST) as staging:
         if is_adapted(bundle):
             save_adapter(bundle, staging)
             if tensors := training_tensors(bundle):

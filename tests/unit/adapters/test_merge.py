@@ -17,7 +17,7 @@ from smolora.adapters.merge import merge_adapter
 from smolora.adapters.store import save_adapter
 from smolora.data.chat import PLAIN_CHAT_TEMPLATE
 from smolora.data.prompts import PromptFormat, encode_prompt, read_prompt_format, write_prompt_format
-from smolora.errors import ConfigError, ModelError
+from smolora.errors import ConfigError, ModelError, StorageError
 from smolora.models.loading import load_model
 from smolora.tokenizers.pretrained import load_tokenizer
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model
@@ -334,9 +334,15 @@ def test_an_existing_output_is_refused_and_kept(save_pair, tmp_path):
     _, adapter = save_pair()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("precious")
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="holds mine already"):
         merge_adapter(adapter, tmp_path / "out")
     assert (tmp_path / "out/mine").read_text() == "precious"
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_the_adapter_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="can't write .*out: .*Part of the path is a file"):
+        merge_adapter(tmp_path / "missing", tmp_path / "file/out")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")

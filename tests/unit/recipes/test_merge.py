@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from smolora.models.loading import load_model
 from smolora.recipes.merge import merge
 from smolora.records.run_dir import RunDir
 from tests.read_only import run_read_only
+from tests.signalled import run_signalled
 from tests.tiny import random_input_ids, save_tiny_model
 
 
@@ -70,6 +73,17 @@ def test_a_run_that_may_only_be_read_is_merged_elsewhere(run, tmp_path):
     assert (tmp_path / "elsewhere/model.safetensors").is_file()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_folder_that_a_kill_left_in_part_is_no_model(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert run_signalled(signal.SIGKILL, merge, run, out, moving=out / "config.json") == -signal.SIGKILL
+    assert (out / "model.safetensors").is_file()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load_model(out)
+
+
 def test_an_adapter_in_no_run_needs_a_folder(run, tmp_path):
     adapter = (run / "adapter_checkpoint").rename(tmp_path / "adapter")
     with pytest.raises(ConfigError, match="Name one with -o"):
@@ -83,7 +97,7 @@ def test_a_base_in_place_of_an_adapter_is_refused_as_one(tmp_path):
 
 def test_a_second_merge_is_refused(run):
     merge(run)
-    with pytest.raises(ConfigError, match="final_merged exists"):
+    with pytest.raises(ConfigError, match="final_merged holds config.json already"):
         merge(run)
 
 

@@ -1,8 +1,11 @@
 import json
 import math
+import os
+import signal
 import threading
 import time
 from datetime import date
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -12,6 +15,7 @@ from smolora.data.readers import read_rows
 from smolora.data.sources import read_source_documents, read_sources
 from smolora.errors import ConfigError, DataError, StorageError
 from smolora.recipes.prepare import prepare
+from tests.signalled import run_signalled
 
 
 @pytest.fixture
@@ -145,6 +149,37 @@ def test_rejects_leave_the_account_alone_and_a_second_attempt_works(tmp_path):
     assert {path.name for path in out.iterdir()} == {"rejects.jsonl", "data_report.json"}
     report = prepare(source, out, DataConfig(max_rejects=1))
     assert (report.train, len(read_lines(out / "rejects.jsonl"))) == (1, 1)
+
+
+def test_a_second_attempt_leaves_the_folder_the_one_that_it_was(tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text('{"text": "one"}\n{bad\n')
+    out.mkdir()
+    before = out.stat().st_ino
+    with pytest.raises(DataError, match="1 of 2 rows can't be used"):
+        prepare(source, out, DataConfig())
+    prepare(source, out, DataConfig(max_rejects=1))
+    assert out.stat().st_ino == before
+
+
+def test_the_current_folder_is_an_output(source, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    prepare(source, Path(), DataConfig())
+    assert len(read_lines(tmp_path / "out" / "train.jsonl")) == 95
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_folder_that_a_kill_left_in_part_is_no_source(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert (
+        run_signalled(signal.SIGKILL, prepare, source, out, DataConfig(), moving=out / "train.jsonl") == -signal.SIGKILL
+    )
+    assert (out / "validation.jsonl").is_file()
+    with pytest.raises(DataError, match="files of several types"):
+        read_sources(DataConfig(sources=(str(out),)), seed=0)
 
 
 def test_a_wrong_source_leaves_no_folder(tmp_path):

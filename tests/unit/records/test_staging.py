@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from tests.read_only import run_read_only
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
-    with staged_folder(tmp_path / "out") as folder:
+    with staged_folder(tmp_path / "out", last="a.txt") as folder:
         (folder / "a.txt").write_text("a")
         assert not (tmp_path / "out").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
@@ -36,31 +37,103 @@ def test_a_folder_appears_when_the_block_ends(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_the_block_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), staged_folder(tmp_path / "out") as folder:
+    with pytest.raises(error), staged_folder(tmp_path / "out", last="a.txt") as folder:
         (folder / "a.txt").write_text("a")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["out", "out/a.txt"])
-def test_a_folder_that_holds_something_and_a_file_are_refused_and_kept(tmp_path, name):
+@pytest.mark.parametrize(("name", "reason"), [("out", "holds a.txt already"), ("out/a.txt", "is a file")])
+def test_a_folder_that_holds_something_and_a_file_are_refused_and_kept(tmp_path, name, reason):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.txt").write_text("kept")
-    with pytest.raises(ConfigError, match="exists"), staged_folder(tmp_path / name):
+    with pytest.raises(ConfigError, match=reason), staged_folder(tmp_path / name, last="a.txt"):
         pass
     assert (tmp_path / "out" / "a.txt").read_text() == "kept"
 
 
-def test_an_empty_folder_is_taken(tmp_path):
-    (tmp_path / "out").mkdir()
-    with staged_folder(tmp_path / "out") as folder:
-        (folder / "a.txt").write_text("a")
-    assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "a.txt"]
+@pytest.mark.parametrize("way", ["out", "link", "."])
+def test_an_empty_folder_is_filled_and_stays_the_one_that_it_was(tmp_path, monkeypatch, way):
+    """It may be a mount, which nobody can rename or remove."""
+    folder = tmp_path / "out"
+    folder.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(folder if way == "." else tmp_path)
+    before = folder.stat()
+    with staged_folder(Path(way), last="a.txt") as staging:
+        (staging / "a.txt").write_text("a")
+        (staging / "b").mkdir()
+        (staging / "b" / "c.txt").write_text("c")
+    assert sorted(entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")) == [
+        "link", "out", "out/a.txt", "out/b", "out/b/c.txt",
+    ]  # fmt: skip
+    assert (folder.stat().st_ino, folder.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_link_to_a_folder_that_is_not_there_yet_leads_to_the_new_one(tmp_path):
+    (tmp_path / "link").symlink_to("disk/out")
+    with staged_folder(tmp_path / "link", last="a.txt") as staging:
+        (staging / "a.txt").write_text("a")
+    assert [entry.name for entry in (tmp_path / "disk" / "out").iterdir()] == ["a.txt"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_links_that_lead_round_in_a_circle_are_a_storage_error(tmp_path):
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(StorageError, match="can't write .*link"), staged_folder(tmp_path / "link", last="a.txt"):
+        pass
+
+
+def test_what_is_rewritten_may_be_there(old):
+    with staged_folder(old, last="new.txt", rewritten={old / "old.txt"}) as staging:
+        (staging / "old.txt").write_text("older")
+        (staging / "new.txt").write_text("new")
+        assert (old / "old.txt").read_text() == "old"
+    assert {file.name: file.read_text() for file in old.iterdir()} == {"old.txt": "older", "new.txt": "new"}
+
+
+def test_what_appears_in_an_empty_folder_meanwhile_is_kept(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="holds mine already"), staged_folder(folder, last="a.txt") as staging:
+        (staging / "a.txt").write_text("a")
+        (folder / "mine").write_text("precious")
+    assert [entry.name for entry in folder.iterdir()] == ["mine"]
+
+
+KILLED_MOVING = """
+import os, signal, sys
+from pathlib import Path
+from smolora.records.staging import staged_folder
+
+moves = int(sys.argv[2])
+
+def die(event, arguments):
+    global moves
+    if event == "os.rename":
+        moves -= 1
+        if moves < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+with staged_folder(Path(sys.argv[1]), last="b") as staging:
+    for name in "abc":
+        (staging / name).write_text(name)
+    sys.addaudithook(die)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize(("moves", "there"), [(0, ""), (1, "a"), (2, "ac")])
+def test_a_kill_while_entries_move_up_leaves_none_that_the_folder_is_known_by(tmp_path, moves, there):
+    done = subprocess.run([sys.executable, "-c", KILLED_MOVING, str(tmp_path), str(moves)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")) == list(there)
 
 
 def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="can't write"), staged_folder(tmp_path / "file" / "out"):
+    with pytest.raises(StorageError, match="can't write"), staged_folder(tmp_path / "file" / "out", last="a.txt"):
         pass
 
 
@@ -68,7 +141,7 @@ def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path):
 def test_files_have_the_rights_that_the_umask_leaves(tmp_path, mask, mode):
     before = os.umask(mask)
     try:
-        with staged_folder(tmp_path / "out") as folder:
+        with staged_folder(tmp_path / "out", last="a.txt") as folder:
             (folder / "a.txt").touch(mode=0o600)
         assert os.umask(mask) == mask
     finally:
@@ -137,7 +210,7 @@ def test_json_that_is_no_manifest_is_damage(manifested, content):
 
 def test_a_disk_that_fills_up_in_the_block_is_a_storage_error_and_leaves_nothing(tmp_path):
     with pytest.raises(StorageError, match="can't write .*out: No space left on device"):
-        fill_up(staged_folder(tmp_path / "out"))
+        fill_up(staged_folder(tmp_path / "out", last="a.txt"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,18 +221,18 @@ def fill_up(folder):
 
 
 def test_a_storage_error_of_the_block_keeps_its_words(tmp_path):
-    with pytest.raises(StorageError, match="^my words$"), staged_folder(tmp_path / "out"):
+    with pytest.raises(StorageError, match="^my words$"), staged_folder(tmp_path / "out", last="a.txt"):
         raise StorageError("my words")
 
 
 def test_an_os_error_in_the_words_of_safetensors_is_a_storage_error(tmp_path):
-    with pytest.raises(StorageError, match="can't write .*out"), staged_folder(tmp_path / "out"):
+    with pytest.raises(StorageError, match="can't write .*out"), staged_folder(tmp_path / "out", last="a.txt"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_error_of_safetensors_stays_one_and_leaves_nothing(tmp_path):
-    with pytest.raises(SafetensorError, match="invalid dtype"), staged_folder(tmp_path / "out"):
+    with pytest.raises(SafetensorError, match="invalid dtype"), staged_folder(tmp_path / "out", last="a.txt"):
         raise SafetensorError("invalid dtype")
     assert list(tmp_path.iterdir()) == []
 
@@ -178,6 +251,14 @@ def test_a_folder_is_replaced_as_a_whole(old, tmp_path):
         (staging / "new.txt").write_text("new")
         assert [file.name for file in old.iterdir()] == ["old.txt"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert [file.name for file in old.iterdir()] == ["new.txt"]
+
+
+def test_a_link_to_the_old_folder_leads_to_the_new_one(old, tmp_path):
+    (tmp_path / "link").symlink_to("out")
+    with replaced_folder(tmp_path / "link") as staging:
+        (staging / "new.txt").write_text("new")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "out"]
     assert [file.name for file in old.iterdir()] == ["new.txt"]
 
 
@@ -218,8 +299,8 @@ def test_a_process_that_is_killed_as_it_removes_the_old_folder_leaves_the_new_on
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(old, tmp_path):
     """In a container, a process often has the number of the one before it."""
-    for kind in ("new", "retired"):
-        (tmp_path / f".tmp-{kind}-out-{os.getpid()}" / "a").mkdir(parents=True)
+    for name in (f".tmp-out-{os.getpid()}", f".tmp-retired-out-{os.getpid()}"):
+        (tmp_path / name / "a").mkdir(parents=True)
     with replaced_folder(old) as staging:
         (staging / "new.txt").write_text("new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
@@ -245,7 +326,7 @@ from smolora.records.staging import replaced_folder
 final = Path(sys.argv[1])
 
 def refuse(event, arguments):
-    if event == "os.rename" and Path(arguments[1]) == final and ".tmp-new-" in str(arguments[0]):
+    if event == "os.rename" and Path(arguments[1]) == final and "-retired-" not in str(arguments[0]):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 sys.addaudithook(refuse)
@@ -275,9 +356,11 @@ def test_an_error_in_the_block_keeps_the_old_folder(old, tmp_path, error):
     assert (old / "old.txt").read_text() == "old"
 
 
-def test_a_retired_folder_is_gone(old, tmp_path):
-    retire_folder(old)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("way", ["out", "link"])
+def test_a_retired_folder_is_gone(old, tmp_path, way):
+    (tmp_path / "link").symlink_to("out")
+    retire_folder(tmp_path / way)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
 
 
 def test_a_text_replaces_the_old_one_and_leaves_nothing_beside_it(old):
@@ -307,13 +390,13 @@ def test_a_text_that_cannot_take_its_place_is_a_storage_error_and_leaves_nothing
 def test_the_advice_fits_what_the_system_said(tmp_path, code, advice):
     with (
         pytest.raises(StorageError, match=f"^can't write {tmp_path / 'out'}: {os.strerror(code)}. {advice}"),
-        staged_folder(tmp_path / "out"),
+        staged_folder(tmp_path / "out", last="a.txt"),
     ):
         raise OSError(code, os.strerror(code))
 
 
 def test_a_text_that_can_not_be_written_in_the_block_is_said_of_the_folder_asked_for(tmp_path):
-    with pytest.raises(StorageError) as caught, staged_folder(tmp_path / "out") as staging:
+    with pytest.raises(StorageError) as caught, staged_folder(tmp_path / "out", last="a.txt") as staging:
         write_text(staging / "no" / "a.txt", "text")
     assert str(caught.value).startswith(f"can't write {tmp_path / 'out'}: ")
 
