@@ -9,9 +9,11 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,9 @@ from smolora.errors import ConfigError, StorageError
 MANIFEST = "MANIFEST.json"
 _DIGEST = "sha256"
 _CHUNK = 1 << 20
+
+_ABANDONED = 86_400
+"""Seconds without a change after which what another machine is writing is taken for left behind."""
 
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space, or choose another place."),
@@ -68,9 +73,10 @@ def _staging(place: Path, *, parent: Path, named: Path) -> Iterator[Path]:
 
     Errors are said of `named`, since a person asked for that.
     """
-    staging = parent / f".tmp-{place.name}-{os.getpid()}"
+    staging = parent / f".tmp-{place.name}@{platform.node()}-{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent, place.name)
         shutil.rmtree(staging, ignore_errors=True)  # Of a killed process that had the number of this one.
         staging.mkdir()
         yield staging
@@ -106,6 +112,33 @@ def _move_up(staging: Path, folder: Path, *, last: str) -> None:
             _flush_folder(folder)  # On the disk, too, it comes after the others.
         entry.replace(folder / entry.name)
     _flush_folder(folder)
+
+
+def _sweep(parent: Path, name: str) -> None:
+    """Remove what killed writers of `name` left in `parent`."""
+    pattern = re.compile(rf"\.tmp-{re.escape(name)}@([^@]*)-(\d{{1,9}})")
+    for entry in parent.glob(".tmp-*"):
+        if (writer := pattern.fullmatch(entry.name)) and _is_abandoned(entry, writer[1], int(writer[2])):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_abandoned(leftover: Path, machine: str, process: int) -> bool:
+    """Whether its writer has ended. Of another machine's processes nothing is known but when they last wrote."""
+    if machine == platform.node() and os.name == "posix":  # On Windows, to ask would be to send a Ctrl-C.
+        return not _is_alive(process)
+    try:
+        newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+    except OSError:  # What was there a moment ago has gone: somebody works here.
+        return False
+    return time.time() - newest > _ABANDONED
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH  # Another person's may not be asked, but is there.
+    return True
 
 
 def share(file: Path) -> None:

@@ -361,3 +361,4 @@ def test_a_killed_merge_leaves_nothing_at_the_final_path_and_can_be_repeated(sav
     assert not (tmp_path / "out").exists()
     merge_adapter(adapter, tmp_path / "out")
     assert_merged(base, adapter, tmp_path / "out")
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,45 @@ def test_what_appears_in_an_empty_folder_meanwhile_is_kept(tmp_path):
         (staging / "a.txt").write_text("a")
         (folder / "mine").write_text("precious")
     assert [entry.name for entry in folder.iterdir()] == ["mine"]
+
+
+@pytest.fixture
+def ended():
+    """The number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
+HERE, ELSEWHERE, HOUR = platform.node(), "another-machine", 3600
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are asked for as POSIX does")
+@pytest.mark.parametrize(
+    ("name", "machine", "is_alive", "age", "stays"),
+    [
+        ("out", HERE, False, 0, False),
+        ("out", HERE, True, 25 * HOUR, True),
+        ("out", ELSEWHERE, False, 23 * HOUR, True),
+        ("out", ELSEWHERE, False, 25 * HOUR, False),
+        ("out-2", HERE, False, 25 * HOUR, True),
+        ("out@2", HERE, False, 25 * HOUR, True),
+    ],
+)
+@pytest.mark.parametrize("place", [".", "out"])
+def test_what_a_killed_process_left_is_removed_where_it_surely_has_ended(
+    tmp_path, ended, name, machine, is_alive, age, stays, place
+):
+    (tmp_path / place).mkdir(exist_ok=True)
+    leftover = tmp_path / place / f".tmp-{name}@{machine}-{os.getppid() if is_alive else ended}"
+    leftover.mkdir()
+    (leftover / "a.txt").write_text("half")
+    for path in (leftover / "a.txt", leftover):
+        os.utime(path, times=(time.time() - age,) * 2)
+    with staged_folder(tmp_path / "out", last="a.txt") as staging:
+        (staging / "a.txt").write_text("a")
+    assert leftover.exists() == stays
+    assert (tmp_path / "out" / "a.txt").read_text() == "a"
 
 
 KILLED_MOVING = """
@@ -299,7 +340,7 @@ def test_a_process_that_is_killed_as_it_removes_the_old_folder_leaves_the_new_on
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(old, tmp_path):
     """In a container, a process often has the number of the one before it."""
-    for name in (f".tmp-out-{os.getpid()}", f".tmp-retired-out-{os.getpid()}"):
+    for name in (f".tmp-out@{platform.node()}-{os.getpid()}", f".tmp-retired-out-{os.getpid()}"):
         (tmp_path / name / "a").mkdir(parents=True)
     with replaced_folder(old) as staging:
         (staging / "new.txt").write_text("new")
