@@ -12,6 +12,7 @@ from smolora.adapters.store import find_adapter
 from smolora.errors import ConfigError
 from smolora.records.run_dir import RunDir
 from smolora.runtime.memory import keep_large_blocks
+from smolora.runtime.signals import interrupting_signals
 
 
 def merge(source: Path, out: Path | None = None, *, base: str | Path | None = None) -> MergeReport:
@@ -35,5 +36,5 @@ def merge(source: Path, out: Path | None = None, *, base: str | Path | None = No
         raise ConfigError(f"{adapter} is in no run, so the merged model has no default place. Name one with -o.")
     # No run may rewrite the adapter meanwhile. One that this process may only read can be merged elsewhere yet.
     is_guarded = RunDir.is_run(run.path) and (out is None or run.is_lockable)
-    with run.locked() if is_guarded else nullcontext():
+    with run.locked() if is_guarded else nullcontext(), interrupting_signals():
         return merge_adapter(adapter, out or run.merged, base=base)

@@ -22,6 +22,7 @@ from smolora.data.sources import check_sources, stream_sources
 from smolora.data.task_columns import USUAL_NAMES
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import refuse_existing, require_writable, staged_folder
+from smolora.runtime.signals import interrupting_signals
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def prepare(
     data = data.replace(sources=(str(source),))
     check_sources(data)
     stream = stream_sources(data, out=out, task=task)
-    with staged_folder(out, last=TRAIN_FILE, rewritten=account) as folder:
+    with interrupting_signals(), staged_folder(out, last=TRAIN_FILE, rewritten=account) as folder:
         train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
         num_train = _write_rows(stream.train, stream.fmt, train)
         num_held_out = _write_rows(stream.held_out or (), stream.fmt, held_out)

@@ -64,7 +64,14 @@ def interrupting_signals() -> Iterator[None]:
     Raises:
         KeyboardInterrupt: With the name of the signal.
     """
-    with _handled_by(_interrupt):
+    received = [-_SAME_WISH]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[-2] >= _SAME_WISH:  # Else it would cut short what the first one unwinds.
+            _interrupt(number, frame)
+
+    with _handled_by(interrupt):
         yield
 
 

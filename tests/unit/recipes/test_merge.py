@@ -15,7 +15,7 @@ from smolora.models.loading import load_model
 from smolora.recipes.merge import merge
 from smolora.records.run_dir import RunDir
 from tests.read_only import run_read_only
-from tests.signalled import run_signalled
+from tests.signalled import INTERRUPTED, run_signalled
 from tests.tiny import random_input_ids, save_tiny_model
 
 
@@ -71,6 +71,14 @@ def test_a_run_that_may_only_be_read_is_merged_elsewhere(run, tmp_path):
     said = run_read_only(run, "from smolora.recipes.merge import merge as work", tmp_path / "elsewhere")
     assert "Error" not in said
     assert (tmp_path / "elsewhere/model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_signal_that_asks_to_stop_leaves_nothing(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run_signalled(signal.SIGTERM, merge, run, tmp_path / "out") == INTERRUPTED
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")

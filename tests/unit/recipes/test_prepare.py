@@ -15,7 +15,7 @@ from smolora.data.readers import read_rows
 from smolora.data.sources import read_source_documents, read_sources
 from smolora.errors import ConfigError, DataError, StorageError
 from smolora.recipes.prepare import prepare
-from tests.signalled import run_signalled
+from tests.signalled import INTERRUPTED, run_signalled
 
 
 @pytest.fixture
@@ -167,6 +167,13 @@ def test_the_current_folder_is_an_output(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "out")
     prepare(source, Path(), DataConfig())
     assert len(read_lines(tmp_path / "out" / "train.jsonl")) == 95
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_signal_that_asks_to_stop_leaves_nothing(source, tmp_path):
+    assert run_signalled(signal.SIGTERM, prepare, source, tmp_path / "out", DataConfig()) == INTERRUPTED
+    assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")

@@ -51,6 +51,17 @@ def test_a_signal_may_unwind_a_block_as_ctrl_c_does(number):
         os.kill(os.getpid(), number)
 
 
+def test_a_second_signal_at_once_does_not_cut_the_unwinding_short():
+    cleared = []
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), interrupting_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleared.append("all")
+    assert cleared == ["all"]
+
+
 def test_the_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT)
     with deferred_signals():
