@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -19,7 +20,15 @@ _QUIET = {
 
 
 class StderrConsole(Console):
-    """A console on stderr whose work goes on when nobody reads it any more, as after `2>&1 | head`."""
+    """A console on stderr whose work goes on when nobody reads it: after `2>&1 | head`, or in a closed terminal."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.on_broken_pipe()  # A closed terminal is one too; rich knows the pipe alone.
 
     def on_broken_pipe(self) -> None:
         """Write nowhere from now on, where rich would end the program."""

@@ -47,16 +47,21 @@ def test_showing_the_log_twice_prints_each_line_once(log, capsys):
     assert capsys.readouterr().err == "once\n"
 
 
-def test_work_goes_on_when_nobody_reads_what_is_said_of_it():
+@pytest.mark.parametrize("open_stderr", [os.pipe, getattr(os, "openpty", os.pipe)])
+def test_work_goes_on_when_nobody_reads_what_is_said_of_it(open_stderr):
     script = """
+import sys
 from smolora.runtime.console import stderr_console
+sys.stdin.read()
 for _ in range(3):
     stderr_console().print("progress")
 print("done")
 """
-    command = [sys.executable, "-c", f"import sys; sys.stdin.read()\n{script}"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stderr.close()
+    reader, stderr = open_stderr()
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr) as process:
+        os.close(stderr)
+        os.close(reader)
         process.stdin.close()
         assert process.stdout.read() == b"done\n"
     assert process.returncode == 0
