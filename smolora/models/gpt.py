@@ -158,7 +158,7 @@ class GPTModel(nn.Module):
         mask = None if position_ids is None else block_diagonal_mask(position_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
-        x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(position_ids))
+        x = self.dropout(self.token_embedding(input_ids) + self._embed_positions(position_ids))
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False)
@@ -166,6 +166,16 @@ class GPTModel(nn.Module):
                 x = block(x, mask)
         features: Tensor = self.ln_final(x)
         return features
+
+    def _embed_positions(self, position_ids: Tensor) -> Tensor:
+        try:
+            embedded: Tensor = self.position_embedding(position_ids)
+        except IndexError:  # Of a CPU: to look at a GPU's numbers beforehand would wait for it in every pass.
+            first, last = position_ids.min().item(), position_ids.max().item()
+            raise DataError(
+                f"position_ids go from {first} to {last}, but the model has positions 0 to {self.config.context - 1}."
+            ) from None
+        return embedded
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, bool] | None = None) -> None:
         """Recompute each block's activations in the backward pass: less memory, about a third more time.

@@ -140,6 +140,13 @@ def test_a_text_past_the_context_is_refused(model):
         model(draw_ids(1, 25))
 
 
+@pytest.mark.parametrize("positions", [range(20, 25), range(-1, 4)])
+def test_a_position_that_the_model_lacks_is_refused(model, positions):
+    said = f"position_ids go from {positions[0]} to {positions[-1]}, but the model has positions 0 to 23"
+    with pytest.raises(DataError, match=said):
+        model(draw_ids(1, 5), torch.tensor([positions]))
+
+
 def test_a_model_without_a_vocabulary_size_is_refused():
     with pytest.raises(ConfigError, match="vocab_size"):
         GPTModel(GPTConfig())
