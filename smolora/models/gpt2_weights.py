@@ -20,6 +20,7 @@ from smolora.config.model import GPTConfig
 from smolora.errors import ModelError
 from smolora.models.gpt import GPTModel
 from smolora.models.loading import quiet_transformers
+from smolora.models.weight_files import list_weight_files
 from smolora.records.staging import share
 
 AnyGPT = TypeVar("AnyGPT", bound=GPTModel)
@@ -71,21 +72,21 @@ def save_gpt2(model: GPTModel, folder: Path, *, eos_token_id: int | None = None)
 
 def load_gpt2(kind: type[AnyGPT], folder: Path, *, dropout: float | None = None) -> AnyGPT:
     """Read a GPT-2 folder as a `kind`, in eval mode; also OpenAI's own files, without the prefix `transformer.`."""
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ModelError(f"no {file.name} in {folder}. A GPT-2 folder holds config.json and model.safetensors.")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"no {config_file.name} in {folder}. A GPT-2 folder holds it beside its weights.")
     values = json.loads(config_file.read_text(encoding="utf-8"))
     if values.get("model_type") != "gpt2":
         raise ModelError(
             f"{folder} holds a '{values.get('model_type')}' model; GPTModel reads gpt2. Use load_model for others."
         )
-    try:
-        tensors = load_file(weights_file)
-    except SafetensorError as error:
-        raise ModelError(f"{weights_file} can't be read: {error}. Copy or download it again.") from None
     config = _read_gpt_config(GPT2Config(**values), dropout=dropout)
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    for file in list_weight_files(folder):
+        try:
+            tensors |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+        except SafetensorError as error:
+            raise ModelError(f"{file} can't be read: {error}. Copy or download it again.") from None
     return _build_from_tensors(kind, config, tensors, is_tied=values.get("tie_word_embeddings", True)).eval()
 
 

@@ -69,6 +69,14 @@ def test_gpt2_weights_load_into_gpt_model_with_equal_logits(tmp_path):
     torch.testing.assert_close(GPTModel.from_pretrained(folder)(ids), plain(ids).logits, **ROUNDING)
 
 
+def test_weights_in_several_files_load_too(tmp_path):
+    model, folder = build_gpt(bias=True), tmp_path / "gpt"
+    to_gpt2(model).save_pretrained(folder, max_shard_size="20KB")
+    assert not (folder / "model.safetensors").exists()
+    again = GPTModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_openai_names_without_the_prefix_load_too(tmp_path):
     folder = save_tiny_model("gpt2", tmp_path / "gpt2")
     expected = GPTModel.from_pretrained(folder)(random_input_ids(12))
