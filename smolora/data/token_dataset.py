@@ -134,9 +134,15 @@ class TextDataset:
         """Cut `tokens` into windows of `context` + 1, `stride` apart (default `context`: each token is a target once).
 
         Raises:
-            DataError: The text is shorter than one window.
+            DataError: The tokens aren't one run of whole numbers, or are fewer than one window.
         """
-        self.tokens: TokenArray = np.ascontiguousarray(tokens, dtype=np.int32)
+        found = np.asarray(tokens)
+        if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+            raise DataError(
+                f"tokens are one run of whole numbers, found {found.dtype} of shape {found.shape}. Give the ids of one "
+                "text; several are joined first, with np.concatenate."
+            )
+        self.tokens: TokenArray = np.ascontiguousarray(found, dtype=np.int32)
         self.context = context
         self.stride = context if stride is None else stride
         if context < 1 or self.stride < 1:

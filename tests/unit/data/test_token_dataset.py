@@ -54,6 +54,12 @@ def test_a_text_shorter_than_a_window_is_refused():
         TextDataset(np.arange(4), context=4)
 
 
+@pytest.mark.parametrize("tokens", [[1.7, 2.2, 3.0], np.ones((3, 3), dtype=np.int32), ["a", "b", "c"]])
+def test_windows_of_anything_but_one_run_of_whole_numbers_are_refused(tokens):
+    with pytest.raises(DataError, match="tokens are one run of whole numbers, found"):
+        TextDataset(tokens, context=2)
+
+
 def test_the_fingerprint_of_windows_sees_the_tokens_and_the_cut():
     fingerprints = {
         TextDataset(np.arange(10), context=4).fingerprint,
