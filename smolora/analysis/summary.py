@@ -122,8 +122,8 @@ def _say_what(record: RunRecord) -> Iterator[str]:
         yield f"{record.run.resolved_config.name} is lost, so what was trained isn't known."
         return
     if "gpt.num_layers" in settings:
-        shape = [settings.get(f"gpt.{name}") for name in ("num_layers", "width", "context")]
-        yield "A GPT from nothing: {} layers, width {}, context {}.".format(*shape)
+        layers = count_of(int(str(settings["gpt.num_layers"])), "layer")
+        yield f"A GPT from nothing: {layers}, width {settings.get('gpt.width')}, context {settings.get('gpt.context')}."
     else:
         found = {word: settings.get(f"adapter.{name}") for name, word in _OF_A_METHOD.items()}
         chosen = ", ".join(f"{word} {_list(value)}" for word, value in found.items() if value is not None)

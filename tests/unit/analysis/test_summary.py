@@ -45,10 +45,11 @@ def test_a_run_that_was_stopped_shows_what_it_was_asked(tmp_path):
     assert "Trained to step 20 of 1,000 at" in generate_summary_report(write_run(tmp_path / "run", settings=settings))
 
 
-def test_a_pretraining_run_is_told_by_its_shape(tmp_path):
-    settings = {"gpt": {"num_layers": 4, "width": 64, "context": 128}, "training": {"max_steps": 20}}
+@pytest.mark.parametrize(("layers", "said"), [(4, "4 layers"), (1, "1 layer")])
+def test_a_pretraining_run_is_told_by_its_shape(tmp_path, layers, said):
+    settings = {"gpt": {"num_layers": layers, "width": 64, "context": 128}, "training": {"max_steps": 20}}
     text = generate_summary_report(write_run(tmp_path / "run", settings=settings, has_gradients=False))
-    assert "A GPT from nothing: 4 layers, width 64, context 128." in text
+    assert f"A GPT from nothing: {said}, width 64, context 128." in text
     assert "this run kept no gradient log" in text
 
 
