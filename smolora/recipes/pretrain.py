@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -245,7 +246,7 @@ def _build_held_out_windows(
     if len(tokens) <= context or not bound:
         return None
     # Bounded as rows are: windows spread over the whole held-out text, each as long as a training one.
-    return TextDataset(tokens, context, max(context, len(tokens) // bound))
+    return TextDataset(tokens, context, max(context, math.ceil(len(tokens) / bound)))
 
 
 def _encode_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, is_cut: bool = False) -> TokenArray:

@@ -189,6 +189,13 @@ def test_of_too_few_texts_the_end_of_the_longest_is_held_out(tmp_path):
     assert held_out.endswith("four the end")
 
 
+@pytest.mark.parametrize("bound", [7, 8, 39])
+def test_no_more_windows_are_evaluated_than_asked_for(text, bound):
+    settings = ["gpt.context=2", "data.validation_fraction=0.05", f"data.max_validation_rows={bound}"]
+    run = open_pretraining(config(text, *settings))
+    assert bound / 2 < len(run.held_out) <= bound
+
+
 _TEXT = (
     "To be, or not to be:\n\nthat is the question.\n  Whether 'tis nobler\n\tin the mind;\r\nto suffer 12 slings\n" * 3
 )
