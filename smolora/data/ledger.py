@@ -60,6 +60,8 @@ class DataReport:
     """Rows kept to evaluate on."""
     held_out_seen: int = 0
     """Of those, rows that the training rows hold too (given as separate sources); a low loss on them proves nothing."""
+    ends_held_out: int = 0
+    """Of the rows to learn from, those whose end is held out (of a few long texts in pretraining)."""
     encoded: dict[str, EncodingCounts] = field(default_factory=dict)
     """By side: train, validation."""
 
@@ -137,6 +139,7 @@ class DataReport:
             "train": self.train,
             "held_out": self.held_out,
             "held_out_seen": self.held_out_seen,
+            "ends_held_out": self.ends_held_out,
             "encoded": {side: asdict(counts) for side, counts in self.encoded.items()},
             "files": dict(self.files),
         }
@@ -163,6 +166,8 @@ class DataReport:
         lines.append(f"kept               {self.kept:>9,}  {self.train:,} to learn from, {self.held_out:,} held out")
         if self.held_out_seen:
             lines.append(f"  among the training rows too: {count_of(self.held_out_seen, 'held-out row')}")
+        if self.ends_held_out:
+            lines.append(f"  held out besides: the end of {count_of(self.ends_held_out, 'row')}")
         return "\n".join([*lines, *(_describe_side(side, counts) for side, counts in self.encoded.items())])
 
 

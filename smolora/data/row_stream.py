@@ -101,14 +101,10 @@ def stream_rows(
     fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
     learned: set[bytes] = set()
-
-    def select_held_out(sources: Sequence[Source]) -> Iterator[Row]:
-        for row in chooser.select(_iter_alike(sources, fmt, data, task), set()):
-            report.held_out_seen += chooser.digest(row) in learned
-            yield row
-
     rows = chooser.select(_iter_alike(train, fmt, data, task), learned)
-    return RowStream(rows, None if held_out is None else select_held_out(held_out), fmt, report)
+    if held_out is None:
+        return RowStream(rows, None, fmt, report)
+    return RowStream(rows, chooser.select_held_out(_iter_alike(held_out, fmt, data, task), learned), fmt, report)
 
 
 def refuse_rowless(sources: Sequence[Source], data: DataConfig, report: DataReport, out: Path | None) -> DataError:

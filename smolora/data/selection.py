@@ -53,6 +53,12 @@ class RowSelection:
                 seen.add(digest)
                 yield row
 
+    def select_held_out(self, read: Iterable[Row | Reject], learned: set[bytes]) -> Iterator[Row]:
+        """Yield the usable rows of a source of its own; the report counts those whose digest is among `learned`."""
+        for row in self.select(read, set()):
+            self.report.held_out_seen += self.digest(row) in learned
+            yield row
+
     def _accept(self, read: Iterable[Row | Reject]) -> Iterator[Row]:
         clean = TextCleaningProcessor.from_names(self.data.clean).clean if self.data.clean else None
         for found in read:

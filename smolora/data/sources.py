@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,10 +156,10 @@ def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Docum
         raise refuse_rowless(train, data, report, out)
     field = _find_text_column(columns, data)
     chooser = RowSelection(PromptFormat(kind="text", columns={"text": field}), data, report, _chunk_tokenizer(data))
-    texts = [
-        [str(row.values[field]) for row in chooser.select((record for one in part for record in one.read()), set())]
-        for part in (train, held_out)
-    ]
+    learned: set[bytes] = set()
+    read = [chain.from_iterable(source.read() for source in part) for part in (train, held_out)]
+    rows = [chooser.select(read[0], learned), chooser.select_held_out(read[1], learned)]
+    texts = [[str(row.values[field]) for row in part] for part in rows]
     close_report(report, data, train=len(texts[0]), held_out=len(texts[1]), out=out)
     return Documents(texts[0], texts[1], report)
 

@@ -137,11 +137,13 @@ def open_pretraining(config: PretrainConfig, out: Path | None = None, num_proces
     allocator = keep_large_blocks()
     device, reason = resolve_device(config.device)
     check_sources(config.data)
-    documents, tokenizer, held_out = _split_documents(read_source_documents(config.data, out=out), config)
+    read = read_source_documents(config.data, out=out)
+    logger.info("device: %s (%s); products: %s", device, reason, _describe_precision(config, device))
+    documents, tokenizer, held_out = _split_documents(read, config)
     train = _build_train_windows(config, documents, tokenizer)
     refuse_unmeasurable(config, is_evaluated=held_out is not None)
     bundle = build_gpt(config.gpt, tokenizer, seed=config.training.seed, device=device)
-    logger.info("device: %s (%s); products: %s", device, reason, _describe_precision(config, device))
+    _report_split(documents)
     logger.info("text: %s", _describe_text(config, documents, train, held_out))
     logger.info("model: %s parameters, vocabulary %s", f"{bundle.num_parameters:,}", f"{len(tokenizer):,}")
     identity = RunIdentity(
@@ -217,6 +219,18 @@ def _hold_out(documents: Documents, config: PretrainConfig) -> Documents:
     longest = max(range(len(texts)), key=lambda index: len(texts[index]))
     head, tail = texts[longest][:-length], texts[longest][-length:]
     return Documents([*texts[:longest], *texts[longest + 1 :], head], [tail], documents.report, is_cut=True)
+
+
+def _report_split(documents: Documents) -> None:
+    """Enter what is learned and what is held out, which was chosen after the report was closed, and say it."""
+    report = documents.report
+    report.train, report.ends_held_out = len(documents.train), int(documents.is_cut)
+    report.held_out = len(documents.held_out) - report.ends_held_out
+    report.check()
+    logger.info("%s", report.describe())
+    if report.held_out_seen:
+        words = "held-out documents that are learned too: %d of %d. A low loss on them proves nothing"
+        logger.warning(words, report.held_out_seen, report.held_out)
 
 
 def _train_tokenizer(config: PretrainConfig, documents: Documents) -> PreTrainedTokenizerBase:

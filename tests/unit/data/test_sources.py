@@ -357,6 +357,12 @@ def test_documents_of_a_prepared_folder_are_its_rows(tmp_path):
     assert (len(documents.train), documents.held_out) == (60, ["row 60"])
 
 
+def test_documents_that_are_held_out_and_learned_too_are_counted(tmp_path):
+    source = str(write_rows(tmp_path / "a.jsonl", numbered(3)))
+    others = str(write_rows(tmp_path / "b.jsonl", numbered(3, start=1)))
+    assert read_source_documents(DataConfig(sources=(source,), eval_source=others)).report.held_out_seen == 2
+
+
 def test_documents_need_a_text_column(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(

@@ -90,7 +90,7 @@ def test_text_too_short_to_evaluate_on_is_learned_and_one_line_says_so(tmp_path,
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "text.txt").write_text("abcd" * 10)
     pretrain(config("text.txt", "training.max_steps=1", *settings), tmp_path / "run")
-    [line] = [message for message in caplog.messages if "to learn from" in message]
+    [line] = [message for message in caplog.messages if message.startswith("text: ")]
     assert line.partition(" a window of 16 tokens")[0] == f"text: 1 document, {said}"
 
 
@@ -194,6 +194,27 @@ def test_no_more_windows_are_evaluated_than_asked_for(text, bound):
     settings = ["gpt.context=2", "data.validation_fraction=0.05", f"data.max_validation_rows={bound}"]
     run = open_pretraining(config(text, *settings))
     assert bound / 2 < len(run.held_out) <= bound
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (60, "kept                      60  57 to learn from, 3 held out"),
+        (3, "kept                       3  3 to learn from, 0 held out\n  held out besides: the end of 1 row"),
+    ],
+)
+def test_the_account_of_the_texts_says_what_is_held_out_and_what_is_dropped(tmp_path, caplog, count, said):
+    caplog.set_level("INFO")
+    texts = [f"{number} is the number of this text, and it ends here." for number in range(count)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *texts]))
+    open_pretraining(config(tmp_path / "rows.jsonl", "gpt.context=2"))
+    assert f"rows read          {2 * count:>9}  from 1 file\n  duplicate        {count:>9}\n{said}" in caplog.messages
+
+
+def test_text_that_is_held_out_and_learned_too_is_warned_of(text, caplog):
+    open_pretraining(config(text, f"data.eval_source={text}"))
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == "held-out documents that are learned too: 1 of 1. A low loss on them proves nothing"
 
 
 _TEXT = (
