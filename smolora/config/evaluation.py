@@ -34,7 +34,8 @@ class EvaluationConfig(Section):
     """Time for the verdict at the end of `train`, as a share of that of the updates, but a second at least. 0: none."""
 
     require: Literal["learned"] | None = None
-    """End `train` with exit code 6 where the verdict is another one. Left out, only where it is broken."""
+    """End `train` with exit code 6 where the verdict is another one, and `pretrain` where the held-out loss never fell
+    below its start. Left out, only a broken run ends so."""
 
     @model_validator(mode="after")
     def _has_its_patience(self) -> EvaluationConfig:

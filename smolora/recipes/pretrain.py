@@ -21,7 +21,7 @@ from smolora.data.encoding import encode_texts, get_eos_id
 from smolora.data.ledger import DataReport
 from smolora.data.sources import Documents, check_sources, read_source_documents
 from smolora.data.token_dataset import TextDataset, TokenArray
-from smolora.errors import count_of
+from smolora.errors import BrokenRunError, count_of
 from smolora.models.building import build_gpt
 from smolora.models.bundle import ModelBundle
 from smolora.models.frozen_linear import goes_by_onednn
@@ -70,7 +70,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
     Raises:
         ConfigError: A run is in `out` and `resume` isn't set, or a setting changed that a checkpoint depends on.
         DataError: The text is missing or too short.
-        BrokenRunError: The run can't have learned.
+        BrokenRunError: The run can't have learned, or hasn't and `config.evaluation.require` is set.
         FailedElsewhere: Another process of the run failed.
     """
     run = RunDir(out)
@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
                 processes=processes,
             )
             state = trainer.train(resume=resume)
-            processes.from_main(lambda: _finish(run, bundle, state))
+            processes.from_main(lambda: _finish(run, config, bundle, state))
     return run.model
 
 
@@ -180,11 +180,16 @@ def _recorded_pretraining(
         yield
 
 
-def _finish(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
-    """Leave the best weights and the report."""
+def _finish(run: RunDir, config: PretrainConfig, bundle: ModelBundle, state: TrainerState) -> None:
+    """Leave the best weights and the report; raise where the run was to learn, and has not."""
     restore_best(run, bundle, state)
     _save_model(run, bundle)
     leave_report(run)
+    if config.evaluation.require and not state.has_improved:
+        raise BrokenRunError(
+            f"the held-out loss never fell below its start, and evaluation.require={config.evaluation.require}. "
+            f"The run is kept in {run.path}."
+        )
 
 
 def _split_documents(

@@ -196,7 +196,7 @@ def refuse_unmeasurable(config: ExperimentConfig | PretrainConfig, *, is_evaluat
     Raises:
         ConfigError: So it is.
     """
-    for name in ("early_stopping_patience", "plateau_patience"):
+    for name in ("early_stopping_patience", "plateau_patience", "require"):
         if not is_evaluated and vars(config.evaluation)[name] is not None:
             raise ConfigError(
                 f"evaluation.{name} looks at the held-out loss, and no rows are held out. Name some with "
@@ -225,7 +225,7 @@ def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
         state.best_eval_loss,
         state.best_step,
         state.step,
-        "the lowest, kept" if state.has_improved else "the lowest of those, kept though the base was no worse",
+        "the lowest, kept" if state.has_improved else "the lowest of those, kept though the start was no worse",
         _name_early_phase(run, state.best_step),
     )
     if not state.has_improved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolora.config import PretrainConfig, resolve_config
 from smolora.data.encoding import encode_texts
-from smolora.errors import ConfigError, DataError
+from smolora.errors import BrokenRunError, ConfigError, DataError
 from smolora.recipes.pretrain import open_pretraining, pretrain, split_at_lines
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file
@@ -187,6 +188,21 @@ def test_of_too_few_texts_the_end_of_the_longest_is_held_out(tmp_path):
     assert learned.startswith("note b.<|endoftext|>note c.<|endoftext|>a book: one")
     assert learned.count("<|endoftext|>") == 2
     assert held_out.endswith("four the end")
+
+
+@pytest.mark.parametrize(("rate", "has_learned"), [(1e-2, True), (5, False)])
+def test_a_run_that_was_to_learn_and_has_not_is_broken_and_kept(tmp_path, text, rate, has_learned):
+    asked = config(text, f"training.learning_rate={rate}", "training.max_steps=5", "evaluation.require=learned")
+    said = "the held-out loss never fell below its start, and evaluation.require=learned. The run is kept in"
+    with nullcontext() if has_learned else pytest.raises(BrokenRunError, match=said):
+        pretrain(asked, tmp_path / "run")
+    assert (tmp_path / "run" / "model").is_dir()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_run_that_is_to_learn_needs_held_out_text(tmp_path, text):
+    with pytest.raises(ConfigError, match="evaluation.require looks at the held-out loss, and no rows are held out"):
+        pretrain(config(text, "data.validation_fraction=0", "evaluation.require=learned"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("bound", [7, 8, 39])
