@@ -29,6 +29,8 @@ def find_equal(verb: str, unknown: str) -> str | None:
     ('--lr', 'training.weight_decay=VALUE')
     >>> find_equal("train", "--lerning-rate"), find_equal("train", "--batchsize")
     ('--lr', '--batch-size')
+    >>> find_equal("pretrain", "--max-length"), find_equal("pretrain", "--prompt-field")
+    ('--context', None)
     """
     if verb not in _KINDS:
         return None
@@ -40,7 +42,7 @@ def find_equal(verb: str, unknown: str) -> str | None:
         name = next(iter(get_close_matches(name, known, n=1, cutoff=_ALIKE)), name)
     if name in OUTPUT_NAMES:
         return "--out"
-    alias = find_alias(config, "", name)
+    alias = find_alias(config, "", name) if name in known else None
     flag = name if name in own else paths_of(flags).get(alias.path) if alias else None
     if flag is None:
         return f"{alias.path}=VALUE" if alias else None

@@ -116,7 +116,8 @@ _SAME = {
     "gpt.num_layers": "n_layer",
     "gpt.num_heads": "n_head",
     "gpt.width": "n_embd d_model hidden_size",
-    "gpt.context": "block_size context_length max_position_embeddings",
+    "gpt.context": "block_size context_length max_position_embeddings "
+    "cutoff_len sequence_len max_seq_length max_seq_len model_max_length",
     "tokenizer.vocab_size": "vocab_size",
 }
 """Names with the same value, by our path. A name may stand twice: which one it is depends on the kind of run."""
@@ -228,10 +229,11 @@ def find_alias(kind: type[Section], section: str, name: str) -> Alias | None:
 
 
 def list_names(kind: type[Section]) -> list[str]:
-    """Return every name that `find_alias` knows outside of all sections: ours, and other tools'."""
+    """Return the names that `find_alias` knows outside of all sections, ours and other tools', of what is read."""
     own = [path.rpartition(".")[2] for path in _own_paths(kind)]
     others = [name for names in _SAME.values() for name in names.split()]
-    return [name for name in dict.fromkeys([*own, *others, *_OTHER]) if find_alias(kind, "", name)]
+    aliases = {name: find_alias(kind, "", name) for name in (*own, *others, *_OTHER)}
+    return [name for name, alias in aliases.items() if alias and alias.path not in kind.unread]
 
 
 def find_own_path(kind: type[Section], path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
@@ -102,8 +102,19 @@ def _pretraining_defaults() -> TrainingConfig:
     )
 
 
+_WINDOWS = "the text is cut into windows of gpt.context tokens (--context)"
+_WHOLE_TEXTS = "whole texts are learned, of the column that data.text_field (--text-field) names"
+
+
 class PretrainConfig(Section):
     """A run that trains a tokenizer and a GPT from nothing."""
+
+    unread: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("data.max_length", "data.overlong", "data.stride"), _WINDOWS),
+        **dict.fromkeys(("data.prompt_field", "data.completion_field", "data.text_pair_field"), _WHOLE_TEXTS),
+        **dict.fromkeys(("data.label_field", "data.chat_template"), _WHOLE_TEXTS),
+        "evaluation.verdict_share": "a run is judged by its held-out loss, which takes no time of its own",
+    }
 
     gpt: GPTConfig = GPTConfig()
     """The shape of the model."""
@@ -127,6 +138,14 @@ class PretrainConfig(Section):
 
     device: DeviceName = "auto"
     """Where the run computes."""
+
+    @model_validator(mode="after")
+    def _is_read(self) -> PretrainConfig:
+        """Refuse what is named in vain; at its default it may stand, as in the file of a run, which holds all."""
+        for path in flatten_settings(self.model_dump(exclude_defaults=True)):
+            if path in self.unread:
+                raise ValueError(f"{path}: pretrain doesn't read it, since {self.unread[path]}. Leave it out.")
+        return self
 
 
 class PrepareConfig(Section):

@@ -62,6 +62,8 @@ def test_the_version_is_the_installed_one(smolora):
         (["train", "--micro-batch-size=2"], "Did you mean training.per_device_train_batch_size=VALUE?"),
         (["train", "--load-in-4bit"], "Did you mean model.quantization=VALUE?"),
         (["pretrain", "--n-layer=2", "-o", "y"], "Unknown option: --n-layer=2. Did you mean --layers?"),
+        (["pretrain", "--max-seq-length=9", "-o", "y"], "Did you mean --context?"),
+        (["pretrain", "--max-length=9", "-o", "y"], "Did you mean --context?"),
         (["train", "--weight-decay", "0.1"], "Did you mean training.weight_decay=VALUE?"),
         (["pretrain", "--vocab-size", "99", "-o", "y"], "Did you mean tokenizer.vocab_size=VALUE?"),
         (["prepare", "d", "-o", "y", "--max-rejects", "3"], "Did you mean data.max_rejects=VALUE?"),

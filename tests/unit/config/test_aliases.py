@@ -110,6 +110,7 @@ def test_the_rows_of_other_kinds_of_runs_have_their_own_names():
         "gpt.dropout": 0.1,
         "training.max_steps": 5,
     }
+    assert _renamed({"max_seq_length": 32}, PretrainConfig) == {"gpt.context": 32}
     assert _renamed({"seed": 3, "val_size": 0.2}, PrepareConfig) == {"seed": 3, "data.validation_fraction": 0.2}
 
 

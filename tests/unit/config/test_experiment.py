@@ -65,6 +65,21 @@ def test_a_word_that_is_no_assignment_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("data.max_length=8", r"data.max_length: .* windows of gpt.context tokens \(--context\). Leave it out"),
+        ("max_length=8", "data.max_length: pretrain doesn't read it, since the text is cut into windows"),
+        ("data.overlong=drop", "data.overlong: pretrain doesn't read it"),
+        ("data.prompt_field=q", r"data.prompt_field: .* of the column that data.text_field \(--text-field\) names"),
+        ("evaluation.verdict_share=0.5", "evaluation.verdict_share: pretrain doesn't read it, since a run is judged"),
+    ],
+)
+def test_pretraining_refuses_what_it_does_not_read(word, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve_config(PretrainConfig, assignments=[word])
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
         (b"- a\n- b\n", "it holds a list"),
@@ -189,6 +204,12 @@ def test_a_value_where_a_section_belongs_is_refused(tmp_path):
     (tmp_path / "bad.yaml").write_text("training: 5\n")
     with pytest.raises(ConfigError, match="training: expected settings, found 5"):
         _resolve_training("training.seed=2", file=tmp_path / "bad.yaml")
+
+
+def test_what_pretraining_does_not_read_may_stand_at_its_default_as_in_the_file_of_a_run():
+    stored = yaml.safe_load(dump_config(PretrainConfig()))
+    assert {"max_length", "overlong"} <= stored["data"].keys()
+    assert PretrainConfig(**stored) == PretrainConfig()
 
 
 def test_a_dumped_configuration_reads_back_equal():
