@@ -241,7 +241,9 @@ def _report_split(documents: Documents) -> None:
 def _train_tokenizer(config: PretrainConfig, documents: Documents) -> PreTrainedTokenizerBase:
     if config.tokenizer.kind == "char":
         return to_pretrained(CharTokenizer.train(documents.train), config.gpt.context)
-    return to_pretrained(BPETokenizer(config.tokenizer.vocab_size).train(documents.train), config.gpt.context)
+    size, length = config.tokenizer.vocab_size, sum(map(len, documents.train))
+    logger.info("learning a tokenizer of up to %s tokens from %s characters", f"{size:,}", f"{length:,}")
+    return to_pretrained(BPETokenizer(size).train(documents.train), config.gpt.context)
 
 
 def _build_train_windows(

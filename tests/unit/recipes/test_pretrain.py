@@ -141,9 +141,11 @@ def test_a_text_that_is_too_short_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bpe_tokenizer_is_learned_from_the_text(tmp_path, text):
+def test_a_bpe_tokenizer_is_learned_from_the_text(tmp_path, text, caplog):
+    caplog.set_level("INFO")
     folder = pretrain(config(text, "tokenizer.kind=bpe", "tokenizer.vocab_size=270"), tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert any(line.startswith("learning a tokenizer of up to 270 tokens from 3,") for line in caplog.messages)
     assert len(tokenizer) <= 270
     assert len(tokenizer("three four")["input_ids"]) < len("three four")
 

@@ -29,6 +29,13 @@ def test_training_twice_gives_the_same_tokenizer():
     assert (again.merges, again.vocab) == (TOKENIZER.merges, TOKENIZER.vocab)
 
 
+def test_a_long_run_without_a_space_is_learned_in_pieces_and_encoded_whole():
+    tokenizer = BPETokenizer(400).train("a" * 5000)
+    assert 500 < max(map(len, tokenizer.vocab)) <= 960
+    assert tokenizer.backend.to_str() == BPETokenizer(400).train(["a" * 960] * 5 + ["a" * 200]).backend.to_str()
+    assert tokenizer.decode(tokenizer.encode("a" * 5000)) == "a" * 5000
+
+
 def test_text_that_spells_the_end_of_text_stays_text():
     assert TOKENIZER.eos_token_id not in TOKENIZER.encode("<|endoftext|>")
 
