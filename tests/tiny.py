@@ -38,15 +38,16 @@ _ROTARY = {
     "max_position_embeddings": CONTEXT,
 }
 _GROUPED = {**_ROTARY, "num_key_value_heads": 2, "head_dim": 8}
+_GROUPED_BY_WIDTH = {**_ROTARY, "num_key_value_heads": 2}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": _GROUPED,
-    "qwen2": {key: value for key, value in _GROUPED.items() if key != "head_dim"},
+    "qwen2": _GROUPED_BY_WIDTH,
     "qwen3": _GROUPED,
     "gemma": _GROUPED,
     "gemma2": {**_GROUPED, "query_pre_attn_scalar": 8},
     "phi": _ROTARY,
-    "phi3": {**_ROTARY, "num_key_value_heads": 2},
+    "phi3": _GROUPED_BY_WIDTH,
     "gpt2": {"n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": CONTEXT},
     "gpt_neox": _ROTARY,
     "bloom": {"hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4},
@@ -61,6 +62,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 _UNUSUAL: dict[str, dict[str, Any]] = {
     "mixtral": {**_GROUPED, "num_local_experts": 2},
+    "phimoe": {**_GROUPED_BY_WIDTH, "num_local_experts": 2, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "qwen2_moe": {**_GROUPED_BY_WIDTH, "mlp_only_layers": list(range(NUM_LAYERS))},
+    "llama4_text": {**_GROUPED, "intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": []},
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
 }
 _ENCODER = {

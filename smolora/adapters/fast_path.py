@@ -201,7 +201,7 @@ class _Installer:
         if inputs is None or output is None:
             return set()
         attention = self._model.get_submodule(names[0].rpartition(".")[0])
-        forward = _attention_forward(attention, inputs, output, window=self._window(layer))
+        forward = _attention_forward(attention, inputs, output)
         self._replace(attention, forward, inputs, output)
         return set(names)
 
@@ -257,13 +257,6 @@ class _Installer:
             part.name for role in roles for part in self._anatomy.parts if part.layer == layer and part.role == role
         ]
 
-    def _window(self, layer: int) -> int | None:
-        kinds = self._settings.get("layer_types")
-        if kinds and kinds[layer] != "sliding_attention":
-            return None
-        window = self._settings.get("sliding_window")
-        return int(window) if window else None
-
     def _replace(self, module: nn.Module, forward: Callable[..., object], *products: LoRAProduct) -> None:
         """Let `module` compute `forward`, or its own where an adapter is on now that a product can't compute."""
         found = _FastForward(module.forward, forward, products, self._warn_once) if products else forward
@@ -276,7 +269,7 @@ class _Installer:
 
 
 def _attention_forward(
-    attention: nn.Module, inputs: LoRAProduct, output: LoRAProduct, *, window: int | None
+    attention: nn.Module, inputs: LoRAProduct, output: LoRAProduct
 ) -> Callable[..., tuple[Tensor, None]]:
     own = vars(attention)  # Numbers as config.json has them: an attention_dropout of 0 is an integer.
     width, scale, dropout = int(own["head_dim"]), float(own["scaling"]), float(own["attention_dropout"])
@@ -284,14 +277,19 @@ def _attention_forward(
     norms = find_head_norms(attention)
 
     def forward(
-        hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *, rows: Rows, **_unused: object
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: int | None,
+        *,
+        rows: Rows,
+        **_unused: object,
     ) -> tuple[Tensor, None]:
         heads = inputs(hidden_states[0]).view(-1, num_heads + 2 * num_shared, width)
         if norms:
             query, key, value = torch.split(heads, [num_heads, num_shared, num_shared], dim=1)
             heads = torch.cat((norms[0](query), norms[1](key), value), dim=1)
         rotary = rows.rotary(*position_embeddings)
-        settings = AttentionSettings(scale, dropout if attention.training else 0.0, window)
+        settings = AttentionSettings(scale, dropout if attention.training else 0.0, attention_mask)
         attended = attend_rows(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=rotary)
         return output(attended.flatten(1)[None]), None
 

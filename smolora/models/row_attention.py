@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 
 from smolora.models.bundle import read_config
 from smolora.models.fused_ops import Dropped, Rotary
 from smolora.models.rows import HeadPlaces, RowGroup, Rows
 
 ROW_ATTENTION = "smolora_rows"
-"""The name under which transformers knows `attend_interface`."""
+"""The name under which transformers knows `attend_interface` and `mask_interface`."""
 
 _QUERY_BLOCK, _QUERY_BLOCK_16_BITS = 128, 256
 """Queries handled at once: a block sees no key behind its last query, and its scores stay in the cache. In 16 bits the
@@ -70,26 +71,45 @@ def attend_interface(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | int | None,
     *,
     rows: Rows,
     scaling: float,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_unused: object,
 ) -> tuple[Tensor, None]:
     """`attend_rows` in the signature of transformers' AttentionInterface: `[1, H, N, K]` in, `[1, N, H, K]` out.
 
+    `attention_mask` is what `mask_interface` gave. The window is read there, where plain attention finds it too: some
+    families put it into the mask alone, and pass no `sliding_window`.
+
     Raises:
         ValueError: A mask, capped scores or sinks, none of which attention by rows has.
     """
-    if attention_mask is not None or softcap is not None or s_aux is not None:
+    if isinstance(attention_mask, Tensor) or softcap is not None or s_aux is not None:
         raise ValueError("attention by rows takes no mask, no cap on scores and no sinks")
     heads = torch.cat((query, key, value), dim=1)[0].transpose(0, 1)
-    settings = AttentionSettings(scaling, dropout, sliding_window)
+    settings = AttentionSettings(scaling, dropout, attention_mask)
     return attend_rows(heads, num_heads=query.shape[1], rows=rows, settings=settings)[None], None
+
+
+def mask_interface(
+    *, config: PretrainedConfig, use_vmap: bool = False, local_size: int | None = None, **_unused: object
+) -> int | None:
+    """Return the window of the layers that a mask is made for, in the place of the mask; None where they have none.
+
+    The signature is that of transformers' AttentionMaskInterface.
+
+    Raises:
+        ValueError: The mask hides more or less than what is behind a token or before its window.
+    """
+    if use_vmap:
+        raise ValueError("attention by rows takes no mask of a model's own")
+    if local_size is not None and local_size != vars(config).get("sliding_window"):
+        raise ValueError(f"attention by rows takes windows and no chunks, and these are of {local_size} tokens")
+    return local_size
 
 
 def attends_by_rows(model: nn.Module) -> bool:
@@ -99,8 +119,9 @@ def attends_by_rows(model: nn.Module) -> bool:
 
 @contextmanager
 def row_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` attend by rows inside the block: its forward then takes `rows` and makes no mask."""
+    """Let `model` attend by rows inside the block: its forward then takes `rows`."""
     AttentionInterface.register(ROW_ATTENTION, attend_interface)
+    AttentionMaskInterface.register(ROW_ATTENTION, mask_interface)
     before = model.config._attn_implementation
     model.config._attn_implementation = ROW_ATTENTION
     try:

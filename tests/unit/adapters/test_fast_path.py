@@ -29,6 +29,7 @@ from tests.tiny import PACKABLE_FAMILIES, random_input_ids, save_tiny_model, tin
 
 ALL_OFF = SpeedConfig(row_attention=False, fused_lora=False, fused_blocks=False, packed_weights=False)
 WIDE = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "initializer_range": 0.15}
+ON_ATTENTION = LoRAConfig(lora_dropout=0.0, target_modules="attention_only")
 PARTS = ("row_attention", "fused_lora", "fused_blocks", "packed_weights")
 
 
@@ -297,6 +298,27 @@ def test_a_run_with_dropout_is_the_same_bits_twice(tmp_path):
 def test_a_sliding_window_shorter_than_the_rows_is_kept(tmp_path, part):
     bundle = adapted("mistral", tmp_path, sliding_window=8)
     assert_same(run_fast(bundle, part), run(bundle, by_rows=False))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("phimoe", {"sliding_window": 8}),
+        ("qwen2_moe", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+def test_a_window_that_only_the_mask_knows_is_kept(family, settings, tmp_path):
+    bundle = adapted(family, tmp_path, config=ON_ATTENTION, **settings)
+    *found, parts = run_fast(bundle)
+    assert "row attention" in parts.used
+    assert_same(found, run(bundle, by_rows=False))
+
+
+def test_attention_in_chunks_is_kept_and_stays_plain(tmp_path):
+    bundle = adapted("llama4_text", tmp_path, config=ON_ATTENTION, attention_chunk_size=8)
+    *found, parts = run_fast(bundle)
+    assert "windows and no chunks, and these are of 8 tokens" in parts.describe()
+    assert_same(found, run(bundle, by_rows=False))
 
 
 @pytest.mark.parametrize("part", [SpeedConfig(), SpeedConfig(fused_blocks=False)], ids=["blocks", "interface"])

@@ -11,10 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 
 from smolora.models.fused_ops import Rotary
-from smolora.models.row_attention import AttentionSettings, attend_by_kernel, attend_rows, kernel_arguments
+from smolora.models.row_attention import (
+    AttentionSettings,
+    attend_by_kernel,
+    attend_rows,
+    kernel_arguments,
+    row_attention,
+)
 from smolora.models.rows import Rows
+from tests.tiny import tiny_model
 
 HEADS, SHARED, WIDTH = 6, 2, 8
 
@@ -289,3 +297,12 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_one_row_at_a_time(lengths):
     ):
         error = (mine.float() - wanted).norm()
         assert 0 < error <= 2 * (theirs.float() - wanted).norm()
+
+
+def test_a_mask_that_a_model_adds_to_is_refused():
+    model = tiny_model("llama")
+    arguments = {"config": model.config, "inputs_embeds": torch.zeros(1, 5, 32), "attention_mask": None}
+    with row_attention(model):
+        assert create_causal_mask(**arguments, past_key_values=None) is None
+        with pytest.raises(ValueError, match="no mask of a model's own"):
+            create_causal_mask(**arguments, past_key_values=None, and_mask_function=sliding_window_overlay(3))
