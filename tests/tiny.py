@@ -65,6 +65,17 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
     "phimoe": {**_GROUPED_BY_WIDTH, "num_local_experts": 2, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen2_moe": {**_GROUPED_BY_WIDTH, "mlp_only_layers": list(range(NUM_LAYERS))},
     "llama4_text": {**_GROUPED, "intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": []},
+    "stablelm": _GROUPED_BY_WIDTH,
+    "nemotron": _GROUPED,
+    "granitemoe_swa": {**_GROUPED_BY_WIDTH, "num_local_experts": 2},
+    "minicpm3": {
+        **_ROTARY,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
 }
 _ENCODER = {

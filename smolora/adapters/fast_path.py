@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -54,6 +55,10 @@ class FastParts:
         return f"{used}; plain: {'; '.join(self.left)}" if self.left else used
 
 
+_REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
+"""What a forward pass raises that something else was put under."""
+
+
 @contextmanager
 def fast_path(
     bundle: ModelBundle, config: SpeedConfig, *, is_packed: bool, is_sharded: bool = False
@@ -67,9 +72,10 @@ def fast_path(
         is_sharded: Whether its base will be sharded; a fused layer would keep the whole weight.
 
     A model whose probe logits differ from the plain ones by more than rounding, or that can't be probed, stays plain,
-    with a warning. The probe is three forward passes over three short rows; backward passes, long rows and dropout are
-    held to plain code by the tests of each family. An adapter that is switched to inside the block is followed; layers
-    whose adapter is switched off, merged, or one of several are plain for that time, with a warning.
+    with a warning; one that differs by rows alone keeps the other parts. The probe is four forward passes over three
+    short rows; backward passes, long rows and dropout are held to plain code by the tests of each family. An adapter
+    that is switched to inside the block is followed; layers whose adapter is switched off, merged, or one of several
+    are plain for that time, with a warning.
     """
     config = config.replace(fused_lora=False) if is_sharded else config
     parts = FastParts(left=["linear layers, since the base is sharded"] if is_sharded else [])
@@ -79,14 +85,11 @@ def fast_path(
         return
     with ExitStack() as stack:
         try:
-            expected = _probe_logits(model, None)
-            with shifted_embeddings(model):
-                tolerance = allow_rounding(expected, _probe_logits(model, None), model.dtype)
-            _Installer(model, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
-            rows = Rows(_PROBE, model.device) if "row attention" in parts.used else None
-            reason = _why_different(_probe_logits(model, rows), expected, tolerance) if parts.used else None
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-            reason = f"its forward pass refuses it ({type(error).__name__}: {error})"
+            probe = _Probe.measure(model)
+            _Installer(probe, bundle.anatomy, config, parts, stack, is_packed=is_packed).install()
+            reason = probe.why_not(by_rows="row attention" in parts.used) if parts.used else None
+        except _REFUSALS as error:
+            reason = _refusal(error)
         if reason:
             stack.close()
             parts = FastParts(left=[reason])
@@ -125,7 +128,7 @@ class _Installer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        probe: _Probe,
         anatomy: Anatomy,
         config: SpeedConfig,
         parts: FastParts,
@@ -133,7 +136,8 @@ class _Installer:
         *,
         is_packed: bool,
     ) -> None:
-        self._model = model
+        self._probe = probe
+        self._model = probe.model
         self._anatomy = anatomy
         self._config = config
         self._parts = parts
@@ -141,7 +145,7 @@ class _Installer:
         self._is_packed = is_packed
         family = FAMILIES.get(anatomy.family)
         self._fused = family.fused if family is not None else None
-        self._settings = read_config(model).to_dict()
+        self._settings = read_config(self._model).to_dict()
         self._fallbacks: dict[str, set[str]] = {}
         self._kernels = TORCH_KERNELS
         self._warned: set[str] = set()
@@ -161,11 +165,20 @@ class _Installer:
     def _install_row_attention(self) -> None:
         if not self._is_packed:
             self._install_padded_attention()
-        elif self._settings.get("attn_logit_softcapping"):
-            self._parts.left.append("attention, whose scores are capped")
+        elif reason := self._why_not_by_rows():
+            self._parts.left.append(f"attention, {reason}")
         else:
             self._stack.enter_context(row_attention(self._model))
             self._parts.used.append("row attention")
+
+    def _why_not_by_rows(self) -> str | None:
+        if self._settings.get("attn_logit_softcapping"):
+            return "whose scores are capped"
+        if not self._model.is_backend_compatible():
+            return f"which transformers can't replace in '{self._anatomy.family}'"
+        with row_attention(self._model):
+            reason = self._probe.why_not(by_rows=True)
+        return reason and f"since row by row {reason}"
 
     def _install_padded_attention(self) -> None:
         if is_faster_by_products(self._model):
@@ -296,6 +309,37 @@ def _attention_forward(
     return forward
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """Three short rows, and the plain logits to which those of the fast path are held."""
+
+    model: PreTrainedModel
+    expected: Tensor
+    tolerance: float
+
+    @classmethod
+    def measure(cls, model: PreTrainedModel) -> Self:
+        """Return the probe of `model` as it is now."""
+        expected = _probe_logits(model, None)
+        with shifted_embeddings(model):
+            return cls(model, expected, allow_rounding(expected, _probe_logits(model, None), model.dtype))
+
+    def why_not(self, *, by_rows: bool) -> str | None:
+        """Return why the logits aren't the plain ones up to rounding, or None where they are."""
+        try:
+            found = _probe_logits(self.model, Rows(_PROBE, self.model.device) if by_rows else None)
+        except _REFUSALS as error:
+            return _refusal(error)
+        difference = (found - self.expected).abs().max().item()
+        if difference <= self.tolerance:
+            return None
+        return f"its logits differ from the plain ones by {difference:.1e} (rounding explains {self.tolerance:.1e})"
+
+
+def _refusal(error: Exception) -> str:
+    return f"its forward pass refuses it ({type(error).__name__}: {error})"
+
+
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -309,10 +353,3 @@ def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
         found = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
         logits: Tensor = found.start_logits if task_of(model) == "qa" else found.logits
         return logits.float()
-
-
-def _why_different(found: Tensor, expected: Tensor, tolerance: float) -> str | None:
-    difference = (found - expected).abs().max().item()
-    if difference <= tolerance:
-        return None
-    return f"its logits differ from the plain ones by {difference:.1e} (rounding explains {tolerance:.1e})"

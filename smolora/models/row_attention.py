@@ -73,8 +73,8 @@ def attend_interface(
     value: Tensor,
     attention_mask: Tensor | int | None,
     *,
-    rows: Rows,
     scaling: float,
+    rows: Rows | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -86,10 +86,16 @@ def attend_interface(
     families put it into the mask alone, and pass no `sliding_window`.
 
     Raises:
-        ValueError: A mask, capped scores or sinks, none of which attention by rows has.
+        ValueError: No rows, a mask, capped scores, sinks, or values of another width than keys.
     """
+    if rows is None:
+        raise ValueError("the model doesn't tell its attention where rows begin")
     if isinstance(attention_mask, Tensor) or softcap is not None or s_aux is not None:
         raise ValueError("attention by rows takes no mask, no cap on scores and no sinks")
+    if query.shape[3] != value.shape[3]:
+        raise ValueError(
+            f"attention by rows needs values as wide as keys: {value.shape[3]} and {query.shape[3]} are not"
+        )
     heads = torch.cat((query, key, value), dim=1)[0].transpose(0, 1)
     settings = AttentionSettings(scaling, dropout, attention_mask)
     return attend_rows(heads, num_heads=query.shape[1], rows=rows, settings=settings)[None], None

@@ -321,6 +321,24 @@ def test_attention_in_chunks_is_kept_and_stays_plain(tmp_path):
     assert_same(found, run(bundle, by_rows=False))
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("stablelm", "attention, which transformers can't replace in 'stablelm'"),
+        ("nemotron", "the model doesn't tell its attention where rows begin"),
+        ("granitemoe_swa", "attention by rows takes no mask, no cap on scores and no sinks"),
+        ("minicpm3", "attention by rows needs values as wide as keys: 8 and 16 are not"),
+    ],
+)
+def test_where_attention_alone_cannot_go_by_rows_the_other_parts_stay(family, reason, tmp_path, caplog):
+    bundle = adapted(family, tmp_path, config=ON_ATTENTION)
+    *found, parts = run_fast(bundle)
+    assert parts.used == ["fused LoRA"]
+    assert reason in parts.describe()
+    assert not caplog.text
+    assert_same(found, run(bundle, by_rows=False))
+
+
 @pytest.mark.parametrize("part", [SpeedConfig(), SpeedConfig(fused_blocks=False)], ids=["blocks", "interface"])
 def test_attention_dropout_drops_in_training_alone(tmp_path, part):
     bundle = adapted("llama", tmp_path, attention_dropout=0.5)
