@@ -41,10 +41,23 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
     to rounding. Four forward passes over a dozen tokens; weights, gradients, the random generator and train or eval
     mode stay as they were.
     """
+    reason = _why_not_probed(model) or _why_not_packable(model)
+    return (False, reason) if reason else (True, "a probe of two packed rows gave each row the logits it has alone")
+
+
+def _why_not_probed(model: nn.Module) -> str | None:
+    """Return why `model` can't pack, whatever two short rows would show."""
     if task_of(model) == "seq2seq":
-        return False, "an encoder-decoder reads each row with the answer to it, and knows no restarting positions"
+        return "an encoder-decoder reads each row with the answer to it, and knows no restarting positions"
     if task_of(model) == "qa":
-        return False, "where an answer begins and ends is chosen among the tokens of one row"
+        return "where an answer begins and ends is chosen among the tokens of one row"
+    if length := _find_length_of_mask(model):
+        return f"its attention has a mask of its own, of {length} tokens, and rows laid end to end may be longer"
+    return None
+
+
+def _why_not_packable(model: nn.Module) -> str | None:
+    """Return what two short rows show against packing."""
     try:
         with torch.no_grad(), without_dropout(model):
             packed = _second_row_logits(model, _FIRST)
@@ -53,18 +66,24 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
             with shifted_embeddings(model):
                 shifted = _second_row_logits(model, ())
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return False, f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
+        return f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
     if not torch.equal(packed, repacked):
         leak = (packed - repacked).abs().max().item()
-        return False, (
+        return (
             "this model's attention can't keep rows apart that are laid end to end (another row in front changed what "
             f"the next one gives by {leak:.1e})"
         )
     difference = (packed - alone).abs().max().item()
     tolerance = allow_rounding(alone, shifted, next(model.parameters()).dtype)
     if not difference <= tolerance:
-        return False, f"a packed row differs from the row alone by {difference:.1e} (rounding explains {tolerance:.1e})"
-    return True, "a probe of two packed rows gave each row the logits it has alone"
+        return f"a packed row differs from the row alone by {difference:.1e} (rounding explains {tolerance:.1e})"
+    return None
+
+
+def _find_length_of_mask(model: nn.Module) -> int | None:
+    """Return N of a buffer `[1, 1, N, N]`, which GPT-Neo's attention cuts its mask out of."""
+    shapes = (buffer.shape for buffer in model.buffers())
+    return next((shape[3] for shape in shapes if len(shape) == 4 and shape[2] == shape[3]), None)
 
 
 def _second_row_logits(model: nn.Module, first: tuple[int, ...]) -> Tensor:

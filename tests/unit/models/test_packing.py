@@ -75,6 +75,13 @@ def test_a_deep_model_of_large_weights_that_magnify_every_rounding_can_pack():
     assert can_pack_rows(model) == (True, "a probe of two packed rows gave each row the logits it has alone")
 
 
+def test_a_mask_as_long_as_the_context_which_packed_rows_outgrow_is_the_reason():
+    assert can_pack_rows(tiny_model("gpt_neo")) == (
+        False,
+        "its attention has a mask of its own, of 64 tokens, and rows laid end to end may be longer",
+    )
+
+
 class PositionBlind(nn.Module):
     """Ignores where a row begins without looking at other rows: no leak, but the second row isn't itself."""
 
