@@ -7,6 +7,7 @@ Some (bloom, opt) let the rows leak into each other without a word; they train o
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ from smolora.models.tasks import find_heads, task_of
 logger = logging.getLogger(__name__)
 
 _FIRST, _OTHER_FIRST, _SECOND = (1, 3, 5, 2, 4), (6, 2, 1, 7, 3), (2, 5, 3, 6, 1, 4, 7)
+_NEIGHBOURS = range(1, 8)
+"""Tokens of the rows beside the second one: a row of one token again and again crowds a few experts, and each row
+others. With four such rows 3 of 200 mixtrals showed no rounding, with seven none."""
+
+_ROUNDING_MARGIN = 8
+"""The row in front changed the second one by up to 1.5 times what neighbours did, 1e-6 in float32; where it leaked in,
+by .7 to 4."""
 
 
 def choose_layout(base: ModelBundle) -> Layout:
@@ -38,8 +46,11 @@ def can_pack_rows(model: nn.Module) -> tuple[bool, str]:
     """Probe `model` with two tiny packed rows and return (answer, reason as a sentence).
 
     The second row's logits must not change by a bit when the first row does, and must equal those of the row alone up
-    to rounding. Four forward passes over a dozen tokens; weights, gradients, the random generator and train or eval
-    mode stay as they were.
+    to rounding. Products of experts round by how many tokens an expert gets: there the change may be as large as what
+    other rows beside the second one make of it, in a batch of two, where nothing leaks.
+
+    Four forward passes over a dozen tokens, and seven more where a few bits changed; weights, gradients, the random
+    generator and train or eval mode stay as they were.
     """
     reason = _why_not_probed(model) or _why_not_packable(model)
     return (False, reason) if reason else (True, "a probe of two packed rows gave each row the logits it has alone")
@@ -65,16 +76,17 @@ def _why_not_packable(model: nn.Module) -> str | None:
             alone = _second_row_logits(model, ())
             with shifted_embeddings(model):
                 shifted = _second_row_logits(model, ())
+            tolerance = allow_rounding(alone, shifted, next(model.parameters()).dtype)
+            leak = _spread([packed, repacked])
+            explained = _ROUNDING_MARGIN * _measure_neighbours(model) if 0 < leak <= tolerance else 0.0
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
-    if not torch.equal(packed, repacked):
-        leak = (packed - repacked).abs().max().item()
+    if not leak <= explained:
         return (
             "this model's attention can't keep rows apart that are laid end to end (another row in front changed what "
             f"the next one gives by {leak:.1e})"
         )
-    difference = (packed - alone).abs().max().item()
-    tolerance = allow_rounding(alone, shifted, next(model.parameters()).dtype)
+    difference = _spread([packed, alone])
     if not difference <= tolerance:
         return f"a packed row differs from the row alone by {difference:.1e} (rounding explains {tolerance:.1e})"
     return None
@@ -88,14 +100,32 @@ def _find_length_of_mask(model: nn.Module) -> int | None:
 
 def _second_row_logits(model: nn.Module, first: tuple[int, ...]) -> Tensor:
     """Return float32 logits [T, V] of the second row, packed behind `first`."""
+    input_ids, position_ids = [*first, *_SECOND], [*range(len(first)), *range(len(_SECOND))]
+    return _first_logits(model, [input_ids], position_ids)[len(first) :]
+
+
+def _measure_neighbours(model: nn.Module) -> float:
+    """Return how far the second row's logits are apart as the row beside it in the batch changes."""
+    beside = [[[*_SECOND], [token] * len(_SECOND)] for token in _NEIGHBOURS]
+    return _spread([_first_logits(model, rows, [*range(len(_SECOND))]) for rows in beside])
+
+
+def _spread(logits: Sequence[Tensor]) -> float:
+    """Return how far the same numbers are apart at most, computed several times."""
+    together = torch.stack([*logits])
+    return (together.amax(0) - together.amin(0)).max().item()
+
+
+def _first_logits(model: nn.Module, rows: list[list[int]], positions: list[int]) -> Tensor:
+    """Return float32 logits [T, V] of the first of `rows`."""
     device = next(model.parameters()).device
-    input_ids = torch.tensor([[*first, *_SECOND]], device=device)
-    position_ids = torch.tensor([[*range(len(first)), *range(len(_SECOND))]], device=device)
+    input_ids = torch.tensor(rows, device=device)
+    position_ids = torch.tensor([positions] * len(rows), device=device)
     if isinstance(model, GPTModel):
         logits: Tensor = model(input_ids, position_ids)
     else:
         logits = _read_forward(model, input_ids, position_ids)
-    return logits[0, len(first) :].float()
+    return logits[0].float()
 
 
 def _read_forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -75,6 +75,33 @@ def test_a_deep_model_of_large_weights_that_magnify_every_rounding_can_pack():
     assert can_pack_rows(model) == (True, "a probe of two packed rows gave each row the logits it has alone")
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_experts_whose_products_round_by_how_many_tokens_they_get_can_pack(seed):
+    model = tiny_model("mixtral", seed=seed, num_local_experts=8)
+    assert can_pack_rows(model) == (True, "a probe of two packed rows gave each row the logits it has alone")
+
+
+class Leaky(nn.Module):
+    """Lets a `share` of the first token into all that lie in its row of the batch, and nothing into rows beside it."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.model = tiny_model("mixtral", num_local_experts=8)
+        self.share = share
+
+    def forward(self, input_ids, position_ids, use_cache):
+        vectors = self.model.get_input_embeddings()(input_ids)
+        vectors = vectors + self.share * vectors[:, :1]
+        return self.model(inputs_embeds=vectors, position_ids=position_ids, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("share", [1e-4, 1e-1])
+def test_between_experts_too_a_row_that_leaks_into_the_next_is_noticed(share):
+    able, reason = can_pack_rows(Leaky(share))
+    assert not able
+    assert "can't keep rows apart" in reason
+
+
 def test_a_mask_as_long_as_the_context_which_packed_rows_outgrow_is_the_reason():
     assert can_pack_rows(tiny_model("gpt_neo")) == (
         False,
