@@ -76,6 +76,13 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "v_head_dim": 8,
     },
+    "minimax_m3_vl_text": {
+        **_GROUPED,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+    },
     "gpt_neo": {
         "hidden_size": 32,
         "num_layers": NUM_LAYERS,

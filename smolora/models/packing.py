@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smolora.data.collate import Layout
-from smolora.models.bundle import ModelBundle
+from smolora.models.bundle import ModelBundle, read_config
 from smolora.models.gpt import GPTModel
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.structure import PreTrainedModel, without_dropout
@@ -29,6 +29,9 @@ others. With four such rows 3 of 200 mixtrals showed no rounding, with seven non
 _ROUNDING_MARGIN = 8
 """The row in front changed the second one by up to 1.5 times what neighbours did, 1e-6 in float32; where it leaked in,
 by .7 to 4."""
+
+_KNOWN_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv"}
+"""Kinds of layers where a token's place alone says what it sees."""
 
 
 def choose_layout(base: ModelBundle) -> Layout:
@@ -64,6 +67,8 @@ def _why_not_probed(model: nn.Module) -> str | None:
         return "where an answer begins and ends is chosen among the tokens of one row"
     if length := _find_length_of_mask(model):
         return f"its attention has a mask of its own, of {length} tokens, and rows laid end to end may be longer"
+    if kinds := _find_unknown_kinds(model):
+        return f"two short rows don't show which tokens its layers of kind {' and '.join(kinds)} see"
     return None
 
 
@@ -96,6 +101,13 @@ def _find_length_of_mask(model: nn.Module) -> int | None:
     """Return N of a buffer `[1, 1, N, N]`, which GPT-Neo's attention cuts its mask out of."""
     shapes = (buffer.shape for buffer in model.buffers())
     return next((shape[3] for shape in shapes if len(shape) == 4 and shape[2] == shape[3]), None)
+
+
+def _find_unknown_kinds(model: nn.Module) -> list[str]:
+    """Return the kinds of layers that choose what a token sees: MiniMax M3's choose blocks, which may hold two rows."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    return sorted(set(read_config(model).to_dict().get("layer_types") or ()) - _KNOWN_KINDS)
 
 
 def _second_row_logits(model: nn.Module, first: tuple[int, ...]) -> Tensor:

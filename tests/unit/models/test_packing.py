@@ -109,6 +109,14 @@ def test_a_mask_as_long_as_the_context_which_packed_rows_outgrow_is_the_reason()
     )
 
 
+def test_layers_that_choose_what_a_token_sees_are_the_reason():
+    model = tiny_model("minimax_m3_vl_text", layer_types=["full_attention", "minimax_m3_sparse"])
+    assert can_pack_rows(model) == (
+        False,
+        "two short rows don't show which tokens its layers of kind minimax_m3_sparse see",
+    )
+
+
 class PositionBlind(nn.Module):
     """Ignores where a row begins without looking at other rows: no leak, but the second row isn't itself."""
 
