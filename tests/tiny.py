@@ -91,6 +91,14 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
     },
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": NUM_LAYERS,
+        "num_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 9,
+    },
 }
 _ENCODER = {
     "hidden_size": 32,

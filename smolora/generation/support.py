@@ -32,6 +32,8 @@ def find_obstacle(model: nn.Module) -> str | None:
     assert isinstance(settings, GenerationConfig)
     if constraints := sorted(_CONSTRAINTS & settings.to_diff_dict().keys()):
         return f"its generation_config.json sets {', '.join(constraints)}"
+    if any(_hides_more_than_the_future(mask) for mask in model.buffers()):
+        return "its layers hide tokens by masks of their own, which count from the end of the longest row"
     try:
         with in_eval_mode(model):
             expected, found = _logits_alone(model), _logits_in_slots(model)
@@ -44,6 +46,12 @@ def find_obstacle(model: nn.Module) -> str | None:
     if not difference <= tolerance:
         return f"with a cache of slots its logits differ by {difference:.1e} (rounding explains {tolerance:.1e})"
     return None
+
+
+def _hides_more_than_the_future(buffer: Tensor) -> bool:
+    """Whether a buffer is a mask [..., T, T] by which the last token doesn't see all: no probe reaches past a window."""
+    is_mask = buffer.dtype == torch.bool and buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2]
+    return is_mask and not bool(buffer[..., -1, :].all())
 
 
 def _logits_alone(model: nn.Module) -> Tensor:

@@ -32,7 +32,7 @@ def generator(bundle) -> TextGenerator:
     return TextGenerator(bundle)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
 def test_greedy_answers_of_a_batch_equal_those_one_by_one(family, tmp_path):
     generator = TextGenerator(tiny_bundle(family, tmp_path / "base"))
     together = generator.generate(PROMPTS, settings=GREEDY)
