@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from smolora.errors import BrokenRunError
 from smolora.generation.choosing import Row, penalise
 from smolora.generation.decoding import Switch, in_use, keep_as_it_is
-from smolora.generation.fallback import build_neutral_config, pad_prompts, quiet_positions
+from smolora.generation.fallback import build_settings, pad_prompts, quiet_positions
 
 
 def search_rows(
@@ -44,8 +44,6 @@ def _shape(row: Row) -> tuple[int, int]:
 def _search(model: nn.Module, rows: Sequence[Row]) -> None:
     inputs = pad_prompts(rows, next(model.parameters()).device)
     width = max(len(row.prompt_ids) for row in rows)
-    config = build_neutral_config(max_new_tokens=rows[0].room, num_beams=rows[0].settings.num_beams)
-    config.eos_token_id = sorted(rows[0].end_ids) or None
 
     def are_done(input_ids: Tensor, scores: Tensor | None, **_: object) -> Tensor:
         return torch.tensor([_is_stopped(*one) for one in _pair(input_ids, rows, width)], device=input_ids.device)
@@ -53,7 +51,8 @@ def _search(model: nn.Module, rows: Sequence[Row]) -> None:
     with quiet_positions():
         found: Tensor = model.generate(  # type: ignore[operator]
             **inputs,
-            generation_config=config,
+            **build_settings(max_new_tokens=rows[0].room, num_beams=rows[0].settings.num_beams),
+            eos_token_id=sorted(rows[0].end_ids) or None,
             logits_processor=LogitsProcessorList([_RowPenalty(rows, width)]),
             stopping_criteria=StoppingCriteriaList([are_done]),
         )

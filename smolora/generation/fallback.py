@@ -6,7 +6,7 @@ It calls back, in a thread of its own, for each token; the choice is the same fu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -14,12 +14,26 @@ from threading import Event
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from smolora.generation.choosing import Row, choose_tokens
 from smolora.generation.decoding import Switch, in_use, keep_as_it_is
 
 _PAD_ID = 0  # Any id will do: padding is masked by attention.
+
+# What the model's generation_config.json would decide where `generate` is told nothing: None is nothing only as an
+# argument, not in a GenerationConfig.
+_NEUTRAL: Mapping[str, object] = {
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits", "output_scores"), False),
+    **dict.fromkeys(("max_time", "stop_strings", "token_healing")),
+    # Other ways to search.
+    **dict.fromkeys(("assistant_early_exit", "constraints", "diversity_penalty", "dola_layers", "force_words_ids")),
+    **dict.fromkeys(("num_beam_groups", "penalty_alpha", "prompt_lookup_num_tokens", "use_mtp")),
+}
 
 
 def generate_rows(
@@ -63,7 +77,7 @@ def _generate(model: nn.Module, rows: Sequence[Row], steps: SimpleQueue[bool], i
     with quiet_positions():
         model.generate(  # type: ignore[operator]
             **pad_prompts(rows, next(model.parameters()).device),
-            generation_config=build_neutral_config(max_new_tokens=max(row.room for row in rows)),
+            **build_settings(max_new_tokens=max(row.room for row in rows)),
             logits_processor=LogitsProcessorList([_RowChooser(rows, steps)]),
             stopping_criteria=StoppingCriteriaList([are_done]),
         )
@@ -103,11 +117,9 @@ def _pad_right(rows: Sequence[Sequence[int]], filler: int, device: torch.device)
     return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
 
 
-def build_neutral_config(*, max_new_tokens: int, num_beams: int = 1) -> GenerationConfig:
-    """Return settings by which `generate` draws and penalises nothing; left out, the model's own file would."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, pad_token_id=_PAD_ID)
-    config.update(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
-    return config
+def build_settings(*, max_new_tokens: int, num_beams: int = 1) -> dict[str, object]:
+    """Return the settings by which `generate` draws and penalises nothing, and answers with one tensor of tokens."""
+    return {**_NEUTRAL, "max_new_tokens": max_new_tokens, "num_beams": num_beams, "pad_token_id": _PAD_ID}
 
 
 class _RowChooser(LogitsProcessor):  # type: ignore[misc]

@@ -49,7 +49,7 @@ def find_obstacle(model: nn.Module) -> str | None:
 
 
 def _hides_more_than_the_future(buffer: Tensor) -> bool:
-    """Whether a buffer is a mask [..., T, T] by which the last token doesn't see all: no probe reaches past a window."""
+    """Whether a buffer is a mask [..., T, T] of a window, which the few tokens of a probe never reach the end of."""
     is_mask = buffer.dtype == torch.bool and buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2]
     return is_mask and not bool(buffer[..., -1, :].all())
 

@@ -39,9 +39,12 @@ Prompt = str | Sequence[Message]
 class TextGenerator:
     """Answers prompts with a bundle's model, the way the bundle's prompt format says it was trained.
 
-    A `GPTModel` is copied when the generator is made, so make a new one after training on. Settings that
-    `SamplingSettings` doesn't name, such as tokens that mustn't come, are the model's own generation_config.json's.
-    Threads may share one: they take turns at the model. `smolora.inference.chat.run_chat` is the interactive mode.
+    A `GPTModel` is copied when the generator is made, so make a new one after training on. Threads may share one: they
+    take turns at the model. `smolora.inference.chat.run_chat` is the interactive mode.
+
+    The model's own generation_config.json says which tokens and texts end an answer and which tokens must or mustn't
+    come, and gives the penalties that `SamplingSettings` leave out. How answers are drawn or looked for is the
+    settings' alone.
 
     Example:
         generator = TextGenerator(load_bundle("RUN"))
@@ -124,13 +127,6 @@ class TextGenerator:
     def _has_encoder(self) -> bool:
         """Whether an encoder reads the prompt, and the decoder's own text begins with the answer."""
         return self.bundle.task == "seq2seq"
-
-    @property
-    def _own_penalty(self) -> float | None:
-        own = self._model.generation_config
-        assert isinstance(own, GenerationConfig)
-        penalty: float | None = own.repetition_penalty
-        return penalty
 
     @cached_property
     def _is_decoded_in_slots(self) -> bool:
@@ -216,8 +212,7 @@ class TextGenerator:
 
     def _build_row(self, ids: list[int], settings: SamplingSettings, key: bytes) -> Row:
         context, tokenizer = self.bundle.context, self.bundle.tokenizer
-        if settings.repetition_penalty is None:
-            settings = settings.replace(repetition_penalty=self._own_penalty)
+        settings = self._complete(settings)
         room = (
             settings.max_new_tokens
             if context is None
@@ -226,6 +221,15 @@ class TextGenerator:
         source_ids, ids = (ids, [find_start_id(self._model)]) if self._has_encoder else ([], ids)
         stops = partial(ends_at_stop, tokenizer, ids, stops=settings.stop) if settings.stop else None
         return Row(ids, room, settings, end_ids=self._end_ids, key=key, stops=stops, source_ids=source_ids)
+
+    def _complete(self, settings: SamplingSettings) -> SamplingSettings:
+        """Return them with the model's own repetition penalty where they name none, and with its own stop texts."""
+        own = self._model.generation_config
+        assert isinstance(own, GenerationConfig)
+        penalty = own.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
+        stops = (own.stop_strings,) if isinstance(own.stop_strings, str) else own.stop_strings or ()
+        whole: SamplingSettings = settings.replace(repetition_penalty=penalty, stop=(*settings.stop, *stops))
+        return whole
 
     def _encode(self, prompt: Prompt) -> list[int]:
         tokenizer = self.bundle.tokenizer

@@ -37,6 +37,26 @@ def test_answers_are_those_of_slots(plain, fallen_back, settings):
     assert "".join(fallen_back.stream(PROMPTS[0], settings=settings)) == expected[0]
 
 
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED, SamplingSettings(num_beams=2, max_new_tokens=12)])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"num_beam_groups": 2, "diversity_penalty": 1.0},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"max_time": 1e-4},
+    ],
+    ids=", ".join,
+)
+def test_what_the_models_own_settings_say_of_another_search_or_form_of_result_is_left_aside(
+    own, settings, plain, fallen_back
+):
+    vars(fallen_back.bundle.model.generation_config).update(own)
+    assert fallen_back.generate(PROMPTS, settings=settings) == plain.generate(PROMPTS, settings=settings)
+
+
 def test_each_row_of_a_batch_ends_in_its_place(plain, fallen_back):
     stop = plain.generate(PROMPTS[0], settings=GREEDY)[0][3:5]
     settings = [GREEDY.replace(stop=[stop]), GREEDY.replace(max_new_tokens=3), GREEDY]

@@ -132,6 +132,17 @@ def test_the_models_own_repetition_penalty_counts_where_none_is_given(bundle, tm
     )
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_the_models_own_stop_strings_end_an_answer_beside_those_given(num_beams, generator, tmp_path):
+    asked = GREEDY.replace(num_beams=num_beams)
+    own = tiny_bundle("llama", tmp_path / "base")
+    whole = _answer(generator, "the cat", asked)
+    own.model.generation_config.stop_strings = [whole[4]]
+    for given in ((), (whole[1],)):
+        expected = _answer(generator, "the cat", asked.replace(stop=(*given, whole[4])))
+        assert _answer(TextGenerator(own), "the cat", asked.replace(stop=given)) == expected != whole
+
+
 def test_sampling_leaves_the_global_random_state_as_it_was(generator):
     before = torch.get_rng_state()
     generator.generate("the cat", settings=SAMPLED)
