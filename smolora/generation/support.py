@@ -16,9 +16,9 @@ _NUM_ANSWERED = 2
 
 # Settings of generation_config.json that change which tokens may come, and that transformers alone knows how to apply.
 _CONSTRAINTS = frozenset(
-    "bad_words_ids begin_suppress_tokens exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
-    "guidance_scale min_length min_new_tokens no_repeat_ngram_size sequence_bias suppress_tokens "
-    "watermarking_config".split()
+    "bad_words_ids begin_suppress_tokens encoder_no_repeat_ngram_size encoder_repetition_penalty "
+    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id guidance_scale min_length min_new_tokens "
+    "no_repeat_ngram_size sequence_bias suppress_tokens watermarking_config".split()
 )
 
 

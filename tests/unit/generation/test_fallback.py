@@ -70,6 +70,13 @@ def test_the_reason_is_told_once(fallen_back, caplog):
     assert "slower: its generation_config.json sets no_repeat_ngram_size" in message
 
 
+@pytest.mark.parametrize("name", ["encoder_repetition_penalty", "encoder_no_repeat_ngram_size"])
+def test_what_transformers_alone_applies_to_a_prompt_is_left_to_it(name):
+    model = tiny_model("llama")
+    vars(model.generation_config)[name] = 2
+    assert find_obstacle(model) == f"its generation_config.json sets {name}"
+
+
 def test_a_closed_stream_stops_computing(fallen_back):
     steps = []
     hook = fallen_back.bundle.model.register_forward_hook(lambda *_: steps.append(1))
