@@ -91,6 +91,12 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
     },
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
+    "rwkv": {
+        "hidden_size": 32,
+        "attention_hidden_size": 32,
+        "num_hidden_layers": NUM_LAYERS,
+        "context_length": CONTEXT,
+    },
     "gpt_neo": {
         "hidden_size": 32,
         "num_layers": NUM_LAYERS,
@@ -100,6 +106,18 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
         "window_size": 9,
     },
 }
+LONG_ROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 20,
+    "rope_parameters": {
+        "rope_theta": 10000.0,
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 20,
+    },
+}
+"""Changes that make a tiny phi3 turn all tokens by other angles where one lies past the twentieth."""
+
 _ENCODER = {
     "hidden_size": 32,
     "intermediate_size": 48,

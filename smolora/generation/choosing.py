@@ -62,6 +62,11 @@ class Row:
         return self.settings.repetition_penalty or 1.0
 
     @property
+    def reach(self) -> int:
+        """Tokens of prompt and longest answer."""
+        return len(self.prompt_ids) + self.room
+
+    @property
     def num_asked(self) -> int:
         """Tokens of what is asked."""
         return len(self.source_ids or self.prompt_ids)

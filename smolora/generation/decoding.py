@@ -68,8 +68,7 @@ class Decoder:
         self._device = next(model.parameters()).device
         self._waiting = sorted(rows, key=lambda row: row.room)  # The longest answer starts first, from the end.
         self._live: list[Row] = []
-        longest = max(len(row.prompt_ids) + row.room for row in rows)
-        self._cache = SlotCache(min(num_slots, len(rows)), longest)
+        self._cache = SlotCache(min(num_slots, len(rows)), max(row.reach for row in rows))
         self._blocks = FusedBlocks(model, num_rows=min(num_slots, len(rows)))
 
     @property

@@ -1,14 +1,20 @@
-"""Whether a model can be decoded in slots: measured on the model itself, since no config says so."""
+"""What rows may do together: share slots, share a step, be padded. Measured on the model where no config says so."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from smolora.generation.choosing import Row
 from smolora.generation.decoding import in_eval_mode
+from smolora.generation.fallback import build_settings, pad_prompts
 from smolora.generation.fused_blocks import FEWEST_ROWS, FusedBlocks
+from smolora.generation.sampling import DEFAULT_SAMPLING
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+from smolora.models.bundle import read_config
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 
 _ROWS = ((1, 0, 1, 1, 0, 1), (0, 1, 1, 0))
@@ -46,6 +52,44 @@ def find_obstacle(model: nn.Module) -> str | None:
     if not difference <= tolerance:
         return f"with a cache of slots its logits differ by {difference:.1e} (rounding explains {tolerance:.1e})"
     return None
+
+
+def find_shared_reach(model: nn.Module) -> int | None:
+    """Return up to how many tokens rows may share a step with any others; None where no length parts them.
+
+    LongRoPE (Ding 2024) turns every token of a step by other angles where one lies past the original context.
+    """
+    rope = read_config(model).get_text_config().to_dict().get("rope_parameters") or {}
+    each = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # For all layers, or for a type of them.
+    found = [one["original_max_position_embeddings"] for one in each if one.get("rope_type") == "longrope"]
+    return min(found, default=None)
+
+
+def is_moved_by_padding(model: nn.Module) -> bool:
+    """Whether padding on the left of a row changes its logits in `generate`, as where no mask keeps it from a state.
+
+    Three times two forward passes over at most a dozen tokens.
+    """
+    with in_eval_mode(model):
+        alone, padded = _logits_by_generate(model, _ROWS[1:]), _logits_by_generate(model, _ROWS[::-1])
+        with shifted_embeddings(model):
+            shifted = _logits_by_generate(model, _ROWS[1:])
+    difference = (padded - alone).abs().max().item()
+    return not difference <= allow_rounding(alone, shifted, next(model.parameters()).dtype)
+
+
+def _logits_by_generate(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return the logits [answered tokens, V] that `generate` has after the first of `prompts`."""
+    rows = [Row(list(ids), _NUM_ANSWERED, DEFAULT_SAMPLING) for ids in prompts]
+    asked = {
+        **pad_prompts(rows, next(model.parameters()).device),
+        **build_settings(max_new_tokens=_NUM_ANSWERED),
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    found = model.generate(**asked)  # type: ignore[operator]
+    return torch.stack([logits[0].float() for logits in found.logits])
 
 
 def _hides_more_than_the_future(buffer: Tensor) -> bool:

@@ -6,6 +6,7 @@ What goes in, where it ends and what is shown is decided here; `decoding` comput
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from array import array
 from collections import Counter
@@ -25,7 +26,7 @@ from smolora.generation.choosing import Row
 from smolora.generation.decoding import Switch, decode, in_use, keep_as_it_is
 from smolora.generation.fallback import generate_rows
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
-from smolora.generation.support import find_obstacle
+from smolora.generation.support import find_obstacle, find_shared_reach, is_moved_by_padding
 from smolora.models.bundle import ModelBundle, find_start_id
 from smolora.models.gpt import GPTModel
 from smolora.models.gpt2_weights import to_gpt2
@@ -129,34 +130,62 @@ class TextGenerator:
         return self.bundle.task == "seq2seq"
 
     @cached_property
-    def _is_decoded_in_slots(self) -> bool:
-        """Whether `decoding` can answer; else, with a word on why, transformers' `generate` does."""
+    def _slot_reach(self) -> float:
+        """Up to how many tokens rows are answered by `decoding`; past them, with a word on why, by `generate`."""
         if self.bundle.num_virtual_tokens:
             logger.info("this model is asked through transformers' generate: virtual tokens stand before every row.")
-            return False
+            return 0
         if self._has_encoder:
             logger.info("this model is asked through transformers' generate: it is an encoder-decoder.")
-            return False
+            return 0
         with in_use(self._model, self._switch):
             obstacle = find_obstacle(self._model)
         if obstacle is not None:
             logger.warning("this model is asked through transformers' generate, which is slower: %s.", obstacle)
-        return obstacle is None
+            return 0
+        reach = find_shared_reach(self._model)
+        if reach is None:
+            return math.inf
+        logger.info(
+            "answers past %d tokens go through transformers' generate: this model reads those otherwise.", reach
+        )
+        return reach
+
+    @cached_property
+    def _is_asked_by_length(self) -> bool:
+        """Whether only prompts of one length go through `generate` together."""
+        if self.bundle.num_virtual_tokens:
+            return True  # Padding would stand between the virtual tokens and the prompt, and move it away from them.
+        if find_shared_reach(self._model) is not None:
+            return True
+        with in_use(self._model, self._switch):
+            is_moved = is_moved_by_padding(self._model)
+        if is_moved:
+            logger.warning("padding would change this model's answers: only prompts of one length go together.")
+        return is_moved
 
     def _answer(self, rows: Sequence[Row], batch_size: int) -> Iterator[None]:
         """Yield after each step, until all rows are done."""
-        if self.bundle.num_virtual_tokens and len({len(row.prompt_ids) for row in rows}) > 1:
-            # Padding would stand between the virtual tokens and the prompt, and move it away from them.
-            for length in sorted({len(row.prompt_ids) for row in rows}):
-                yield from self._answer([row for row in rows if len(row.prompt_ids) == length], batch_size)
-            return
-        searched = [row for row in rows if row.settings.num_beams > 1]
-        others = [row for row in rows if row.settings.num_beams == 1]
-        yield from search_rows(self._model, searched, batch_size=batch_size, switch=self._switch)
-        if others and self._is_decoded_in_slots:
-            yield from decode(self._model, others, num_slots=batch_size, switch=self._switch)
-        elif others:
+        inside: list[Row] = []
+        outside: list[Row] = []
+        for row in rows:
+            (inside if row.settings.num_beams == 1 and row.reach <= self._slot_reach else outside).append(row)
+        if inside:
+            yield from decode(self._model, inside, num_slots=batch_size, switch=self._switch)
+        for alike in self._iter_alike(outside):
+            searched = [row for row in alike if row.settings.num_beams > 1]
+            others = [row for row in alike if row.settings.num_beams == 1]
+            yield from search_rows(self._model, searched, batch_size=batch_size, switch=self._switch)
             yield from generate_rows(self._model, others, batch_size=batch_size, switch=self._switch)
+
+    def _iter_alike(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """Yield rows that may be padded to one length."""
+        lengths = sorted({len(row.prompt_ids) for row in rows})
+        if len(lengths) < 2 or not self._is_asked_by_length:
+            yield rows
+            return
+        for length in lengths:
+            yield [row for row in rows if len(row.prompt_ids) == length]
 
     def _iter_tokens(self, row: Row) -> Iterator[int]:
         num_shown = 0

@@ -12,7 +12,7 @@ from smolora.errors import BrokenRunError, ConfigError
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.loading import load_model
-from tests.tiny import save_tiny_model, tiny_bundle
+from tests.tiny import LONG_ROPE, save_tiny_model, tiny_bundle
 
 PROMPTS = ["the cat", "name: The Eagle, food: Italian, area:", "", "the dog sat on the log. Where", "a"]
 BEAMS = SamplingSettings(num_beams=4, max_new_tokens=10)
@@ -45,9 +45,13 @@ def end_often(bundle):
     return bundle
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-def test_a_batch_of_any_lengths_gets_what_transformers_finds_for_each_alone(family, tmp_path):
-    bundle = end_often(tiny_bundle(family, tmp_path / "base"))
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("gpt2", {}), ("bloom", {}), ("phi3", LONG_ROPE)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_batch_of_any_lengths_gets_what_transformers_finds_for_each_alone(family, changes, tmp_path):
+    bundle = end_often(tiny_bundle(family, tmp_path / "base", **changes))
     generator = TextGenerator(bundle)
     expected = [search_plainly(bundle, prompt) for prompt in PROMPTS]
     for batch_size in (1, 9, 64):

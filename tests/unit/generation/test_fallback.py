@@ -8,9 +8,9 @@ import torch
 from smolora.generation.choosing import Row
 from smolora.generation.fallback import pad_prompts
 from smolora.generation.sampling import SamplingSettings
-from smolora.generation.support import find_obstacle
+from smolora.generation.support import find_obstacle, find_shared_reach, is_moved_by_padding
 from smolora.generation.text_generator import TextGenerator
-from tests.tiny import tiny_bundle, tiny_model
+from tests.tiny import LONG_ROPE, tiny_bundle, tiny_model
 
 PROMPTS = ["the cat", "name: The Eagle, food: Italian, area:", "the dog sat on the log. Where"]
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=12)
@@ -108,6 +108,18 @@ def test_a_deep_model_of_large_weights_that_magnify_every_rounding_has_slots():
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 9}
     model = tiny_model("llama", **shape, num_key_value_heads=3, initializer_range=0.3)
     assert find_obstacle(model) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "is_moved"), [("rwkv", True), ("mamba", False), ("gpt_neo", False), ("llama", False)]
+)
+def test_a_state_that_padding_gets_into_is_found_out(family, is_moved):
+    assert is_moved_by_padding(tiny_model(family)) is is_moved
+
+
+def test_rows_share_a_step_up_to_where_one_would_turn_them_all_by_other_angles():
+    assert find_shared_reach(tiny_model("phi3", **LONG_ROPE)) == 20
+    assert find_shared_reach(tiny_model("phi3")) is None
 
 
 def test_a_model_whose_slots_give_other_logits_is_found_out():

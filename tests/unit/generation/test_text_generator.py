@@ -15,7 +15,7 @@ from smolora.generation.text_generator import TextGenerator
 from smolora.models.bundle import ModelBundle
 from smolora.models.gpt import GPTModel
 from smolora.models.loading import load_model
-from tests.tiny import CONTEXT, save_tiny_model, tiny_bundle
+from tests.tiny import CONTEXT, LONG_ROPE, save_tiny_model, tiny_bundle
 
 PROMPTS = ["the cat", "name: The Eagle, food: Italian, area:", "", "the dog sat on the log. Where"]
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=12)
@@ -32,9 +32,13 @@ def generator(bundle) -> TextGenerator:
     return TextGenerator(bundle)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
-def test_greedy_answers_of_a_batch_equal_those_one_by_one(family, tmp_path):
-    generator = TextGenerator(tiny_bundle(family, tmp_path / "base"))
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("gpt2", {}), ("gpt_neo", {}), ("rwkv", {"seed": 2}), ("phi3", LONG_ROPE)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_greedy_answers_of_a_batch_equal_those_one_by_one(family, changes, tmp_path):
+    generator = TextGenerator(tiny_bundle(family, tmp_path / "base", **changes))
     together = generator.generate(PROMPTS, settings=GREEDY)
     assert together == [generator.generate(prompt, settings=GREEDY)[0] for prompt in PROMPTS]
     assert len(set(together)) > 1
