@@ -54,7 +54,7 @@ class Row:
             self.is_done = True
             return
         self.ids.append(token)
-        self.is_done = len(self.ids) >= self.room or (self.stops is not None and self.stops(self.ids))
+        self.is_done = len(self.ids) >= self.room or self._is_stopped
 
     @property
     def penalty(self) -> float:
@@ -65,6 +65,15 @@ class Row:
     def reach(self) -> int:
         """Tokens of prompt and longest answer."""
         return len(self.prompt_ids) + self.room
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the context ended the answer: nothing else did, and its settings allow more."""
+        return len(self.ids) == self.room < self.settings.max_new_tokens and not self._is_stopped
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self.stops is not None and self.stops(self.ids)
 
     @property
     def num_asked(self) -> int:

@@ -177,6 +177,18 @@ class TextGenerator:
             others = [row for row in alike if row.settings.num_beams == 1]
             yield from search_rows(self._model, searched, batch_size=batch_size, switch=self._switch)
             yield from generate_rows(self._model, others, batch_size=batch_size, switch=self._switch)
+        self._tell_where_the_context_ended(rows)
+
+    def _tell_where_the_context_ended(self, rows: Sequence[Row]) -> None:
+        """Warn of the answer that lost most, if any did."""
+        if cut := [row for row in rows if row.is_cut]:
+            worst = max(cut, key=lambda row: row.settings.max_new_tokens - row.room)
+            logger.warning(
+                "the context of %d tokens ended an answer after %d tokens, before max_new_tokens=%d.",
+                self.bundle.context,
+                worst.room,
+                worst.settings.max_new_tokens,
+            )
 
     def _iter_alike(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Yield rows that may be padded to one length."""
@@ -199,7 +211,7 @@ class TextGenerator:
         if len(each) != len(prompts):
             raise ConfigError(f"{len(each)} settings for {len(prompts)} prompts: give one for all, or one for each.")
         encoded = [self._encode(prompt) for prompt in prompts]
-        self._check_context(encoded, each)
+        self._check_context(encoded)
         chance = secrets.randbits(63)
         asked: Counter[tuple[int, ...]] = Counter()  # By seed and prompt.
         rows = []
@@ -209,7 +221,7 @@ class TextGenerator:
             asked[seed, *ids] += 1
         return rows
 
-    def _check_context(self, encoded: Sequence[list[int]], settings: Sequence[SamplingSettings]) -> None:
+    def _check_context(self, encoded: Sequence[list[int]]) -> None:
         context = self.bundle.context
         if context is None or not encoded:
             return
@@ -219,20 +231,6 @@ class TextGenerator:
             raise DataError(
                 f"a prompt of {longest} tokens {problem}: "
                 f"the model's context is {context} tokens. Shorten it to at most {allowed}."
-            )
-        wanted, room = max(
-            (
-                (own.max_new_tokens, self._measure_room(ids, context))
-                for ids, own in zip(encoded, settings, strict=True)
-            ),
-            key=lambda pair: pair[0] - pair[1],
-        )
-        if wanted > room:
-            logger.warning(
-                "the context of %d tokens ends an answer after %d tokens, before max_new_tokens=%d.",
-                context,
-                room,
-                wanted,
             )
 
     def _measure_room(self, ids: Sequence[int], context: int) -> int:

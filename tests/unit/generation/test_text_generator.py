@@ -197,7 +197,18 @@ def test_the_context_ends_each_answer_in_its_place_with_one_warning(family, tmp_
     answers = TextGenerator(bundle).generate(prompts, settings=GREEDY)
     expected = [_greedy_ids(bundle, prompt, num) for prompt, num in zip(prompts, (10, 3, 12), strict=True)]
     assert answers == [bundle.tokenizer.decode(ids) for ids in expected]
-    assert caplog.messages == ["the context of 64 tokens ends an answer after 3 tokens, before max_new_tokens=12."]
+    assert caplog.messages == ["the context of 64 tokens ended an answer after 3 tokens, before max_new_tokens=12."]
+
+
+def test_an_answer_that_ends_by_itself_is_given_no_word_on_the_context(tmp_path, caplog):
+    bundle = tiny_bundle("llama", tmp_path / "base")
+    generator, prompt = TextGenerator(bundle), "\n" * (CONTEXT - 10)
+    asked = GREEDY.replace(max_new_tokens=200)
+    ids = _greedy_ids(bundle, prompt, 10)
+    generator.generate(prompt, settings=asked.replace(stop=[bundle.tokenizer.decode(ids)]))
+    bundle.model.generation_config.eos_token_id = ids[-1]
+    list(TextGenerator(bundle).stream(prompt, settings=asked))
+    assert caplog.messages == []
 
 
 def test_a_closed_stream_stops_computing(generator):
