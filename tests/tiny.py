@@ -137,6 +137,9 @@ _ENCODERS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": CONTEXT,
     },
 }
+_UNUSUAL_ENCODERS: dict[str, dict[str, Any]] = {
+    "xlnet": {"d_model": 32, "n_layer": NUM_LAYERS, "n_head": 4, "d_inner": 48, "summary_last_dropout": 0.0},
+}
 _ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": NUM_LAYERS, "num_heads": 4, "dropout_rate": 0.0},
     "bart": {
@@ -240,9 +243,9 @@ def tiny_seq2seq_tokenizer() -> PreTrainedTokenizerFast:
 def save_tiny_encoder(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a tiny encoder without a head, or an encoder-decoder, and its tokenizer; return the folder."""
     transformers_logging.disable_progress_bar()
-    is_encoder = family in _ENCODERS
+    is_encoder = family not in _ENCODER_DECODERS
     settings = {
-        **(_ENCODERS if is_encoder else _ENCODER_DECODERS)[family],
+        **{**_ENCODERS, **_UNUSUAL_ENCODERS, **_ENCODER_DECODERS}[family],
         "vocab_size": VOCAB_SIZE + 3,
         "pad_token_id": PAD_ID,
         "eos_token_id": None if is_encoder else 0,

@@ -2,7 +2,7 @@
 
 A head is float32 whatever its base is held in, since it is trained whole. Forward-reading models answer at each row's
 last real token, told by the attention mask: transformers goes by the pad token's id, which many of them don't have, or
-have in common with the end of text.
+have in common with the end of text. XLNet's head answers there too, where transformers takes whatever is last.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ def settle_head(model: PreTrainedModel, missing: Iterable[str], *, keeps_head: b
         _draw([model.get_submodule(path) for path in dict.fromkeys(heads)], model, seed)
     if task_of(model) == "classification" and _FORWARD_HEAD in own:
         model.forward = MethodType(_classify_last_tokens, model)
+    elif task_of(model) == "classification" and model.config.to_dict().get("summary_type") == "last":
+        model.forward = MethodType(_classify_behind_padding, model)
     return tuple(dict.fromkeys(heads))
 
 
@@ -136,3 +138,18 @@ def _classify_last_tokens(
     last = (places * mask).argmax(dim=1)
     rows = torch.arange(num_rows, device=hidden.device)
     return SequenceClassifierOutput(logits=model.get_submodule(_FORWARD_HEAD)(hidden[rows, last]))
+
+
+def _classify_behind_padding(
+    model: PreTrainedModel, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: object
+) -> object:
+    """Answer with each row's padding moved before it: XLNet's head reads the last position, whatever is there."""
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+    if attention_mask is not None:
+        order = attention_mask.argsort(dim=1, stable=True)
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        given = {
+            name: value[rows, order] if isinstance(value, Tensor) and value.shape[:2] == order.shape else value
+            for name, value in given.items()
+        }
+    return type(model).forward(model, **given)

@@ -53,6 +53,17 @@ def test_the_head_answers_with_probabilities(run):
     assert pipeline.classify("the good dog 1").label == "yes"
 
 
+@pytest.mark.parametrize(
+    ("family", "save"), [("bert", save_tiny_encoder), ("xlnet", save_tiny_encoder), ("gpt2", save_tiny_model)]
+)
+def test_a_text_has_the_chances_that_it_has_alone_beside_a_longer_one(family, save, tmp_path):
+    pipeline = InferencePipeline(
+        load_model(save(family, tmp_path / "base"), task="classification", labels=("no", "yes"))
+    )
+    alone = pipeline.classify("the dog").shares
+    assert pipeline.classify(["the dog", "the good dog sat on the log"])[0].shares == pytest.approx(alone, abs=1e-6)
+
+
 def test_a_merged_classifier_answers_the_same(run):
     before = InferencePipeline.from_path(run, device="cpu").classify("the good dog 1").shares
     merge(run)
