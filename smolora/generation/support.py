@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,6 @@ def find_obstacle(model: nn.Module) -> str | None:
     assert isinstance(settings, GenerationConfig)
     if constraints := sorted(_CONSTRAINTS & settings.to_diff_dict().keys()):
         return f"its generation_config.json sets {', '.join(constraints)}"
-    if any(_hides_more_than_the_future(mask) for mask in model.buffers()):
-        return "its layers hide tokens by masks of their own, which count from the end of the longest row"
     try:
         with in_eval_mode(model):
             expected, found = _logits_alone(model), _logits_in_slots(model)
@@ -57,12 +55,9 @@ def find_obstacle(model: nn.Module) -> str | None:
 def find_shared_reach(model: nn.Module) -> int | None:
     """Return up to how many tokens rows may share a step with any others; None where no length parts them.
 
-    LongRoPE (Ding 2024) turns every token of a step by other angles where one lies past the original context.
+    No probe is long enough to see it.
     """
-    rope = read_config(model).get_text_config().to_dict().get("rope_parameters") or {}
-    each = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # For all layers, or for a type of them.
-    found = [one["original_max_position_embeddings"] for one in each if one.get("rope_type") == "longrope"]
-    return min(found, default=None)
+    return min((*_iter_windows(model), *_iter_rope_switches(model)), default=None)
 
 
 def is_moved_by_padding(model: nn.Module) -> bool:
@@ -70,12 +65,31 @@ def is_moved_by_padding(model: nn.Module) -> bool:
 
     Three times two forward passes over at most a dozen tokens.
     """
+    if any(_iter_rope_switches(model)):
+        return True
     with in_eval_mode(model):
         alone, padded = _logits_by_generate(model, _ROWS[1:]), _logits_by_generate(model, _ROWS[::-1])
         with shifted_embeddings(model):
             shifted = _logits_by_generate(model, _ROWS[1:])
     difference = (padded - alone).abs().max().item()
     return not difference <= allow_rounding(alone, shifted, next(model.parameters()).dtype)
+
+
+def _iter_windows(model: nn.Module) -> Iterator[int]:
+    """Yield what a token sees by a layer's own mask [..., T, T] (GPT-Neo): it counts from the longest row's end."""
+    for mask in model.buffers():
+        if mask.dtype == torch.bool and mask.ndim > 1 and mask.shape[-1] == mask.shape[-2]:
+            seen = int(mask[..., -1, :].sum(-1).min())
+            if seen < mask.shape[-1]:
+                yield seen
+
+
+def _iter_rope_switches(model: nn.Module) -> Iterator[int]:
+    """Yield where LongRoPE (Ding 2024) turns every token of a step by other angles, if one of them lies past it."""
+    rope = read_config(model).get_text_config().to_dict().get("rope_parameters") or {}
+    for own in (rope, *rope.values()):  # For all layers, or for each type of them.
+        if isinstance(own, dict) and own.get("rope_type") == "longrope":
+            yield own["original_max_position_embeddings"]
 
 
 def _logits_by_generate(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> Tensor:
@@ -90,12 +104,6 @@ def _logits_by_generate(model: nn.Module, prompts: Sequence[tuple[int, ...]]) ->
     }
     found = model.generate(**asked)  # type: ignore[operator]
     return torch.stack([logits[0].float() for logits in found.logits])
-
-
-def _hides_more_than_the_future(buffer: Tensor) -> bool:
-    """Whether a buffer is a mask [..., T, T] of a window, which the few tokens of a probe never reach the end of."""
-    is_mask = buffer.dtype == torch.bool and buffer.ndim > 1 and buffer.shape[-1] == buffer.shape[-2]
-    return is_mask and not bool(buffer[..., -1, :].all())
 
 
 def _logits_alone(model: nn.Module) -> Tensor:

@@ -147,7 +147,9 @@ class TextGenerator:
         if reach is None:
             return math.inf
         logger.info(
-            "answers past %d tokens go through transformers' generate: this model reads those otherwise.", reach
+            "prompts whose answers may end past %d tokens are asked through transformers' generate, which is slower: "
+            "there this model lets the longest row of a step change how the others are read.",
+            reach,
         )
         return reach
 
@@ -156,8 +158,6 @@ class TextGenerator:
         """Whether only prompts of one length go through `generate` together."""
         if self.bundle.num_virtual_tokens:
             return True  # Padding would stand between the virtual tokens and the prompt, and move it away from them.
-        if find_shared_reach(self._model) is not None:
-            return True
         with in_use(self._model, self._switch):
             is_moved = is_moved_by_padding(self._model)
         if is_moved:

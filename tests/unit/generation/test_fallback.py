@@ -117,9 +117,11 @@ def test_a_state_that_padding_gets_into_is_found_out(family, is_moved):
     assert is_moved_by_padding(tiny_model(family)) is is_moved
 
 
-def test_rows_share_a_step_up_to_where_one_would_turn_them_all_by_other_angles():
-    assert find_shared_reach(tiny_model("phi3", **LONG_ROPE)) == 20
-    assert find_shared_reach(tiny_model("phi3")) is None
+@pytest.mark.parametrize(
+    ("family", "changes", "reach"), [("phi3", LONG_ROPE, 20), ("gpt_neo", {}, 9), ("phi3", {}, None)]
+)
+def test_rows_share_a_step_up_to_where_a_longer_one_changes_how_they_are_read(family, changes, reach):
+    assert find_shared_reach(tiny_model(family, **changes)) == reach
 
 
 def test_a_model_whose_slots_give_other_logits_is_found_out():
