@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +19,10 @@ from smolora.data.prompts import PromptFormat, check_prompt, encode_row, render_
 from smolora.data.seq2seq import cut_sides, encode_answered
 from smolora.data.token_dataset import Example
 from smolora.generation.decoding import in_eval_mode
+from smolora.generation.support import find_shared_reach
 from smolora.models.bundle import ModelBundle
 from smolora.models.end_token import choose_end_token
+from smolora.models.gpt import GPTModel
 from smolora.training.loss import sum_cross_entropy, target_logits_of
 
 _MOST_LOGITS = 2**25
@@ -80,7 +83,8 @@ class LikelihoodScorer:
         for index in order:
             num_positions = _count_positions([examples[one] for one in [*group, index]], self.bundle.task)
             num_logits = (len(group) + 1) * num_positions * len(self.bundle.tokenizer)
-            if group and (len(group) == self.batch_size or num_logits > _MOST_LOGITS):
+            is_full = len(group) == self.batch_size or num_logits > _MOST_LOGITS
+            if group and (is_full or len(examples[group[0]]) <= self._shared_reach < len(examples[index])):
                 yield group
                 group = []
             group.append(index)
@@ -118,6 +122,12 @@ class LikelihoodScorer:
         """Whether the model can be asked for the logits of its last positions; nearly all of transformers can."""
         modules = self.bundle.model.modules()  # The outermost may be an adapter's.
         return any("logits_to_keep" in inspect.signature(module.forward).parameters for module in modules)
+
+    @cached_property
+    def _shared_reach(self) -> float:
+        """Up to how many tokens rows are measured beside any others; a longer one may change how they are read."""
+        model = self.bundle.model
+        return math.inf if isinstance(model, GPTModel) else find_shared_reach(model) or math.inf
 
     @cached_property
     def _own_end_token(self) -> str | None:

@@ -12,7 +12,7 @@ from smolora.data.prompts import PromptFormat, encode_row
 from smolora.evaluation import likelihood
 from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.models.gpt import GPTModel
-from tests.tiny import CONTEXT, FAMILIES, tiny_bundle
+from tests.tiny import CONTEXT, FAMILIES, LONG_ROPE, tiny_bundle
 
 FORMS = {
     "plain": None,
@@ -47,9 +47,9 @@ def test_the_loss_of_an_answer_in_each_form(bundle, form):
     assert (found.loss_sum, found.num_tokens) == (pytest.approx(expected[0], rel=1e-5), expected[1])
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt2"])
-def test_answers_of_different_lengths_are_measured_as_each_alone(tmp_path, family):
-    bundle = tiny_bundle(family, tmp_path / family)
+@pytest.mark.parametrize(("family", "changes"), [("opt", {}), ("gpt2", {}), ("phi3", LONG_ROPE)])
+def test_answers_of_different_lengths_are_measured_as_each_alone(tmp_path, family, changes):
+    bundle = tiny_bundle(family, tmp_path / family, **changes)
     pairs = [("the cat", "sat"), ("name 12: The Eagle", "a longer answer")]
     together = LikelihoodScorer(bundle).measure(pairs)
     alone = [LikelihoodScorer(bundle).measure([pair])[0] for pair in pairs]
