@@ -27,6 +27,9 @@ _CONSTRAINTS = frozenset(
     "no_repeat_ngram_size sequence_bias suppress_tokens watermarking_config".split()
 )
 
+# Those of them that take padding for a part of the prompt.
+_READ_PADDING = frozenset({"encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "min_length"})
+
 
 def find_obstacle(model: nn.Module) -> str | None:
     """Return why `model` can't be decoded in slots, or None where it can.
@@ -34,9 +37,7 @@ def find_obstacle(model: nn.Module) -> str | None:
     Two rows of different lengths go through a cache with slots, and must get the logits that they get alone and
     without a cache, up to rounding. Seven forward passes over a dozen tokens.
     """
-    settings = model.generation_config
-    assert isinstance(settings, GenerationConfig)
-    if constraints := sorted(_CONSTRAINTS & settings.to_diff_dict().keys()):
+    if constraints := sorted(_CONSTRAINTS & _read_own_settings(model).keys()):
         return f"its generation_config.json sets {', '.join(constraints)}"
     try:
         with in_eval_mode(model):
@@ -61,11 +62,11 @@ def find_shared_reach(model: nn.Module) -> int | None:
 
 
 def is_moved_by_padding(model: nn.Module) -> bool:
-    """Whether padding on the left of a row changes its logits in `generate`, as where no mask keeps it from a state.
+    """Whether padding on the left of a row changes its answer in `generate`, as where no mask keeps it from a state.
 
-    Three times two forward passes over at most a dozen tokens.
+    Three forward passes over at most a dozen tokens.
     """
-    if any(_iter_rope_switches(model)):
+    if any(_iter_rope_switches(model)) or _READ_PADDING & _read_own_settings(model).keys():
         return True
     with in_eval_mode(model):
         alone, padded = _logits_by_generate(model, _ROWS[1:]), _logits_by_generate(model, _ROWS[::-1])
@@ -92,18 +93,19 @@ def _iter_rope_switches(model: nn.Module) -> Iterator[int]:
             yield own["original_max_position_embeddings"]
 
 
+def _read_own_settings(model: nn.Module) -> dict[str, object]:
+    settings = model.generation_config
+    assert isinstance(settings, GenerationConfig)
+    return dict(settings.to_diff_dict())
+
+
 def _logits_by_generate(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-    """Return the logits [answered tokens, V] that `generate` has after the first of `prompts`."""
-    rows = [Row(list(ids), _NUM_ANSWERED, DEFAULT_SAMPLING) for ids in prompts]
-    asked = {
-        **pad_prompts(rows, next(model.parameters()).device),
-        **build_settings(max_new_tokens=_NUM_ANSWERED),
-        "eos_token_id": None,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-    found = model.generate(**asked)  # type: ignore[operator]
-    return torch.stack([logits[0].float() for logits in found.logits])
+    """Return the logits [V] that `generate` has after the first of `prompts`."""
+    inputs = pad_prompts([Row(list(ids), 1, DEFAULT_SAMPLING) for ids in prompts], next(model.parameters()).device)
+    form = {"return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(**{**inputs, **build_settings(max_new_tokens=1), **form})  # type: ignore[operator]
+    logits: Tensor = found.logits[0][0].float()
+    return logits
 
 
 def _logits_alone(model: nn.Module) -> Tensor:

@@ -124,6 +124,12 @@ def test_rows_share_a_step_up_to_where_a_longer_one_changes_how_they_are_read(fa
     assert find_shared_reach(tiny_model(family, **changes)) == reach
 
 
+def test_a_least_length_counts_padding_too_so_that_it_parts_prompts_by_length():
+    model = tiny_model("llama")
+    model.generation_config.min_length = 20
+    assert is_moved_by_padding(model)
+
+
 def test_a_model_whose_slots_give_other_logits_is_found_out():
     model = tiny_model("llama")
     model.register_forward_hook(_add_where_there_is_a_cache, with_kwargs=True)
