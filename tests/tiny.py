@@ -83,13 +83,6 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
         "index_n_heads": 2,
         "index_head_dim": 8,
     },
-    "gpt_neo": {
-        "hidden_size": 32,
-        "num_layers": NUM_LAYERS,
-        "num_heads": 4,
-        "max_position_embeddings": CONTEXT,
-        "attention_types": [[["global", "local"], 1]],
-    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
     "rwkv": {
         "hidden_size": 32,
