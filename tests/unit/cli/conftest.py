@@ -10,22 +10,28 @@ from smolora.cli.app import run
 from tests.tiny import save_tiny_model
 
 
+@pytest.fixture(autouse=True)
+def own_log():
+    """Give the package's log back as it was: a verb shows it."""
+    logger = logging.getLogger("smolora")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers = handlers
+
+
 @pytest.fixture
 def smolora(capsys, monkeypatch):
     """Return a function that runs one command line and returns (exit code, stdout, stderr)."""
     quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "KINETO_LOG_LEVEL": "6"}
     for name, value in quiet.items():
         monkeypatch.setenv(name, value)
-    logger = logging.getLogger("smolora")
-    level, handlers = logger.level, list(logger.handlers)
 
     def command(*arguments):
         exit_code = run([str(argument) for argument in arguments])
         return exit_code, *capsys.readouterr()
 
-    yield command
-    logger.setLevel(level)
-    logger.handlers = handlers
+    return command
 
 
 @pytest.fixture(scope="session")

@@ -267,7 +267,7 @@ def test_a_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "smolora: error: interrupted.\n")
 
 
-def test_what_stdout_has_no_letters_for_is_spelt_out(smolora, monkeypatch):
+def test_what_stdout_has_no_letters_for_is_spelt_out(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
     open_terminal()
