@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import os
 import signal
 
@@ -50,6 +51,14 @@ def sketched_reports():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("smolora.analysis.report.render_png", lambda figure: white.getvalue())
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_log():
+    """Start each test with a log that nobody shows: a verb shows it from then on."""
+    logger = logging.getLogger("smolora")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers = []
 
 
 @pytest.fixture

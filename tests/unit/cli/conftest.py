@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
 from smolora.cli.app import run
 from tests.tiny import save_tiny_model
-
-
-@pytest.fixture(autouse=True)
-def own_log():
-    """Give the package's log back as it was: a verb shows it."""
-    logger = logging.getLogger("smolora")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers = handlers
 
 
 @pytest.fixture

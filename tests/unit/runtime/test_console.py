@@ -14,11 +14,7 @@ from smolora.runtime.console import show_log, silence_libraries, stderr_console
 
 @pytest.fixture
 def log():
-    logger = logging.getLogger("smolora")
-    level, handlers = logger.level, list(logger.handlers)
-    yield logging.getLogger("smolora.some.module")
-    logger.setLevel(level)
-    logger.handlers = handlers
+    return logging.getLogger("smolora.some.module")
 
 
 def test_information_is_a_plain_line_and_a_warning_says_so(log, capsys):
