@@ -55,7 +55,8 @@ _METHOD_KEY = re.compile(r"\.(lora|ia3|vera)_|^prompt_e")
 """In the names of a method's own tensors; the others are of a head that is trained whole."""
 
 
-_BASE_COPY = ".base_layer.weight"
+_BASE_COPY = (".base_layer.weight", ".base_layer.bias")
+"""Ends of the names of what isn't an adapter's own: on a head, peft writes the layer under it beside."""
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,18 @@ def _refuse_other_copies(model: peft.PeftModel, stored: StoredAdapter) -> None:
     own = dict(model.named_parameters(remove_duplicate=False))  # A tied head has the embedding's.
     for key, copy in stored.base_copies.items():
         weight = own.get(key)
-        narrow = copy.dtype if weight is None or copy.element_size() <= weight.element_size() else weight.dtype
-        if weight is None or not torch.equal(copy.to(narrow), weight.detach().to("cpu", narrow)):
+        if weight is None or not _is_same(copy, weight.detach().cpu()):
             raise ModelError(
                 f"{stored.folder} brings a {key.removeprefix(PEFT_PREFIX)} that isn't this base's. It was trained on "
                 "another base, or on one with further tokens; name that one."
             )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers, or would be before each was rounded to a type of its own."""
+    if one.shape != other.shape or one.dtype == other.dtype:
+        return torch.equal(one, other)
+    return torch.allclose(one.float(), other.float(), rtol=2**-7, atol=1e-7)
 
 
 def refuse_other_tensors(stored: StoredAdapter, expected: Mapping[str, tuple[int, ...]]) -> None:

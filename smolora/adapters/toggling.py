@@ -71,7 +71,7 @@ def refuse_inseparable(*configs: peft.PeftConfig) -> None:
             continue
         changes = {"bias": config.bias, "layer_replication": config.layer_replication}
         for name, value in changes.items():
-            if value in (None, "none"):
+            if not value or value == "none":
                 continue
             raise ModelError(
                 f"an adapter with {name}={value!r} changes the base itself, so the model can't answer without it or "

@@ -44,8 +44,8 @@ class TextGenerator:
     take turns at the model. `smolora.inference.chat.run_chat` is the interactive mode.
 
     The model's own generation_config.json says which tokens and texts end an answer and which tokens must or mustn't
-    come, and gives the penalties that `SamplingSettings` leave out. How answers are drawn or looked for is the
-    settings' alone.
+    come, and gives the penalties that `SamplingSettings` leave out, a beam search's for length among them. How answers
+    are drawn or looked for is the settings' alone otherwise.
 
     Example:
         generator = TextGenerator(load_bundle("RUN"))

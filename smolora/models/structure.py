@@ -37,8 +37,11 @@ def returns_product(linear: nn.Module) -> bool:
     if has_plain_forward(linear) or is_quantised(linear):
         return True
     inputs, outputs = read_shape(linear)
-    with torch.no_grad():
-        found = linear(linear.get_parameter("weight").new_zeros(1, 1, inputs))
+    try:
+        with torch.no_grad(), without_dropout(linear):
+            found = linear(linear.get_parameter("weight").new_zeros(1, 1, inputs))
+    except (TypeError, ValueError, RuntimeError, IndexError):  # It takes more than an input, or one in groups.
+        return False
     return isinstance(found, Tensor) and found.shape[-1] == outputs
 
 

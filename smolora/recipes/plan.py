@@ -151,6 +151,7 @@ def run_trial(
         ended = time.time()
         # As the kernel ends a process when memory runs out, and as one of C++ ends when it gets none.
         if sys.platform != "win32" and code in (-signal.SIGKILL, -signal.SIGABRT):
+            logger.info("the trial was ended by %s, which is taken for want of memory", signal.Signals(-code).name)
             return Estimate(Memory(available, None))
         if code:
             raise RuntimeError(f"the trial of the run ended with code {code}")

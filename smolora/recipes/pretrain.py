@@ -216,14 +216,16 @@ def _hold_out(documents: Documents, config: PretrainConfig) -> Documents:
     total = sum(map(len, texts))
     length = total - int(total * (1 - share))
     order = permutation(len(texts), config.evaluation.choose_split_seed(config.training.seed), "held out").tolist()
-    chosen = sorted([index for index in order if len(texts[index]) <= length][: int(share * len(texts))])
-    held_out = [texts[index] for index in chosen]
-    if sum(map(len, held_out)) >= length / 2:
-        kept = [text for index, text in enumerate(texts) if index not in set(chosen)]
-        return Documents(kept, held_out, documents.report)
-    longest = max(range(len(texts)), key=lambda index: len(texts[index]))
-    head, tail = texts[longest][:-length], texts[longest][-length:]
-    return Documents([*texts[:longest], *texts[longest + 1 :], head], [tail], documents.report, is_cut=True)
+    chosen = {*[index for index in order if len(texts[index]) <= length][: int(share * len(texts))]}
+    if sum(len(texts[index]) for index in chosen) < length / 2:
+        chosen = {max(range(len(texts)), key=lambda index: len(texts[index]))}
+    kept = [text for index, text in enumerate(texts) if index not in chosen]
+    held_out = [texts[index] for index in sorted(chosen)]
+    is_cut = len(held_out) == 1 and len(held_out[0]) > length
+    if is_cut:
+        kept.append(held_out[0][:-length])
+        held_out = [held_out[0][-length:]]
+    return Documents(kept, held_out, documents.report, is_cut=is_cut)
 
 
 def _report_split(documents: Documents) -> None:

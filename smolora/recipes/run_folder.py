@@ -23,7 +23,7 @@ from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import find_damage, write_json, write_text
+from smolora.records.staging import MANIFEST, find_damage, write_json, write_text
 from smolora.runtime.signals import interrupting_signals
 from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
@@ -150,10 +150,11 @@ def _stopped_with_checkpoint(run: RunDir) -> Iterator[None]:
         with interrupting_signals():
             yield
     except KeyboardInterrupt as interrupt:
-        if not run.checkpoints():
+        if not any((checkpoint.path / MANIFEST).is_file() for checkpoint in run.checkpoints()):
             raise
         raise StoppedBySignal(
-            f"stopped at once by {interrupt}. The newest checkpoint is safe in {run.path}. Continue with --resume."
+            f"stopped at once by {str(interrupt) or 'an interrupt'}. The newest checkpoint is safe in {run.path}. "
+            "Continue with --resume."
         ) from None
 
 

@@ -173,16 +173,18 @@ def replaced_folder(final: Path) -> Iterator[Path]:
     with _staging(place, parent=place.parent, named=final) as staging:
         yield staging
         _flush_content(staging)
-        old = _set_aside(place) if place.exists() else None
+        old = _vacate_aside(place)
         try:
+            if place.exists():
+                place.rename(old)
             staging.rename(place)
         except BaseException:  # Also KeyboardInterrupt: there must be one of the two.
-            if old and not place.exists():
+            if old.exists() and not place.exists():
                 old.rename(place)
             raise
         _flush_folder(place.parent)
-    if old:  # Last: to remove it takes a while, in which a kill must find the new one in its place.
-        shutil.rmtree(old, ignore_errors=True)
+    # Last: it takes a while, in which a kill must find the new one in its place.
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def retire_folder(folder: Path) -> None:
@@ -192,16 +194,18 @@ def retire_folder(folder: Path) -> None:
         StorageError: It can't be moved.
     """
     try:
-        doomed = _set_aside(_follow(folder))
+        place = _follow(folder)
+        doomed = place.rename(_vacate_aside(place))
     except OSError as error:
         raise describe_os_error(error, folder) from error
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _set_aside(folder: Path) -> Path:
+def _vacate_aside(folder: Path) -> Path:
+    """Return where a folder may be moved to be removed."""
     aside = folder.with_name(f".tmp-retired-{folder.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)  # Of a killed process that had the number of this one.
-    return folder.rename(aside)
+    return aside
 
 
 def describe_os_error(error: OSError, path: Path) -> StorageError:

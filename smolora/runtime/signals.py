@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 _STOPPING = [signal.SIGINT, signal.SIGTERM]
@@ -41,6 +42,12 @@ class StopRequest:
         if self._notice:
             with suppress(OSError):  # By no print or console: the signal may have come while one of them is locked.
                 os.write(2, f"\nsmolora: {self.signal_name}: {self._notice}.\n".encode())
+
+
+def describe_stop(signal_name: str, step: int, folder: Path | None) -> str:
+    """Return what a run says that a signal ended after `step`: what is kept of it, in its folder if it has one."""
+    kept = f"A checkpoint of this step is safe in {folder}. Continue with --resume."
+    return f"stopped by {signal_name} after step {step}. {kept if folder else 'Nothing was saved: it has no folder.'}"
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from smolora.models.structure import without_dropout
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.runtime.seeding import seed_noise
-from smolora.runtime.signals import SAVING, StopRequest, deferred_signals
+from smolora.runtime.signals import SAVING, StopRequest, deferred_signals, describe_stop
 from smolora.training.activations import recomputed_activations
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_newest, save_checkpoint
@@ -66,8 +66,7 @@ class Trainer:
         collate: Turns examples into a batch; must match what the model's family can take.
         eval_dataset: Held-out rows; without them nothing is evaluated.
         evaluation: Batch size of evaluation.
-        run_dir: Where metrics and checkpoints go; without it nothing is written. The caller holds its lock. Only the
-            main process reads and writes there.
+        run_dir: Where the main process keeps metrics and checkpoints, under a lock of the caller's; left out, nowhere.
         identity: What checkpoints belong to; needed with `run_dir`.
         callbacks: Listeners, called in this order.
         betas: AdamW's decay rates of the two moments.
@@ -178,10 +177,17 @@ class Trainer:
             if resume and self.state.step:
                 words = "the run is finished already, at" if self._is_over else "going on after"
                 logger.info("%s step %d of %d", words, self.state.step, self.state.total_steps)
-            while not self._is_over:
-                self._finish_step(self._train_step(), stop)
-            require_movement(self.active_parameters, self.state.checksums, self.state.step, waiting=self.state.waiting)
-            self._tell(lambda callback: callback.on_finish(self))
+            signal_name = None
+            while not (self._is_over or signal_name):
+                signal_name = self._finish_step(self._train_step(), stop)
+            if self._is_over:
+                waiting = self.state.waiting
+                require_movement(self.active_parameters, self.state.checksums, self.state.step, waiting=waiting)
+                self._tell(lambda callback: callback.on_finish(self))
+                signal_name = signal_name or self._agree_to_stop(stop)
+            if signal_name and (self._run_dir or not self._is_over):
+                folder = self._run_dir.path if self._run_dir else None
+                raise StoppedBySignal(describe_stop(signal_name, self.state.step, folder))
         return self.state
 
     def evaluate(self) -> float:
@@ -297,7 +303,7 @@ class Trainer:
             "The update was not applied. Lower the learning rate, use float32, or look at the rows of this step."
         )
 
-    def _finish_step(self, record: StepRecord, stop: StopRequest) -> None:
+    def _finish_step(self, record: StepRecord, stop: StopRequest) -> str | None:
         self._tell(lambda callback: callback.on_step_end(self, record))
         signal_name = self._agree_to_stop(stop)
         eval_loss, improved = None, False
@@ -308,11 +314,7 @@ class Trainer:
         is_due = record.step % self.config.save_steps == 0 or record.step in self.state.kept_steps
         if self._is_over or improved or signal_name or is_due:
             self._save()
-        if signal_name and (self._run_dir or not self._is_over):
-            kept = "Nothing was saved: there is no run folder."
-            if self._run_dir:
-                kept = f"A checkpoint of this step is safe in {self._run_dir.path}. Continue with --resume."
-            raise StoppedBySignal(f"stopped by {signal_name} after step {record.step}. {kept}")
+        return signal_name
 
     def _agree_to_stop(self, stop: StopRequest) -> str | None:
         """Return the signal that any process got, and end the run where a callback of any process asks for it.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smolora.models.structure import replaced_forward, without_dropout
+from smolora.models.structure import replaced_forward, returns_product, without_dropout
 
 
 def test_a_replaced_forward_is_put_back_within_another_and_after_an_error():
@@ -30,3 +30,21 @@ def test_dropout_is_off_inside_the_block_and_every_module_gets_its_own_mode_back
         assert not any(module.training for module in model.modules())
         raise ZeroDivisionError
     assert [module.training for module in model.modules()] == modes
+
+
+class _Grouped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.reshape(-1, 2, self.in_features))
+
+
+class _Drawing(nn.Linear):
+    def forward(self, x):
+        found = super().forward(x)
+        return found + torch.randn_like(found) if self.training else found
+
+
+def test_a_linear_layer_is_asked_what_it_returns_in_eval_mode_and_one_that_cannot_say_returns_none():
+    layers = [kind(4, 3) for kind in (nn.Linear, _Drawing, _Grouped)]
+    state = torch.random.get_rng_state()
+    assert [returns_product(layer) for layer in layers] == [True, True, False]
+    assert torch.equal(torch.random.get_rng_state(), state)

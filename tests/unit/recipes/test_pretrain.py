@@ -235,6 +235,17 @@ def test_text_that_is_held_out_and_learned_too_is_warned_of(text, caplog):
     assert warning == "held-out documents that are learned too: 1 of 1. A low loss on them proves nothing"
 
 
+def test_texts_of_two_lengths_are_held_out_whole_and_none_becomes_empty(tmp_path):
+    for number in range(45):
+        (tmp_path / f"{number:02}.txt").write_text(f"{number:02} " + "one two three four " * (1 if number % 3 else 4))
+    for seed in range(4):
+        run = open_pretraining(config(tmp_path, f"training.seed={seed}"))
+        ends = run.bundle.tokenizer.decode(run.train.tokens).split("<|endoftext|>")
+        assert "" not in ends[:-1]
+        assert (run.report.train + run.report.held_out, run.report.ends_held_out) == (45, 0)
+        assert run.report.held_out > 0
+
+
 _TEXT = (
     "To be, or not to be:\n\nthat is the question.\n  Whether 'tis nobler\n\tin the mind;\r\nto suffer 12 slings\n" * 3
 )

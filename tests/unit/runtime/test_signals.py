@@ -47,8 +47,10 @@ def test_a_later_second_signal_interrupts_at_once(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_may_unwind_a_block_as_ctrl_c_does(number):
+    before = signal.signal(number, signal.default_int_handler)  # Under nohup one is ignored, and would stay so.
     with pytest.raises(KeyboardInterrupt, match=number.name), interrupting_signals():
         os.kill(os.getpid(), number)
+    signal.signal(number, before)
 
 
 def test_a_second_signal_at_once_does_not_cut_the_unwinding_short():

@@ -165,6 +165,15 @@ def test_a_signal_in_the_last_step_stops_a_run_that_has_nothing_left_to_learn(ma
     assert MetricsLog(run.metrics).read() == before
 
 
+def test_a_signal_when_all_steps_are_done_stops_too(make_trainer, run):
+    class KillAtTheEnd(Callback):
+        def on_finish(self, trainer):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedBySignal, match=r"SIGTERM after step 6.*is safe in"):
+        make_trainer(run_dir=run, callbacks=[KillAtTheEnd()]).train()
+
+
 def test_a_signal_in_the_last_step_of_a_run_without_a_folder_stops_nothing(make_trainer):
     assert make_trainer(callbacks=[Kill("on_step_begin", 6)]).train().step == 6
 
