@@ -25,8 +25,9 @@ _SAVED = PEFT_PREFIX + "{}.lora_{}.weight"
 def is_plain_lora(adapter: StoredAdapter) -> bool:
     """Whether an adapter on weights that aren't quantised is B A on linear layers, and its files hold nothing else."""
     config = adapter.config
-    is_lora = isinstance(config, peft.LoraConfig) and not isinstance(config, peft.AdaLoraConfig)
-    has_more = config.use_dora or config.modules_to_save or adapter.base_copies if is_lora else True
+    if not isinstance(config, peft.LoraConfig) or isinstance(config, peft.AdaLoraConfig):
+        return False
+    has_more = config.use_dora or config.modules_to_save or adapter.base_copies
     return not has_more and adapter.quantization == "none"
 
 

@@ -67,16 +67,13 @@ def refuse_inseparable(*configs: peft.PeftConfig) -> None:
         ModelError: It does.
     """
     for config in configs:
-        if not isinstance(config, peft.LoraConfig):
+        if not isinstance(config, peft.LoraConfig) or (config.bias == "none" and not config.layer_replication):
             continue
-        changes = {"bias": config.bias, "layer_replication": config.layer_replication}
-        for name, value in changes.items():
-            if not value or value == "none":
-                continue
-            raise ModelError(
-                f"an adapter with {name}={value!r} changes the base itself, so the model can't answer without it or "
-                "with another. Open the base, or each adapter, by itself."
-            )
+        setting = f"bias={config.bias!r}" if config.bias != "none" else f"layer_replication={config.layer_replication}"
+        raise ModelError(
+            f"an adapter with {setting} changes the base itself, so the model can't answer without it or with another. "
+            "Open the base, or each adapter, by itself."
+        )
 
 
 @contextmanager

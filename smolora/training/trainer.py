@@ -317,10 +317,7 @@ class Trainer:
         return signal_name
 
     def _agree_to_stop(self, stop: StopRequest) -> str | None:
-        """Return the signal that any process got, and end the run where a callback of any process asks for it.
-
-        Read once: what arrives later is for the next step.
-        """
+        """Return the signal that any process got so far, and end the run where any callback asks for it."""
         number = Signals[stop.signal_name] if stop.signal_name else 0
         said = self._processes.gather(number, self.state.should_stop)
         self.state.should_stop = any(should_stop for _, should_stop in said)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 from torch import nn
-from transformers import PhimoeConfig, PhimoeForCausalLM
 
 from smolora.config.model import GPTConfig
 from smolora.errors import ModelError
@@ -214,14 +213,5 @@ def test_experts_that_are_one_tensor_are_in_the_mlp_of_their_layer():
 
 
 def test_a_router_that_returns_what_it_chose_is_no_linear_layer():
-    config = PhimoeConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    names = {path.rpartition(".")[2] for path in build_anatomy(PhimoeForCausalLM(config)).linear_modules()}
+    names = {path.rpartition(".")[2] for path in build_anatomy(tiny_model("phimoe")).linear_modules()}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
