@@ -7,7 +7,6 @@ Chance is a pure function of a row's key and the position: what a row draws does
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from torch import Tensor
 from smolora.errors import BrokenRunError
 from smolora.generation.sampling import SamplingSettings
 
-_PART = 256
 _NUCLEUS = 256
 """Sorting this many candidates is nearly free; whole vocabularies are sorted only where these don't reach top_p."""
 
@@ -85,6 +83,11 @@ class Row:
         """The token that the next one follows."""
         return self.ids[-1] if self.ids else self.prompt_ids[-1]
 
+    def tail(self, count: int) -> tuple[int, ...]:
+        """Return the last `count` tokens, or all where there are fewer."""
+        before = self.prompt_ids[-count:] if len(self.ids) < count else []
+        return (*before, *self.ids[-count:])[-count:]
+
     @property
     def length(self) -> int:
         """Tokens of prompt and answer."""
@@ -92,40 +95,26 @@ class Row:
 
 
 def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """Return a token for each row of contiguous logits [B, V], by the row's own settings.
+    """Return a token for each row of logits [B, V], by the row's own settings.
 
     Raises:
         BrokenRunError: A row's logits hold no finite maximum, so nothing can be chosen.
     """
-    logits = logits.float()
     if any(row.penalty != 1.0 for row in rows):
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
         for number, row in enumerate(rows):
             if row.penalty != 1.0:
                 penalise(logits[number], {*row.prompt_ids, *row.ids}, row.penalty)
-    peaks, likeliest = _find_peaks(logits)
+    peaks, likeliest = logits.max(-1)
     if not peaks.isfinite().all():
         raise BrokenRunError("the model's logits are not finite, so no next token can be chosen. Check its weights.")
     tokens: list[int] = likeliest.tolist()
     for settings, numbers in _group_sampled(rows).items():
         chances = [_uniform(rows[number].key, len(rows[number].ids)) for number in numbers]
-        drawn = _draw(logits[numbers], settings, torch.tensor(chances, device=logits.device))
+        drawn = _draw(logits[numbers].float(), settings, torch.tensor(chances, device=logits.device))
         for number, token in zip(numbers, drawn.tolist(), strict=True):
             tokens[number] = token
     return tokens
-
-
-def _find_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest of each row [B], NaN where there is one, and where it is [B].
-
-    torch looks for places slowly and for numbers fast: of 64 rows of 32,000, 1.2 ms against .1. So the numbers say in
-    which part of the vocabulary to look.
-    """
-    width = math.gcd(logits.shape[1], _PART)
-    parts = logits.view(len(logits), -1, width)
-    part = parts.amax(-1).argmax(-1)
-    peaks, place = parts[torch.arange(len(logits), device=logits.device), part].max(-1)
-    return peaks, part * width + place
 
 
 def penalise(logits: Tensor, held: Collection[int], penalty: float) -> None:

@@ -1,7 +1,7 @@
 """Rows to answers, many at a time: each enters when a slot is free and leaves when it is done.
 
-Every logit comes from a step of one token a row: a prompt's last token is its row's first step, so what fills a slot
-is the prompt without it, and needs no logits.
+Every logit comes from a step of few tokens a row, its last one and drafts behind it: a prompt's last token is its row's
+first step, so what fills a slot is the prompt without it, and needs no logits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smolora.generation.choosing import Row, choose_tokens
+from smolora.generation.drafts import Drafts
 from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.models.exclusive import lock_of
@@ -31,7 +32,7 @@ def keep_as_it_is() -> None:
 
 
 def decode(model: nn.Module, rows: Sequence[Row], *, num_slots: int, switch: Switch = keep_as_it_is) -> Iterator[None]:
-    """Answer `rows`, `num_slots` of them at a time; yield after each step, when rows have grown by a token.
+    """Answer `rows`, `num_slots` of them at a time; yield after each step, when rows have grown.
 
     Between two steps the model is free for others.
     """
@@ -69,6 +70,7 @@ class Decoder:
         self._waiting = sorted(rows, key=lambda row: row.room)  # The longest answer starts first, from the end.
         self._live: list[Row] = []
         self._cache = SlotCache(min(num_slots, len(rows)), max(row.reach for row in rows))
+        self._drafts = Drafts()
         self._blocks = FusedBlocks(model, num_rows=min(num_slots, len(rows)))
 
     @property
@@ -77,15 +79,41 @@ class Decoder:
         return not self._live and not self._waiting
 
     def step(self) -> None:
-        """Go on by one token in every live row; call it with the model `in_use`."""
+        """Go on by a token or more in every live row; call it with the model `in_use`."""
         with slot_attention(self._model), self._blocks.installed():
             self._admit()
-            step = Step.of_next_tokens([row.length - 1 for row in self._live], self._device)
-            last_ids = torch.tensor([[row.last_id] for row in self._live], device=self._device)
-            logits = forward(self._model, self._cache, step, last_ids)
-            for row, token in zip(self._live, choose_tokens(logits, self._live), strict=True):
-                row.take(token)
+            drafts = self._drafts.draft(self._live)
+            self._take(self._read(drafts), drafts)
             self._release()
+
+    def _read(self, drafts: Sequence[list[int]]) -> Tensor:
+        """Return the logits [B, T, V] after each row's last token and after each of its drafts."""
+        num_tokens = 1 + max(map(len, drafts))
+        ids, positions = [], []
+        for row, draft in zip(self._live, drafts, strict=True):
+            padding = [row.last_id] * (num_tokens - 1 - len(draft))
+            ids.append([row.last_id, *draft, *padding])
+            # Padding stays within the row's reach, where a token of its own will lie or none will be read.
+            positions.append([min(row.length - 1 + place, row.reach - 1) for place in range(num_tokens)])
+        step = Step.of_next_tokens(positions, self._device)
+        return forward(self._model, self._cache, step, torch.tensor(ids, device=self._device))
+
+    def _take(self, logits: Tensor, drafts: Sequence[list[int]]) -> None:
+        """Let each row take its next token, and go on as long as it was the draft that was read there."""
+        going = list(range(len(self._live)))
+        for place in range(logits.shape[1]):
+            rows = [self._live[number] for number in going]
+            chosen = choose_tokens(logits[:, place] if len(going) == len(logits) else logits[going, place], rows)
+            for row, token in zip(rows, chosen, strict=True):
+                self._drafts.follow(row, token)
+                row.take(token)
+            going = [
+                number
+                for number, token in zip(going, chosen, strict=True)
+                if drafts[number][place : place + 1] == [token] and not self._live[number].is_done
+            ]
+            if not going:
+                return
 
     def _admit(self) -> None:
         """Fill free slots, an eighth of all at a time: a forward pass costs about the same for few tokens."""
@@ -97,6 +125,8 @@ class Decoder:
         for group in _group_prompts(entering):
             self._fill(group)
             self._live += group
+        for row in entering:
+            self._drafts.read(row.prompt_ids)
 
     def _fill(self, rows: Sequence[Row]) -> None:
         num_tokens = len(rows[0].prompt_ids) - 1

@@ -3,7 +3,8 @@
 The model's own forward runs. transformers is told to keep keys and values in a `SlotCache`, and to ask this module for
 masks and attention. Live rows fill the first slots without a gap, so that no step gathers anything.
 
-`B` rows of a step, `T` tokens of each, `L` keys read at most, `H` heads, `G` heads that share a key, `K` head width.
+`B` rows of a step, `T` tokens of each, `L` keys read at most, `H` heads, `G` heads that share a key, `K` head width,
+`V` vocabulary.
 """
 
 from __future__ import annotations
@@ -41,25 +42,28 @@ class Step:
     blocks: tuple[tuple[slice, int], ...]
     """Rows of the step, and how many keys they read."""
 
+    fills: bool = False
+    """Whether its rows are new, so that a token sees none but those of the step."""
+
     _turns: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False, compare=False)
 
     @classmethod
     def of_prompts(cls, first_slot: int, num_rows: int, num_tokens: int, device: torch.device) -> Step:
         """Fill slots from their start."""
         positions = torch.arange(num_tokens, device=device)[None]
-        return cls(slice(first_slot, first_slot + num_rows), positions, ((slice(0, num_rows), num_tokens),))
+        return cls(slice(first_slot, first_slot + num_rows), positions, ((slice(0, num_rows), num_tokens),), fills=True)
 
     @classmethod
-    def of_next_tokens(cls, positions: Sequence[int], device: torch.device) -> Step:
-        """Go on by one token in each of the first slots.
+    def of_next_tokens(cls, positions: Sequence[Sequence[int]], device: torch.device) -> Step:
+        """Go on by one or more tokens in each of the first slots, at `positions` [B, T] that ascend.
 
         Rows read in blocks, so that a long row makes its neighbours read as far as itself, but no others.
         """
         blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, len(positions), _BLOCK_ROWS)]
         return cls(
             slice(0, len(positions)),
-            torch.tensor(positions, device=device)[:, None],
-            tuple((block, 1 + max(positions[block])) for block in blocks),
+            torch.tensor(positions, device=device),
+            tuple((block, 1 + max(row[-1] for row in positions[block])) for block in blocks),
         )
 
     @cached_property
@@ -103,11 +107,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Write a layer's keys and values [B, H / G, T, K] of the step, and return all that its rows may read."""
         step = _STEP.get()
         keys, values = (buffer[step.slots] for buffer in self._reserve(layer_idx, key_states, value_states))
-        if step.num_tokens > 1:
+        if step.fills:
             keys[:, :, : step.num_tokens], values[:, :, : step.num_tokens] = key_states, value_states
             return key_states, value_states
-        keys[step.rows, :, step.positions[:, 0]] = key_states[:, :, 0]
-        values[step.rows, :, step.positions[:, 0]] = value_states[:, :, 0]
+        rows = step.rows[:, None]
+        keys[rows, :, step.positions] = key_states.transpose(1, 2)
+        values[rows, :, step.positions] = value_states.transpose(1, 2)
         return keys[:, :, : step.num_keys], values[:, :, : step.num_keys]
 
     def turns(self, cos: Tensor, sin: Tensor) -> Rotary:
@@ -151,7 +156,8 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -> Tensor:
-    """Run `model` over tokens [B, T] and return the logits [B, vocabulary] of the last one."""
+    """Run `model` over tokens [B, T], and return the logits [B, 1 or T, V] after the last of a prompt or after each."""
+    num_kept = 1 if step.fills else step.num_tokens
     token = _STEP.set(step)
     try:
         output = model(
@@ -159,11 +165,11 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
             position_ids=step.positions.expand(len(input_ids), -1),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=num_kept,
         )
     finally:
         _STEP.reset(token)
-    logits: Tensor = output.logits[:, -1]
+    logits: Tensor = output.logits[:, -num_kept:]
     return logits
 
 
@@ -211,7 +217,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Return the mixed values [B, T, H, K] of queries [B, H, T, K] over keys and values [B, H / G, L, K]."""
     step = _STEP.get()
-    if step.num_tokens > 1 and softcap is None:
+    if step.fills and softcap is None:
         mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
         return mixed, None
     B, H, T, K = query.shape

@@ -18,7 +18,7 @@ from smolora.models.bundle import read_config
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 
 _ROWS = ((1, 0, 1, 1, 0, 1), (0, 1, 1, 0))
-_NUM_ANSWERED = 2
+_NUM_ANSWERED = 3
 
 # Settings of generation_config.json that change which tokens may come, and that transformers alone knows how to apply.
 _CONSTRAINTS = frozenset(
@@ -116,7 +116,7 @@ def _logits_alone(model: nn.Module) -> Tensor:
 
 
 def _logits_in_slots(model: nn.Module) -> Tensor:
-    """Return the logits [answered tokens, rows, V] of prompts that fill slots and go on one token at a time."""
+    """Return the logits [answered tokens, rows, V] of prompts that fill slots, and go on by one token and by two."""
     device = next(model.parameters()).device
     cache = SlotCache(len(_ROWS), max(map(len, _ROWS)))
     filled = [len(row) - _NUM_ANSWERED for row in _ROWS]
@@ -125,9 +125,9 @@ def _logits_in_slots(model: nn.Module) -> Tensor:
     # Of as many rows as decoding makes all of its copies for.
     with slot_attention(model), FusedBlocks(model, num_rows=FEWEST_ROWS).installed():
         forward(model, cache, Step.of_prompts(0, len(_ROWS), max(filled), device), torch.tensor(padded, device=device))
-        for number in range(_NUM_ANSWERED):
-            positions = [count + number for count in filled]
-            tokens = [[row[position]] for row, position in zip(_ROWS, positions, strict=True)]
+        for places in ((0,), (1, 2)):
+            positions = [[count + place for place in places] for count in filled]
+            tokens = [[row[position] for position in own] for row, own in zip(_ROWS, positions, strict=True)]
             step = Step.of_next_tokens(positions, device)
             logits.append(forward(model, cache, step, torch.tensor(tokens, device=device)).float())
-    return torch.stack(logits)
+    return torch.cat(logits, dim=1).transpose(0, 1)

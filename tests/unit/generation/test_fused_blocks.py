@@ -53,16 +53,16 @@ def replaced(model):
 
 @torch.no_grad()
 def decode_steps(model, *, num_rows):
-    """Return the logits of prompts of two tokens and more, and of three tokens after them, in slots."""
+    """Return the logits of prompts of two tokens and more, and of three steps after them, the last of two tokens."""
     ids = torch.cat([random_input_ids(5 + num_rows, seed=seed) for seed in range(num_rows)])
     cache, longest = SlotCache(num_rows, 5 + num_rows), 1 + num_rows
     with slot_attention(model):
         logits = [forward(model, cache, Step.of_prompts(0, num_rows, longest, CPU), ids[:, :longest])]
-        for number in range(3):
-            positions = torch.arange(num_rows) + 2 + number  # Another in each row.
+        for places in ([0], [1], [2, 3]):
+            positions = torch.arange(num_rows)[:, None] + 2 + torch.tensor(places)  # Others in each row.
             step = Step.of_next_tokens(positions.tolist(), CPU)
-            logits.append(forward(model, cache, step, ids.gather(1, positions[:, None])))
-    return torch.stack(logits)
+            logits.append(forward(model, cache, step, ids.gather(1, positions)))
+    return torch.cat(logits, dim=1)
 
 
 MODELS = {
