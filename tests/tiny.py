@@ -65,6 +65,7 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
     "phimoe": {**_GROUPED_BY_WIDTH, "num_local_experts": 2, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen2_moe": {**_GROUPED_BY_WIDTH, "mlp_only_layers": list(range(NUM_LAYERS))},
     "llama4_text": {**_GROUPED, "intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": []},
+    "afmoe": {**_GROUPED, "num_dense_layers": NUM_LAYERS},
     "stablelm": _GROUPED_BY_WIDTH,
     "nemotron": _GROUPED,
     "granitemoe_swa": {**_GROUPED_BY_WIDTH, "num_local_experts": 2},

@@ -239,7 +239,7 @@ def attend(
         scores += hidden
         parts.append(torch.matmul(scores.softmax(-1), values))
     mixed = torch.cat(parts).view(B, H, T, -1)
-    return mixed.transpose(1, 2), None
+    return mixed.transpose(1, 2).contiguous(), None  # As transformers has it: some families take a view of it.
 
 
 def _attends_by_kernel(like: Tensor) -> bool:

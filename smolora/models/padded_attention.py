@@ -95,4 +95,4 @@ def attend_padded(
     weights = scores.softmax(dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return torch.matmul(weights, value).transpose(1, 2), None
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None

@@ -115,7 +115,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3", "afmoe"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_answers_are_the_same_whatever_is_drafted(monkeypatch, family, settings):
     model, made = tiny_model(family), []

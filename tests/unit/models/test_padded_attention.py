@@ -39,7 +39,7 @@ def run(model, width=WIDTH):
     return own.detach(), [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "bert", "t5", "bart"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "afmoe", "bert", "t5", "bart"])
 def test_logits_and_gradients_are_those_of_torch_s_kernel(build, family):
     model = build(family, torch.float32)
     logits, gradients = run(model)
