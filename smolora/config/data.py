@@ -37,7 +37,8 @@ class DataConfig(_Columns):
     """Files, folders or hub ids, read in this order."""
 
     eval_source: str | None = None
-    """Held-out rows. Left out, min(5 %, 500) of the rows are held out (none below 50 rows)."""
+    """Held-out rows; rows to learn from that equal one of them are left out. Without this, min(5 %, 500) of the rows
+    are held out (none below 50 rows)."""
 
     file_type: FileType | None = None
     """How to read the sources. Left out, it is inferred from the names. txt reads a folder's pages of HTML too."""

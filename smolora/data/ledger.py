@@ -54,12 +54,12 @@ class DataReport:
     """Rows more than before, from splitting long ones."""
     duplicate: int = 0
     """Rows equal to an earlier one, dropped."""
+    also_held_out: int = 0
+    """Rows to learn from that the held-out rows (given as separate sources) hold too, dropped."""
     train: int = 0
     """Rows kept to learn from."""
     held_out: int = 0
     """Rows kept to evaluate on."""
-    held_out_seen: int = 0
-    """Of those, rows that the training rows hold too (given as separate sources); a low loss on them proves nothing."""
     ends_held_out: int = 0
     """Of the rows to learn from, those whose end is held out (of a few long texts in pretraining)."""
     encoded: dict[str, EncodingCounts] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class DataReport:
         Raises:
             BrokenRunError: A row was lost or counted twice.
         """
-        accounted = self.kept + len(self.rejects) + self.empty + self.duplicate
+        accounted = self.kept + len(self.rejects) + self.empty + self.duplicate + self.also_held_out
         if self.read + self.added_by_chunking != accounted:
             raise BrokenRunError(
                 f"the data report doesn't add up: {self.read} rows read and {self.added_by_chunking} added by "
@@ -135,10 +135,10 @@ class DataReport:
             "rejected": len(self.rejects),
             "empty": self.empty,
             "duplicate": self.duplicate,
+            "also_held_out": self.also_held_out,
             "kept": self.kept,
             "train": self.train,
             "held_out": self.held_out,
-            "held_out_seen": self.held_out_seen,
             "ends_held_out": self.ends_held_out,
             "encoded": {side: asdict(counts) for side, counts in self.encoded.items()},
             "files": dict(self.files),
@@ -161,11 +161,10 @@ class DataReport:
             "rejected": len(self.rejects),
             "empty": self.empty,
             "duplicate": self.duplicate,
+            "held out too": self.also_held_out,
         }
         lines += [f"  {name:<17}{count:>9,}" for name, count in counts.items() if count]
         lines.append(f"kept               {self.kept:>9,}  {self.train:,} to learn from, {self.held_out:,} held out")
-        if self.held_out_seen:
-            lines.append(f"  among the training rows too: {count_of(self.held_out_seen, 'held-out row')}")
         if self.ends_held_out:
             lines.append(f"  held out besides: the end of {count_of(self.ends_held_out, 'row')}")
         return "\n".join([*lines, *(_describe_side(side, counts) for side, counts in self.encoded.items())])

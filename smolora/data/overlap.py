@@ -1,7 +1,8 @@
-"""How many held-out rows were in the training rows too: what is measured on those is memory, not learning."""
+"""How much of what is held out was in the training data too: what is measured on that is memory, not learning."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -20,6 +21,9 @@ class Overlap:
     prompts: int | None
     """Those with a training row's prompt, whatever the answer; None where the form has no prompt apart."""
 
+
+_LONG_LINE = re.compile(r"[^\r\n]{20,}")
+"""A shorter line, as a speaker's name in a play, may stand in any two texts."""
 
 _ANSWERS = {
     "text": (),
@@ -41,6 +45,21 @@ def measure_overlap(train: Iterable[Row], held_out: Sequence[Row], fmt: PromptFo
     rows = _count_seen(train, held_out, whole)
     prompts = _count_seen(train, held_out, asked) if answers else None
     return Overlap(len(held_out), rows, prompts)
+
+
+def measure_shared_text(train: Iterable[str], held_out: Sequence[str]) -> float:
+    r"""Return the share of the text of `held_out` whose lines stand in `train` too; memory is a set of its lines.
+
+    It finds a text that was cut out of a longer one. Short lines don't count.
+
+    >>> measure_shared_text(["A line of the long text.\nAnother line of it.\n"], ["A line of the long text.\n"])
+    1.0
+    """
+    lines = [match.group() for text in held_out for match in _LONG_LINE.finditer(text)]
+    if not (wanted := set(lines)):
+        return 0.0
+    seen = {line for text in train for match in _LONG_LINE.finditer(text) if (line := match.group()) in wanted}
+    return sum(len(line) for line in lines if line in seen) / sum(map(len, lines))
 
 
 def _count_seen(train: Iterable[Row], held_out: Sequence[Row], columns: tuple[str, ...]) -> int:

@@ -49,11 +49,12 @@ class Source:
 
 @dataclass(frozen=True)
 class RowStream:
-    """The rows of a run, to be iterated once: first `train`, then `held_out`. The report counts while they pass."""
+    """The rows of a run, to be iterated once: first `held_out`, then `train`. The report counts while they pass."""
 
-    train: Iterator[Row]
     held_out: Iterator[Row] | None
     """None where the held-out rows are still to be chosen among the others."""
+    train: Iterator[Row]
+    """The rows to learn from, without those that passed in `held_out`."""
     fmt: PromptFormat
     report: DataReport
 
@@ -100,11 +101,12 @@ def stream_rows(
     report = DataReport()
     fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
-    learned: set[bytes] = set()
-    rows = chooser.select(_iter_alike(train, fmt, data, task), learned)
+    rows = chooser.select(_iter_alike(train, fmt, data, task), set())
     if held_out is None:
-        return RowStream(rows, None, fmt, report)
-    return RowStream(rows, chooser.select_held_out(_iter_alike(held_out, fmt, data, task), learned), fmt, report)
+        return RowStream(None, rows, fmt, report)
+    passed: set[bytes] = set()
+    named = chooser.select(_iter_alike(held_out, fmt, data, task), passed)
+    return RowStream(named, chooser.leave_out(rows, passed), fmt, report)
 
 
 def refuse_rowless(sources: Sequence[Source], data: DataConfig, report: DataReport, out: Path | None) -> DataError:

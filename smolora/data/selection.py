@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,11 +53,28 @@ class RowSelection:
                 seen.add(digest)
                 yield row
 
-    def select_held_out(self, read: Iterable[Row | Reject], learned: set[bytes]) -> Iterator[Row]:
-        """Yield the usable rows of a source of its own; the report counts those whose digest is among `learned`."""
-        for row in self.select(read, set()):
-            self.report.held_out_seen += self.digest(row) in learned
-            yield row
+    def leave_out(self, rows: Iterable[Row], held_out: Set[bytes]) -> Iterator[Row]:
+        """Yield the rows whose digest isn't among `held_out`, or all where there is no other; a warning says it.
+
+        The report counts those left out.
+        """
+        copies: list[Row] = []
+        kept = 0
+        for row in rows:
+            if self.digest(row) not in held_out:
+                kept += 1
+                yield row
+            else:
+                self.report.also_held_out += 1
+                copies += [] if kept else [row]
+        count = self.report.also_held_out
+        if kept and count:
+            share = f"{count:,} of {count + kept:,} rows to learn from ({100 * count / (count + kept):.1f} %)"
+            logger.warning("%s %s left out: the held-out rows hold the same.", share, "is" if count == 1 else "are")
+        elif count:
+            logger.warning("all that is learned from is held out too: a low held-out loss proves nothing.")
+            self.report.also_held_out = 0
+            yield from copies
 
     def _accept(self, read: Iterable[Row | Reject]) -> Iterator[Row]:
         clean = TextCleaningProcessor.from_names(self.data.clean).clean if self.data.clean else None

@@ -156,12 +156,12 @@ def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Docum
         raise refuse_rowless(train, data, report, out)
     field = _find_text_column(columns, data)
     chooser = RowSelection(PromptFormat(kind="text", columns={"text": field}), data, report, _chunk_tokenizer(data))
-    learned: set[bytes] = set()
-    read = [chain.from_iterable(source.read() for source in part) for part in (train, held_out)]
-    rows = [chooser.select(read[0], learned), chooser.select_held_out(read[1], learned)]
-    texts = [[str(row.values[field]) for row in part] for part in rows]
-    close_report(report, data, train=len(texts[0]), held_out=len(texts[1]), out=out)
-    return Documents(texts[0], texts[1], report)
+    passed: set[bytes] = set()
+    read = [chain.from_iterable(source.read() for source in part) for part in (held_out, train)]
+    rows = [chooser.select(read[0], passed), chooser.leave_out(chooser.select(read[1], set()), passed)]
+    evaluated, learned = ([str(row.values[field]) for row in part] for part in rows)
+    close_report(report, data, train=len(learned), held_out=len(evaluated), out=out)
+    return Documents(learned, evaluated, report)
 
 
 class DatasetHandler:
@@ -305,11 +305,9 @@ def _find_text_column(columns: Sequence[str], data: DataConfig) -> str:
 
 def _gather(stream: RowStream, data: DataConfig, *, seed: int, out: Path | None) -> SourceRows:
     """Read a stream to its end, and split it where nothing is held out yet."""
+    named = None if stream.held_out is None else list(stream.held_out)
     rows = list(stream.train)
-    if stream.held_out is None:
-        learned, evaluated = split_validation(rows, data, seed=seed)
-    else:
-        learned, evaluated = rows, list(stream.held_out)
+    learned, evaluated = split_validation(rows, data, seed=seed) if named is None else (rows, named)
     close_report(stream.report, data, train=len(learned), held_out=len(evaluated), out=out)
     return SourceRows(learned, evaluated, stream.fmt, stream.report)
 

@@ -55,8 +55,8 @@ def prepare(
     stream = stream_sources(data, out=out, task=task)
     with interrupting_signals(), staged_folder(out, last=TRAIN_FILE, rewritten=account) as folder:
         train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
-        num_train = _write_rows(stream.train, stream.fmt, train)
         num_held_out = _write_rows(stream.held_out or (), stream.fmt, held_out)
+        num_train = _write_rows(stream.train, stream.fmt, train)
         if stream.held_out is None:
             num_held_out = _hold_out(train, held_out, choose_held_out(num_train, data, seed=seed))
             num_train -= num_held_out

@@ -19,6 +19,7 @@ from smolora.config import PretrainConfig
 from smolora.data.collate import collate_windows
 from smolora.data.encoding import encode_texts, get_eos_id
 from smolora.data.ledger import DataReport
+from smolora.data.overlap import measure_shared_text
 from smolora.data.sources import Documents, check_sources, read_source_documents
 from smolora.data.token_dataset import TextDataset, TokenArray
 from smolora.errors import BrokenRunError, count_of
@@ -60,6 +61,9 @@ logger = logging.getLogger(__name__)
 
 _BETAS = (0.9, 0.99)
 """AdamW's decay rates: squares are forgotten ten times sooner than by default, which suits short runs from nothing."""
+
+_MUCH_SHARED = 0.2
+"""Of two files of one program's code a tenth is shared."""
 
 _LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
 
@@ -138,6 +142,7 @@ def open_pretraining(config: PretrainConfig, out: Path | None = None, num_proces
     device, reason = resolve_device(config.device)
     check_sources(config.data)
     read = read_source_documents(config.data, out=out)
+    _warn_of_shared_text(read)
     logger.info("device: %s (%s); products: %s", device, reason, _describe_precision(config, device))
     documents, tokenizer, held_out = _split_documents(read, config)
     train = _build_train_windows(config, documents, tokenizer)
@@ -192,6 +197,14 @@ def _finish(run: RunDir, config: PretrainConfig, bundle: ModelBundle, state: Tra
         )
 
 
+def _warn_of_shared_text(documents: Documents) -> None:
+    """Say how much of the text that is held out by name stands in what is learned, where that is much."""
+    share = measure_shared_text(documents.train, documents.held_out)
+    if share > _MUCH_SHARED:
+        words = "%.0f %% of the held-out text is learned too, line by line: a low held-out loss proves little"
+        logger.warning(words, 100 * share)
+
+
 def _split_documents(
     documents: Documents, config: PretrainConfig
 ) -> tuple[Documents, PreTrainedTokenizerBase, TextDataset | None]:
@@ -235,9 +248,6 @@ def _report_split(documents: Documents) -> None:
     report.held_out = len(documents.held_out) - report.ends_held_out
     report.check()
     logger.info("%s", report.describe())
-    if report.held_out_seen:
-        words = "held-out documents that are learned too: %d of %d. A low loss on them proves nothing"
-        logger.warning(words, report.held_out_seen, report.held_out)
 
 
 def _train_tokenizer(config: PretrainConfig, documents: Documents) -> PreTrainedTokenizerBase:

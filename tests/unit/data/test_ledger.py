@@ -15,7 +15,13 @@ def report(**counts):
 
 def test_totals_that_add_up_pass():
     report(
-        rejects=[Reject("a.jsonl", 3, "bad")], empty=2, duplicate=1, train=5, held_out=3, added_by_chunking=2
+        rejects=[Reject("a.jsonl", 3, "bad")],
+        empty=2,
+        duplicate=1,
+        train=4,
+        also_held_out=1,
+        held_out=3,
+        added_by_chunking=2,
     ).check()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smolora.data.overlap import Overlap, measure_overlap
+from smolora.data.overlap import Overlap, measure_overlap, measure_shared_text
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
 
@@ -21,3 +21,9 @@ def test_rows_and_prompts_are_counted_but_for_case_and_white_space():
 def test_plain_text_has_rows_alone():
     fmt = PromptFormat(kind="text", columns={"text": "text"})
     assert measure_overlap(rows({"text": "a b"}), rows({"text": "A B"}, {"text": "c"}), fmt) == Overlap(2, 1, None)
+
+
+def test_text_is_shared_by_its_lines_and_short_ones_tell_nothing():
+    train = ["ROMEO:\n" + "this line is in both" + "\n" + "this one stands only here"]
+    assert measure_shared_text(train, ["ROMEO:\r\nthis line is in both\r\nthis line is in one.", "ROMEO:"]) == 0.5
+    assert measure_shared_text(train, ["ROMEO:\n"]) == measure_shared_text(train, []) == 0

@@ -44,13 +44,13 @@ def test_lines_that_are_no_rows_name_no_columns_and_are_rejected_when_they_pass(
     assert [reject.line for reject in found.report.rejects] == [1, 2]
 
 
-def test_held_out_rows_that_were_learned_are_counted_while_they_pass(tmp_path):
-    train = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+def test_rows_to_learn_from_that_are_held_out_too_are_left_out_and_counted_while_they_pass(tmp_path):
+    train = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}, {"text": "two"}])
     held_out = write_rows(tmp_path / "b.jsonl", [{"Text": "two"}, {"Text": "three"}])
     found = stream([train], [held_out], deduplicate=False)
-    assert len(list(found.train)) == 2
     assert [row.values for row in found.held_out] == [{"text": "two"}, {"text": "three"}]
-    assert found.report.held_out_seen == 1
+    assert [row.values for row in found.train] == [{"text": "one"}]
+    assert found.report.also_held_out == 2
 
 
 def test_nothing_is_read_before_it_is_asked_for_and_one_row_is_held_at_a_time(tmp_path):

@@ -40,6 +40,29 @@ def test_rows_that_differ_in_one_column_of_the_form_are_no_duplicates():
     assert len(rows) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "kept", "count", "said"),
+    [
+        ("abac", "c", 2, "2 of 3 rows to learn from (66.7 %) are left out: the held-out rows hold the same."),
+        ("cbd", "cd", 1, "1 of 3 rows to learn from (33.3 %) is left out: the held-out rows hold the same."),
+        ("ab", "ab", 0, "all that is learned from is held out too: a low held-out loss proves nothing."),
+        ("cd", "cd", 0, None),
+        ("", "", 0, None),
+    ],
+)
+def test_rows_that_are_held_out_too_are_left_out_unless_there_is_no_other(caplog, given, kept, count, said):
+    report, held_out = DataReport(), set()
+    selection = RowSelection(TEXT, DataConfig(), report)
+    rows = [[Row({"text": text}, "a", line) for line, text in enumerate(part, start=1)] for part in ("ab", given)]
+    report.held_out = len(list(selection.select(rows[0], held_out)))
+    learned = list(selection.leave_out(selection.select(rows[1], set()), held_out))
+    assert "".join(str(row.values["text"]) for row in learned) == kept
+    report.train = len(learned)
+    report.check()
+    assert report.also_held_out == count
+    assert caplog.messages == ([said] if said else [])
+
+
 @pytest.mark.parametrize("row", [{}, {"text": ""}, {"text": " \r\n"}, {"text": None}])
 def test_a_row_without_text_is_counted_as_empty(row):
     rows, report = select([row, {"text": "a"}])

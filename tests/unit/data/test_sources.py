@@ -50,8 +50,8 @@ def test_held_out_rows_may_be_named(tmp_path):
         write_rows(tmp_path / "b.jsonl", numbered(3, start=59)),
     )
     rows = read(train, eval_source=str(test))
-    assert (len(rows.train), len(rows.held_out)) == (60, 3)
-    assert rows.report.held_out_seen == 1
+    assert (len(rows.train), len(rows.held_out)) == (59, 3)
+    assert rows.report.also_held_out == 1
 
 
 def test_a_prepared_folder_is_its_two_files(tmp_path):
@@ -357,10 +357,12 @@ def test_documents_of_a_prepared_folder_are_its_rows(tmp_path):
     assert (len(documents.train), documents.held_out) == (60, ["row 60"])
 
 
-def test_documents_that_are_held_out_and_learned_too_are_counted(tmp_path):
+def test_documents_that_are_held_out_too_are_not_learned(tmp_path):
     source = str(write_rows(tmp_path / "a.jsonl", numbered(3)))
     others = str(write_rows(tmp_path / "b.jsonl", numbered(3, start=1)))
-    assert read_source_documents(DataConfig(sources=(source,), eval_source=others)).report.held_out_seen == 2
+    documents = read_source_documents(DataConfig(sources=(source,), eval_source=others))
+    assert documents.train == ["row 0"]
+    assert documents.report.also_held_out == 2
 
 
 def test_documents_need_a_text_column(tmp_path):

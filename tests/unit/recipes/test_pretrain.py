@@ -229,10 +229,13 @@ def test_the_account_of_the_texts_says_what_is_held_out_and_what_is_dropped(tmp_
     assert f"rows read          {2 * count:>9}  from 1 file\n  duplicate        {count:>9}\n{said}" in caplog.messages
 
 
-def test_text_that_is_held_out_and_learned_too_is_warned_of(text, caplog):
-    open_pretraining(config(text, f"data.eval_source={text}"))
+def test_held_out_text_that_stands_in_the_text_to_learn_from_is_warned_of(tmp_path, caplog):
+    lines = [f"{number} is the number of this line of the text.\n" for number in range(30)]
+    (tmp_path / "all.txt").write_text("".join(lines))
+    (tmp_path / "end.txt").write_text("".join(lines[-3:]) + "0 is the number of another line in place.\n")
+    open_pretraining(config(tmp_path / "all.txt", f"data.eval_source={tmp_path / 'end.txt'}"))
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning == "held-out documents that are learned too: 1 of 1. A low loss on them proves nothing"
+    assert warning == "75 % of the held-out text is learned too, line by line: a low held-out loss proves little"
 
 
 def test_texts_of_two_lengths_are_held_out_whole_and_none_becomes_empty(tmp_path):
