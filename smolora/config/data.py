@@ -41,7 +41,8 @@ class DataConfig(_Columns):
     are held out (none below 50 rows)."""
 
     file_type: FileType | None = None
-    """How to read the sources. Left out, it is inferred from the names. txt reads a folder's pages of HTML too."""
+    """How to read the sources, and an `eval_source` whose name doesn't tell. Left out, it is inferred from the names.
+    txt reads a folder's pages of HTML too."""
 
     max_length: int | None = Field(default=None, ge=2)
     """Longest example in tokens; of seq2seq, longest prompt and longest answer. Left out, the model's context."""

@@ -39,6 +39,13 @@ def locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType
     return _search_folder(path, file_type) if path.is_dir() else [(path, _require_type(path, file_type))]
 
 
+def choose_held_out_type(source: str, file_type: FileType | None) -> FileType | None:
+    """Return how to read held-out rows beside sources of a type: alike, but for a file whose name tells its own."""
+    path = Path(source).expanduser()
+    tells = path.is_file() and infer_type(path) is not None
+    return None if tells or file_type == "hub" or not path.exists() else file_type
+
+
 def describe_left_out(source: str, file_type: FileType | None) -> str | None:
     """Return how many files of a folder aren't read, by suffix; None where all are, or the folder says which ones.
 
@@ -132,5 +139,5 @@ def _describe_unread(files: Sequence[Path]) -> str:
     counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
     others = sum(count for _, count in counts.most_common()[_SHOWN:])
     shown = [f"{count:,} {suffix}" for suffix, count in counts.most_common(_SHOWN)]
-    hint = " data.file_type=txt (--file-type txt) reads pages of HTML too." if any(map(is_page, files)) else ""
+    hint = " data.file_type=txt reads pages of HTML too." if any(map(is_page, files)) else ""
     return ", ".join([*shown, *([f"{others:,} others"] if others else [])]) + f".{hint}"

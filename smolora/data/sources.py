@@ -24,7 +24,13 @@ from smolora.data.readers import check_readable
 from smolora.data.row_stream import RowStream, Source, check_form, close_report, open_file, refuse_rowless, stream_rows
 from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
-from smolora.data.source_files import describe_left_out, find_validation_file, locate, suggest_sibling
+from smolora.data.source_files import (
+    choose_held_out_type,
+    describe_left_out,
+    find_validation_file,
+    locate,
+    suggest_sibling,
+)
 from smolora.errors import DataError
 from smolora.runtime.hub import find_hub_problem
 
@@ -68,16 +74,15 @@ def check_sources(data: DataConfig) -> None:
     """
     for name in list_remote_sources(data):
         load_dataset_from_hub(name)  # Once it is in the cache, reading it again costs next to nothing.
-    for source in data.sources:
-        if left_out := describe_left_out(source, data.file_type):
+    for source, file_type in _list_sources(data):
+        if left_out := describe_left_out(source, file_type):
             logger.info("%s", left_out)
 
 
 def list_remote_sources(data: DataConfig) -> list[str]:
     """Return the names of sources that are the hub's; raise, as `check_sources`, unless every other one is there."""
-    held_out = [] if data.eval_source is None else [(data.eval_source, None)]
     remote = []
-    for source, file_type in [*((source, data.file_type) for source in _require_sources(data)), *held_out]:
+    for source, file_type in _list_sources(data):
         if is_benchmark_source(source):
             check_readable(locate_benchmark(source))
         elif (found := locate(source, file_type)) is None:
@@ -326,10 +331,20 @@ def _require_sources(data: DataConfig) -> tuple[str, ...]:
     return data.sources
 
 
+def _list_sources(data: DataConfig) -> list[tuple[str, FileType | None]]:
+    """Return all that is named, to learn from and to hold out, and how to read it."""
+    held_out = [] if data.eval_source is None else [data.eval_source]
+    return [
+        *((source, data.file_type) for source in _require_sources(data)),
+        *((source, choose_held_out_type(source, data.file_type)) for source in held_out),
+    ]
+
+
 def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
     """Open the held-out rows where they are given: by name, or beside the train.jsonl of every source."""
     if data.eval_source is not None:
-        return _open_source(data.eval_source, data.replace(file_type=None), is_whole=is_whole)
+        file_type = choose_held_out_type(data.eval_source, data.file_type)
+        return _open_source(data.eval_source, data.replace(file_type=file_type), is_whole=is_whole)
     files = [find_validation_file(Path(source)) for source in data.sources]
     return [open_file(file, "jsonl") for file in files if file is not None] if None not in files else None
 

@@ -213,7 +213,7 @@ def test_a_folder_with_nothing_to_read_is_named_with_what_it_holds(tmp_path):
     with pytest.raises(DataError, match="holds no file to read.*at any depth.$"):
         read(tmp_path)
     (tmp_path / "a.html").touch()
-    with pytest.raises(DataError, match=r"at any depth. It holds 1 .html. .*--file-type txt\) reads pages"):
+    with pytest.raises(DataError, match=r"at any depth. It holds 1 .html. data.file_type=txt reads pages"):
         read(tmp_path)
 
 
@@ -232,13 +232,24 @@ def test_pages_of_html_are_text_where_text_is_asked_for(tmp_path):
     assert [row.values["text"] for row in rows.train] == ["one", "two"]
 
 
+@pytest.mark.parametrize("held_out", ["pages", "pages/a.htm", "b.csv"])
+def test_held_out_rows_are_read_like_the_sources_unless_a_file_tells_its_type(tmp_path, held_out):
+    (tmp_path / "rows.dat").write_text("learned\n")
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.htm").write_text("<p>held out")
+    (tmp_path / "b.csv").write_text("text\nheld out\n")
+    data = DataConfig(sources=(str(tmp_path / "rows.dat"),), eval_source=str(tmp_path / held_out), file_type="txt")
+    check_sources(data)
+    assert "held out" in read_sources(data, seed=0).held_out[0].values["text"]
+
+
 def test_the_files_that_a_folder_holds_beside_are_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     for name in ("a.txt", "b.docx", "c.html", "d/e.docx", ".hidden"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
-    check_sources(DataConfig(sources=(str(tmp_path), str(tmp_path / "a.txt"))))
-    hint = "data.file_type=txt (--file-type txt) reads pages of HTML too."
+    check_sources(DataConfig(sources=(str(tmp_path / "a.txt"),), eval_source=str(tmp_path)))
+    hint = "data.file_type=txt reads pages of HTML too."
     assert caplog.messages == [f"3 of 4 files in {tmp_path} are left out: 2 .docx, 1 .html. {hint}"]
 
 
