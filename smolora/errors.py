@@ -16,7 +16,9 @@ Each also is the builtin that a caller would catch. A message says what was foun
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SmoloraError(Exception):
@@ -92,6 +94,20 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(found, list(allowed), n=1)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def suggest_path(missing: Path) -> str:
+    """Return " Did you mean 'x'?" for the path that is nearest, part by part, to one that isn't there; or nothing."""
+    found = Path(missing.anchor)
+    for part in missing.relative_to(found).parts:
+        if (found / part).exists():
+            found /= part
+            continue
+        names = [entry.name for entry in found.iterdir()] if found.is_dir() and os.access(found, os.R_OK) else []
+        if not (nearest := difflib.get_close_matches(part, names, n=1)):
+            return ""
+        found /= nearest[0]
+    return f" Did you mean '{found}'?" if found != missing else ""
 
 
 def count_of(number: int, noun: str) -> str:

@@ -21,7 +21,7 @@ import yaml
 from numpy.typing import NDArray
 
 from smolora.config import flatten_settings
-from smolora.errors import DataError
+from smolora.errors import DataError, suggest_path
 from smolora.records.metrics_log import MetricsLog, Scalar
 from smolora.records.run_dir import RunDir
 from smolora.records.verdict_file import read_verdict
@@ -91,7 +91,7 @@ class RunRecord:
         self.name_parts = 1
         if not self.run.metrics.is_file():
             raise DataError(
-                f"{path} holds no run: there is no {self.run.metrics.name}. "
+                f"{path} holds no run: there is no {self.run.metrics.name}.{suggest_path(self.run.path)} "
                 "Name a folder that smolora train or smolora pretrain wrote."
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from smolora.errors import ConfigError
+from smolora.errors import ConfigError, suggest_path
 
 
 class _RepeatedKeyError(yaml.YAMLError):
@@ -43,7 +43,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
             "rows are named behind --data."
         )
     if not file.is_file():
-        raise ConfigError(f"no configuration file {file}.")
+        raise ConfigError(f"no configuration file {file}.{suggest_path(file)}")
     try:
         values = _load(file.read_text(encoding="utf-8"))
     except _RepeatedKeyError as error:

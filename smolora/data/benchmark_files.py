@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from smolora.errors import DataError
+from smolora.errors import DataError, suggest_path
 from smolora.records.staging import describe_os_error, hash_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def find_file(benchmark: str, folder: Path, names: Sequence[str]) -> Path:
     if found is None:
         lack = f"{folder} has none of" if folder.is_dir() else f"there is no folder {folder} with one of"
         raise DataError(
-            f"{lack} {', '.join(names)}, which {benchmark} needs. Name the folder that holds it with --data-dir."
+            f"{lack} {', '.join(names)}, which {benchmark} needs.{suggest_path(folder)} "
+            "Name the folder that holds it with --data-dir."
         )
     return found
 

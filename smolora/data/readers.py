@@ -22,7 +22,7 @@ from smolora.config.data import FileType
 from smolora.data.arrow_files import iter_arrow, iter_parquet
 from smolora.data.rows import Reject, Row, check_values, find_broken_character, find_column, list_columns
 from smolora.data.squad import is_squad, iter_questions
-from smolora.errors import DataError, StorageError, count_of, did_you_mean
+from smolora.errors import DataError, StorageError, count_of, did_you_mean, suggest_path
 
 Read = Iterator[Row | Reject]
 
@@ -192,7 +192,7 @@ def check_readable(path: Path) -> None:
         StorageError: The permission is missing.
     """
     if not path.exists():
-        raise DataError(f"no such file: {path}.")
+        raise DataError(f"no such file: {path}.{suggest_path(path)}")
     if not os.access(path, os.R_OK):
         raise _refuse_reading(path)
     if not path.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from smolora.config.data import FileType
 from smolora.data.readers import infer_type, is_page, list_files
-from smolora.errors import DataError, did_you_mean
+from smolora.errors import DataError, suggest_path
 
 TRAIN_FILE = "train.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -35,7 +35,7 @@ def locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType
         return None
     if not path.exists():
         here = "" if path.is_absolute() else f" Relative names are looked for in the current folder, {Path.cwd()}."
-        raise DataError(f"no such file or folder: {source}.{suggest_sibling(path) or here}")
+        raise DataError(f"no such file or folder: {source}.{suggest_path(path) or here}")
     return _search_folder(path, file_type) if path.is_dir() else [(path, _require_type(path, file_type))]
 
 
@@ -68,11 +68,6 @@ def find_validation_file(folder: Path) -> Path | None:
     if not (folder / TRAIN_FILE).is_file():
         return None
     return next((folder / name for name in _VALIDATION_FILES if (folder / name).is_file()), None)
-
-
-def suggest_sibling(path: Path) -> str:
-    """Return the name beside `path` that is nearest to its own, as a question; empty where none is near."""
-    return did_you_mean(path.name, (entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
 
 
 def _may_be_hub_id(source: str) -> bool:

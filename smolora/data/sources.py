@@ -24,14 +24,8 @@ from smolora.data.readers import check_readable
 from smolora.data.row_stream import RowStream, Source, check_form, close_report, open_file, refuse_rowless, stream_rows
 from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
-from smolora.data.source_files import (
-    choose_held_out_type,
-    describe_left_out,
-    find_validation_file,
-    locate,
-    suggest_sibling,
-)
-from smolora.errors import DataError
+from smolora.data.source_files import choose_held_out_type, describe_left_out, find_validation_file, locate
+from smolora.errors import DataError, suggest_path
 from smolora.runtime.hub import find_hub_problem
 
 if TYPE_CHECKING:
@@ -250,7 +244,7 @@ def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
     except ConnectionError as error:
         raise DataError(
             f"no file or folder '{name}' here, and the hub didn't give it: {problem or error}. "
-            f"Check the name, or the network.{suggest_sibling(Path(name))}"
+            f"Check the name, or the network.{suggest_path(Path(name))}"
         ) from error
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

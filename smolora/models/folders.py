@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
-from smolora.errors import ModelError, clause
+from smolora.errors import ModelError, clause, suggest_path
 from smolora.runtime.hub import find_hub_problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -72,7 +72,8 @@ def find_local_folder(name_or_path: str | Path) -> Path | None:
     if folder.exists() or not _HUB_ID.fullmatch(name):
         kind = "a file, not a folder" if folder.exists() else "no folder"
         raise ModelError(
-            f"{name} is {kind}. Name a model folder, a run, or a hub id such as HuggingFaceTB/SmolLM2-135M."
+            f"{name} is {kind}.{suggest_path(folder)} Name a model folder, a run, or a hub id such as "
+            "HuggingFaceTB/SmolLM2-135M."
         )
     return None
 
@@ -85,6 +86,7 @@ def _is_cached(name: str, revision: str | None) -> bool:
 def _refuse_name(name: str | Path, reason: str) -> ModelError:
     return ModelError(
         f"no folder '{name}' here, and the hub didn't give it: {clause(reason)}. Check the name, or the network."
+        f"{suggest_path(Path(name))}"
     )
 
 

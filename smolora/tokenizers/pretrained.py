@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from smolora.errors import ModelError, clause
+from smolora.errors import ModelError, clause, suggest_path
 from smolora.runtime.hub import find_hub_problem
 from smolora.tokenizers.byte_level import END_OF_TEXT, ByteLevelTokenizer
 
@@ -26,7 +26,9 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     if folder.is_dir():
         _refuse_code(_read_tokenizer_config(folder), folder)
     elif folder.exists() or str(name_or_path).startswith((".", "/", "~")):
-        raise ModelError(f"{name_or_path} is no folder. Name a folder with tokenizer.json in it, or a hub id.")
+        raise ModelError(
+            f"{name_or_path} is no folder.{suggest_path(folder)} Name a folder with tokenizer.json in it, or a hub id."
+        )
     problem = None if folder.is_dir() else find_hub_problem(str(name_or_path), "model", revision=revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from smolora import errors
@@ -31,3 +33,21 @@ def test_an_error_of_another_process_has_that_ones_exit_code():
 
 def test_no_hint_is_given_where_nothing_is_near():
     assert errors.did_you_mean("xyz", ["learning_rate"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("missing", "hint"),
+    [
+        ("models/tniy", " Did you mean 'models/tiny'?"),
+        ("./modles/tiny", " Did you mean 'models/tiny'?"),
+        ("modles/tniy/config.json", " Did you mean 'models/tiny/config.json'?"),
+        ("models/other", ""),
+        ("models/tiny", ""),
+        ("models/tiny/config.json/file", ""),
+    ],
+)
+def test_of_a_path_that_is_not_there_the_nearest_one_is_named_part_by_part(tmp_path, monkeypatch, missing, hint):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert errors.suggest_path(Path(missing)) == hint

@@ -76,8 +76,10 @@ def test_a_file_of_other_columns_is_said(phased):
 
 
 def test_a_folder_without_a_run_is_said(tmp_path):
-    with pytest.raises(DataError, match=r"holds no run: there is no metrics.jsonl"):
+    with pytest.raises(DataError, match=r"holds no run: there is no metrics.jsonl\. Name"):
         RunRecord(tmp_path)
+    with pytest.raises(DataError, match=rf"metrics.jsonl\. Did you mean '{tmp_path}'"):
+        RunRecord(tmp_path.with_name(f"{tmp_path.name}x"))
 
 
 def test_a_lost_configuration_is_no_settings(phased):

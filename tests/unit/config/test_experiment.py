@@ -137,6 +137,9 @@ def test_a_value_that_is_no_yaml_is_refused_with_the_place():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no configuration file .*none\.yaml"):
         resolve_config(ExperimentConfig, file=tmp_path / "none.yaml")
+    (tmp_path / "nine.yaml").touch()
+    with pytest.raises(ConfigError, match=r"none\.yaml\. Did you mean '.*nine\.yaml'"):
+        resolve_config(ExperimentConfig, file=tmp_path / "none.yaml")
 
 
 def test_a_folder_in_place_of_a_file_is_refused_with_the_words_that_continue_a_run(tmp_path):

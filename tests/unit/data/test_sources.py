@@ -155,7 +155,7 @@ def test_sources_are_checked_without_being_read(tmp_path, field):
     (tmp_path / "a.jsonl").write_text("{bad\n")
     check_sources(DataConfig(sources=(str(tmp_path / "a.jsonl"),)))
     names = {"sources": (str(tmp_path / "a.jsonl"),)} | {field: str(tmp_path / "b.jsonl")}
-    with pytest.raises(DataError, match=r"no such file or folder: .*b.jsonl. Did you mean 'a.jsonl'"):
+    with pytest.raises(DataError, match=r"no such file or folder: .*b.jsonl. Did you mean '.*a.jsonl'"):
         check_sources(DataConfig(**names))
 
 
@@ -189,7 +189,7 @@ def test_what_may_not_be_read_is_named_before_it_is_read(tmp_path, locked):
 def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path):
     write_rows(tmp_path / "train_rows.jsonl", numbered(1))
     with pytest.raises(
-        DataError, match=r"no such file or folder: .*train_row.jsonl. Did you mean 'train_rows.jsonl'\?"
+        DataError, match=r"no such file or folder: .*train_row.jsonl. Did you mean '.*train_rows.jsonl'\?"
     ):
         read(tmp_path / "train_row.jsonl")
 

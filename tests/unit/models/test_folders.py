@@ -16,6 +16,15 @@ def test_a_model_that_neither_folder_nor_cache_nor_hub_has_is_named(hub, status,
     assert hub.requests == ["/api/models/someone/model"]
 
 
+@pytest.mark.parametrize("name", ["./modles/tiny", "models/tniy"])
+def test_of_a_mistaken_name_the_nearest_folder_is_said(hub, tmp_path, monkeypatch, name):
+    hub.status = 404
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="Did you mean 'models/tiny'?"):
+        require_model(name)
+
+
 def test_of_a_model_in_the_cache_the_hub_is_not_asked(hub, tmp_path):
     model = tmp_path / "hub-cache" / "models--someone--model"
     (model / "refs").mkdir(parents=True)
