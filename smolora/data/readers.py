@@ -1,4 +1,4 @@
-"""Files to rows: txt, csv (with commas, semicolons or tabs), jsonl, json, plain or .gz or .bz2; parquet and arrow.
+"""Files to rows: txt, csv (with commas, semicolons or tabs), jsonl, json, plain or packed; parquet and arrow.
 
 A record that can't be used becomes a Reject with its line and reason, and the rest is read on; a file whose records
 can't be told apart (a duplicate header, an unterminated quote) is a DataError. No reader guesses, none drops a record.
@@ -10,13 +10,14 @@ import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from smolora.config.data import FileType
 from smolora.data.arrow_files import iter_arrow, iter_parquet
@@ -31,6 +32,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 _LONGEST_FIELD = 2**31 - 1
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UNPACKERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def read_txt_folder(folder: str | Path) -> list[str]:
@@ -132,7 +134,7 @@ def is_page(path: Path) -> bool:
 def _find_suffix(path: Path) -> str:
     """Return the suffix of a file's name, or of the name that it has once it is unpacked."""
     suffix = path.suffix.lower()
-    return path.with_suffix("").suffix.lower() if suffix in {".gz", ".bz2"} else suffix
+    return path.with_suffix("").suffix.lower() if suffix in _UNPACKERS else suffix
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -171,8 +173,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
         DataError: The file can't be opened or unpacked, or is UTF-16.
     """
     check_readable(path)
-    openers: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open}
-    opener = openers.get(path.suffix.lower(), open)
+    opener = _UNPACKERS.get(path.suffix.lower(), open)
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             start = file.read(2)
@@ -180,7 +181,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
                 raise DataError(f"{path} is UTF-16 text, or no text at all. Save it as UTF-8.")
             file.seek(0)
             yield file
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"can't read {path}: {error}. The file may be damaged or cut; copy it again.") from error
 
 
@@ -316,13 +317,7 @@ def _decode_line(line: str, decoder: json.JSONDecoder) -> object:
 
 
 def _iter_json(path: Path) -> Read:
-    with open_text(path) as file:
-        try:
-            values = json.load(file, object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path} is malformed JSON: {error}. Is it one object a line? Then its type is jsonl."
-            ) from error
+    values = _load_json(path)
     if is_squad(values):
         try:
             values = list(iter_questions(values))
@@ -332,6 +327,18 @@ def _iter_json(path: Path) -> Read:
         raise DataError(f"{path} must hold a list of objects, found {type(values).__name__}.")
     for number, value in enumerate(values, start=1):
         yield _check_object(value, path, number)
+
+
+def _load_json(path: Path) -> Any:
+    """Return what a file holds; an empty one holds no rows."""
+    with open_text(path) as file:
+        text = file.read()
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} is malformed JSON: {error}. Is it one object a line? Then its type is jsonl."
+        ) from error
 
 
 def _check_object(value: object, path: Path, number: int) -> Row | Reject:

@@ -187,7 +187,7 @@ def choose_held_out(num_rows: int, data: DataConfig, *, seed: int) -> set[int]:
 
     The choice depends on the seed and the number of rows only. Where it is none of few, a line says so.
     """
-    if num_rows < FEWEST_ROWS_TO_SPLIT and data.validation_fraction and data.max_validation_rows:
+    if 0 < num_rows < FEWEST_ROWS_TO_SPLIT and data.validation_fraction and data.max_validation_rows:
         logger.info(
             "none of %d rows is held out, whatever data.validation_fraction says: fewer than %d are too few to miss "
             "some. Name others with data.eval_source (--eval-data) to measure by.",

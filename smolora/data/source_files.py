@@ -19,6 +19,7 @@ _VALIDATION_FILES = (VALIDATION_FILE, "valid.jsonl", "val.jsonl", "dev.jsonl")
 _DATASET_FILES, _DATASET_INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 """Of a folder that `Dataset.save_to_disk` wrote: which files hold its rows, and what they are; of one with splits."""
 
+_UNREAD_PACKINGS = (".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz")
 _TYPES = "arrow, csv, json, jsonl, parquet, txt"
 _SHOWN = 5
 
@@ -77,6 +78,10 @@ def _may_be_hub_id(source: str) -> bool:
 
 
 def _require_type(path: Path, file_type: FileType | None) -> FileType:
+    if path.name.lower().endswith(_UNREAD_PACKINGS):
+        raise DataError(
+            f"{path} is packed as {path.suffix}, which isn't read. Unpack it, or pack it as .gz, .bz2 or .xz."
+        )
     kind = file_type or infer_type(path)
     if kind is None:
         raise DataError(f"can't tell the type of {path} from its name. Name it with data.file_type: {_TYPES}.")

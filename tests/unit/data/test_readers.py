@@ -2,6 +2,7 @@ import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import re
 import sys
@@ -79,7 +80,9 @@ def test_documents_are_whole_files_split_where_a_line_marks_the_end(write):
     assert [row.line for row in found] == [1, 5]
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress)])
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
 def test_compressed_files_are_read_as_plain_ones(write, suffix, pack):
     path = write(f"a.jsonl{suffix}", pack(b'{"text": "one"}\n'))
     assert infer_type(path) == "jsonl"
@@ -88,11 +91,17 @@ def test_compressed_files_are_read_as_plain_ones(write, suffix, pack):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.csv.gz", b"text\nnot packed"), ("b.csv.gz", gzip.compress(b"text\n" * 999)[:-20]), ("c.csv.bz2", b"text\nno")],
+    [
+        ("a.csv.gz", b"text\nnot packed"),
+        ("b.csv.gz", gzip.compress(b"text\n" * 999)[:-20]),
+        ("c.csv.bz2", b"text\nno"),
+        ("d.csv.xz", b"text\nno"),
+    ],
     ids=[
         "not packed",
         "cut off",
         "not packed by bzip2",
+        "not packed by xz",
     ],  # An archive holds the time: every process would name it anew.
 )
 def test_a_damaged_archive_is_named(write, name, content):
@@ -227,6 +236,10 @@ def test_white_space_around_an_object_is_no_fault(write):
 
 def test_a_blank_line_of_jsonl_is_a_row_without_values(write):
     assert values(read_rows(write("a.jsonl", '{"a": 1}\n\n'), "jsonl")) == [{"a": 1}, {}]
+
+
+def test_an_empty_json_file_has_no_rows(write):
+    assert read_rows(write("a.json", "\n"), "json") == []
 
 
 def test_a_json_file_is_a_list_of_objects(write):

@@ -144,7 +144,12 @@ def test_five_percent_are_held_out_and_none_of_few(rows, held_out):
 
 @pytest.mark.parametrize(
     ("rows", "settings", "is_said"),
-    [(49, {"validation_fraction": 0.2}, True), (49, {"validation_fraction": 0.0}, False), (50, {}, False)],
+    [
+        (49, {"validation_fraction": 0.2}, True),
+        (49, {"validation_fraction": 0.0}, False),
+        (50, {}, False),
+        (0, {}, False),
+    ],
 )
 def test_it_is_said_that_none_of_few_rows_is_held_out_and_what_to_do(caplog, rows, settings, is_said):
     caplog.set_level("INFO")

@@ -201,6 +201,13 @@ def test_a_file_of_unknown_type_asks_for_the_type(tmp_path):
     assert read(tmp_path / "a.dat", file_type="txt").train[0].values == {"text": "one"}
 
 
+@pytest.mark.parametrize("file_type", [None, "jsonl"])
+def test_a_file_that_is_packed_in_another_way_is_refused_with_the_ways_that_are_read(tmp_path, file_type):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(DataError, match=r"a.jsonl.zst is packed as .zst, which isn't read. .* .gz, .bz2 or .xz"):
+        read(tmp_path / "a.jsonl.zst", file_type=file_type)
+
+
 def test_a_folder_of_several_types_asks_for_one(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     (tmp_path / "b.csv").write_text("text\ntwo\n")
