@@ -70,3 +70,11 @@ def test_a_report_closes_on_rows_alone(tmp_path):
     assert list(found.train) == []
     with pytest.raises(DataError, match=r"no rows in a\.jsonl"):
         close_report(found.report, DataConfig(sources=("a.jsonl",)), train=0, held_out=0, out=None)
+
+
+def test_held_out_rows_that_are_named_and_not_there_are_refused(tmp_path):
+    files = [write_rows(tmp_path / name, [{"text": text}]) for name, text in (("a.jsonl", "one"), ("b.jsonl", " "))]
+    found = stream(files[:1], files[1:])
+    assert (list(found.held_out), len(list(found.train))) == ([], 1)
+    with pytest.raises(DataError, match=r"no rows in b\.jsonl"):
+        close_report(found.report, DataConfig(eval_source="b.jsonl"), train=1, held_out=0, out=None)
