@@ -32,6 +32,9 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 _LONGEST_FIELD = 2**31 - 1
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_PACKING_MARKS = {b"\x1f\x8b": ".gz", b"\xfd7": ".xz"}
+"""First bytes that no text has; bzip2's are letters."""
+
 _UNPACKERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -170,14 +173,16 @@ def open_text(path: Path) -> Iterator[TextIO]:
     Bytes that aren't UTF-8 become lone surrogates, which `check_values` turns into a reject of their own row.
 
     Raises:
-        DataError: The file can't be opened or unpacked, or is UTF-16.
+        DataError: The file can't be opened or unpacked, is packed under another name, or is UTF-16.
     """
     check_readable(path)
     opener = _UNPACKERS.get(path.suffix.lower(), open)
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            start = file.read(2)
-            if "\0" in start or start.encode("utf-8", "surrogateescape") in _UTF16_MARKS:
+            start = file.read(2).encode("utf-8", "surrogateescape")
+            if packing := _PACKING_MARKS.get(start):
+                raise DataError(f"{path} is packed, and its name doesn't say so. Let it end in {packing}.")
+            if b"\0" in start or start in _UTF16_MARKS:
                 raise DataError(f"{path} is UTF-16 text, or no text at all. Save it as UTF-8.")
             file.seek(0)
             yield file

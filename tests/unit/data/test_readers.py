@@ -109,6 +109,12 @@ def test_a_damaged_archive_is_named(write, name, content):
         read_rows(write(name, content), "csv")
 
 
+@pytest.mark.parametrize(("pack", "suffix"), [(gzip.compress, ".gz"), (lzma.compress, ".xz")])
+def test_a_packed_file_under_a_plain_name_is_refused_with_the_name_it_needs(write, pack, suffix):
+    with pytest.raises(DataError, match=rf"is packed, and its name doesn't say so. Let it end in {suffix}"):
+        read_rows(write("a.csv", pack(b"text\none\n")), "csv")
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_column(write):
     assert read_csv(write("a.csv", b"\xef\xbb\xbftext,x\none,1\n")) == ["one"]
     assert read_jsonl(write("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n')) == ["one"]
