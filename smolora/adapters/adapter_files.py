@@ -51,12 +51,13 @@ PEFT_TASKS: dict[TaskType, str] = {
 """What peft calls a task."""
 _TASKS = {name: task for task, name in PEFT_TASKS.items()}
 
-_METHOD_KEY = re.compile(r"\.(lora|ia3|vera)_|^prompt_e")
+_METHOD_KEY = re.compile(r"\.(lora|ia3|vera|trainable_tokens)_|^prompt_e")
 """In the names of a method's own tensors; the others are of a head that is trained whole."""
 
 
 _BASE_COPY = (".base_layer.weight", ".base_layer.bias")
-"""Ends of the names of what isn't an adapter's own: on a head, peft writes the layer under it beside."""
+"""Ends of the names of what isn't an adapter's own: on a head, peft writes the layer under it beside. (A bias that was
+trained is the adapter's own, and has the same name.)"""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ class StoredAdapter:
         answering = min(reversed(heads), key=lambda weight: weight.shape[0] == weight.shape[1], default=())
         return tuple(f"LABEL_{number}" for number in range(len(answering)))
 
+    @property
+    def trained_biases(self) -> list[str]:
+        """The biases of the base that it has its own version of."""
+        own = [key for key in self.tensors if key.endswith(".bias") and not key.endswith(".lora_B.bias")]
+        return own if trains_biases(self.config) else []
+
     def refuse_other_base(self, fingerprint: str, source: str) -> None:
         """Raise if the adapter says that it was trained on other weights.
 
@@ -143,6 +150,11 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def trains_biases(config: peft.PeftConfig) -> bool:
+    """Whether an adapter has its own version of biases of the base, which peft puts in the place of the base's."""
+    return isinstance(config, peft.LoraConfig | peft.VeraConfig) and config.bias != "none"
+
+
 def read_adapter(folder: Path) -> StoredAdapter:
     """Read an adapter folder.
 
@@ -152,9 +164,10 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     if not is_adapter_folder(folder):
         raise ModelError(f"{folder} holds no adapter: there is no {CONFIG_FILE}. Name an adapter folder, or a run.")
-    tensors = _read_tensors(folder)
-    copies = {key: tensors.pop(key) for key in [*tensors] if key.endswith(_BASE_COPY)}
-    adapter = StoredAdapter(folder, _read_config(folder), tensors, _read_identity(folder), copies)
+    tensors, config = _read_tensors(folder), _read_config(folder)
+    copied = _BASE_COPY[:1] if trains_biases(config) else _BASE_COPY
+    copies = {key: tensors.pop(key) for key in [*tensors] if key.endswith(copied)}
+    adapter = StoredAdapter(folder, config, tensors, _read_identity(folder), copies)
     for key, tensor in adapter.tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity. Take an earlier checkpoint of its run.")

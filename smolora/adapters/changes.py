@@ -6,7 +6,7 @@ Weights are [out, in] here, as linear layers hold them, however a family stores 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +18,12 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vera.layer import VeraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
+from smolora.adapters.adapter_files import trains_biases
+from smolora.adapters.tensors import adapter_tensors
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.structure import read_bias
 
@@ -64,11 +67,14 @@ class Directed:
 
     low_rank: LowRank
     lengths: Tensor
-    """[out]"""
+    """[out]; of an embedding, whose rows are its inputs, [width]"""
+    along: int = 1
+    """The dimension that a length is measured along: the inputs'."""
 
     def apply(self, weight: Tensor) -> Tensor:
         moved = self.low_rank.apply(weight)
-        return moved.mul_((self.lengths.float() / torch.linalg.vector_norm(moved, dim=1))[:, None])
+        factors = self.lengths.float() / torch.linalg.vector_norm(moved, dim=self.along)
+        return moved.mul_(factors.unsqueeze(self.along))
 
     def measure(self, weight: Tensor) -> float:
         return _distance(self.apply(weight), weight)
@@ -101,14 +107,46 @@ class Replaced:
         return _distance(self.value, weight)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """An embedding of which the adapter holds its own version of some tokens."""
+
+    tokens: Sequence[int]
+    rows: Tensor
+    """[tokens, width]"""
+
+    def apply(self, weight: Tensor) -> Tensor:
+        tokens = torch.tensor(self.tokens, device=weight.device)
+        return weight.to(torch.float32, copy=True).index_copy_(0, tokens, self.rows.float())
+
+    def measure(self, weight: Tensor) -> float:
+        return _distance(self.rows, weight[list(self.tokens)])
+
+
 @torch.no_grad()
 def find_changes(model: nn.Module, adapter: str = "default") -> dict[str, Change]:
     """Return what an adapter changes, by the parameter's name in the plain model; soft prompts change a head alone."""
     prefix = "base_model." if is_soft_prompt(model) else PEFT_PREFIX  # peft puts nothing around a base behind them.
-    return {
+    changes = {
         f"{path.removeprefix(prefix)}.{name}": change
         for path, layer in model.named_modules()
         for name, change in _iter_changes(layer, adapter)
+    }
+    return _find_biases(model, adapter) | changes
+
+
+_OTHER_BIASES = {"lora_B", "modules_to_save", "original_module"}
+"""In the names of biases that aren't the base's, or are of a head that is trained whole."""
+
+
+def _find_biases(model: nn.Module, adapter: str) -> dict[str, Change]:
+    """Return the base's biases that were trained beside the adapter's layers."""
+    if not isinstance(model, peft.PeftModel) or not trains_biases(model.peft_config[adapter]):
+        return {}
+    return {
+        name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): Replaced(tensor)
+        for name, tensor in adapter_tensors(model, adapter).items()
+        if name.endswith(".bias") and _OTHER_BIASES.isdisjoint(name.split("."))
     }
 
 
@@ -118,6 +156,10 @@ def _iter_changes(layer: nn.Module, adapter: str) -> Iterator[tuple[str, Change]
         yield "weight", LowRank(layer.lora_A[adapter] * layer.lora_E[adapter], layer.lora_B[adapter], scale)
     elif isinstance(layer, LoraLayer):
         yield "weight", _read_lora(layer, adapter)
+        if layer.lora_bias[adapter]:
+            added = layer.scaling[adapter] * layer.lora_B[adapter].bias.float()
+            base = read_bias(layer.get_base_layer())
+            yield "bias", Replaced(added if base is None else base.float() + added)
     elif isinstance(layer, VeraLayer):
         yield "weight", _read_vera(layer, adapter)
     elif isinstance(layer, IA3Layer):
@@ -129,12 +171,20 @@ def _iter_changes(layer: nn.Module, adapter: str) -> Iterator[tuple[str, Change]
         yield from _replace(layer.ln_tuning_layers[adapter])
     elif isinstance(layer, ModulesToSaveWrapper):
         yield from _replace(layer.modules_to_save[adapter])
+    elif isinstance(layer, TrainableTokensWrapper):
+        tokens = layer.token_adapter
+        yield "weight", Rows(tokens.token_indices[adapter], tokens.trainable_tokens_delta[adapter])
 
 
 def _read_lora(layer: LoraLayer, adapter: str) -> Change:
-    low_rank = LowRank(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter]))
+    if adapter in layer.lora_embedding_A:  # An embedding's product is stored [r, tokens] and [width, r].
+        a, b = layer.lora_embedding_B[adapter].T, layer.lora_embedding_A[adapter].T
+    else:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    low_rank = LowRank(a, b, float(layer.scaling[adapter]))
     if adapter in layer.lora_magnitude_vector:
-        return Directed(low_rank, layer.lora_magnitude_vector[adapter].weight)
+        along = 0 if adapter in layer.lora_embedding_A else 1
+        return Directed(low_rank, layer.lora_magnitude_vector[adapter].weight, along)
     return low_rank
 
 
@@ -161,7 +211,7 @@ def _base_of(layer: nn.Module) -> nn.Module:
     found: nn.Module = layer
     if isinstance(layer, BaseTunerLayer):
         found = layer.get_base_layer()
-    elif isinstance(layer, ModulesToSaveWrapper):
+    elif isinstance(layer, AuxiliaryTrainingWrapper):
         found = layer.original_module
     return found
 

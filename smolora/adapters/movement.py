@@ -16,7 +16,7 @@ from smolora.adapters.tensors import adapter_tensors
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
 from smolora.models.quantised import dequantise
-from smolora.models.structure import is_quantised, is_stored_transposed
+from smolora.models.structure import is_quantised, is_stored_transposed, read_bias
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def _find_changes(bundle: ModelBundle) -> dict[str, tuple[Change, Change | None]
 def _read_weight(base: nn.Module, name: str) -> Tensor:
     if name == "weight" and is_quantised(base):
         return dequantise(base, torch.float32)
+    if name == "bias" and read_bias(base) is None:  # LoRA may bring one along.
+        return torch.zeros(())
     weight = base.get_parameter(name)
     return weight.T if name == "weight" and is_stored_transposed(base) else weight
 

@@ -32,6 +32,7 @@ from smolora.config.adapter import METHODS, LoRAConfig, PEFTConfig, SoftPromptCo
 from smolora.config.model import ModelConfig, Quantization
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import ConfigError, ModelError
+from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
 from smolora.models.folders import resolve_model_folder
 from smolora.models.loading import load_model
@@ -105,8 +106,10 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
         reason = textwrap.shorten(str(error), 160).rstrip(".")
         raise ModelError(f"{folder} doesn't fit this base: {reason}. It is for another model.") from None
     try:
+        if trainable:
+            _refuse_narrow(adapted, adapter)
         fill_adapter(adapted, adapter)
-    except ModelError:
+    except (ConfigError, ModelError):
         take_off(adapted)
         raise
     return bundle_adapted(base, adapted, adapter)
@@ -195,8 +198,20 @@ def _refuse_continuation(adapter: StoredAdapter) -> None:
         reason = "the network that made its virtual tokens isn't saved with them. Start anew"
     elif isinstance(config, peft.LoraConfig) and config.layer_replication:
         reason = "it repeats layers of its base, which no other adapter here does"
+    elif adapter.trained_biases:
+        reason = "it has biases of its own for its base, which no run here trains. Merge it, and adapt the merged model"
     if reason:
         raise ConfigError(f"adapter.path: {adapter.folder} can't be trained further: {reason}.")
+
+
+def _refuse_narrow(adapted: peft.PeftModel, adapter: StoredAdapter) -> None:
+    """Raise where peft would train a copy of a module in 16 bits, in which AdamW's small updates are lost."""
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"adapter.path: {adapter.folder} trains {name.removeprefix(PEFT_PREFIX)} whole, which is held as "
+                f"{parameter.dtype} here: small updates would be lost. Set model.dtype=float32."
+            )
 
 
 def take_off(adapted: peft.PeftModel) -> PreTrainedModel:

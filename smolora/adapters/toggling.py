@@ -9,6 +9,7 @@ import peft
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from smolora.adapters.adapter_files import trains_biases
 from smolora.adapters.changes import is_soft_prompt
 from smolora.adapters.state import replaced_weights
 from smolora.errors import ModelError
@@ -67,9 +68,10 @@ def refuse_inseparable(*configs: peft.PeftConfig) -> None:
         ModelError: It does.
     """
     for config in configs:
-        if not isinstance(config, peft.LoraConfig) or (config.bias == "none" and not config.layer_replication):
+        replication = config.layer_replication if isinstance(config, peft.LoraConfig) else None
+        if not replication and not trains_biases(config):
             continue
-        setting = f"bias={config.bias!r}" if config.bias != "none" else f"layer_replication={config.layer_replication}"
+        setting = f"layer_replication={replication}" if replication else f"bias={config.to_dict()['bias']!r}"
         raise ModelError(
             f"an adapter with {setting} changes the base itself, so the model can't answer without it or with another. "
             "Open the base, or each adapter, by itself."

@@ -36,6 +36,15 @@ def move_adapter(model, *, seed=5):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
+def move_all(model, *, seed=5):
+    """Add random numbers to everything that an adapter trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
 def attach_moved(bundle, **settings):
     """Attach a LoRA adapter without dropout to a bundle and move it."""
     adapted = attach_adapter(bundle, LoRAConfig(lora_dropout=0.0, **settings), seed=3)
@@ -65,7 +74,7 @@ def save_peft_pair(tmp_path):
         model = load_model(base_folder).model
         with quiet_peft():
             adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-            move_adapter(adapted)
+            move_all(adapted)
             adapted.save_pretrained(tmp_path / "adapter")
         return base_folder, tmp_path / "adapter"
 

@@ -7,6 +7,7 @@ import torch
 
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.movement import measure_movement
+from smolora.adapters.store import load_adapter
 from smolora.config import LoRAConfig
 from smolora.config.adapter import METHODS
 from smolora.models.loading import load_model
@@ -30,6 +31,11 @@ def test_the_norms_are_those_of_the_merged_weights(tmp_path, family):
         assert value == pytest.approx((change.norm() / weight.norm()).item(), rel=1e-3)
         moved, held = moved + change.square().sum().item(), held + weight.square().sum().item()
     assert found.relative == pytest.approx((moved / held) ** 0.5, rel=1e-3)
+
+
+def test_a_bias_that_lora_brings_along_moves_its_module(save_peft_pair):
+    base, adapter = save_peft_pair(target_modules=["q_proj"], lora_bias=True)
+    assert measure_movement(load_adapter(load_model(base), adapter)).num_still == 0
 
 
 def test_a_fresh_adapter_moves_nothing(tmp_path):

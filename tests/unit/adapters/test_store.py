@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import is_same_adapter, read_adapter
-from smolora.adapters.attach import attach_adapter
+from smolora.adapters.attach import attach_adapter, quiet_peft
 from smolora.adapters.store import find_adapter, follow_adapter, load_adapter, load_bundle, open_model, save_adapter
 from smolora.config import ExperimentConfig
 from smolora.config.adapter import METHODS
@@ -155,6 +155,32 @@ def test_an_adapter_on_the_head_brings_the_base_s_own_and_no_other(save_peft_pai
     save_file({**tensors, name: tensors[name] + 1}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"brings a lm_head.base_layer.weight that isn't this base's"):
         load_bundle(adapter)
+
+
+@pytest.mark.parametrize("setting", [{"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": [1, 5]}])
+def test_what_was_trained_beside_lora_s_matrices_is_loaded_with_them(save_peft_pair, setting):
+    base, folder = save_peft_pair("gpt2", target_modules=["c_attn"], **setting)
+    with quiet_peft():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        expected = peft.PeftModel.from_pretrained(plain, folder)(random_input_ids(8)).logits
+    assert torch.equal(load_bundle(folder).model(random_input_ids(8)).logits, expected)
+
+
+def test_an_adapter_with_biases_of_its_own_is_not_trained_further_and_one_for_a_base_without_any_is(save_peft_pair):
+    base, folder = save_peft_pair("gpt2", target_modules=["c_attn"], bias="all")
+    with pytest.raises(ConfigError, match="can't be trained further: it has biases of its own for its base"):
+        load_adapter(load_model(base), folder, trainable=True)
+    base, folder = save_peft_pair("llama", target_modules=["q_proj"], bias="all")
+    assert load_adapter(load_model(base), folder, trainable=True)
+
+
+def test_a_module_that_is_trained_whole_goes_on_in_float32_only(save_peft_pair):
+    base, folder = save_peft_pair(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert load_adapter(load_model(base), folder, trainable=True)
+    narrow = load_model(base, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"trains lm_head\..* held as torch\.bfloat16 .*Set model\.dtype=float32"):
+        load_adapter(narrow, folder, trainable=True)
+    assert load_adapter(narrow, folder)
 
 
 def test_an_adapter_that_repeats_layers_is_not_trained_further(save_peft_pair):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 
 from smolora.adapters.attach import attach_adapter
-from smolora.adapters.toggling import disabled_adapter
+from smolora.adapters.toggling import disabled_adapter, refuse_inseparable
 from smolora.config.adapter import METHODS
+from smolora.errors import ModelError
 from smolora.models.loading import load_model
 from tests.tiny import random_input_ids, save_tiny_encoder, save_tiny_model, tiny_bundle
 from tests.unit.adapters.conftest import attach_moved
@@ -39,6 +41,12 @@ def test_behind_virtual_tokens_a_head_is_switched_off_too(tmp_path, family, meth
         assert torch.equal(adapted.model(ids, attention_mask=mask).logits, plain)
     assert torch.equal(adapted.model(ids, attention_mask=mask).logits, before)
     assert not torch.equal(before, plain)
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig(bias="lora_only"), peft.VeraConfig(bias="all")])
+def test_an_adapter_that_replaces_biases_of_the_base_can_not_be_switched_off(config):
+    with pytest.raises(ModelError, match=f"an adapter with bias='{config.bias}' changes the base itself"):
+        refuse_inseparable(config)
 
 
 def test_what_was_frozen_stays_frozen(tmp_path):
