@@ -17,11 +17,11 @@ import torch
 
 from smolora.adapters.adapter_files import StoredAdapter
 from smolora.adapters.changes import find_base, find_changes
-from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof
+from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof, probe_adapter
 from smolora.adapters.merge_proof import Finding, Proof, WeightProof
 from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write_merged_file
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
-from smolora.adapters.store import load_adapter, load_base, read_on_base, resolve_base_folder
+from smolora.adapters.store import load_base, read_on_base, resolve_base_folder
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle, read_config
@@ -79,8 +79,8 @@ class MergeReport:
     num_copied_tensors: int
     """Those that are the base's, read back and compared byte by byte."""
     compared: str
-    """What the proof compared, in float32: each merged weight (plain LoRA on a base that isn't quantised), or logits of
-    the merged model."""
+    """What the numbers below are of, in float32: of each merged weight (plain LoRA on a base that isn't quantised), or
+    of logits of the merged model, beside which each weight of such a base is held to the adapter too."""
     adapter_effect: float
     """Largest change by the adapter of what was compared."""
     max_difference: float
@@ -128,9 +128,9 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
 
 def _merge_with_head(adapter: StoredAdapter, out: Path) -> MergeReport:
     """Merge in memory, and save anew: the base's files have no place for the head that was trained with the adapter."""
-    bundle = load_adapter(_open_base(adapter, torch.float32, device="cpu"), adapter.folder)
+    bundle, probe = probe_adapter(_open_base(adapter, torch.float32, device="cpu"), adapter.folder)
     plain = load_model(bundle.source, revision=bundle.revision, task=adapter.task, labels=adapter.labels)
-    proof, updates = LogitProof(bundle, torch.float32), _build_updates(adapter, bundle)
+    proof, updates = LogitProof(probe, torch.float32), _build_updates(adapter, bundle)
     weights = dict(plain.model.named_parameters())
     for name, update in updates.items():
         merged = update.apply(weights[name].detach())
@@ -197,9 +197,9 @@ def _open(adapter: StoredAdapter, dtype: torch.dtype) -> _Opened:
             for name, change in changes.items()
         }
         return _Opened(bundle.source, bundle.fingerprint, updates, WeightProof())
-    bundle = load_adapter(_open_base(adapter, dtype, device="cpu"), adapter.folder)
+    bundle, probe = probe_adapter(_open_base(adapter, dtype, device="cpu"), adapter.folder)
     _refuse_tied_head(adapter, bundle, find_changes(bundle.model))
-    return _Opened(bundle.source, bundle.fingerprint, _build_updates(adapter, bundle), LogitProof(bundle, dtype))
+    return _Opened(bundle.source, bundle.fingerprint, _build_updates(adapter, bundle), LogitProof(probe, dtype))
 
 
 def _refuse_unmergeable(adapter: StoredAdapter) -> None:

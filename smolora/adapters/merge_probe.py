@@ -1,8 +1,8 @@
 """Proves a merge of any adapter on a few tokens: the merged files' logits are those of base and adapter, in float32.
 
 Weights stay mapped from their files, in the files' type: each operation widens its own for as long as it runs. The
-adapter's logits are peft's own, and so don't rest on what was merged. The proof takes three short forward passes and
-the memory of one float32 weight.
+adapter's logits are peft's own, and so don't rest on what was merged. Few tokens read few rows of an embedding, so each
+weight is held to its change beside. The proof takes three short forward passes and the memory of one float32 weight.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from smolora.adapters.merge_proof import Finding, refuse_infinite
+from smolora.adapters.merge_proof import Finding, WeightProof, refuse_infinite
 from smolora.adapters.merged_weights import Update
-from smolora.adapters.toggling import disabled_adapter
+from smolora.adapters.store import load_adapter
 from smolora.errors import ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model
@@ -42,13 +42,21 @@ class Probe:
 class LogitProof:
     """Compares logits of the merged model with the adapter's."""
 
-    def __init__(self, adapted: ModelBundle, dtype: torch.dtype) -> None:
-        self._probe, self._dtype = probe_adapter(adapted), dtype
+    def __init__(self, probe: Probe, dtype: torch.dtype) -> None:
+        self._probe, self._dtype = probe, dtype
+        self._weights = WeightProof()
         self._merged_dtypes: set[torch.dtype] = set()
 
     def check(self, name: str, update: Update, weight: Tensor, merged: Tensor) -> None:
-        """Raise unless a merged tensor is finite."""
-        refuse_infinite(name, merged)
+        """Hold a merged tensor to base and adapter; of a quantised layer, raise unless it is finite.
+
+        Raises:
+            ModelError: It isn't.
+        """
+        if update.quantization == "none":
+            self._weights.check(name, update, weight, merged)
+        else:
+            refuse_infinite(name, merged)
         self._merged_dtypes.add(merged.dtype)
 
     def conclude(self, folder: Path) -> Finding:
@@ -58,15 +66,19 @@ class LogitProof:
         return Finding(compared, self._probe.effect, difference, tolerance)
 
 
-def probe_adapter(bundle: ModelBundle) -> Probe:
-    """Return the logits of base and adapter on a few fixed tokens."""
-    num_tokens = min(bundle.context or _TOKENS, _TOKENS)
-    vocab_size = next(p for p in bundle.model.parameters() if p.ndim == 2).shape[0]
+def probe_adapter(base: ModelBundle, folder: Path) -> tuple[ModelBundle, Probe]:
+    """Put a saved adapter on its base; return both, and their logits on a few fixed tokens.
+
+    Raises:
+        ModelError: As `load_adapter`.
+    """
+    num_tokens = min(base.context or _TOKENS, _TOKENS)
+    vocab_size = next(p for p in base.model.parameters() if p.ndim == 2).shape[0]
     input_ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
-    with disabled_adapter(bundle):
-        plain = _compute_logits(bundle, input_ids)
-    logits = _compute_logits(bundle, input_ids)
-    return Probe(input_ids, logits, (logits - plain).abs().max().item())
+    plain = _compute_logits(base, input_ids)
+    adapted = load_adapter(base, folder)
+    logits = _compute_logits(adapted, input_ids)
+    return adapted, Probe(input_ids, logits, (logits - plain).abs().max().item())
 
 
 def verify_merged(merged: ModelBundle, probe: Probe, dtypes: Iterable[torch.dtype]) -> tuple[float, float]:

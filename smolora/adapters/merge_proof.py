@@ -1,9 +1,9 @@
-"""Proves a merge of LoRA weight by weight, on the numbers that lie in the merged file.
+"""Proves a merge weight by weight, on the numbers that lie in the merged file.
 
-On random vectors x, a merged weight must give what the layer of the base and the adapter give by LoRA's definition:
-W' x = W x + scaling * B (A x). Layers multiply by these weights and by nothing else, so with every other tensor the
-base's, byte for byte, the merged model is base and adapter for any input, up to the rounding of the file's type. No
-model is run for that: it takes two thin products a weight.
+On random vectors x, a merged weight must give what the layer of the base and the adapter give, of LoRA by its
+definition: W' x = W x + scaling * B (A x). Layers multiply by these weights and by nothing else, so with every other
+tensor the base's, byte for byte, the merged model is base and adapter for any input, up to the rounding of the file's
+type. No model is run for that: it takes two thin products a weight.
 
 `N` vectors.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smolora.adapters.changes import LowRank
+from smolora.adapters.changes import Change, LowRank
 from smolora.adapters.merged_weights import Update
 from smolora.errors import ModelError
 
@@ -68,11 +68,11 @@ class WeightProof:
         Raises:
             ModelError: It isn't finite, or isn't what base and adapter compute.
         """
-        low_rank = update.change
-        assert isinstance(low_rank, LowRank) and update.quantization == "none", "plain LoRA"
-        base, found = ((w.T if update.is_transposed else w).float() for w in (weight, merged))  # [out, in]
+        assert update.quantization == "none", "the layer multiplied by the weight that lies in the file"
+        weight, merged = (w.T if update.is_transposed else w for w in (weight, merged))
+        base, found = _as_matrix(weight), _as_matrix(merged)  # [out, in]
         x = self._draw(base.shape[1])
-        change = low_rank.scaling * F.linear(F.linear(x, low_rank.a.float()), low_rank.b.float())  # [N, out]
+        change = _respond(update.change, weight, x)  # [N, out]
         length = base.norm(dim=1).add_(change.abs().amax(0)).clamp_(min=torch.finfo(torch.float32).tiny)
         difference = ((F.linear(x, found) - F.linear(x, base) - change).abs() / length).max().item()
         tolerance = max(_ARITHMETIC, _ROUNDINGS * torch.finfo(merged.dtype).eps)
@@ -96,6 +96,19 @@ class WeightProof:
         if width not in self._vectors:
             self._vectors[width] = torch.randn(_VECTORS, width, generator=torch.Generator().manual_seed(width))
         return self._vectors[width]
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """Return a parameter in float32 as [out, in]; a bias, or a norm's factors, as the weight of a single input."""
+    return weight.float().reshape(weight.shape[0] if weight.ndim else 1, -1)
+
+
+def _respond(change: Change | None, weight: Tensor, x: Tensor) -> Tensor:
+    """Return what the adapter adds [N, out] to the products of `weight` with vectors [N, in]."""
+    if isinstance(change, LowRank):
+        return change.scaling * F.linear(F.linear(x, change.a.float()), change.b.float())
+    changed = weight if change is None else change.apply(weight)
+    return F.linear(x, _as_matrix(changed) - _as_matrix(weight))
 
 
 def refuse_infinite(name: str, merged: Tensor) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smolora.adapters.changes import LowRank
+from smolora.adapters.changes import Directed, LowRank, Replaced, Rescaled, Rows
 from smolora.adapters.merge_proof import WeightProof
 from smolora.adapters.merged_weights import Update
 from smolora.errors import ModelError
@@ -60,6 +60,36 @@ def test_a_square_weight_that_got_the_transposed_update_is_noticed():
     merged = Update(update.change, is_transposed=True).apply(weight)
     with pytest.raises(ModelError, match="isn't base and adapter"):
         WeightProof().check("a.weight", update, weight, merged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Rows([3, 17], draw(2, 64, seed=4)),
+        Replaced(draw(96, 64, seed=4)),
+        Rescaled(draw(96, 1, seed=4)),
+        Directed(LowRank(draw(4, 64, seed=1), draw(96, 4, seed=2), 0.5), draw(96, seed=4)),
+        None,
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_is_held_to_any_change(change, dtype):
+    weight, update = draw(96, 64).to(dtype), Update(change)
+    merged = update.apply(weight).clone()
+    WeightProof().check("a.weight", update, weight, merged)
+    merged[50] += weight[50]
+    with pytest.raises(ModelError, match="isn't base and adapter"):
+        WeightProof().check("a.weight", update, weight, merged)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_is_held_to_its_change(dtype):
+    bias, update = draw(96).to(dtype), Update(Replaced(draw(96, seed=4)))
+    merged = update.apply(bias).clone()
+    WeightProof().check("a.bias", update, bias, merged)
+    merged[50] = bias[50]
+    with pytest.raises(ModelError, match=r"a\.bias merged isn't base and adapter"):
+        WeightProof().check("a.bias", update, bias, merged)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
