@@ -7,13 +7,14 @@ the adapter it either merges the NaN or stops half way.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import peft
 import torch
+from torch import nn
 
 from smolora.adapters.adapter_files import StoredAdapter
 from smolora.adapters.changes import find_base, find_changes
@@ -22,12 +23,14 @@ from smolora.adapters.merge_proof import Finding, Proof, WeightProof
 from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write_merged_file
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
 from smolora.adapters.store import load_base, read_on_base, resolve_base_folder
+from smolora.adapters.tied_weights import Tied, find_tied, settle_tied, write_untied_settings
 from smolora.data.prompts import PROMPT_FORMAT_FILE
 from smolora.errors import ModelError
-from smolora.models.bundle import ModelBundle, read_config
+from smolora.models.anatomy import Anatomy
+from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, read_model_settings
 from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_template
-from smolora.models.structure import is_quantised, is_stored_transposed
+from smolora.models.structure import is_quantised, is_stored_transposed, read_bias
 from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
 from smolora.records.staging import refuse_existing, require_writable, staged_folder, write_json
@@ -57,8 +60,9 @@ _FILE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BOOKKEEPING = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-_STATE = ("inference_mode", "lora_dropout", "init_lora_weights", "modules_to_save")
-_UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, *_STATE}
+_MORE = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+_STATE = ("inference_mode", "lora_dropout", "init_lora_weights")
+_UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, *_MORE, *_STATE}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
 
 
@@ -112,29 +116,39 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
         return _merge_with_head(adapter, out)
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
-    source, fingerprint, updates, proof = _open(adapter, _choose_dtype(stored))
-    matched = match_updates(updates, stored)
-    updates_by_tensor = {name: update for name, (update, _) in matched.items()}
+    opened = _open(adapter, _choose_dtype(stored))
+    settled = settle_tied(opened.updates, opened.tied, opened.anatomy, {tensor.name for tensor in stored})
+    matched = match_updates(settled.updates, stored, settled.untied)
+    added = {name: tensor for name, (_, tensor) in matched.items() if name != tensor.name}
     with staged_folder(out, last="config.json") as staging:
         for file in files:
-            write_merged_file(file, staging / file.name, updates_by_tensor, proof.check)
+            changed = {name: update for name, (update, tensor) in matched.items() if tensor.file == file}
+            further = {name: tensor for name, tensor in added.items() if tensor.file == file}
+            write_merged_file(file, staging / file.name, changed, opened.proof.check, further)
         _copy_settings(base_folder, adapter_folder, staging)
-        found = proof.conclude(staging)
-        dtypes = [tensor.dtype for _, tensor in matched.values()]
-        report = _report(adapter, out, base=(source, fingerprint), dtypes=dtypes, num_tensors=len(stored), found=found)
+        if settled.untied:
+            write_untied_settings(staging, added)
+        report = _report(
+            adapter,
+            out,
+            opened=opened,
+            dtypes=[tensor.dtype for _, tensor in matched.values()],
+            num_tensors=len(stored) + len(added),
+            found=opened.proof.conclude(staging),
+        )
         write_json(staging / REPORT_FILE, asdict(report))
     return report
 
 
 def _merge_with_head(adapter: StoredAdapter, out: Path) -> MergeReport:
     """Merge in memory, and save anew: the base's files have no place for the head that was trained with the adapter."""
-    bundle, probe = probe_adapter(_open_base(adapter, torch.float32, device="cpu"), adapter.folder)
+    bundle, opened = _put_on(_open_base(adapter, torch.float32, device="cpu"), adapter, torch.float32)
     plain = load_model(bundle.source, revision=bundle.revision, task=adapter.task, labels=adapter.labels)
-    proof, updates = LogitProof(probe, torch.float32), _build_updates(adapter, bundle)
     weights = dict(plain.model.named_parameters())
+    updates = settle_tied(opened.updates, opened.tied, opened.anatomy, weights).updates
     for name, update in updates.items():
         merged = update.apply(weights[name].detach())
-        proof.check(name, update, weights[name], merged)
+        opened.proof.check(name, update, weights[name], merged)
         weights[name].data = merged
     with staged_folder(out, last="config.json") as staging:
         save_model(replace(plain, prompt_format=bundle.prompt_format), staging)
@@ -142,10 +156,10 @@ def _merge_with_head(adapter: StoredAdapter, out: Path) -> MergeReport:
         report = _report(
             adapter,
             out,
-            base=(bundle.source, bundle.fingerprint),
+            opened=opened,
             dtypes=dtypes,
             num_tensors=len(weights),
-            found=proof.conclude(staging),
+            found=opened.proof.conclude(staging),
         )
         write_json(staging / REPORT_FILE, asdict(report))
     return report
@@ -155,15 +169,15 @@ def _report(
     adapter: StoredAdapter,
     out: Path,
     *,
-    base: tuple[str, str],
+    opened: _Opened,
     dtypes: Sequence[str],
     num_tensors: int,
     found: Finding,
 ) -> MergeReport:
-    """Return the report; `base` is its source and fingerprint, and `dtypes` are those of the merged tensors."""
+    """Return the report; `dtypes` are those of the merged tensors."""
     return MergeReport(
-        base=base[0],
-        base_fingerprint=base[1],
+        base=opened.source,
+        base_fingerprint=opened.fingerprint,
         adapter=str(adapter.folder),
         out=str(out),
         dtype=", ".join(sorted(set(dtypes))),
@@ -182,24 +196,32 @@ class _Opened(NamedTuple):
 
     source: str
     fingerprint: str
+    anatomy: Anatomy
+    tied: Tied
     updates: dict[str, Update]
+    """By the name of the parameter in the plain model."""
     proof: Proof
 
 
 def _open(adapter: StoredAdapter, dtype: torch.dtype) -> _Opened:
     if is_plain_lora(adapter):
-        bundle = _open_base(adapter, dtype, device="meta")
-        changes = read_plain_lora(adapter, bundle)
-        _refuse_tied_head(adapter, bundle, changes)
-        modules = dict(bundle.model.named_modules())
+        base = _open_base(adapter, dtype, device="meta")
+        changes, tied = read_plain_lora(adapter, base), find_tied(base.model)
+        modules = dict(base.model.named_modules())
         updates = {
             name: Update(change, is_stored_transposed(modules[name.rpartition(".")[0]]))
             for name, change in changes.items()
         }
-        return _Opened(bundle.source, bundle.fingerprint, updates, WeightProof())
-    bundle, probe = probe_adapter(_open_base(adapter, dtype, device="cpu"), adapter.folder)
-    _refuse_tied_head(adapter, bundle, find_changes(bundle.model))
-    return _Opened(bundle.source, bundle.fingerprint, _build_updates(adapter, bundle), LogitProof(probe, dtype))
+        if not any(updates.keys() & set(names) for names in tied):
+            return _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, WeightProof())
+    return _put_on(_open_base(adapter, dtype, device="cpu"), adapter, dtype)[1]
+
+
+def _put_on(base: ModelBundle, adapter: StoredAdapter, dtype: torch.dtype) -> tuple[ModelBundle, _Opened]:
+    tied = find_tied(base.model)
+    adapted, probe = probe_adapter(base, adapter.folder)
+    updates, proof = _build_updates(adapter, adapted), LogitProof(probe, dtype)
+    return adapted, _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, proof)
 
 
 def _refuse_unmergeable(adapter: StoredAdapter) -> None:
@@ -215,7 +237,10 @@ def _refuse_unmergeable(adapter: StoredAdapter) -> None:
     for name, value in config.to_dict().items():
         is_set = value or defaults[name]  # peft writes an empty list where a conversion found nothing to name.
         if name not in _UNDERSTOOD and is_set and value != defaults[name]:
-            raise ModelError(f"{adapter.folder} uses {name}={value!r}, which can't be merged yet. Plain LoRA can.")
+            raise ModelError(
+                f"{adapter.folder} uses {name}={value!r}, and what that makes of the weights isn't known here. Merge "
+                "it with peft (PeftModel.merge_and_unload), or keep base and adapter side by side."
+            )
     if config.init_lora_weights not in _PLAIN_STARTS:
         raise ModelError(
             f"{adapter.folder} started with init_lora_weights={config.init_lora_weights!r}, which changes "
@@ -237,15 +262,6 @@ def _choose_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
     return only or torch.float32
 
 
-def _refuse_tied_head(adapter: StoredAdapter, bundle: ModelBundle, names: Iterable[str]) -> None:
-    head = next((name for name in names if bundle.anatomy.part_of(name).group == "head"), None)
-    if head and read_config(bundle.model).tie_word_embeddings:
-        raise ModelError(
-            f"{adapter.folder} adapts {head.rpartition('.')[0]}, whose weight is the token embedding's: merged, it "
-            "would change both."
-        )
-
-
 def _open_base(adapter: StoredAdapter, dtype: torch.dtype, *, device: str) -> ModelBundle:
     if adapter.quantization != "none":
         dtype = torch.float32  # A quantised layer rounds what it dequantises to its own type.
@@ -257,6 +273,7 @@ def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Upd
     assert isinstance(bundle.model, peft.PeftModel), "an adapter was put on"
     changes, plain = find_changes(bundle.model), bundle.model.get_base_model()
     layers = {part.name: find_base(plain, part.name) for part in bundle.anatomy.parts}
+    _refuse_new_biases(adapter, changes, layers)
     held = [f"{path}.weight" for path, layer in layers.items() if is_quantised(layer)]
     return {
         name: Update(
@@ -266,6 +283,15 @@ def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Upd
         )
         for name in dict.fromkeys([*held, *changes])
     }
+
+
+def _refuse_new_biases(adapter: StoredAdapter, names: Iterable[str], layers: Mapping[str, nn.Module]) -> None:
+    paths = [name.removesuffix(".bias") for name in names if name.endswith(".bias")]
+    if without := [path for path in paths if read_bias(layers[path]) is None]:
+        raise ModelError(
+            f"{adapter.folder} adds a bias to {without[0]} (lora_bias), which has none in the base: there is nothing "
+            "to merge it into. Keep base and adapter side by side."
+        )
 
 
 def _copy_settings(base: Path, adapter: Path, target: Path) -> None:

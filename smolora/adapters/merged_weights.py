@@ -1,17 +1,18 @@
 """Writes what an adapter makes of a base into safetensors files, tensor by tensor, and reads them back beside.
 
-A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte, and
-the tensors follow in the same order: updated ones computed in float32 and cast back, all others copied. One is in
-memory to be written, and one to be checked.
+A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte (but
+for a head that is tied to the embedding no longer, which comes last), and the tensors follow in the same order: updated
+ones computed in float32 and cast back, all others copied. One is in memory to be written, and one to be checked.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,9 @@ from smolora.models.quantised import round_trip
 from smolora.models.weight_files import StoredTensor, name_in_files, read_header, read_stored_tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNED = 8
+"""Bytes; tensors begin at a multiple of this."""
+
 _CHUNK = 1 << 20
 _DISK_BLOCK = 8 << 20
 """Bytes that are handed to the disk at a time, at least."""
@@ -39,7 +43,7 @@ class Update:
     """What becomes of one stored parameter: the rounding of a quantised base, then what the adapter makes of it."""
 
     change: Change | None
-    """None is a layer that is quantised and not adapted."""
+    """None is a layer that is quantised and not adapted, or the embedding's weight that an untied head starts with."""
     is_transposed: bool = False
     """The weight is stored [in, out] (GPT-2's Conv1D)."""
     quantization: Quantization = "none"
@@ -57,13 +61,16 @@ Check = Callable[[str, Update, Tensor, Tensor], None]
 
 
 def match_updates(
-    updates: Mapping[str, Update], stored: Iterable[StoredTensor]
+    updates: Mapping[str, Update], stored: Iterable[StoredTensor], untied: Mapping[str, str] | None = None
 ) -> dict[str, tuple[Update, StoredTensor]]:
-    """Return the updates by the name of the stored tensor they go on.
+    """Return the updates and the stored tensors they go on, by the name that the merged tensor has.
+
+    That is the stored tensor's own, but for one that is no longer tied.
 
     Args:
         updates: By the name of the parameter in memory.
         stored: Every tensor of the base.
+        untied: Parameters that the base may not hold, and those whose tensor is theirs too.
 
     Raises:
         ModelError: A parameter isn't in the files, or isn't of a type that can be added to.
@@ -71,7 +78,9 @@ def match_updates(
     by_name = {tensor.name: tensor for tensor in stored}
     matched = {}
     for path, update in updates.items():
-        tensor = next((by_name[name] for name in name_in_files(path) if name in by_name), None)
+        own = [by_name[name] for name in name_in_files(path) if name in by_name]
+        shared = [by_name[name] for name in name_in_files((untied or {}).get(path, "")) if name in by_name]
+        tensor = next(iter([*own, *shared]), None)
         if tensor is None:
             raise ModelError(f"the base's files hold no {path} to merge into. Merge into another copy of the base.")
         if tensor.dtype not in DTYPES:
@@ -79,12 +88,25 @@ def match_updates(
                 f"{tensor.name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} can be merged into. "
                 "Name an unquantised base."
             )
-        matched[tensor.name] = (update, tensor)
+        matched[tensor.name if own else path] = (update, tensor)
     return matched
 
 
-def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update], check: Check) -> None:
+def write_merged_file(
+    source: Path,
+    target: Path,
+    updates: Mapping[str, Update],
+    check: Check,
+    added: Mapping[str, StoredTensor] | None = None,
+) -> None:
     """Copy the safetensors file `source` to `target` with `updates` added to the tensors they name.
+
+    Args:
+        source: The base's file.
+        target: The new one.
+        updates: What becomes of tensors, by the names they have in `target`; all others are copied.
+        check: What looks at them.
+        added: Tensors of `source` that `target` holds once more, behind all others, under a further name.
 
     A second thread reads back what was written, and the base's: merged tensors go to `check`, of all others every byte
     is compared.
@@ -94,22 +116,48 @@ def write_merged_file(source: Path, target: Path, updates: Mapping[str, Update],
     """
     checks: list[Future[None]] = []
     with _two_threads() as checker, source.open("rb") as reader, _written(target) as (writer, flush):
-        header, _ = read_header(reader)
-        writer.write(len(header).to_bytes(8, "little") + header)
-        for tensor in read_stored_tensors(source):
-            update = updates.get(tensor.name)
+        header, places = _lay_out(source, target, added or {})
+        writer.write(header)
+        for tensor, place in places:
+            update = updates.get(place.name)
             if update:
                 writer.write(_view_bytes(update.apply(_read(reader, tensor))))
             else:
                 writer.writelines(_iter_blocks(reader, tensor))
             flush()
-            checks.append(checker.submit(_check_written, tensor, target, update, check))
+            checks.append(checker.submit(_check_written, tensor, place, update, check))
             if len(checks) > _MOST_WAITING:
                 checks[-_MOST_WAITING].result()
         for checked in checks:
             checked.result()
-    if target.stat().st_size != source.stat().st_size:
-        raise ModelError(f"{target.name} isn't as long as the base's, although nothing was to be added. Merge again.")
+    if target.stat().st_size != max((place.end for _, place in places), default=len(header)):
+        raise ModelError(f"{target.name} isn't as long as its tensors are. Merge again.")
+
+
+def _lay_out(
+    source: Path, target: Path, added: Mapping[str, StoredTensor]
+) -> tuple[bytes, list[tuple[StoredTensor, StoredTensor]]]:
+    """Return what stands before the tensors of a merged file, and each tensor of the base with its place there."""
+    stored = read_stored_tensors(source)
+    with source.open("rb") as reader:
+        header, start = read_header(reader)
+    end, fields = max((tensor.end for tensor in stored), default=start), json.loads(header)
+    further = []
+    for name, tensor in added.items():
+        place = replace(tensor, name=name, start=end, end=end + tensor.end - tensor.start)
+        offsets = [place.start - start, place.end - start]
+        fields[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        further.append((tensor, place))
+        end = place.end
+    if added:
+        header = json.dumps(fields).encode()
+        header += b" " * (-len(header) % _ALIGNED)
+    moved = 8 + len(header) - start
+    places = [
+        (tensor, replace(place, file=target, start=place.start + moved, end=place.end + moved))
+        for tensor, place in [*zip(stored, stored, strict=True), *further]
+    ]
+    return len(header).to_bytes(8, "little") + header, places
 
 
 @contextmanager
@@ -155,15 +203,13 @@ def _two_threads() -> Iterator[Executor]:
 
 
 @torch.no_grad()
-def _check_written(tensor: StoredTensor, target: Path, update: Update | None, check: Check) -> None:
-    """Hold what lies in `target` to the base's tensor, and to what becomes of it."""
-    with tensor.file.open("rb") as base, target.open("rb") as written:
+def _check_written(tensor: StoredTensor, place: StoredTensor, update: Update | None, check: Check) -> None:
+    """Hold what lies at its place in the merged file to the base's tensor, and to what becomes of it."""
+    with tensor.file.open("rb") as base, place.file.open("rb") as written:
         if update:
-            check(tensor.name, update, _read(base, tensor), _read(written, tensor))
-        elif any(a != b for a, b in zip(_iter_blocks(base, tensor), _iter_blocks(written, tensor), strict=True)):
-            raise ModelError(
-                f"{tensor.name} was copied, and reads back as something else. Check the disk; merge again."
-            )
+            check(place.name, update, _read(base, tensor), _read(written, place))
+        elif any(a != b for a, b in zip(_iter_blocks(base, tensor), _iter_blocks(written, place), strict=True)):
+            raise ModelError(f"{place.name} was copied, and reads back as something else. Check the disk; merge again.")
 
 
 def _read(reader: BufferedReader, tensor: StoredTensor) -> Tensor:

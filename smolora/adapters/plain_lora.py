@@ -11,7 +11,7 @@ import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from smolora.adapters.adapter_files import StoredAdapter
+from smolora.adapters.adapter_files import StoredAdapter, trains_biases
 from smolora.adapters.changes import LowRank
 from smolora.adapters.state import refuse_other_tensors
 from smolora.errors import ModelError
@@ -27,8 +27,10 @@ def is_plain_lora(adapter: StoredAdapter) -> bool:
     config = adapter.config
     if not isinstance(config, peft.LoraConfig) or isinstance(config, peft.AdaLoraConfig):
         return False
-    has_more = config.use_dora or config.modules_to_save or adapter.base_copies
-    return not has_more and adapter.quantization == "none"
+    if trains_biases(config) or any("lora_embedding_" in key for key in adapter.tensors):
+        return False
+    has_more = config.use_dora or config.modules_to_save or config.lora_bias or config.trainable_token_indices
+    return not (has_more or adapter.base_copies) and adapter.quantization == "none"
 
 
 def read_plain_lora(adapter: StoredAdapter, base: ModelBundle) -> dict[str, LowRank]:

@@ -21,7 +21,7 @@ from smolora.errors import ConfigError, ModelError, StorageError
 from smolora.models.loading import load_model
 from smolora.tokenizers.pretrained import load_tokenizer
 from tests.tiny import FAMILIES, random_input_ids, save_tiny_encoder, save_tiny_model
-from tests.unit.adapters.conftest import attach_moved, change_json, write_tensors
+from tests.unit.adapters.conftest import attach_moved, change_json, move_all, write_tensors
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -34,6 +34,12 @@ def peft_logits(base, adapter):
     with quiet_peft():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         return peft.PeftModel.from_pretrained(model, adapter)(random_input_ids(20)).logits
+
+
+def peft_merged(base, adapter):
+    with quiet_peft():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
 
 
 def assert_merged(base, adapter, out):
@@ -69,6 +75,46 @@ def test_rslora_and_patterns_of_rank_and_alpha_are_merged(save_peft_pair, tmp_pa
     )
     merge_adapter(adapter, tmp_path / "out")
     assert_merged(base, adapter, tmp_path / "out")
+
+
+EVERY_LINEAR = {"target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt2", {**EVERY_LINEAR, "bias": "lora_only"}),
+        ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+        ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}),
+        ("gpt2", {**EVERY_LINEAR, "lora_bias": True, "use_rslora": True}),
+        ("gpt2", {**EVERY_LINEAR, "lora_bias": True, "bias": "lora_only"}),
+        ("phi", {**EVERY_LINEAR, "use_dora": True, "bias": "all"}),
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 9]}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}),
+    ],
+)
+def test_what_a_lora_config_can_train_beside_a_and_b_is_merged_as_peft_does(save_peft_pair, tmp_path, family, settings):
+    base, adapter = save_peft_pair(family, r=4, **settings)
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+    found, expected = load_file(tmp_path / "out/model.safetensors"), peft_merged(base, adapter)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_classifier_with_trained_biases_is_merged_with_its_head(tmp_path):
+    base = save_tiny_encoder("bert", tmp_path / "base")
+    with quiet_peft():
+        plain = load_model(base, task="classification", labels=("no", "yes")).model
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias="all")
+        adapted = peft.get_peft_model(plain, config)
+        move_all(adapted)
+        adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.eval()(random_input_ids(6)).logits
+    merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(load_model(tmp_path / "out").model(random_input_ids(6)).logits, expected)
 
 
 def test_conv1d_is_recognised_in_the_model_and_not_believed_from_the_config(save_pair, tmp_path):
@@ -264,9 +310,6 @@ class TestRefused:
     @pytest.mark.parametrize(
         "setting",
         [
-            {"bias": "all"},
-            {"lora_bias": True},
-            {"trainable_token_indices": [1, 2]},
             {"layer_replication": [[0, 2]]},
             {"init_lora_weights": "pissa"},
         ],
@@ -300,9 +343,19 @@ class TestRefused:
         with pytest.raises(ModelError, match="doesn't hold what its adapter_config.json promises"):
             merge_adapter(adapter, tmp_path / "out")
 
-    def test_a_tied_head(self, save_peft_pair, tmp_path):
-        _, adapter = save_peft_pair(base={"tie_word_embeddings": True}, target_modules=["lm_head", "q_proj"])
-        with pytest.raises(ModelError, match="lm_head, whose weight is the token embedding's"):
+    def test_a_bias_where_the_base_has_none(self, save_peft_pair, tmp_path):
+        _, adapter = save_peft_pair(target_modules=["q_proj"], lora_bias=True)
+        with pytest.raises(ModelError, match=r"self_attn\.q_proj \(lora_bias\), which has none in the base"):
+            merge_adapter(adapter, tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("setting", "key"),
+        [({"bias": "lora_only"}, ".bias"), ({"trainable_token_indices": [1, 2]}, "trainable_tokens")],
+    )
+    def test_an_adapter_that_lacks_what_was_trained_beside_its_matrices(self, save_pair, tmp_path, setting, key):
+        _, adapter = save_pair("gpt2")
+        change_json(adapter / "adapter_config.json", **setting)
+        with pytest.raises(ModelError, match=f"tensors are missing .*{key}"):
             merge_adapter(adapter, tmp_path / "out")
 
     def test_a_quantised_base(self, save_pair, tmp_path):

@@ -60,6 +60,22 @@ def test_a_merged_file_differs_in_the_updated_tensors_only(tmp_path):
     assert (tmp_path / "in").read_bytes()[:header] == (tmp_path / "out").read_bytes()[:header]
 
 
+def test_a_tensor_can_go_under_a_second_name_behind_all_others(tmp_path):
+    tensors = {"a.weight": draw(6, 4, dtype=torch.bfloat16), "b.weight": draw(3, 3)}
+    save_file(tensors, tmp_path / "in", metadata={"format": "pt"})
+    first, update = read_stored_tensors(tmp_path / "in")[0], update_of(4, 6)
+    shared = next(tensor for tensor in read_stored_tensors(tmp_path / "in") if tensor.name == "a.weight")
+    matched = match_updates({"h.weight": update}, read_stored_tensors(tmp_path / "in"), {"h.weight": "a.weight"})
+    assert matched == {"h.weight": (update, shared)}
+    write_merged_file(tmp_path / "in", tmp_path / "out", {"h.weight": update}, unchecked, {"h.weight": shared})
+    merged = load_file(tmp_path / "out")
+    assert merged.keys() == {"a.weight", "b.weight", "h.weight"}
+    assert torch.equal(merged["h.weight"], update.apply(tensors["a.weight"]))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
+    assert read_stored_tensors(tmp_path / "out")[0].name == first.name
+    assert read_stored_tensors(tmp_path / "out")[-1].name == "h.weight"
+
+
 def test_the_bytes_of_a_tensor_are_copied_once_on_their_way(tmp_path):
     names = [f"{number}.weight" for number in range(32)]
     save_file({name: torch.zeros(512, 512) for name in names}, tmp_path / "in")
