@@ -424,6 +424,15 @@ def test_a_trained_embedding_is_not_taken_for_the_head(tmp_path):
     assert read_adapter(tmp_path / "adapter").labels == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
+def test_trained_tokens_are_not_taken_for_the_head(tmp_path):
+    base = load_model(save_tiny_encoder("roberta", tmp_path / "base"), task="classification", labels=["a", "b", "c"])
+    tokens = {"word_embeddings": [1, 2]}  # In the files they come behind the head.
+    lora = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS", trainable_token_indices=tokens)
+    with quiet_peft():
+        peft.get_peft_model(base.model, lora).save_pretrained(tmp_path / "adapter")
+    assert load_bundle(tmp_path / "adapter").labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
 def test_a_run_that_holds_a_model_can_be_named_as_a_base(save_pair, tmp_path):
     base, adapter = save_pair()
     (tmp_path / "run").mkdir()
