@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Callback:
         """The update is done. Set `trainer.state.should_stop` to end the run here."""
 
     def on_log(self, trainer: Trainer, record: StepRecord) -> None:
-        """A line was written to metrics.jsonl."""
+        """A line was written to metrics.jsonl; where a signal cut its evaluation short, a resumed run will write it."""
 
     def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
         """The held-out rows were evaluated."""
@@ -66,3 +67,14 @@ class Callback:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state_tensors` returned."""
+
+
+def name_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
+    """Return each callback under a name of its own: its class, numbered among its kind."""
+    seen: Counter[str] = Counter()
+    named = {}
+    for callback in callbacks:
+        kind = type(callback).__name__
+        named[f"{kind}-{seen[kind]}"] = callback
+        seen[kind] += 1
+    return named

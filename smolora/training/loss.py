@@ -7,6 +7,7 @@ Shapes: `B` batch, `T` time, `V` vocabulary, `C` choices (vocabulary, labels or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from smolora.config.model import TaskType
 from smolora.data.collate import Batch
+from smolora.errors import BrokenRunError
 from smolora.models.bundle import shift_right
 from smolora.models.frozen_linear import goes_by_onednn
 from smolora.models.gpt import GPTModel
@@ -185,6 +187,23 @@ class _SumCrossEntropy(torch.autograd.Function):
 
 
 @torch.no_grad()
+def require_comparable(held_out_loss: float, step: int) -> None:
+    """Raise where a held-out loss isn't finite.
+
+    Args:
+        held_out_loss: In nats a token.
+        step: Updates done.
+
+    Raises:
+        BrokenRunError: So it is.
+    """
+    if not math.isfinite(held_out_loss):
+        raise BrokenRunError(
+            f"step {step}: the held-out loss is {held_out_loss}. Weights or activations overflow: "
+            "use float32, lower the learning rate, or look at the held-out rows."
+        )
+
+
 def find_first_nonfinite(model: nn.Module, batches: Sequence[Batch], task: TaskType = "causal_lm") -> str:
     """Say where numbers first stop being finite: a parameter, an output, a gradient or all their norm, or the loss."""
     for name, parameter in model.named_parameters():

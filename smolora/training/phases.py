@@ -150,9 +150,11 @@ class DynamicLoRACallback(Callback):
 
     def _look_for_plateau(self, trainer: Trainer, metric: str, value: float) -> None:
         """Start the next phase here where it waits for a plateau of `metric`, and this value makes one."""
-        following = (self._index or 0) + 1
         step = trainer.state.step
-        if self._certificate is None or following == len(self.plan.phases) or step >= self.plan.total_steps:
+        if self._certificate is None or step >= self.plan.total_steps:
+            return
+        following = self._certificate.index + 1  # In a resumed run that makes a cut evaluation, no step has begun.
+        if following == len(self.plan.phases):
             return
         start = self.plan.phases[following].start
         if start is None or start.plateau is None or start.plateau.metric != metric:

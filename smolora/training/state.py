@@ -48,6 +48,10 @@ class TrainerState:
     waiting: list[str] = field(default_factory=list)
     """Trainable tensors that the first update can't move: a factor beside them is still zero."""
 
+    unevaluated: dict[str, Scalar] | None = None
+    """The record of the step at hand until its evaluation is made: where a signal cut that short, a resumed run goes on
+    with it."""
+
     @property
     def has_improved(self) -> bool:
         """Whether a held-out loss was lower than the one before the first update."""
@@ -67,13 +71,18 @@ class TrainerState:
                 "left to train for. Keep what you have, or ask for more before it may stop, in another folder."
             )
 
+    def take(self, eval_loss: float) -> None:
+        """Remember the held-out loss of the step at hand if it is the lowest so far."""
+        if self.best_eval_loss is None or eval_loss < self.best_eval_loss:
+            self.best_eval_loss, self.best_step = eval_loss, self.step
+
     def to_dict(self) -> dict[str, object]:
         """Return what state.json holds."""
         return {name: value for name, value in asdict(self).items() if name not in _OF_THE_MOMENT}
 
     def restore(self, values: dict[str, object]) -> None:
         """Take the values of a state.json."""
-        vars(self).update({name: values[name] for name in self.to_dict()})
+        vars(self).update({name: values[name] for name in self.to_dict() if name in values})
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from signal import Signals
@@ -28,14 +27,14 @@ from smolora.data.token_dataset import Example, ExampleDataset
 from smolora.errors import BrokenRunError, ConfigError, StoppedBySignal
 from smolora.models.bundle import ModelBundle
 from smolora.models.structure import without_dropout
-from smolora.records.metrics_log import MetricsLog
+from smolora.records.metrics_log import MetricsLog, Scalar
 from smolora.records.run_dir import RunDir
 from smolora.runtime.seeding import seed_noise
-from smolora.runtime.signals import SAVING, StopRequest, deferred_signals, describe_stop
+from smolora.runtime.signals import SAVING, StopRequest, deferred_signals, describe_stop, interrupting_signals
 from smolora.training.activations import recomputed_activations
-from smolora.training.callback import Callback
+from smolora.training.callback import Callback, name_callbacks
 from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_newest, save_checkpoint
-from smolora.training.loss import find_first_nonfinite, sum_cross_entropy, target_logits_of
+from smolora.training.loss import find_first_nonfinite, require_comparable, sum_cross_entropy, target_logits_of
 from smolora.training.optim import (
     build_optimizer,
     optimizer_tensors,
@@ -155,7 +154,8 @@ class Trainer:
         Raises:
             BrokenRunError: Numbers that aren't finite, or trainable tensors without gradient or movement.
             ConfigError: A callback ends the run before its first step.
-            StoppedBySignal: SIGINT or SIGTERM; the step was finished and a checkpoint written.
+            StoppedBySignal: SIGINT or SIGTERM; the step was finished, but for its evaluation, and a checkpoint written.
+                In the evaluation before the first step they raise KeyboardInterrupt: there is nothing to save.
             FailedElsewhere: Another process of the run failed.
             ModelError, DataError: The checkpoint belongs to another base, tokenizer or data, or none is whole.
         """
@@ -172,12 +172,13 @@ class Trainer:
                 ending.enter_context(recomputed_activations(self.bundle.model))
             ending.enter_context(sharded_base(self.bundle, self.parameters.values(), self._processes))
             if self.eval_dataset is not None and self.state.step == 0:
-                self._evaluate_base()
+                with interrupting_signals():  # There is nothing to save yet.
+                    self._evaluate_base()
             self.state.require_a_step()
             if resume and self.state.step:
                 words = "the run is finished already, at" if self._is_over else "going on after"
                 logger.info("%s step %d of %d", words, self.state.step, self.state.total_steps)
-            signal_name = None
+            signal_name = self._evaluate_step(stop) if self.state.unevaluated else None
             while not (self._is_over or signal_name):
                 signal_name = self._finish_step(self._train_step(), stop)
             if self._is_over:
@@ -185,7 +186,7 @@ class Trainer:
                 require_movement(self.active_parameters, self.state.checksums, self.state.step, waiting=waiting)
                 self._tell(lambda callback: callback.on_finish(self))
                 signal_name = signal_name or self._agree_to_stop(stop)
-            if signal_name and (self._run_dir or not self._is_over):
+            if signal_name and (self._run_dir or self.state.unevaluated or not self._is_over):
                 folder = self._run_dir.path if self._run_dir else None
                 raise StoppedBySignal(describe_stop(signal_name, self.state.step, folder))
         return self.state
@@ -197,22 +198,28 @@ class Trainer:
             ConfigError: There are no held-out rows.
             BrokenRunError: The loss isn't finite, so it could never be compared.
         """
+        loss = self._measure_held_out(StopRequest())
+        assert loss is not None, "nobody asks it to stop"
+        return loss
+
+    def _measure_held_out(self, stop: StopRequest) -> float | None:
+        """Return the held-out loss; None where a signal cut it short. Each process asks for one as often."""
         if self.eval_dataset is None:
             raise ConfigError("there are no held-out rows to evaluate on: pass eval_dataset.")
         mine = torch.zeros(2, dtype=torch.float64)
-        rows = range(self._processes.index, len(self.eval_dataset), self._processes.count)
-        size = self.evaluation.batch_size
-        batches = self._batches(self.eval_dataset, [rows[start : start + size] for start in range(0, len(rows), size)])
-        with without_dropout(self.bundle.model), torch.no_grad(), self._processes.inside_model():
-            for batch in batches:
-                loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
-                mine += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
+        count, size = self._processes.count, self.evaluation.batch_size
+        rows = range(self._processes.index, len(self.eval_dataset), count)
+        with without_dropout(self.bundle.model), torch.no_grad():
+            for start in range(0, math.ceil(len(self.eval_dataset) / count), size):
+                if self._agree_to_stop(stop):
+                    return None
+                batches = self._batches(self.eval_dataset, list(filter(None, [rows[start : start + size]])))
+                with self._processes.inside_model():
+                    for batch in batches:
+                        loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
+                        mine += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
         summed, tokens = self._processes.sum(*mine.tolist())
-        if not math.isfinite(summed):
-            raise BrokenRunError(
-                f"step {self.state.step}: the held-out loss is {summed / tokens}. Weights or activations overflow: "
-                "use float32, lower the learning rate, or look at the held-out rows."
-            )
+        require_comparable(summed / tokens, self.state.step)
         return summed / tokens
 
     @property
@@ -231,7 +238,7 @@ class Trainer:
         self._first_step = self.state.step
         if self._run_dir:
             # Without a checkpoint the run starts afresh, and so does its curve, the line of step 0 included.
-            MetricsLog(self._run_dir.metrics).cut(self.state.step if snapshot else -1)
+            MetricsLog(self._run_dir.metrics).cut(self.state.step - bool(self.state.unevaluated) if snapshot else -1)
 
     def _read_checkpoint(self) -> TrainingSnapshot | None:
         if self._run_dir is None:
@@ -244,7 +251,7 @@ class Trainer:
     def _restore(self, snapshot: TrainingSnapshot) -> None:
         restore_optimizer(self._optimizer, self.parameters, snapshot.optimizer)
         self.state.restore(snapshot.state)
-        for name, callback in self._named_callbacks():
+        for name, callback in name_callbacks(self.callbacks).items():
             callback.reset()
             if saved := snapshot.callbacks.get(name):
                 callback.load_state_dict(saved)
@@ -305,14 +312,16 @@ class Trainer:
 
     def _finish_step(self, record: StepRecord, stop: StopRequest) -> str | None:
         self._tell(lambda callback: callback.on_step_end(self, record))
-        signal_name = self._agree_to_stop(stop)
-        eval_loss, improved = None, False
+        signal_name, best_step = self._agree_to_stop(stop), self.state.best_step
         if self.eval_dataset is not None and (self._is_over or record.step % self.plan.eval_steps == 0):
-            eval_loss, improved = self._evaluate_and_compare()
+            self.state.unevaluated = record.to_dict()
+            signal_name = self._evaluate_step(stop)
+        elif self._is_over or self.will_log(record.step):
+            self._write(record.to_dict())
         if self._is_over or self.will_log(record.step):
-            self._log(record, eval_loss)
+            self._tell(lambda callback: callback.on_log(self, record))
         is_due = record.step % self.config.save_steps == 0 or record.step in self.state.kept_steps
-        if self._is_over or improved or signal_name or is_due:
+        if self._is_over or self.state.best_step != best_step or signal_name or is_due:
             self._save()
         return signal_name
 
@@ -326,34 +335,33 @@ class Trainer:
     def _evaluate_base(self) -> None:
         """Measure where the run starts, so that what it reaches can be compared."""
         base_eval_loss = self.state.base_eval_loss = self.evaluate()
-        if self._run_dir:
-            MetricsLog(self._run_dir.metrics).append({"step": 0, "eval_loss": base_eval_loss})
+        self._write({"step": 0, "eval_loss": base_eval_loss})
         self._tell(lambda callback: callback.on_evaluate(self, base_eval_loss))
 
-    def _evaluate_and_compare(self) -> tuple[float, bool]:
-        eval_loss = self.evaluate()
-        improved = self.state.best_eval_loss is None or eval_loss < self.state.best_eval_loss
-        if improved:
-            self.state.best_eval_loss, self.state.best_step = eval_loss, self.state.step
-        self._tell(lambda callback: callback.on_evaluate(self, eval_loss))
-        return eval_loss, improved
+    def _evaluate_step(self, stop: StopRequest) -> str | None:
+        """Evaluate the step at hand and write its line; where a signal comes first, return it and leave all that."""
+        assert self.state.unevaluated is not None, "a step waits for it"
+        if (eval_loss := self._measure_held_out(stop)) is not None:
+            self.state.take(eval_loss)
+            self._tell(lambda callback: callback.on_evaluate(self, eval_loss))
+            self._write({**self.state.unevaluated, "eval_loss": eval_loss})
+            self.state.unevaluated = None
+        return self._agree_to_stop(stop)
 
-    def _log(self, record: StepRecord, eval_loss: float | None) -> None:
+    def _write(self, line: Mapping[str, Scalar]) -> None:
         if self._run_dir:
-            evaluated = {} if eval_loss is None else {"eval_loss": eval_loss}
-            MetricsLog(self._run_dir.metrics).append({**record.to_dict(), **evaluated})
-        self._tell(lambda callback: callback.on_log(self, record))
+            MetricsLog(self._run_dir.metrics).append(line)
 
     def _save(self) -> None:
         if not self._run_dir:
             return
         folder = self._run_dir.checkpoint_path(self.state.step)
-        tensors = {name: callback.state_tensors() for name, callback in self._named_callbacks()}
+        named = name_callbacks(self.callbacks)
         snapshot = TrainingSnapshot(
             optimizer_tensors(self._optimizer, self.parameters),
             self.state.to_dict(),
-            {name: callback.state_dict() for name, callback in self._named_callbacks()},
-            {name: found for name, found in tensors.items() if found},
+            {name: callback.state_dict() for name, callback in named.items()},
+            {name: found for name, callback in named.items() if (found := callback.state_tensors())},
         )
         save_checkpoint(folder, self.bundle, snapshot, self._require_identity(), num_processes=self._processes.count)
         self._prune_checkpoints()
@@ -371,26 +379,18 @@ class Trainer:
             group["lr"] = self.config.learning_rate * factor
         return self.config.learning_rate * factor
 
-    def _batch(self, dataset: ExampleDataset, rows: Iterable[int]) -> Batch:
-        return self._collate([dataset[int(row)] for row in rows]).to(self.bundle.device)
-
     def _batches(self, dataset: ExampleDataset, rows_of_passes: Sequence[Iterable[int]]) -> Iterator[Batch]:
         """Return a batch for each pass of this process, and those that keep the others company, one by one."""
+
+        def batch(rows: Iterable[int]) -> Batch:
+            return self._collate([dataset[int(row)] for row in rows]).to(self.bundle.device)
+
         missing = self._processes.count_passes(len(rows_of_passes)) - len(rows_of_passes)
-        company = (keep_company(self._batch(dataset, [0])) for _ in range(missing))
-        return chain((self._batch(dataset, rows) for rows in rows_of_passes), company)
+        return chain(map(batch, rows_of_passes), (keep_company(batch([0])) for _ in range(missing)))
 
     def _require_identity(self) -> RunIdentity:
         assert self._identity is not None, "a trainer with a run_dir needs an identity"
         return self._identity
-
-    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
-        """Yield each callback with a name of its own: its class, numbered among its kind."""
-        seen: Counter[str] = Counter()
-        for callback in self.callbacks:
-            kind = type(callback).__name__
-            yield f"{kind}-{seen[kind]}", callback
-            seen[kind] += 1
 
     def _tell(self, event: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:

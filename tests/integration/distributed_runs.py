@@ -22,6 +22,7 @@ TUNING = {
     "phases.strategy": "both,mlp,attn",
     "phases.phase1_end": 2,
     "phases.phase2_end": 5,
+    "evaluation.batch_size": 2,
     "evaluation.verdict_share": 0,
 }
 

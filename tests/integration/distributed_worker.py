@@ -87,6 +87,8 @@ def main(folder: Path) -> None:
         "rejects": lambda: command(["train", *tuning_words(folder, "broken.jsonl"), "-o", str(folder / "rejects")]),
         "uneven": lambda: command(["train", *tuning_words(folder, batch_size=9), "-o", str(folder / "uneven")]),
         "stopped": lambda: tune(folder, "stopped", At(3, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))),
+        "cut": lambda: tune(folder, "cut", At(STEPS, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))),
+        "cut_resumed": lambda: command(["train", "--resume", "-o", str(folder / "cut")]),
         "resumed": lambda: command(["train", "--resume", "-o", str(folder / "stopped")]),
         "disk": lambda: tune(folder, "disk", FullDisk()),
         "second": lambda: tune(folder, "second", At(2, 1, fail)),

@@ -183,6 +183,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(shared):
     assert "stopped by SIGTERM after step 3" in outcomes(shared, "stopped")[0]["said"]
 
 
+def test_a_signal_to_one_process_cuts_the_evaluation_of_all_and_the_resumed_run_makes_it(shared):
+    assert exit_codes(shared, "cut") == [75, 75]
+    assert exit_codes(shared, "cut_resumed") == [0, 0]
+    assert hash_folder(shared / "cut/adapter_checkpoint") == hash_folder(shared / "tune/adapter_checkpoint")
+    assert read_curve(shared / "cut") == read_curve(shared / "tune")
+
+
 def test_a_resumed_run_of_two_processes_ends_with_the_bits_of_one_that_never_stopped(shared):
     assert exit_codes(shared, "resumed") == [0, 0]
     assert hash_folder(shared / "stopped/adapter_checkpoint") == hash_folder(shared / "tune/adapter_checkpoint")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+from smolora.config import EvaluationConfig
 from smolora.training.callback import Callback
 
 
@@ -33,3 +37,20 @@ def train(make_trainer, *, resume=False, **settings):
     trainer = make_trainer(callbacks=[recorder], **settings)
     trainer.train(resume=resume)
     return trainer, recorder
+
+
+class KillInEvaluation(Callback):
+    """Sends SIGTERM in the second pass of the evaluation after `step`, and counts its passes."""
+
+    def __init__(self, step):
+        self.step, self.passes = step, 0
+
+    def on_train_begin(self, trainer):
+        trainer.evaluation = EvaluationConfig(batch_size=2)
+        trainer.bundle.model.register_forward_hook(lambda model, *_: self._count(trainer, model))
+
+    def _count(self, trainer, model):
+        if trainer.state.step == self.step and not model.training:
+            self.passes += 1
+            if self.passes == 2:
+                os.kill(os.getpid(), signal.SIGTERM)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from smolora.adapters.attach import attach_adapter
-from smolora.config import DynamicLoRAConfig, LoRAConfig, TrainingConfig
+from smolora.config import DynamicLoRAConfig, EvaluationConfig, LoRAConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
-from smolora.errors import BrokenRunError, ConfigError, ModelError
+from smolora.errors import BrokenRunError, ConfigError, ModelError, StoppedBySignal
 from smolora.models.loading import load_model
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.run_dir import RunDir
@@ -29,6 +29,7 @@ from smolora.training.gradients import GradientNormCallback
 from smolora.training.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
 from smolora.training.trainer import Trainer
 from tests.tiny import VOCAB_SIZE, save_tiny_model, sweep
+from tests.unit.training.recorder import KillInEvaluation
 
 STRATEGIES = ("both,mlp,attn", "attn,mlp,both", "both,mlp,both", "early,late")
 SOME = sweep("both,mlp,attn", "early,late", slow=("attn,mlp,both", "both,mlp,both"))
@@ -423,6 +424,24 @@ def test_a_resume_around_a_plateau_is_bit_equal(make, run, tmp_path, rows, metri
         make(plateau(metric, 3), Crash(step), run=run, **settings).train()
     resumed = make(plateau(metric, 3), run=run, **settings)
     resumed.train(resume=True)
+    assert_close(weights(resumed), weights(expected), rtol=0, atol=0)
+    assert run.phase_report.read_text() == whole.phase_report.read_text()
+
+
+def test_a_plateau_of_an_evaluation_that_a_signal_cut_short_is_found_on_resume(make, run, tmp_path, rows):
+    start = plateau("eval_loss").table[1].start
+    phases = DynamicLoRAConfig(table=[{"groups": "attention"}, {"groups": "mlp", "start": 2}, {"start": start}])
+    settings = {"eval_dataset": rows, "eval_steps": 2, "save_steps": 100}
+    whole = new_run(tmp_path / "whole")
+    expected = make(phases, run=whole, **settings)
+    expected.evaluation = EvaluationConfig(batch_size=2)
+    expected.train()
+    with pytest.raises(StoppedBySignal, match="after step 6"):
+        make(phases, KillInEvaluation(6), run=run, **settings).train()
+    resumed = make(phases, run=run, **settings)
+    resumed.evaluation = EvaluationConfig(batch_size=2)
+    resumed.train(resume=True)
+    assert resumed.callbacks[0].plan.starts == (0, 2, 6)
     assert_close(weights(resumed), weights(expected), rtol=0, atol=0)
     assert run.phase_report.read_text() == whole.phase_report.read_text()
 

@@ -31,7 +31,23 @@ def test_a_resumed_run_keeps_its_own_length_and_is_not_stopped():
 
 
 def test_a_state_holds_what_a_checkpoint_needs_and_nothing_else():
-    assert set(STATE.to_dict()) == {"step", "base_eval_loss", "best_eval_loss", "best_step", "checksums", "waiting"}
+    assert set(STATE.to_dict()) == {
+        "step",
+        "base_eval_loss",
+        "best_eval_loss",
+        "best_step",
+        "checksums",
+        "waiting",
+        "unevaluated",
+    }
+
+
+def test_a_state_of_an_older_version_lacks_what_came_later():
+    kept = STATE.to_dict()
+    del kept["unevaluated"]
+    restored = TrainerState()
+    restored.restore(kept)
+    assert restored.to_dict() == STATE.to_dict()
 
 
 def test_what_a_state_does_not_know_is_left_out():

@@ -15,11 +15,15 @@ from smolora.config import EvaluationConfig, TrainingConfig
 from smolora.data.collate import collate_packed, collate_padded
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.errors import BrokenRunError, ConfigError, DataError, StoppedBySignal
+from smolora.records.gradient_log import GradientNormLog
 from smolora.records.metrics_log import MetricsLog
+from smolora.records.run_dir import RunDir
 from smolora.records.staging import find_damage
 from smolora.training.callback import Callback
+from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback
+from smolora.training.gradients import GradientNormCallback
 from smolora.training.plan import StepPlan
-from tests.unit.training.recorder import train, weights
+from tests.unit.training.recorder import KillInEvaluation, train, weights
 
 NAN = float("nan")
 
@@ -147,14 +151,67 @@ def test_a_signal_is_answered_at_once_by_what_the_run_does_now(make_trainer, run
     assert "SIGTERM: finishing this step and saving; another Ctrl-C stops at once" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("event", ["on_evaluate", "on_log", "on_save"])
-def test_a_signal_after_the_update_stops_a_step_whose_checkpoint_is_on_disk(make_trainer, run, dataset, event):
+# A step that saves nothing is the harder case: step 3 has no evaluation that could improve.
+@pytest.mark.parametrize(("event", "step", "last"), [("on_evaluate", 2, 2), ("on_log", 3, 4), ("on_save", 2, 3)])
+def test_a_signal_after_the_update_stops_a_step_whose_checkpoint_is_on_disk(
+    make_trainer, run, dataset, event, step, last
+):
     settings = {"logging_steps": 1, "eval_steps": 2, "save_steps": 2 if event == "on_save" else 100}
-    # A step that saves nothing is the harder case: step 3 has no evaluation that could improve.
-    kill = Kill(event, 3 if event == "on_log" else 2)
-    with pytest.raises(StoppedBySignal, match=rf"SIGTERM after step {kill.step + 1}.*is safe in"):
-        make_trainer(run_dir=run, eval_dataset=dataset, callbacks=[kill], **settings).train()
-    assert find_damage(run.checkpoint_path(kill.step + 1)) is None
+    with pytest.raises(StoppedBySignal, match=rf"SIGTERM after step {last}.*is safe in"):
+        make_trainer(run_dir=run, eval_dataset=dataset, callbacks=[Kill(event, step)], **settings).train()
+    assert find_damage(run.checkpoint_path(last)) is None
+
+
+# Every evaluation counts as none better, so that the one of step 2 lowers the rate and the one of step 4 ends the run.
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_it(make_trainer, dataset, tmp_path, step):
+    def train(name, *callbacks, resume=False):
+        run = RunDir(tmp_path / name)
+        run.path.mkdir(exist_ok=True)
+        more = [EarlyStoppingCallback(2, 9.0), PlateauRateCallback(1), GradientNormCallback(GradientNormLog(run.path))]
+        settings = {"eval_steps": 2, "save_steps": 100, "logging_steps": 1}
+        trainer = make_trainer(run_dir=run, eval_dataset=dataset, callbacks=[*more, *callbacks], **settings)
+        trainer.evaluation = EvaluationConfig(batch_size=2)
+        state = trainer.train(resume=resume)
+        curve = [{**line, "tokens_per_second": None} for line in MetricsLog(run.metrics).read()]
+        gradients = [file.read_bytes() for file in (run.group_norms, run.layer_norms, run.gradient_summary)]
+        return state, curve, gradients, weights(trainer)
+
+    kill = KillInEvaluation(step)
+    with pytest.raises(StoppedBySignal, match=rf"SIGTERM after step {step}.*is safe in"):
+        train("run", kill)
+    assert kill.passes == 2
+    with pytest.raises(StoppedBySignal, match=rf"SIGTERM after step {step}.*is safe in"):
+        train("run", KillInEvaluation(step), resume=True)
+    state, curve, gradients, found = train("run", resume=True)
+    whole_state, whole_curve, whole_gradients, expected = train("whole")
+    assert (state, curve, gradients) == (whole_state, whole_curve, whole_gradients)
+    assert_close(found, expected, rtol=0, atol=0)
+    assert state.step == 4
+
+
+def test_an_evaluation_made_on_resume_is_made_anew_after_a_kill_before_the_next_checkpoint(make_trainer, run, dataset):
+    settings = {"run_dir": run, "eval_dataset": dataset, "eval_steps": 2, "save_steps": 100}
+    with pytest.raises(StoppedBySignal):
+        make_trainer(callbacks=[KillInEvaluation(2)], **settings).train()
+    for _ in range(2):
+        with pytest.raises(BrokenRunError):
+            make_trainer(callbacks=[PoisonGradient(NAN)], **settings).train(resume=True)
+    lines = MetricsLog(run.metrics).read()
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [(0, True), (1, False), (2, True)]
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step_ends_the_run_at_once(make_trainer, run, dataset):
+    kill = KillInEvaluation(0)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        make_trainer(run_dir=run, eval_dataset=dataset, callbacks=[kill]).train()
+    assert (kill.passes, run.checkpoints()) == (2, [])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_in_the_last_evaluation_of_a_run_without_a_folder_stops_it(make_trainer, dataset):
+    with pytest.raises(StoppedBySignal, match="after step 6. Nothing was saved"):
+        make_trainer(eval_dataset=dataset, callbacks=[KillInEvaluation(6)]).train()
 
 
 def test_a_signal_in_the_last_step_stops_a_run_that_has_nothing_left_to_learn(make_trainer, run):
