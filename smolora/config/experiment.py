@@ -141,7 +141,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _is_read(self) -> PretrainConfig:
-        """Refuse what is named in vain; at its default it may stand, as in the file of a run, which holds all."""
+        """Refuse what is named in vain; at its default it may stand, as in the file of an older run."""
         for path in flatten_settings(self.model_dump(exclude_defaults=True)):
             if path in self.unread:
                 raise ValueError(f"{path}: pretrain doesn't read it, since {self.unread[path]}. Leave it out.")
@@ -291,8 +291,11 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump_config(config: Section) -> str:
-    """Return the configuration as YAML, with every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the configuration as YAML, with every default written out but of what its verb never reads."""
+    unread: dict[str, Any] = {}
+    for path in config.unread:
+        _assign(unread, path, True)
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=unread), sort_keys=False, allow_unicode=True)
 
 
 def flatten_settings(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from smolora.config import ExperimentConfig, PretrainConfig, dump_config, resolve_config
+from smolora.config import ExperimentConfig, PretrainConfig, dump_config, flatten_settings, resolve_config
 from smolora.errors import ConfigError
 
 MODEL = "model.name_or_path=x"
@@ -209,10 +209,17 @@ def test_a_value_where_a_section_belongs_is_refused(tmp_path):
         _resolve_training("training.seed=2", file=tmp_path / "bad.yaml")
 
 
-def test_what_pretraining_does_not_read_may_stand_at_its_default_as_in_the_file_of_a_run():
-    stored = yaml.safe_load(dump_config(PretrainConfig()))
+def test_what_pretraining_does_not_read_may_stand_at_its_default_as_in_the_file_of_an_older_run():
+    stored = PretrainConfig().model_dump(mode="json")
     assert {"max_length", "overlong"} <= stored["data"].keys()
     assert PretrainConfig(**stored) == PretrainConfig()
+
+
+def test_what_pretraining_does_not_read_is_not_written():
+    config = PretrainConfig()
+    written = flatten_settings(yaml.safe_load(dump_config(config)))
+    assert flatten_settings(config.model_dump()).keys() - written.keys() == config.unread.keys()
+    assert PretrainConfig(**yaml.safe_load(dump_config(config))) == config
 
 
 def test_a_dumped_configuration_reads_back_equal():

@@ -32,6 +32,15 @@ def test_every_setting_is_described_and_unknown_ones_are_refused(kind):
         assert [name for name, field in section["properties"].items() if not field.get("description")] == []
 
 
+def test_what_pretraining_does_not_read_is_not_in_it():
+    schema = describe_schema(PretrainConfig)
+    for section, definition in (("data", "DataConfig"), ("evaluation", "EvaluationConfig")):
+        written = {path.partition(".")[2] for path in PretrainConfig.unread if path.startswith(section)}
+        assert written
+        assert not written & schema["$defs"][definition]["properties"].keys()
+        assert schema["$defs"][definition]["properties"].keys() == schema["properties"][section]["default"].keys()
+
+
 def test_ranges_and_choices_are_part_of_it():
     training = describe_schema(ExperimentConfig)["$defs"]["TrainingConfig"]["properties"]
     assert training["learning_rate"]["minimum"] == 0
