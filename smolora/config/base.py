@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from smolora.errors import ConfigError, did_you_mean
 
@@ -37,19 +37,17 @@ class Section(BaseModel):
         """Return what a field of this section is called in messages."""
         return "setting"
 
-    def refuse_idle(self, *names: str, without: str) -> None:
-        """Raise where one of these settings isn't at its default, though without another one nothing reads it.
+    def find_idle(self) -> Mapping[str, str]:
+        """Return the settings that nothing reads without another one, which isn't set, and the name of that."""
+        return {}
 
-        What is at its default may be named: the configuration that a run writes names every setting.
-
-        Raises:
-            ValueError: One is idle.
-        """
-        for name in names:
+    @model_validator(mode="after")
+    def _has_nothing_idle(self) -> Self:
+        """Refuse what would change nothing; at its default it may stand, as in the configuration that a run writes."""
+        for name, needed in self.find_idle().items():
             if (value := self.__dict__[name]) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}={value} would change nothing without {without}: set that too, or leave it out"
-                )
+                raise ValueError(f"{name}={value} would change nothing without {needed}: set that too, or leave it out")
+        return self
 
     def replace(self, **values: Any) -> Any:
         """Return a copy with `values` changed, validated again (`model_copy` of pydantic validates nothing)."""

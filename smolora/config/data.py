@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from smolora.config.base import Section
 
@@ -80,11 +81,9 @@ class DataConfig(_Columns):
     """Bound on the rows that are split off to be held out; of an `eval_source`, or of a benchmark, all rows are. In
     pretraining, bound on the windows of held-out text that are evaluated."""
 
-    @model_validator(mode="after")
-    def _has_a_chunk_size(self) -> DataConfig:
-        if not self.chunk_size:
-            self.refuse_idle("chunk_tokenizer", without="chunk_size")
-        return self
+    def find_idle(self) -> Mapping[str, str]:
+        """Return what waits for a size of chunks."""
+        return {} if self.chunk_size else {"chunk_tokenizer": "chunk_size"}
 
     @field_validator("sources", "clean", mode="before")
     @classmethod

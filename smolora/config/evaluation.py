@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from smolora.config.base import Section
 
@@ -37,13 +38,10 @@ class EvaluationConfig(Section):
     """End `train` with exit code 6 where the verdict is another one, and `pretrain` where the held-out loss never fell
     below its start. Left out, only a broken run ends so."""
 
-    @model_validator(mode="after")
-    def _has_its_patience(self) -> EvaluationConfig:
-        if self.early_stopping_patience is None:
-            self.refuse_idle("early_stopping_threshold", without="early_stopping_patience")
-        if self.plateau_patience is None:
-            self.refuse_idle("plateau_factor", without="plateau_patience")
-        return self
+    def find_idle(self) -> Mapping[str, str]:
+        """Return what waits for a patience."""
+        pairs = {"early_stopping_threshold": "early_stopping_patience", "plateau_factor": "plateau_patience"}
+        return {name: patience for name, patience in pairs.items() if vars(self)[patience] is None}
 
     def choose_split_seed(self, seed: int) -> int:
         """Return the seed of the held-out rows of a run with this seed."""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from smolora.config.adapter import AdapterConfig, LoRAConfig, keep_fitting
-from smolora.config.aliases import rename_aliases
+from smolora.config.aliases import rename_aliases, sections_in
 from smolora.config.base import Section
 from smolora.config.compatibility import FLOAT32_LINKS, PHASELESS, find_float32_need, find_obstacle
 from smolora.config.data import DataConfig
@@ -198,8 +198,13 @@ def resolve_config(
     is_afresh = base is not None and not base.is_file()
     if base is not None and not is_afresh:
         require_kind(kind, read_yaml(base), base.parent)
-    for layer in (None if is_afresh else base, file):
-        values = _lay_over(values, rename_aliases(kind, read_yaml(layer))) if layer else values
+    if base is not None and not is_afresh:
+        stored, idle = drop_idle(kind, rename_aliases(kind, read_yaml(base)))
+        if idle:
+            logger.info("%s: left out, as it changes nothing: %s", base, ", ".join(idle))
+        values = _lay_over(values, stored)
+    if file:
+        values = _lay_over(values, rename_aliases(kind, read_yaml(file)))
     values = _lay_over(values, _read_command(kind, flags or {}, assignments))
     if base is not None and is_afresh:
         _require_start(kind, values, base.parent)
@@ -220,6 +225,24 @@ def require_kind(kind: type[Section], stored: Mapping[str, object], folder: Path
     if was_pretraining != (kind is PretrainConfig):
         verb = "pretrain" if was_pretraining else "train"
         raise ConfigError(f"{folder} holds a run of {verb}, which goes on with: smolora {verb} --resume -o {folder}")
+
+
+def drop_idle(kind: type[Section], stored: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of a run without those that nothing reads, which older versions took, and the paths of these.
+
+    What is left out without being named was at its default.
+    """
+    kept: dict[str, Any] = {name: dict(value) if isinstance(value, dict) else value for name, value in stored.items()}
+    idle = []
+    for name, values in kept.items():
+        sections = sections_in(kind.model_fields[name].annotation) if name in kind.model_fields else []
+        for section in sections if isinstance(values, dict) else []:
+            unread = [path.partition(".")[2] for path in kind.unread if path.startswith(f"{name}.")]
+            for setting in (*unread, *section.model_construct(**values).find_idle()):
+                default = section.model_fields[setting].default
+                if values.pop(setting, default) != default:
+                    idle.append(f"{name}.{setting}")
+    return kept, idle
 
 
 def _read_command(kind: type[Section], flags: Mapping[str, object], assignments: Iterable[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Only starts are stored: a phase ends where the next one begins, so there can be 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -143,9 +143,12 @@ class DynamicLoRAConfig(Section):
             raise ValueError("give a strategy with its ends, or a table with starts, not both")
         if self.is_on:
             _require_order(self.phases)
-        elif self.enabled is None:
-            self.refuse_idle("learning_rate", "warmup_steps", "moments", without="a strategy or a table")
         return self
+
+    def find_idle(self) -> Mapping[str, str]:
+        """Return what waits for phases, unless they are switched off."""
+        names = () if self.is_on or self.enabled is False else ("learning_rate", "warmup_steps", "moments")
+        return dict.fromkeys(names, "a strategy or a table")
 
     @property
     def is_on(self) -> bool:

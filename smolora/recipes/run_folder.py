@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from smolora.config import AdaLoRAConfig, ExperimentConfig, PretrainConfig, RunConfig, dump_config, flatten_settings
-from smolora.config.experiment import require_kind
+from smolora.config.experiment import drop_idle, require_kind
 from smolora.errors import ConfigError, ModelError, StoppedBySignal, clause, count_of
 from smolora.integrations.tracking import build_trackers, require_trackers
 from smolora.models.bundle import ModelBundle
@@ -259,7 +259,7 @@ def changed_settings(run: RunDir, config: RunConfig) -> dict[str, tuple[object, 
         ModelError: The stored configuration can't be read.
     """
     try:
-        before = type(config)(**_stored_config(run)).model_dump(mode="json")
+        before = type(config)(**drop_idle(type(config), _stored_config(run))[0]).model_dump(mode="json")
     except (ConfigError, TypeError) as error:
         raise ModelError(f"{run.resolved_config} can't be read: {clause(error)}. The run can't be resumed.") from None
     old, new = flatten_settings(before), flatten_settings(config.model_dump(mode="json"))

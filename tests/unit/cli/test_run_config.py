@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from smolora.cli.flags import PretrainFlags, TrainFlags, collect_settings
 from smolora.cli.run_config import build_config, require_inputs, require_start, split_words
@@ -146,6 +147,36 @@ def test_flags_and_words_lie_above_a_resumed_runs_settings(stored):
     assert (config.training.max_steps, config.training.save_steps, config.training.seed) == (9, 3, 5)
 
 
+IDLE = {
+    "evaluation": {"plateau_factor": 0.3, "early_stopping_threshold": 0.0},
+    "data": {"chunk_tokenizer": "m"},
+    "phases": {"moments": "reset"},
+}
+
+
+def test_what_changed_nothing_in_a_run_of_an_older_version_is_left_out_with_a_line_when_it_goes_on(stored, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    file = stored / "resolved_config.yaml"
+    before, settings = _build(flags=TrainFlags(), resumed=stored), yaml.safe_load(file.read_text())
+    for section, values in IDLE.items():
+        settings[section] |= values
+    file.write_text(yaml.safe_dump(settings))
+    assert _build(flags=TrainFlags(), resumed=stored) == before
+    said = "data.chunk_tokenizer, evaluation.plateau_factor, phases.moments"
+    assert caplog.messages == [f"{file}: left out, as it changes nothing: {said}"]
+    with pytest.raises(ConfigError, match=r"chunk_tokenizer=m would change nothing without chunk_size"):
+        _build(str(file), flags=TrainFlags())
+
+
+def test_what_is_left_out_of_a_run_of_an_older_version_is_not_read_where_it_would_change_something_now(stored):
+    file = stored / "resolved_config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["evaluation"]["plateau_factor"] = 0.3
+    file.write_text(yaml.safe_dump(settings))
+    evaluation = _build("evaluation.plateau_patience=2", flags=TrainFlags(), resumed=stored).evaluation
+    assert (evaluation.plateau_patience, evaluation.plateau_factor) == (2, 0.5)
+
+
 def test_a_file_lies_above_a_resumed_runs_settings_key_by_key(stored, tmp_path):
     file = tmp_path / "more.yaml"
     file.write_text("training: {save_steps: 3}\n")
@@ -213,6 +244,14 @@ def test_rows_of_an_adapter_that_is_continued_are_judged_by_its_own_task(tmp_pat
     (tmp_path / "a.csv").write_text("tokens,tags\na,b\n")
     flags = TrainFlags(model=str(tmp_path), data=(str(tmp_path / "a.csv"),), adapter=str(tmp_path))
     require_inputs(_build(flags=flags))
+
+
+def test_a_pretraining_run_of_an_older_version_resumes_without_what_pretraining_does_not_read(tmp_path):
+    started = _build(flags=PretrainFlags(layers=1), kind=PretrainConfig)
+    settings = yaml.safe_load(dump_config(started))
+    settings["data"]["max_length"], settings["evaluation"]["verdict_share"] = 64, 0.1
+    (tmp_path / "resolved_config.yaml").write_text(yaml.safe_dump(settings))
+    assert _build(flags=PretrainFlags(), kind=PretrainConfig, resumed=tmp_path) == started
 
 
 def test_a_pretraining_run_resumes_with_its_own_settings(tmp_path):

@@ -353,6 +353,14 @@ def test_a_run_of_a_version_that_lacked_a_setting_resumes_where_it_is_at_its_def
         finetune(tuning("speed.group_by_length=true"), tuned.path, resume=True)
 
 
+def test_a_run_of_a_version_that_took_a_setting_in_vain_resumes(tuned, tuning):
+    stored = yaml.safe_load(tuned.resolved_config.read_text())
+    stored["evaluation"]["plateau_factor"] = 0.3
+    tuned.resolved_config.write_text(yaml.safe_dump(stored))
+    finetune(tuning(), tuned.path, resume=True)
+    assert yaml.safe_load(tuned.resolved_config.read_text())["evaluation"]["plateau_factor"] == 0.5
+
+
 def test_settings_at_their_default_are_no_part_of_what_a_checkpoint_depends_on(tuning):
     said = fingerprint_settings(tuning("adapter.r=2"))
     assert fingerprint_settings(tuning("adapter.r=2", "speed.group_by_length=false")) == said
