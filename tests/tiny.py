@@ -91,6 +91,8 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
         "num_hidden_layers": NUM_LAYERS,
         "context_length": CONTEXT,
     },
+    "recurrent_gemma": {**_GROUPED, "num_key_value_heads": 1, "num_hidden_layers": 3, "lru_width": 32},
+    "minimax": {**_GROUPED, "num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]},
     "gpt_neo": {
         "hidden_size": 32,
         "num_layers": NUM_LAYERS,

@@ -21,7 +21,7 @@ from smolora.data.encoding import encode_with_template
 from smolora.data.prompts import encode_prompt, list_prompts, render_prompt
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.generation.answer_text import cut_at_stop, decode_answer, ends_at_stop, iter_pieces
-from smolora.generation.beams import search_rows
+from smolora.generation.beams import is_cache_reordered, search_rows
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import Switch, decode, in_use, keep_as_it_is
 from smolora.generation.fallback import generate_rows
@@ -164,6 +164,20 @@ class TextGenerator:
             logger.warning("padding would change this model's answers: only prompts of one length go together.")
         return is_moved
 
+    @cached_property
+    def _searches_with_cache(self) -> bool:
+        """Whether beams keep what they have read; else, with a word on why, they read it again for each token."""
+        if self._has_encoder or self.bundle.num_virtual_tokens:
+            return True
+        with in_use(self._model, self._switch):
+            is_reordered = is_cache_reordered(self._model)
+        if not is_reordered:
+            logger.warning(
+                "beams of this model read all of their text again for each token, which is slower: "
+                "what it keeps of a text can't follow a beam that goes on from another one."
+            )
+        return is_reordered
+
     def _answer(self, rows: Sequence[Row], batch_size: int) -> Iterator[None]:
         """Yield after each step, until all rows are done."""
         inside: list[Row] = []
@@ -175,7 +189,11 @@ class TextGenerator:
         for alike in self._iter_alike(outside):
             searched = [row for row in alike if row.settings.num_beams > 1]
             others = [row for row in alike if row.settings.num_beams == 1]
-            yield from search_rows(self._model, searched, batch_size=batch_size, switch=self._switch)
+            if searched:
+                use_cache = self._searches_with_cache
+                yield from search_rows(
+                    self._model, searched, batch_size=batch_size, use_cache=use_cache, switch=self._switch
+                )
             yield from generate_rows(self._model, others, batch_size=batch_size, switch=self._switch)
         self._tell_where_the_context_ended(rows)
 

@@ -9,10 +9,11 @@ from smolora.adapters.attach import attach_adapter
 from smolora.config import LoRAConfig
 from smolora.data.prompts import encode_prompt
 from smolora.errors import BrokenRunError, ConfigError
+from smolora.generation.beams import is_cache_reordered
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.loading import load_model
-from tests.tiny import LONG_ROPE, save_tiny_model, tiny_bundle
+from tests.tiny import LONG_ROPE, save_tiny_model, tiny_bundle, tiny_model
 
 PROMPTS = ["the cat", "name: The Eagle, food: Italian, area:", "", "the dog sat on the log. Where", "a"]
 BEAMS = SamplingSettings(num_beams=4, max_new_tokens=10)
@@ -58,6 +59,20 @@ def test_a_batch_of_any_lengths_gets_what_transformers_finds_for_each_alone(fami
         assert generator.generate(PROMPTS, settings=BEAMS, batch_size=batch_size) == expected
     assert len({len(answer) for answer in expected}) > 1
     assert expected != generator.generate(PROMPTS, settings=GREEDY)
+
+
+# RWKV's state has no order to change; RecurrentGemma's and MiniMax's is left in the old one without a word.
+@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma", "minimax"])
+def test_beams_whose_cache_can_not_follow_them_find_what_they_find_without_one(family, tmp_path, caplog):
+    bundle = tiny_bundle(family, tmp_path / "base")
+    expected = [search_plainly(bundle, prompt, use_cache=False) for prompt in PROMPTS]
+    assert TextGenerator(bundle).generate(PROMPTS, settings=BEAMS) == expected
+    assert "beams of this model read all of their text again for each token" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mamba"])
+def test_beams_keep_what_they_have_read_where_the_cache_follows_them(family):
+    assert is_cache_reordered(tiny_model(family))
 
 
 def test_an_adapter_searches_with_its_own_logits(tmp_path):
