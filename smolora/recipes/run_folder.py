@@ -23,7 +23,7 @@ from smolora.models.bundle import ModelBundle
 from smolora.records.gradient_log import GradientNormLog
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import MANIFEST, find_damage, write_json, write_text
+from smolora.records.staging import MANIFEST, find_damage, retire_folder, write_json, write_text
 from smolora.runtime.signals import interrupting_signals
 from smolora.training.adalora import AdaLoRACallback
 from smolora.training.callback import Callback
@@ -114,6 +114,8 @@ def recorded_run(
 ) -> Iterator[None]:
     """Hold the run's lock and write what it is: resolved_config.yaml and env.json. The main process alone does this.
 
+    A run that is refused before its first step leaves no folder where there was none.
+
     Args:
         run: The run's folder.
         config: The whole run.
@@ -128,7 +130,8 @@ def recorded_run(
         FolderInUseError: Another process writes here.
         StoppedBySignal: A signal interrupted the block, and there is a checkpoint.
     """
-    with run.locked():
+    is_new = not run.path.exists()
+    with run.locked(), _removed_if_refused(run, is_new=is_new):
         if not (resume and run.is_started):
             run.require_vacant()
         if resume and (checkpoint := run.newest_checkpoint()):
@@ -141,6 +144,16 @@ def recorded_run(
         write_text(run.resolved_config, dump_config(config))
         with _stopped_with_checkpoint(run):
             yield
+
+
+@contextmanager
+def _removed_if_refused(run: RunDir, *, is_new: bool) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        if is_new and not any(line.get("step") for line in MetricsLog(run.metrics).read()):
+            retire_folder(run.path)
+        raise
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class TrainerState:
             held_out = f" at a held-out loss of {self.base_eval_loss:.4f}" if self.base_eval_loss is not None else ""
             raise ConfigError(
                 f"{self.stop_reason or 'a callback ended the run'} before the first step{held_out}: there is nothing "
-                "left to train for. Keep what you have, or ask for more before it may stop, in another folder."
+                "left to train for. Keep what you have, or ask for more before it may stop."
             )
 
     def take(self, eval_loss: float) -> None:

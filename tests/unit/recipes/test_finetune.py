@@ -23,7 +23,7 @@ from smolora.recipes.finetune import finetune, show_examples
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import retire_folder
 from smolora.training.callback import Callback
-from smolora.training.strategies import AdaptiveLRStrategy, EarlyStoppingStrategy
+from smolora.training.strategies import AdaptiveLRStrategy, EarlyStoppingStrategy, TrainingStrategy
 from tests.tiny import save_tiny_model
 
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
@@ -323,6 +323,32 @@ def test_a_strategy_needs_held_out_rows_before_there_is_a_folder(tmp_path, base,
     with pytest.raises(ConfigError, match="EarlyStoppingStrategy looks at the held-out loss"):
         finetune(config(base, rows, "data.validation_fraction=0"), tmp_path / "run", strategy=EarlyStoppingStrategy())
     assert not (tmp_path / "run").exists()
+
+
+class GoodAlready(TrainingStrategy):
+    def should_stop_early(self, metrics):
+        return True
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_folder_where_there_was_none(
+    tmp_path, base, rows, is_there
+):
+    if is_there:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="GoodAlready said so before the first step"):
+        finetune(config(base, rows), tmp_path / "run", strategy=GoodAlready())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] * is_there
+
+
+def test_a_run_that_is_refused_after_a_step_keeps_what_it_wrote(tmp_path, base, rows):
+    class Refuses(Callback):
+        def on_log(self, trainer, record):
+            raise ConfigError("not like this")
+
+    with pytest.raises(ConfigError, match="not like this"):
+        finetune(config(base, rows), tmp_path / "run", callbacks=[Refuses()])
+    assert RunDir(tmp_path / "run").metrics.is_file()
 
 
 def test_a_strategy_trains_as_the_settings_it_stands_for(tmp_path, base, rows):
