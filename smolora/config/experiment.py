@@ -79,6 +79,15 @@ class ExperimentConfig(Section):
             raise ValueError(f"phases: {method} can't be trained in phases: {PHASELESS[method]}. Leave them out.")
         return self
 
+    @model_validator(mode="after")
+    def _required_verdict_has_time(self) -> ExperimentConfig:
+        if self.evaluation.require and not self.evaluation.verdict_share:
+            raise ValueError(
+                f"evaluation.require: {self.evaluation.require} asks for a verdict, and evaluation.verdict_share=0 "
+                "gives it no time. Leave one of them out."
+            )
+        return self
+
     @property
     def lora(self) -> AdapterConfig:
         """The section `adapter` under its older name."""

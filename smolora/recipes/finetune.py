@@ -50,7 +50,7 @@ from smolora.recipes.run_folder import (
     restore_best,
     settle_config,
 )
-from smolora.recipes.verdict import broken_verdict, enforce_verdict, leave_verdict, refuse_unprovable
+from smolora.recipes.verdict import broken_verdict, enforce_verdict, leave_verdict
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import replaced_folder, retire_folder
 from smolora.runtime.device import resolve_device, resolve_dtype
@@ -159,7 +159,6 @@ def finetune(
 
 def _refuse_unmeasured(data: TuningData, config: ExperimentConfig, strategy: TrainingStrategy) -> None:
     """Raise where held-out rows are needed and there are none."""
-    refuse_unprovable(data, config)
     refuse_unmeasurable(config, is_evaluated=data.held_out is not None)
     strategy.require_held_out(is_evaluated=data.held_out is not None)
 

@@ -21,7 +21,7 @@ from smolora.data.chat import check_messages, is_learned
 from smolora.data.overlap import measure_overlap
 from smolora.data.prompts import render_pair
 from smolora.data.rows import Row
-from smolora.errors import BrokenRunError, ConfigError, StorageError, count_of
+from smolora.errors import BrokenRunError, StorageError, count_of
 from smolora.evaluation.comparison import Before, Budget
 from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources
@@ -140,19 +140,6 @@ def expect_seconds(found: Mapping[str, object], share: float, run_seconds: float
 
 def _allow_seconds(share: float, run_seconds: float) -> float:
     return max(_LEAST_SECONDS, share * run_seconds)
-
-
-def refuse_unprovable(data: TuningData, config: ExperimentConfig) -> None:
-    """Raise where a verdict is required that can't be had.
-
-    Raises:
-        ConfigError: No rows are held out, or no time is given to the verdict.
-    """
-    if config.evaluation.require and (data.held_out is None or not config.evaluation.verdict_share):
-        raise ConfigError(
-            f"evaluation.require={config.evaluation.require} needs held-out rows (--eval-data, or 50 rows and more) "
-            "and evaluation.verdict_share above 0."
-        )
 
 
 def enforce_verdict(run: RunDir, config: ExperimentConfig) -> None:

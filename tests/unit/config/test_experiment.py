@@ -222,6 +222,14 @@ def test_what_pretraining_does_not_read_is_not_written():
     assert PretrainConfig(**yaml.safe_load(dump_config(config))) == config
 
 
+def test_a_verdict_that_is_required_needs_time():
+    words = [MODEL, "evaluation.require=learned", "evaluation.verdict_share=0"]
+    with pytest.raises(
+        ConfigError, match=r"learned asks for a verdict, and evaluation.verdict_share=0 gives it no time"
+    ):
+        resolve_config(ExperimentConfig, assignments=words)
+
+
 def test_a_dumped_configuration_reads_back_equal():
     config = resolve_config(ExperimentConfig, assignments=[MODEL, "training.profile_steps=[2, 3]"])
     assert ExperimentConfig(**yaml.safe_load(dump_config(config))) == config

@@ -177,7 +177,7 @@ def test_a_required_word_that_is_not_reached_ends_the_run_as_broken_and_keeps_it
 
 def test_a_required_word_without_held_out_rows_is_refused_before_there_is_a_folder(tmp_path, base):
     few = write_rows(tmp_path / "few.jsonl", pairs()[:20])
-    with pytest.raises(ConfigError, match="needs held-out rows"):
+    with pytest.raises(ConfigError, match="evaluation.require looks at the held-out loss, and no rows are held out"):
         finetune(config(base, few, "evaluation.require=learned"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
