@@ -186,7 +186,6 @@ class _SumCrossEntropy(torch.autograd.Function):
         return gradient if is_one else gradient.mul_(grad), None, None
 
 
-@torch.no_grad()
 def require_comparable(held_out_loss: float, step: int) -> None:
     """Raise where a held-out loss isn't finite.
 
@@ -204,6 +203,7 @@ def require_comparable(held_out_loss: float, step: int) -> None:
         )
 
 
+@torch.no_grad()
 def find_first_nonfinite(model: nn.Module, batches: Sequence[Batch], task: TaskType = "causal_lm") -> str:
     """Say where numbers first stop being finite: a parameter, an output, a gradient or all their norm, or the loss."""
     for name, parameter in model.named_parameters():
