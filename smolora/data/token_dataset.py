@@ -102,6 +102,15 @@ class TokenDataset:
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
+    def spread(self, count: int) -> TokenDataset:
+        """Return `count` of the examples, from all parts of them, in their order; itself where it holds no more.
+
+        `count` 0 means all.
+        """
+        if not 0 < count < len(self):
+            return self
+        return TokenDataset([self[index * len(self) // count] for index in range(count)])
+
     @property
     def num_input_tokens(self) -> int:
         """Tokens of all examples."""

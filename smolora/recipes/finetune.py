@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,8 @@ from smolora.config import ExperimentConfig
 from smolora.config.compatibility import find_float32_need
 from smolora.data.collate import Layout, get_data_collator
 from smolora.data.memory_rows import FROM_SOURCES, MemoryRows
-from smolora.data.preprocessing import Side, encode_rows, get_preprocessor
+from smolora.data.preprocessing import encode_rows, get_preprocessor
 from smolora.data.preprocessor import DataPreprocessor
-from smolora.data.rows import Row
 from smolora.data.sources import SourceRows, check_sources, read_dataset, read_sources
 from smolora.data.task_rows import learn_form
 from smolora.data.token_dataset import TokenDataset
@@ -80,6 +80,8 @@ class TuningData:
     rows: SourceRows
     train: TokenDataset
     held_out: TokenDataset | None
+    evaluated: TokenDataset | None
+    """Those of the held-out rows that an evaluation during the run reads."""
     preprocessor: DataPreprocessor
 
 
@@ -232,7 +234,7 @@ def _build_trainer(
         tuning.data.train,
         config.training,
         collate=get_data_collator(tuning.layout, tuning.bundle.task),
-        eval_dataset=tuning.data.held_out,
+        eval_dataset=tuning.data.evaluated,
         evaluation=config.evaluation,
         run_dir=run,
         identity=tuning.identity,
@@ -309,23 +311,22 @@ def encode_data(
         preprocessor = get_preprocessor(base.task, fmt=fmt, tokenizer=base.tokenizer, stride=config.data.stride)
     else:
         preprocessor = preprocessor.with_format(fmt, base.tokenizer)
-    sides: list[tuple[list[Row], Side]] = [(rows.train, "train"), (rows.held_out, "validation")]
-    encoded = [
-        encode_rows(
-            part,
-            fmt,
-            base.tokenizer,
-            data=config.data,
-            context=base.context,
-            report=rows.report,
-            side=side,
-            preprocessor=preprocessor,
-        )
-        for part, side in sides
-    ]
+    encode = partial(
+        encode_rows,
+        fmt=fmt,
+        tokenizer=base.tokenizer,
+        data=config.data,
+        context=base.context,
+        report=rows.report,
+        preprocessor=preprocessor,
+    )
+    train, held_out = encode(rows.train, side="train"), encode(rows.held_out, side="validation") or None
+    evaluated = held_out and held_out.spread(config.data.max_validation_rows)
     logger.info("rows as %s", fmt.describe())
     logger.info("%s", rows.report.describe())
-    return TuningData(rows, encoded[0], encoded[1] if len(encoded[1]) else None, preprocessor)
+    if evaluated is not held_out:
+        logger.info("an evaluation during the run reads %d of these, from all parts of them", len(evaluated or ()))
+    return TuningData(rows, train, held_out, evaluated, preprocessor)
 
 
 def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout, num_processes: int = 1) -> StepPlan:
@@ -381,7 +382,7 @@ def _identify(bundle: ModelBundle, data: TuningData, config: ExperimentConfig) -
         base=bundle.fingerprint,
         tokenizer=fingerprint_tokenizer(bundle.tokenizer),
         data=data.train.fingerprint,
-        held_out=data.held_out.fingerprint if data.held_out else "",
+        held_out=data.evaluated.fingerprint if data.evaluated else "",
         settings=fingerprint_settings(config),
     )
 

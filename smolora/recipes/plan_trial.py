@@ -79,7 +79,7 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
         raise ConfigError(f"the run has done all of its {plan.total_steps} steps: nothing is left to plan.")
     work = _describe_work(data, plan, sizes)
     watch = TrialWatch(Trial.choose(data.train, plan, sizes, tuning.layout), room, request.patience)
-    held_out = _choose_held_out(data, config.evaluation.batch_size)
+    held_out = _choose_held_out(data.evaluated, config.evaluation.batch_size)
     run = RunDir(folder)
     with ExitStack() as training:
         training.enter_context(fast_path(tuning.bundle, config.speed, is_packed=tuning.layout == "packed"))
@@ -99,7 +99,7 @@ def try_out(request: TrialRequest, folder: Path) -> Estimate:
     seconds = Seconds(
         preparation=preparation,
         steps=steps,
-        evaluations=evaluations * watch.evaluation * _count_tokens(data.held_out) / max(1, _count_tokens(held_out)),
+        evaluations=evaluations * watch.evaluation * _count_tokens(data.evaluated) / max(1, _count_tokens(held_out)),
         checkpoints=checkpoints * watch.checkpoint,
         verdict=expect_seconds(verdict, share, steps * plan.total_steps / len(sizes)) if verdict else 0.0,
         ending=leaving - (float(str(verdict["seconds"])) if verdict else 0.0),
@@ -130,14 +130,14 @@ def _describe_parts(watch: TrialWatch) -> Parts:
     return Parts(0 if watch.kind == "whole steps" else ladder.last.part.tokens, most, ladder.bytes_per_token)
 
 
-def _choose_held_out(data: TuningData, size: int) -> TokenDataset | None:
-    """Return batches from the whole of the held-out rows, and the one with the most tokens."""
-    if data.held_out is None:
+def _choose_held_out(rows: TokenDataset | None, size: int) -> TokenDataset | None:
+    """Return batches from the whole of those that are evaluated, and the one with the most tokens."""
+    if rows is None:
         return None
-    batches = [range(start, min(start + size, len(data.held_out))) for start in range(0, len(data.held_out), size)]
+    batches = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
     chosen = set(np.linspace(0, len(batches) - 1, _HELD_OUT_BATCHES).astype(int).tolist())
-    chosen.add(int(np.argmax([data.held_out.lengths[list(batch)].sum() for batch in batches])))
-    return TokenDataset([data.held_out[row] for number in sorted(chosen) for row in batches[number]])
+    chosen.add(int(np.argmax([rows.lengths[list(batch)].sum() for batch in batches])))
+    return TokenDataset([rows[row] for number in sorted(chosen) for row in batches[number]])
 
 
 def _count_tokens(rows: TokenDataset | None) -> int:

@@ -181,7 +181,7 @@ def _gather(
     skipped = list(answers.skipped)
     if missed := len(data.held_out) - loss.num_rows:
         held_out = count_of(missed, "held-out row")
-        skipped.insert(0, f"the loss of {held_out}; the run's evaluations are of all {len(data.held_out):,}")
+        skipped.insert(0, f"the loss of {held_out}; the run's evaluations are of {len(data.evaluated or ()):,}")
     return Evidence(
         loss=loss,
         prompt_use=prompt_use,

@@ -33,6 +33,14 @@ def test_the_fingerprint_sees_tokens_targets_and_boundaries():
     assert TokenDataset(base).fingerprint == TokenDataset(list(base)).fingerprint
 
 
+@pytest.mark.parametrize(
+    ("count", "tokens"), [(3, [0, 2, 4]), (1, [0]), (0, [0, 1, 2, 3, 4, 5]), (9, [0, 1, 2, 3, 4, 5])]
+)
+def test_some_of_the_examples_come_from_all_parts_of_them(count, tokens):
+    dataset = TokenDataset([build_example([token], []) for token in range(6)])
+    assert [example.input_ids.tolist() for example in dataset.spread(count)] == [[token] for token in tokens]
+
+
 def test_an_empty_dataset_has_no_tokens():
     assert (len(TokenDataset([])), TokenDataset([]).num_target_tokens) == (0, 0)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from smolora.adapters.store import load_bundle
 from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import ConfigError, DataError, ModelError, StoppedBySignal
-from smolora.recipes.finetune import finetune, show_examples
+from smolora.recipes.finetune import finetune, open_tuning, show_examples
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import retire_folder
 from smolora.training.callback import Callback
@@ -359,3 +359,13 @@ def test_a_strategy_trains_as_the_settings_it_stands_for(tmp_path, base, rows):
     given = finetune(config(base, rows, *short), tmp_path / "strategy", strategy=strategy)
     assert adapter_bytes(given) == adapter_bytes(asked)
     assert given.resolved_config.read_text() == asked.resolved_config.read_text()
+
+
+def test_an_evaluation_reads_a_bounded_number_of_held_out_rows(tmp_path, base, rows, caplog):
+    settings = config(base, rows, f"data.eval_source={rows}", "data.max_validation_rows=10")
+    with caplog.at_level(logging.INFO):
+        tuning = open_tuning(settings)
+    assert tuning.data.held_out is not None
+    assert tuning.data.evaluated is not None
+    assert (len(tuning.data.held_out), len(tuning.data.evaluated)) == (72, 10)
+    assert "an evaluation during the run reads 10 of these" in caplog.text
