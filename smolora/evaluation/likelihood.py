@@ -111,7 +111,9 @@ class LikelihoodScorer:
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
-            logits_to_keep=width - first,
+            # Places, not their number: a slice has gaps, and its product with a frozen weight repeats that for every
+            # row (16 rows and 50,257 words in bfloat16: 1.6 s in place of .04).
+            logits_to_keep=torch.arange(first - width, 0, device=batch.input_ids.device),
         ).logits  # [B, width - first, V]
         # Row by row: what is picked is a copy.
         columns = torch.split(batch.target_positions % width - width, counts)

@@ -165,7 +165,8 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
             position_ids=step.positions.expand(len(input_ids), -1),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=num_kept,
+            # A place, not a number: see `LikelihoodScorer`.
+            logits_to_keep=step.positions.new_tensor([-1]) if step.fills else num_kept,
         )
     finally:
         _STEP.reset(token)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from smolora.generation import decoding, slots
+from smolora.generation import decoding, fused_blocks, slots
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import decode
 from smolora.generation.sampling import SamplingSettings
@@ -128,6 +128,15 @@ def test_memory_left_by_others_reaches_no_row():
     expected = _answers(model, _rows(), 4)
     with Poisoned():
         assert _answers(model, _rows(), 4) == expected
+
+
+def test_the_head_is_given_hidden_states_without_gaps(monkeypatch):
+    monkeypatch.setattr(fused_blocks, "_MOST_BYTES", 0)  # As of a large model, whose head computes by itself.
+    model, have_gaps = tiny_model("llama"), []
+    model.lm_head.register_forward_pre_hook(lambda _module, inputs: have_gaps.append(not inputs[0].is_contiguous()))
+    _answers(model, _rows(), num_slots=4)
+    assert have_gaps
+    assert not any(have_gaps)
 
 
 def test_decoding_leaves_the_model_as_it_was():
