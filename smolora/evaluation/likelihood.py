@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from smolora.config.model import TaskType
 from smolora.data.benchmark_rows import Prompt
-from smolora.data.collate import Batch, get_data_collator
+from smolora.data.collate import get_data_collator
 from smolora.data.encoding import encode_pairs
 from smolora.data.prompts import PromptFormat, check_prompt, encode_row, render_prompt
 from smolora.data.seq2seq import cut_sides, encode_answered
@@ -81,8 +78,8 @@ class LikelihoodScorer:
         """Yield what is measured at a time, of about one length: few enough rows, and few enough logits."""
         group: list[int] = []
         for index in order:
-            num_positions = _count_positions([examples[one] for one in [*group, index]], self.bundle.task)
-            num_logits = (len(group) + 1) * num_positions * len(self.bundle.tokenizer)
+            num_targets = sum(examples[one].num_target_tokens for one in [*group, index])
+            num_logits = num_targets * len(self.bundle.tokenizer)
             is_full = len(group) == self.batch_size or num_logits > _MOST_LOGITS
             if group and (is_full or len(examples[group[0]]) <= self._shared_reach < len(examples[index])):
                 yield group
@@ -95,35 +92,11 @@ class LikelihoodScorer:
         # Rows of about one length cost little padding; packed, attention would cost the square of all rows together.
         batch = get_data_collator("padded", self.bundle.task)(examples).to(self.bundle.device)
         counts = [example.num_target_tokens for example in examples]
-        with in_eval_mode(self.bundle.model):
-            logits = self._compute_logits(batch, counts, first=min(map(_find_first, examples)))
-            parts = zip(logits, torch.split(batch.targets, counts), strict=True)
-            return [sum_cross_entropy(row, ids).item() for row, ids in parts]
-
-    def _compute_logits(self, batch: Batch, counts: list[int], *, first: int) -> Iterable[Tensor]:
-        """Return the logits of each row's targets, [n, V]; those of positions before `first` are never computed."""
         model = self.bundle.model
-        if not self._keeps_logits or self.bundle.task != "causal_lm":
-            return torch.split(target_logits_of(model, self.bundle.task)(model, batch), counts)
-        assert batch.target_positions is not None, "padded batches have them"
-        width = batch.input_ids.shape[1]
-        logits: Tensor = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            # Places, not their number: a slice has gaps, and its product with a frozen weight repeats that for every
-            # row (16 rows and 50,257 words in bfloat16: 1.6 s in place of .04).
-            logits_to_keep=torch.arange(first - width, 0, device=batch.input_ids.device),
-        ).logits  # [B, width - first, V]
-        # Row by row: what is picked is a copy.
-        columns = torch.split(batch.target_positions % width - width, counts)
-        return (row[chosen] for row, chosen in zip(logits, columns, strict=True))
-
-    @cached_property
-    def _keeps_logits(self) -> bool:
-        """Whether the model can be asked for the logits of its last positions; nearly all of transformers can."""
-        modules = self.bundle.model.modules()  # The outermost may be an adapter's.
-        return any("logits_to_keep" in inspect.signature(module.forward).parameters for module in modules)
+        with in_eval_mode(model):
+            logits = target_logits_of(model, self.bundle.task)(model, batch)
+            parts = zip(torch.split(logits, counts), torch.split(batch.targets, counts), strict=True)
+            return [sum_cross_entropy(row, ids).item() for row, ids in parts]
 
     @cached_property
     def _shared_reach(self) -> float:
@@ -144,18 +117,6 @@ class LikelihoodScorer:
             texts = [(str(prompt), answer) for prompt, answer in pairs]
             return encode_pairs(texts, tokenizer, end_token=fmt.end_token if fmt else self._own_end_token)
         return [encode_row(*_render(prompt, answer, fmt), tokenizer) for prompt, answer in pairs]
-
-
-def _find_first(example: Example) -> int:
-    """Return the position whose logits predict the first target."""
-    return int(example.is_target.argmax()) - 1
-
-
-def _count_positions(examples: Sequence[Example], task: TaskType) -> int:
-    """Return the positions, of each of some rows, whose logits are computed; the last row is the longest."""
-    if task == "seq2seq":
-        return max(example.num_target_tokens for example in examples)
-    return len(examples[-1]) - min(map(_find_first, examples))
 
 
 def _render(prompt: Prompt, answer: str, fmt: PromptFormat | None) -> tuple[dict[str, object], PromptFormat]:

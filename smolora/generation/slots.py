@@ -165,7 +165,8 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
             position_ids=step.positions.expand(len(input_ids), -1),
             past_key_values=cache,
             use_cache=True,
-            # A place, not a number: see `LikelihoodScorer`.
+            # A place, not a number: a slice has gaps, and its product with a frozen weight repeats that for every row
+            # (16 rows and 50,257 words in bfloat16: 1.7 s in place of .004).
             logits_to_keep=step.positions.new_tensor([-1]) if step.fills else num_kept,
         )
     finally:

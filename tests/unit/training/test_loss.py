@@ -165,21 +165,34 @@ def test_the_logits_of_targets_are_those_of_each_row_alone(model, examples, coll
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["opt", "bloom", "gpt2"])
+def test_of_a_padded_batch_the_head_reads_targets_alone(family, examples):
+    model, shapes = tiny_model(family), []
+    handle = model.lm_head.register_forward_hook(lambda _module, _inputs, logits: shapes.append(logits.shape[:2]))
+    found = target_logits_of(model)(model, collate_padded(examples))
+    handle.remove()
+    assert shapes == [(1, len(found))]
+    assert not model.lm_head._forward_pre_hooks
+    assert_close(found, one_by_one(model, examples), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("collate", [collate_packed, collate_padded])
 @pytest.mark.parametrize(
     "scaling",
     [("gemma2", "final_logit_softcapping", 2.0), ("cohere", "logit_scale", 0.5), ("granite", "logits_scaling", 4.0)],
 )
-def test_a_familys_own_scaling_of_its_logits_is_kept(scaling, examples):
+def test_a_familys_own_scaling_of_its_logits_is_kept(scaling, collate, examples):
     family, setting, value = scaling
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 288, "pad_token_id": 0, "initializer_range": 0.15}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **{setting: value})).eval()
-    scaled = target_logits_of(model)(model, collate_packed(examples))
+    scaled = target_logits_of(model)(model, collate(examples))
     assert_close(scaled, one_by_one(model, examples), rtol=1e-4, atol=1e-5)
     setattr(model.config, setting, 1.0)
     unscaled = AutoModelForCausalLM.from_config(model.config).eval()
     unscaled.load_state_dict(model.state_dict())
-    assert (target_logits_of(unscaled)(unscaled, collate_packed(examples)) - scaled).abs().max() > 0.1
+    assert (target_logits_of(unscaled)(unscaled, collate(examples)) - scaled).abs().max() > 0.1
 
 
 @torch.no_grad()
