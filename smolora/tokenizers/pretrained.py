@@ -43,6 +43,8 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
             "tokenizer_config.json, or a hub id that can be reached."
         ) from error
     _refuse_code(tokenizer.init_kwargs, name_or_path)
+    # Said once of a text longer than the tokenizer's own limit, even where verbose is off: the model's is what counts.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 from transformers import AutoTokenizer
@@ -25,6 +26,14 @@ def test_a_trained_tokenizer_loads_in_plain_transformers_with_the_same_ids(tmp_p
     ids = loaded(TEXT, split_special_tokens=True)["input_ids"]
     assert ids == trained.encode(TEXT)
     assert loaded.decode(ids) == TEXT
+
+
+def test_a_text_longer_than_the_tokenizers_own_limit_is_no_cause_for_a_warning(tmp_path, char, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    to_pretrained(char, context=4).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert len(load_tokenizer(tmp_path)("naïve naïve")["input_ids"]) > 4
+    assert not caplog.records
 
 
 def test_it_ends_a_text_and_has_no_other_special_token(char):
