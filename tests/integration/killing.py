@@ -1,6 +1,6 @@
 """Runs in forked children that are killed at random moments, until they are done.
 
-Forked after the heavy imports, a cycle costs about a tenth of a second; a fresh interpreter each time would cost 5.
+A cycle costs about a tenth of a second; a fresh interpreter each time would cost 5.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from smolora.records.run_dir import RunDir
+from tests.forked import start_fork
 
 
 def end_under_kills(
@@ -33,7 +34,7 @@ def end_under_kills(
     """
     reference = RunDir(folder / "reference")
     started = time.perf_counter()
-    assert os.waitpid(_start(train, reference), 0)[1] == 0
+    assert os.waitpid(start_fork(train, reference), 0)[1] == 0
     whole = time.perf_counter() - started
     ends: list[dict[str, object]] = []
     killed = 0
@@ -41,7 +42,7 @@ def end_under_kills(
         run = RunDir(folder / f"run-{len(ends)}")
         status = -1
         while status != 0:
-            child = _start(train, run)
+            child = start_fork(train, run)
             if killed < kills:
                 time.sleep(draw_share() * whole)
                 os.kill(child, signal.SIGKILL)
@@ -50,15 +51,3 @@ def end_under_kills(
             killed += os.WIFSIGNALED(status)
         ends.append(describe(run))
     return {"kills": killed, "reference": describe(reference), "ends": ends}
-
-
-def _start(train: Callable[[RunDir], None], run: RunDir) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            train(run)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
