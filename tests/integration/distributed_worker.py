@@ -1,6 +1,6 @@
 """What two processes of a launcher do, one scenario after the other, each leaving FOLDER/<scenario>-<rank>.json.
 
-One launch for all of them: the imports of two processes cost more than all of the scenarios.
+One launch for all of them, whose processes find each other but once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +24,7 @@ from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import SmoloraError
 from smolora.recipes.finetune import finetune
 from smolora.training.callback import Callback
+from tests.forked import run_forked
 from tests.integration.distributed_runs import STEPS, TUNING, pretraining_words, tuning_words
 
 RANK = int(os.environ.get("RANK", "0"))  # Without a launcher this file is only collected for its doctests.
@@ -77,7 +77,7 @@ class FullDisk(Callback):
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+    signal.alarm(240)  # Processes that wait for each other have failed.
     full = ["train", "--model", str(folder / "base"), "--data", str(folder / "rows.jsonl"), "--method", "full"]
     pretrain = ["pretrain", *pretraining_words(folder)]
     scenarios: dict[str, Callable[[], tuple[int, str]]] = {
@@ -172,4 +172,5 @@ def stop_early(trainer) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # torchrun keeps a worker that is done until the other is: a fork of it ends when it is done.
+    assert run_forked(main, Path(sys.argv[1])) == 0

@@ -6,18 +6,24 @@ import fcntl
 import json
 import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run as torchrun
 from safetensors.torch import load_file
 
 from smolora.cli.app import run as run_command
 from smolora.records.staging import hash_folder, read_manifest
+from tests.forked import run_forked
 from tests.integration.distributed_runs import STEPS, pretraining_words, tuning_words, write_files
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WORKER = Path(__file__).with_name("distributed_worker.py")
+# As forks of a fork of this process, which have imported all.
+TORCHRUN = ["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "--run-path"]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +36,9 @@ def shared(tmp_path_factory):
         fcntl.lockf(lock, fcntl.LOCK_EX)
         if not (base / "done").exists():
             write_files(base)
-            launch(["-m", "tests.integration.distributed_worker", str(base)])
+            assert run_forked(torchrun.main, [*TORCHRUN, str(WORKER), str(base)]) == 0
             (base / "done").touch()
     return base
-
-
-def launch(words):
-    done = subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 @pytest.fixture(scope="module")
