@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +12,12 @@ from torch.testing import assert_close
 from smolora.adapters.attach import attach_adapter
 from smolora.config import GPTConfig, LoRAConfig
 from smolora.config.adapter import METHODS
-from smolora.errors import DataError, ModelError
+from smolora.errors import DataError, ModelError, StorageError
 from smolora.models.building import build_gpt
 from smolora.models.loading import load_model
 from smolora.records.staging import find_damage
 from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_checkpoint, save_checkpoint
+from tests.full_disk import files_of_at_most
 from tests.tiny import save_tiny_encoder, tiny_bundle
 
 IDENTITY = RunIdentity(base="b", tokenizer="t", data="d", held_out="h", settings="s")
@@ -163,50 +161,16 @@ def test_another_identity_is_refused_by_name(build, tmp_path, field, error):
         RunIdentity(**{**vars(IDENTITY), field: "other"}).require(tmp_path / "step")
 
 
-FULL_DISK = """
-import dataclasses, json, resource, sys
-from pathlib import Path
-import torch
-from smolora.config import GPTConfig
-from smolora.errors import StorageError
-from smolora.models.building import build_gpt
-from smolora.models.loading import load_model
-from smolora.tokenizers.char import CharTokenizer
-from smolora.tokenizers.pretrained import to_pretrained
-from smolora.training.checkpoint import save_checkpoint
-from tests.unit.training.test_checkpoint import IDENTITY, SNAPSHOT
-
-_, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-for name, (width, moments, limit) in json.loads(sys.argv[2]).items():
-    folder = Path(sys.argv[1]) / name
-    folder.mkdir()
-    shape = GPTConfig(num_layers=1, num_heads=2, width=width, context=16)
-    bundle = build_gpt(shape, to_pretrained(CharTokenizer.train("abc"), 16), seed=0)
+@pytest.mark.parametrize(
+    ("width", "moments", "size"),
+    [(32, 1, 4_000), (2, 100_000, 100_000), (2, 1, 20)],
+    ids=["weights", "optimiser", "first byte"],
+)
+def test_a_disk_that_is_full_is_a_storage_error_and_leaves_nothing(build, tmp_path, width, moments, size):
+    bundle = build(width=width)
     snapshot = dataclasses.replace(SNAPSHOT, optimizer={"w.exp_avg": torch.zeros(moments)})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited))
-    try:
-        save_checkpoint(folder / "step-000001", bundle, snapshot, IDENTITY)
-    except StorageError as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
-        (folder / "error").write_text(str(error))
-"""
-PLACES = {"weights": (32, 1, 4_000), "optimiser": (2, 100_000, 100_000), "first byte": (2, 1, 20)}
-"""Width of the model, numbers of the optimiser, and bytes that a file may have."""
-
-
-@pytest.fixture(scope="module")
-def full_disk(tmp_path_factory):
-    """A folder with what each place of `PLACES` left, written by a process whose files may not grow."""
-    folder = tmp_path_factory.mktemp("full")
-    command = [sys.executable, "-c", FULL_DISK, str(folder), json.dumps(PLACES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_disk_that_is_full_is_a_storage_error_and_leaves_nothing(full_disk, place):
-    assert [entry.name for entry in (full_disk / place).iterdir()] == ["error"]
-    message = (full_disk / place / "error").read_text()
-    assert message.startswith(f"can't write {full_disk / place / 'step-000001'}")
-    assert "File too large" in message
+    with files_of_at_most(size), pytest.raises(StorageError) as caught:
+        save_checkpoint(tmp_path / "step-000001", bundle, snapshot, IDENTITY)
+    assert str(caught.value).startswith(f"can't write {tmp_path / 'step-000001'}")
+    assert "File too large" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
