@@ -6,6 +6,8 @@ users do. Dropout is 0 in base and adapter, so nothing is drawn.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import peft
 import pytest
@@ -28,7 +30,7 @@ STEPS, ROWS, LEARNING_RATE = 20, 8, 5e-3
 PLAIN = SpeedConfig(row_attention=False, fused_lora=False, fused_blocks=False, packed_weights=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows():
     random = np.random.default_rng(3)
     lengths = random.integers(6, 24, size=40)
@@ -63,6 +65,18 @@ def training_config(accumulation):
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
     )
+
+
+@pytest.fixture(scope="module")
+def peer(rows, tmp_path_factory):
+    """Return a function that gives a family's folder, and the losses of its plain run."""
+
+    @cache
+    def peer(family):
+        folder = save_tiny_model(family, tmp_path_factory.mktemp(family) / "base")
+        return folder, peer_losses(folder, rows)
+
+    return peer
 
 
 def peer_losses(folder, rows):
@@ -101,22 +115,21 @@ def pad(examples):
     ("family", "accumulation"), [("llama", 1), ("llama", 4), ("gpt2", 1), ("gpt2", 4), ("qwen3", 1), ("gemma", 1)]
 )
 @pytest.mark.parametrize("speed", [PLAIN, SpeedConfig()], ids=["plain", "fast"])
-def test_losses_equal_plain_transformers_and_peft_step_by_step(tmp_path, rows, family, accumulation, speed):
-    folder = save_tiny_model(family, tmp_path / family)
+def test_losses_equal_plain_transformers_and_peft_step_by_step(peer, rows, family, accumulation, speed):
+    folder, expected = peer(family)
     found = smolora_losses(folder, rows, accumulation=accumulation, speed=speed)
-    expected = peer_losses(folder, rows)
     assert_close(found, expected, rtol=0, atol=1e-5)
     assert found[-1] < found[0] - 0.1
 
 
 @pytest.mark.parametrize("family", ["bloom", "opt"])
-def test_a_family_that_leaks_between_packed_rows_is_noticed_and_padded_batches_are_exact(tmp_path, rows, family):
-    folder = save_tiny_model(family, tmp_path / family)
+def test_a_family_that_leaks_between_packed_rows_is_noticed_and_padded_batches_are_exact(peer, rows, family):
+    folder, expected = peer(family)
     packable, reason = can_pack_rows(load_model(folder, dtype=torch.float32).model)
     assert not packable
     assert "attention can't keep rows apart" in reason
     found = smolora_losses(folder, rows, accumulation=1, layout="padded")
-    assert_close(found, peer_losses(folder, rows), rtol=0, atol=1e-5)
+    assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_the_packed_batch_of_these_rows_holds_no_padding(rows):

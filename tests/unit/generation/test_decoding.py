@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -33,8 +35,14 @@ def _answers(model, rows, num_slots):
     return [row.ids for row in rows]
 
 
+@cache
+def _generate_all(family, **changes):
+    """The oracle: transformers' own generation of each prompt alone, without padding."""
+    model = tiny_model(family, **changes)
+    return [_generate_alone(model, row) for row in _rows()]
+
+
 def _generate_alone(model, row):
-    """The oracle: transformers' own generation of one prompt without padding."""
     config = GenerationConfig(max_new_tokens=row.room, do_sample=False, eos_token_id=VOCAB_SIZE, pad_token_id=0)
     ids = torch.tensor([row.prompt_ids])
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -52,26 +60,25 @@ def attention(request, monkeypatch):
 def test_greedy_tokens_of_mixed_rows_equal_those_of_generate_one_by_one(family):
     model = tiny_model(family)
     assert find_obstacle(model) is None
-    expected = [_generate_alone(model, row) for row in _rows()]
     for num_slots in (1, 4, 9):
-        assert _answers(model, _rows(), num_slots) == expected
+        assert _answers(model, _rows(), num_slots) == _generate_all(family)
 
 
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
 def test_a_sliding_window_hides_the_same_keys_as_in_generate(family):
     model = tiny_model(family, sliding_window=6)
-    expected = [_generate_alone(model, row) for row in _rows()]
+    expected = _generate_all(family, sliding_window=6)
     assert _answers(model, _rows(), 4) == expected
-    assert expected != [_generate_alone(tiny_model(family, sliding_window=64), row) for row in _rows()]
+    assert expected != _generate_all(family, sliding_window=64)
 
 
 @pytest.mark.usefixtures("attention")
 def test_a_softcap_on_attention_is_applied():
     model = tiny_model("gemma2", attn_logit_softcapping=0.5)
-    expected = [_generate_alone(model, row) for row in _rows()]
+    expected = _generate_all("gemma2", attn_logit_softcapping=0.5)
     assert _answers(model, _rows(), 4) == expected
-    assert expected != [_generate_alone(tiny_model("gemma2"), row) for row in _rows()]
+    assert expected != _generate_all("gemma2")
 
 
 def test_bfloat16_rows_stay_close_to_those_alone():
