@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-_MOUNT = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && exec "${@:2}"'
-_NAME_SPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+from tests.forked import run_forked
+
+_NEW_USERS, _NEW_MOUNTS = 0x10000000, 0x00020000
 
 
-def run_read_only(folder, definition, *arguments):
-    """Call what `definition` imports as `work` with `folder` and `arguments`, which are paths; return what it said."""
-    if (
-        not shutil.which("unshare")
-        or subprocess.run([*_NAME_SPACE, "true"], capture_output=True, check=False).returncode
-    ):
+def run_read_only(folder, work, *arguments):
+    """Call `work` in a fork to which `folder` is read-only, and return its exit code."""
+    if not shutil.which("mount") or run_forked(_mount, folder):
         pytest.skip("this system lets nobody mount a file system")
-    script = f"import pathlib, sys\n{definition}\nwork(*map(pathlib.Path, sys.argv[1:]))"
-    command = [*_NAME_SPACE, "bash", "-c", _MOUNT, "bash", str(folder), sys.executable, "-c", script, str(folder)]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
-    return done.stderr
+    return run_forked(lambda: (_mount(folder), work(*arguments)))
+
+
+def _mount(folder):
+    user = os.getuid()
+    if ctypes.CDLL(None).unshare(_NEW_USERS | _NEW_MOUNTS):
+        raise OSError("no name space of its own")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    for options in (["--bind", folder], ["-o", "remount,ro,bind"]):
+        subprocess.run(["mount", *options, folder], check=True)

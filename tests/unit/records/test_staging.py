@@ -454,8 +454,10 @@ def test_a_folder_below_a_file_is_not_writable(tmp_path):
         require_writable(tmp_path / "file" / "a" / "b")
 
 
-def test_a_read_only_file_system_is_said_to_be_one(tmp_path):
-    said = run_read_only(tmp_path, "from smolora.records.staging import require_writable as work")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_read_only_file_system_is_said_to_be_one(tmp_path, capfd):
+    assert run_read_only(tmp_path, require_writable, tmp_path) == 1
+    said = capfd.readouterr().err
     assert f"can't write {tmp_path}: Read-only file system. Choose a folder that you may write." in said
 
 
