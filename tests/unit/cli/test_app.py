@@ -193,18 +193,16 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(smolora, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_stdout_exits_5_without_a_traceback():
+    command = [sys.executable, "-m", "smolora", "config", "--for", "pretrain"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "smolora", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 5
     assert done.stderr == "smolora: error: [Errno 28] No space left on device. Free space, or choose another place.\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    with subprocess.Popen(
-        [sys.executable, "-m", "smolora.cli", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", "smolora.cli", "config", "--for", "pretrain"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.wait() == 0
         assert process.stderr.read() == ""
