@@ -18,7 +18,7 @@ class MemoryRows:
 
     train: Dataset | None = None
     held_out: Dataset | None = None
-    """Left out, some of `train` are held out."""
+    """Left out, those of `data.eval_source` are held out, or some of `train`."""
     preprocessor: DataPreprocessor | None = None
     """Encodes rows, in place of the task's own; its form gives way to that of the rows."""
 

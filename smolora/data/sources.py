@@ -130,10 +130,16 @@ def read_dataset(
 ) -> SourceRows:
     """Do for datasets in memory what `read_sources` does for files; `data.sources` isn't read.
 
+    Without an `eval_dataset` the rows of `data.eval_source` are held out, if it is named.
+
     Raises:
         DataError: A column or rows are missing, or too many rows were rejected.
     """
-    held_out = None if eval_dataset is None else [_open_dataset(eval_dataset, "eval_dataset")]
+    held_out = None
+    if eval_dataset is not None:
+        held_out = [_open_dataset(eval_dataset, "eval_dataset")]
+    elif data.eval_source is not None:
+        held_out = _open_held_out(data, is_whole=False)
     stream = _stream([_open_dataset(dataset, "dataset")], held_out, data, tokenizer=tokenizer, out=out, task=task)
     return _gather(stream, data, seed=seed, out=out)
 

@@ -172,8 +172,7 @@ class Trainer:
                 ending.enter_context(recomputed_activations(self.bundle.model))
             ending.enter_context(sharded_base(self.bundle, self.parameters.values(), self._processes))
             if self.eval_dataset is not None and self.state.step == 0:
-                with interrupting_signals():  # There is nothing to save yet.
-                    self._evaluate_base()
+                self._evaluate_base()
             self.state.require_a_step()
             if resume and self.state.step:
                 words = "the run is finished already, at" if self._is_over else "going on after"
@@ -334,7 +333,8 @@ class Trainer:
 
     def _evaluate_base(self) -> None:
         """Measure where the run starts, so that what it reaches can be compared."""
-        base_eval_loss = self.state.base_eval_loss = self.evaluate()
+        with interrupting_signals():  # There is nothing to save yet.
+            base_eval_loss = self.state.base_eval_loss = self.evaluate()
         self._write({"step": 0, "eval_loss": base_eval_loss})
         self._tell(lambda callback: callback.on_evaluate(self, base_eval_loss))
 

@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
         "second": lambda: tune(folder, "second", At(2, 1, fail)),
         "nan": lambda: tune(folder, "nan", At(1, 1, plant_nan, is_after=True)),
         "early": lambda: tune(folder, "early", At(2, 1, stop_early, is_after=True)),
-        "other_rows": lambda: tune(folder, "other_rows", dataset=Dataset.from_list([{"text": f"row {RANK}"}] * 9)),
+        "other_rows": lambda: tune(folder, "other_rows", dataset=Dataset.from_list([row_of_this_process()] * 9)),
         "verb": lambda: command(["report", str(folder / "tune")]),
         "again": lambda: tune(folder, "again"),
         "sharded": lambda: sharded(lambda: stop_sharded(folder)),
@@ -108,6 +108,10 @@ def main(folder: Path) -> None:
     for name, scenario in scenarios.items():
         exit_code, said = scenario()
         (folder / f"{name}-{RANK}.json").write_text(json.dumps({"exit_code": exit_code, "said": said}))
+
+
+def row_of_this_process() -> dict[str, str]:
+    return {"prompt": "whose row is it", "completion": f"that of {RANK}"}
 
 
 def command(words: list[str]) -> tuple[int, str]:

@@ -363,6 +363,14 @@ def test_a_dataset_in_memory_is_selected_like_a_file():
     assert rows.train[1].origin == "dataset:4"
 
 
+def test_a_file_of_held_out_rows_goes_with_a_dataset_in_memory(tmp_path):
+    write_rows(tmp_path / "held.jsonl", [{"text": "c"}])
+    data = DataConfig(eval_source=str(tmp_path / "held.jsonl"))
+    rows = read_dataset(Dataset.from_dict({"text": ["a", "b", "c"]}), data, seed=0)
+    assert [row.values["text"] for row in rows.train] == ["a", "b"]
+    assert [row.values["text"] for row in rows.held_out] == ["c"]
+
+
 def test_documents_are_whole_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n  two\n")
     assert read_source_documents(DataConfig(sources=(str(tmp_path),))).train == ["one\n\n  two\n"]
