@@ -100,10 +100,11 @@ def suggest_path(missing: Path) -> str:
     """Return " Did you mean 'x'?" for the path that is nearest, part by part, to one that isn't there; or nothing."""
     found = Path(missing.anchor)
     for part in missing.relative_to(found).parts:
-        if (found / part).exists():
+        if os.access(found / part, os.F_OK):  # Path.exists raises where it may not look.
             found /= part
             continue
-        names = [entry.name for entry in found.iterdir()] if found.is_dir() and os.access(found, os.R_OK) else []
+        is_open = os.access(found, os.R_OK | os.X_OK) and found.is_dir()
+        names = [entry.name for entry in found.iterdir()] if is_open else []
         if not (nearest := difflib.get_close_matches(part, names, n=1)):
             return ""
         found /= nearest[0]

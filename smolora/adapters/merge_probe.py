@@ -2,7 +2,7 @@
 
 Weights stay mapped from their files, in the files' type: each operation widens its own for as long as it runs. The
 adapter's logits are peft's own, and so don't rest on what was merged. Few tokens read few rows of an embedding, so each
-weight is held to its change beside. The proof takes three short forward passes and the memory of one float32 weight.
+weight is held to its change beside. The proof takes three short forward passes and the memory of a few float32 weights.
 """
 
 from __future__ import annotations

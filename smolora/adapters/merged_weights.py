@@ -101,15 +101,15 @@ def write_merged_file(
 ) -> None:
     """Copy the safetensors file `source` to `target` with `updates` added to the tensors they name.
 
+    A second thread reads back what was written, and the base's: merged tensors go to `check`, of all others every byte
+    is compared.
+
     Args:
         source: The base's file.
         target: The new one.
         updates: What becomes of tensors, by the names they have in `target`; all others are copied.
         check: What looks at them.
         added: Tensors of `source` that `target` holds once more, behind all others, under a further name.
-
-    A second thread reads back what was written, and the base's: merged tensors go to `check`, of all others every byte
-    is compared.
 
     Raises:
         ModelError: `check` refuses a merged tensor, or a copied one isn't the base's.

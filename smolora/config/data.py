@@ -78,9 +78,9 @@ class DataConfig(_Columns):
     name others in `eval_source`. In pretraining, share of the text, unless that is too short for a window."""
 
     max_validation_rows: int = Field(default=500, ge=0)
-    """Bound on the rows that are split off to be held out, and on those of an `eval_source` or of a benchmark that an
-    evaluation during the run reads, from all parts of them (0: all); the verdict draws from all. In pretraining, bound
-    on the windows of held-out text that are evaluated."""
+    """Bound on the rows that are split off to be held out (0: none), and on those of an `eval_source` or of a benchmark
+    that an evaluation during the run reads, from all parts of them (0: all); the verdict draws from all. In
+    pretraining, bound on the windows of held-out text that are evaluated (0: none)."""
 
     def find_idle(self) -> Mapping[str, str]:
         """Return what waits for a size of chunks."""

@@ -41,9 +41,10 @@ def locate(source: str, file_type: FileType | None) -> list[tuple[Path, FileType
 
 
 def choose_held_out_type(source: str, file_type: FileType | None) -> FileType | None:
-    """Return how to read held-out rows beside sources of a type: alike, but for a file whose name tells its own."""
+    """Return how to read held-out rows beside sources of a type: alike, but where a name tells another one."""
     path = Path(source).expanduser()
-    tells = path.is_file() and infer_type(path) is not None
+    files = list_files(path) if path.is_dir() else [path]
+    tells = any(infer_type(file) not in {None, file_type} for file in files)
     return None if tells or file_type == "hub" or not path.exists() else file_type
 
 

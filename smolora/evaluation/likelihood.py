@@ -78,7 +78,9 @@ class LikelihoodScorer:
         """Yield what is measured at a time, of about one length: few enough rows, and few enough logits."""
         group: list[int] = []
         for index in order:
-            num_targets = sum(examples[one].num_target_tokens for one in [*group, index])
+            counts = [examples[one].num_target_tokens for one in [*group, index]]
+            # An encoder-decoder's answers are padded to one length.
+            num_targets = len(counts) * max(counts) if self.bundle.task == "seq2seq" else sum(counts)
             num_logits = num_targets * len(self.bundle.tokenizer)
             is_full = len(group) == self.batch_size or num_logits > _MOST_LOGITS
             if group and (is_full or len(examples[group[0]]) <= self._shared_reach < len(examples[index])):

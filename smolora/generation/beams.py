@@ -16,6 +16,7 @@ from smolora.errors import BrokenRunError
 from smolora.generation.choosing import Row, penalise
 from smolora.generation.decoding import Switch, in_eval_mode, in_use, keep_as_it_is
 from smolora.generation.fallback import build_settings, pad_prompts, quiet_positions
+from smolora.models.bundle import read_config
 
 
 def search_rows(
@@ -85,8 +86,10 @@ def is_cache_reordered(model: nn.Module) -> bool:
     """Whether what `model` keeps of its texts goes with them where beams change places.
 
     Some states can't, and others stay where they are without a word, so that a beam goes on from another one's text.
-    Two searches of three tokens.
+    Two searches of three tokens. Of fewer than four words, with which it can't ask, it says no.
     """
+    if read_config(model).get_text_config().vocab_size < _TwoBeams.NUM_WORDS:
+        return False
     with in_eval_mode(model):
         try:
             changed, unchanged = _search_two(model, swap=True), _search_two(model, swap=False)
@@ -113,7 +116,8 @@ def _search_two(model: nn.Module, *, swap: bool) -> Tensor:
 class _TwoBeams(LogitsProcessor):  # type: ignore[misc]
     """Leads a search of two beams: one token each, then the same one, with which `winner` becomes the better beam."""
 
-    winner, loser, last, other = range(4)
+    NUM_WORDS = 4
+    winner, loser, last, other = range(NUM_WORDS)
     seen: Tensor
     """The probabilities after that."""
 

@@ -2,8 +2,8 @@
 
 A step that reads a row's drafts behind its last token knows what comes after each of them, so a draft that turns out to
 be what is chosen there costs no step of its own (speculative decoding: Leviathan 2023, https://arxiv.org/abs/2211.17192;
-prompt lookup: Saxena 2023). What is chosen is the same in either case, drawn tokens included. All rows of a call share
-one table: answers of a model that was tuned to a task repeat each other far more than their own prompts.
+prompt lookup: Saxena 2023). What is chosen is the same in either case up to rounding, drawn tokens included. All rows
+of a call share one table: answers of a model that was tuned to a task repeat each other more than their own prompts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ _MOST_TOKENS = 256
 """Of all rows in a step: there are logits for each of them."""
 
 _MOST_ENTRIES = 2**16
-_COST, _FULL = 0.5, 32
-"""What each further token of so many rows or more adds to a step, in steps of one token a row; of fewer, less by that.
-A step of one row waits for the weights, and eight tokens take 1.1 to 1.3 of one's time."""
+_COST = 0.5
+"""What each further token of `_FULL` rows or more adds to a step, in steps of one token a row."""
+
+_FULL = 32
+"""Of fewer rows it adds less, in proportion: a step of one row waits for the weights, and eight tokens take 1.1 to 1.3
+of one's time."""
 
 _FRESHNESS = 0.02
 """How much one token changes the acceptance rate."""
@@ -49,7 +52,7 @@ class Drafts:
 
     def draft(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return drafts for each row, none at all where reading them would take longer than they are likely to save."""
-        longest = min(_LONGEST_DRAFT, _MOST_TOKENS // len(rows) - 1)
+        longest = max(0, min(_LONGEST_DRAFT, _MOST_TOKENS // len(rows) - 1))
         drafts = [self._draft_row(row, longest) for row in rows]
         cost = _COST * min(1.0, len(rows) / _FULL)
         best = max(range(longest + 1), key=lambda length: self._expect_tokens(drafts, length) / (1 + cost * length))

@@ -245,7 +245,7 @@ def attend(
 
 
 def _attends_by_kernel(like: Tensor) -> bool:
-    """Whether torch's kernel attends for one token a row: in 16 bits on a CPU, where a product copies what has gaps.
+    """Whether torch's kernel attends for a few tokens a row: in 16 bits on a CPU, where a product copies what has gaps.
 
     64 rows of 90 to 190 keys took half of the time so in bfloat16, and a fifth more in float32.
     """

@@ -102,7 +102,7 @@ class TextGenerator:
     def stream(self, prompt: Prompt, *, settings: SamplingSettings = DEFAULT_SAMPLING) -> Iterator[str]:
         """Yield the answer in pieces as they are computed; joined they are what `generate` returns.
 
-        Closing the iterator stops the computation after the token at hand. An answer of beams comes in one piece:
+        Closing the iterator stops the computation after the step at hand. An answer of beams comes in one piece:
         which of them wins isn't known before.
 
         Raises:

@@ -321,7 +321,8 @@ def encode_data(
         preprocessor=preprocessor,
     )
     train, held_out = encode(rows.train, side="train"), encode(rows.held_out, side="validation") or None
-    evaluated = held_out and held_out.spread(config.data.max_validation_rows)
+    most = config.data.max_validation_rows
+    evaluated = held_out.spread(most) if held_out and len(rows.held_out) > most else held_out
     logger.info("rows as %s", fmt.describe())
     logger.info("%s", rows.report.describe())
     if evaluated is not held_out:

@@ -213,7 +213,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         return gradient if is_one else gradient.mul_(grad), None, None
 
 
-def require_comparable(held_out_loss: float, step: int) -> None:
+def require_finite_loss(held_out_loss: float, step: int) -> None:
     """Raise where a held-out loss isn't finite.
 
     Args:

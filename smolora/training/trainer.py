@@ -34,7 +34,7 @@ from smolora.runtime.signals import SAVING, StopRequest, deferred_signals, descr
 from smolora.training.activations import recomputed_activations
 from smolora.training.callback import Callback, name_callbacks
 from smolora.training.checkpoint import RunIdentity, TrainingSnapshot, load_newest, save_checkpoint
-from smolora.training.loss import find_first_nonfinite, require_comparable, sum_cross_entropy, target_logits_of
+from smolora.training.loss import find_first_nonfinite, require_finite_loss, sum_cross_entropy, target_logits_of
 from smolora.training.optim import (
     build_optimizer,
     optimizer_tensors,
@@ -218,7 +218,7 @@ class Trainer:
                         loss = sum_cross_entropy(self._target_logits(self.bundle.model, batch), batch.targets)
                         mine += torch.tensor([loss.item(), len(batch.targets)], dtype=torch.float64)
         summed, tokens = self._processes.sum(*mine.tolist())
-        require_comparable(summed / tokens, self.state.step)
+        require_finite_loss(summed / tokens, self.state.step)
         return summed / tokens
 
     @property

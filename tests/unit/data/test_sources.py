@@ -371,6 +371,14 @@ def test_a_file_of_held_out_rows_goes_with_a_dataset_in_memory(tmp_path):
     assert [row.values["text"] for row in rows.held_out] == ["c"]
 
 
+def test_a_folder_of_held_out_rows_whose_names_tell_another_type_is_read_as_that(tmp_path):
+    (tmp_path / "rows.dat").write_text("text\none\n")
+    (tmp_path / "held").mkdir()
+    write_rows(tmp_path / "held" / "a.jsonl", [{"text": "two"}])
+    data = DataConfig(sources=(str(tmp_path / "rows.dat"),), eval_source=str(tmp_path / "held"), file_type="csv")
+    assert [row.values["text"] for row in read_sources(data, seed=0).held_out] == ["two"]
+
+
 def test_documents_are_whole_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n  two\n")
     assert read_source_documents(DataConfig(sources=(str(tmp_path),))).train == ["one\n\n  two\n"]
