@@ -311,16 +311,9 @@ def encode_data(
         preprocessor = get_preprocessor(base.task, fmt=fmt, tokenizer=base.tokenizer, stride=config.data.stride)
     else:
         preprocessor = preprocessor.with_format(fmt, base.tokenizer)
-    encode = partial(
-        encode_rows,
-        fmt=fmt,
-        tokenizer=base.tokenizer,
-        data=config.data,
-        context=base.context,
-        report=rows.report,
-        preprocessor=preprocessor,
-    )
-    train, held_out = encode(rows.train, side="train"), encode(rows.held_out, side="validation") or None
+    encode = partial(encode_rows, fmt=fmt, tokenizer=base.tokenizer, data=config.data, context=base.context)
+    train = encode(rows.train, preprocessor=preprocessor, report=rows.report, side="train")
+    held_out = encode(rows.held_out, preprocessor=preprocessor, report=rows.report, side="validation") or None
     most = config.data.max_validation_rows
     evaluated = held_out.spread(most) if held_out and len(rows.held_out) > most else held_out
     logger.info("rows as %s", fmt.describe())
