@@ -103,7 +103,7 @@ def compare(
         DataError: Nothing is held out, or rows changed since a run that is finished.
         StoppedBySignal: The same call continues.
     """
-    _require_finite_loss(configs)
+    _require_comparable(configs)
     if num_seeds < 2:
         raise ConfigError(f"--seeds: an interval needs 2 seeds at least, found {num_seeds}.")
     if workers < 1:
@@ -154,7 +154,7 @@ def _run_all(jobs: Sequence[Job], total: int, *, workers: int, ray_address: str 
         logger.info("%d of %d: %s, seed %d: lowest held-out loss %.4f", number, total, name, seed, outcome.lowest)
 
 
-def _require_finite_loss(configs: Mapping[str, ExperimentConfig]) -> None:
+def _require_comparable(configs: Mapping[str, ExperimentConfig]) -> None:
     if len(configs) < 2:
         raise ConfigError(f"a comparison needs two configurations at least, found {len(configs)}.")
     seen = {name: _describe_work(config) for name, config in configs.items()}
