@@ -34,6 +34,7 @@ from smolora.models.row_attention import AttentionSettings, attend_rows, row_att
 from smolora.models.rows import Rows
 from smolora.models.structure import PreTrainedModel, find_head_norms, replaced_forward, without_dropout
 from smolora.models.tasks import task_of
+from smolora.runtime.available_memory import is_out_of_memory
 from smolora.runtime.memory import return_freed_blocks
 
 logger = logging.getLogger(__name__)
@@ -337,6 +338,8 @@ class _Probe:
 
 
 def _refusal(error: Exception) -> str:
+    if is_out_of_memory(error):
+        raise error
     return f"its forward pass refuses it ({type(error).__name__}: {error})"
 
 

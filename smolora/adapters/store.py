@@ -39,6 +39,7 @@ from smolora.models.loading import load_model
 from smolora.models.structure import PreTrainedModel
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import hash_file, share, write_json
+from smolora.runtime.available_memory import is_out_of_memory
 from smolora.runtime.device import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ def load_adapter(base: ModelBundle, folder: Path, *, trainable: bool = False) ->
     try:
         adapted = adapt(model, peft_config, source=base.source, revision=base.revision)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = textwrap.shorten(str(error), 160).rstrip(".")
         raise ModelError(f"{folder} doesn't fit this base: {reason}. It is for another model.") from None
     try:

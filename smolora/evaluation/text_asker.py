@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -64,15 +65,13 @@ class TextAsker:
         ]
 
     def _check_room(self, rows: Sequence[BenchmarkRow], first: int) -> None:
-        context = self.bundle.context
-        if context is None:
-            return
-        for number, row in enumerate(rows, first):
+        longest = self._generator.longest_prompt
+        for number, row in enumerate(rows if math.isfinite(longest) else (), first):
             num_tokens = self._generator.count_tokens(row.prompt) if row.prompt else 0
-            if num_tokens >= context:
+            if num_tokens > longest:
                 raise DataError(
                     f"{_name_row(row, number)}: its prompt of {num_tokens:,} tokens leaves no room for an answer in "
-                    f"the model's context of {context:,} tokens. {_suggest(number)}"
+                    f"the model's context of {self.bundle.context:,} tokens. {_suggest(number)}"
                 )
 
     def _settings_of(self, number: int) -> SamplingSettings:

@@ -16,6 +16,7 @@ from smolora.generation.sampling import DEFAULT_SAMPLING
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.models.bundle import read_config
 from smolora.models.rounding import allow_rounding, shifted_embeddings
+from smolora.runtime.available_memory import is_out_of_memory
 
 _ROWS = ((1, 0, 1, 1, 0, 1), (0, 1, 1, 0))
 _NUM_ANSWERED = 3
@@ -45,6 +46,8 @@ def find_obstacle(model: nn.Module) -> str | None:
             with shifted_embeddings(model):
                 shifted = _logits_alone(model)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"its forward pass refuses a cache with slots ({type(error).__name__}: {error})"
     difference = (found - expected).abs().max().item()
     tolerance = allow_rounding(expected, shifted, next(model.parameters()).dtype)

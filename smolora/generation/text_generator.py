@@ -91,9 +91,12 @@ class TextGenerator:
                 as often as it has beams.
 
         Raises:
+            ConfigError: No rows are answered at a time.
             DataError: A prompt leaves no room in the model's context.
             BrokenRunError: The model's logits aren't finite.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
         rows = self._prepare(list_prompts(prompts), settings)
         for _ in self._answer(rows, batch_size):
             pass
@@ -117,6 +120,12 @@ class TextGenerator:
     def count_tokens(self, prompt: Prompt) -> int:
         """Return the length of an encoded prompt."""
         return len(self._encode(prompt))
+
+    @property
+    def longest_prompt(self) -> float:
+        """How many tokens a prompt may have; the answer shares the context with it, unless an encoder reads it."""
+        context = math.inf if self.bundle.context is None else self.bundle.context
+        return context if self._has_encoder else context - 1
 
     @property
     def _has_seam(self) -> bool:
@@ -240,15 +249,12 @@ class TextGenerator:
         return rows
 
     def _check_context(self, encoded: Sequence[list[int]]) -> None:
-        context = self.bundle.context
-        if context is None or not encoded:
-            return
-        longest, allowed = max(map(len, encoded)), context if self._has_encoder else context - 1
-        if longest > allowed:
+        longest = max(map(len, encoded), default=0)
+        if longest > self.longest_prompt:
             problem = "is too long" if self._has_encoder else "leaves no room for an answer"
             raise DataError(
                 f"a prompt of {longest} tokens {problem}: "
-                f"the model's context is {context} tokens. Shorten it to at most {allowed}."
+                f"the model's context is {self.bundle.context} tokens. Shorten it to at most {self.longest_prompt}."
             )
 
     def _measure_room(self, ids: Sequence[int], context: int) -> int:

@@ -5,7 +5,6 @@ GPT-2 keeps query, key and value in one matrix and stores its matrices [in, out]
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from smolora.config.model import GPTConfig
 from smolora.errors import ModelError
+from smolora.models.folders import read_json
 from smolora.models.gpt import GPTModel
 from smolora.models.loading import quiet_transformers
 from smolora.models.weight_files import list_weight_files
@@ -72,10 +72,9 @@ def save_gpt2(model: GPTModel, folder: Path, *, eos_token_id: int | None = None)
 
 def load_gpt2(kind: type[AnyGPT], folder: Path, *, dropout: float | None = None) -> AnyGPT:
     """Read a GPT-2 folder as a `kind`, in eval mode; also OpenAI's own files, without the prefix `transformer.`."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ModelError(f"no {config_file.name} in {folder}. A GPT-2 folder holds it beside its weights.")
-    values = json.loads(config_file.read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
+    if values is None:
+        raise ModelError(f"no config.json in {folder}. A GPT-2 folder holds it beside its weights.")
     if values.get("model_type") != "gpt2":
         raise ModelError(
             f"{folder} holds a '{values.get('model_type')}' model; GPTModel reads gpt2. Use load_model for others."
@@ -87,7 +86,7 @@ def load_gpt2(kind: type[AnyGPT], folder: Path, *, dropout: float | None = None)
             tensors |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
         except SafetensorError as error:
             raise ModelError(f"{file} can't be read: {error}. Copy or download it again.") from None
-    return _build_from_tensors(kind, config, tensors, is_tied=values.get("tie_word_embeddings", True)).eval()
+    return _build_from_tensors(kind, config, tensors, is_tied=bool(values.get("tie_word_embeddings", True))).eval()
 
 
 def _build_gpt2_config(model: GPTModel, eos_token_id: int | None) -> GPT2Config:

@@ -134,7 +134,7 @@ def _classify_last_tokens(
         return SequenceClassifierOutput(logits=model.get_submodule(_FORWARD_HEAD)(hidden[:, logits_to_keep]))
     num_rows, length = hidden.shape[:2]
     places = torch.arange(length, device=hidden.device)
-    mask = torch.ones_like(hidden[..., 0]) if attention_mask is None else attention_mask[:, -length:]
+    mask = places.new_ones(num_rows, length) if attention_mask is None else attention_mask[:, -length:]
     last = (places * mask).argmax(dim=1)
     rows = torch.arange(num_rows, device=hidden.device)
     return SequenceClassifierOutput(logits=model.get_submodule(_FORWARD_HEAD)(hidden[rows, last]))

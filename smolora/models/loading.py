@@ -34,6 +34,7 @@ from smolora.models.weight_files import (
     read_stored_tensors,
 )
 from smolora.records.run_dir import RunDir
+from smolora.runtime.available_memory import is_out_of_memory
 from smolora.tokenizers.pretrained import load_tokenizer
 
 
@@ -250,7 +251,7 @@ def _opening(folder: Path, task: TaskType) -> Iterator[None]:
         with quiet_transformers():
             yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if isinstance(error, SmoloraError):
+        if isinstance(error, SmoloraError) or is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder} can't be opened as a {TASK_NAMES[task]}: {reason}") from error

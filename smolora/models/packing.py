@@ -18,6 +18,7 @@ from smolora.models.gpt import GPTModel
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.structure import PreTrainedModel, without_dropout
 from smolora.models.tasks import find_heads, task_of
+from smolora.runtime.available_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def _why_not_packable(model: nn.Module) -> str | None:
             leak = _spread([packed, repacked])
             explained = _ROUNDING_MARGIN * _measure_neighbours(model) if 0 < leak <= tolerance else 0.0
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"its forward pass refuses restarting positions ({type(error).__name__}: {error})"
     if not leak <= explained:
         return (

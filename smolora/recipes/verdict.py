@@ -214,7 +214,7 @@ def _ask(
     rows = list(_iter_askable(data.rows.held_out, data))
     generator = TextGenerator(bundle)
     chosen = random.Random(config.training.seed).sample(rows, min(len(rows), _MOST_ROWS))
-    chosen = [row for row in chosen if bundle.context is None or generator.count_tokens(row.prompt) < bundle.context]
+    chosen = [row for row in chosen if generator.count_tokens(row.prompt) <= generator.longest_prompt]
     if data.rows.fmt.kind == "text":
         settings = SamplingSettings(temperature=0.0, max_new_tokens=_CONTINUATION_TOKENS)
         return compare_answers(bundle, chosen, (), settings, before=before, budget=budget)

@@ -30,21 +30,27 @@ class ActivationStore:
         folder: Made where it is missing.
         identity: What the bytes depend on; a folder of another identity is emptied.
         limit: Bytes of data.
+
+    Raises:
+        StorageError: The folder can't be made or read.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object], *, limit: int) -> None:
         self._limit = limit
         self._data = folder / "data.bin"
         self._index = folder / "index.jsonl"
-        header = folder / "identity.json"
-        if not header.is_file() or json.loads(header.read_text(encoding="utf-8")) != identity:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self._data.touch()
-            self._index.touch()
-            write_json(header, dict(identity))
-        self._places = self._read_index()
-        self._size = self._data.stat().st_size
+        self._header = folder / "identity.json"
+        try:
+            if not self._is_of(identity):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                self._data.touch()
+                self._index.touch()
+                write_json(self._header, dict(identity))
+            self._places = self._read_index()
+            self._size = self._data.stat().st_size
+        except OSError as error:
+            raise describe_os_error(error, folder) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -55,16 +61,15 @@ class ActivationStore:
         return self._size
 
     def read(self, key: str) -> bytearray | None:
-        """Return what was stored under `key`, or None where nothing is or the bytes are damaged."""
+        """Return what was stored under `key`, or None where nothing is or the bytes are damaged or gone."""
         place = self._places.get(key)
         if place is None:
             return None
         found = bytearray(place.size)
-        with self._data.open("rb") as file:
+        with suppress(OSError), self._data.open("rb") as file:
             file.seek(place.offset)
-            num_read = file.readinto(found)
-        if num_read == place.size and zlib.crc32(found) == place.checksum:
-            return found
+            if file.readinto(found) == place.size and zlib.crc32(found) == place.checksum:
+                return found
         del self._places[key]
         return None
 
@@ -98,6 +103,14 @@ class ActivationStore:
         with suppress(OSError):
             os.truncate(self._index, 0)
             os.truncate(self._data, 0)
+
+    def _is_of(self, identity: Mapping[str, object]) -> bool:
+        """Whether the folder is whole and holds what was made from `identity`."""
+        if not all(file.is_file() for file in (self._data, self._index, self._header)):
+            return False
+        with suppress(ValueError):
+            return json.loads(self._header.read_text(encoding="utf-8")) == identity  # type: ignore[no-any-return]
+        return False
 
     def _read_index(self) -> dict[str, _Place]:
         places = {}

@@ -59,7 +59,7 @@ class PhaseCertificate:
         norms = to_floats(measure_norms(gradients))
         self._pulled |= {name for name, norm in norms.items() if norm}
         zero = [name for name, norm in norms.items() if not norm]
-        self._excused = set(zero) & find_waiting(parameters)
+        self._excused = set(zero) & find_waiting(parameters) if zero else set()  # It reads every tensor.
 
     def close(
         self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, TensorPlace], end: int

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_GIVEN_UP = "the cache of frozen layers is given up, so that no pass skips them: %s"
+"""What is kept only to be faster ends no run."""
+
 _OTHER_HEADS = ("summary_", "classifier_")
 """Settings of heads that a language model doesn't have."""
 
@@ -72,7 +75,11 @@ class PrefixCacheCallback(Callback):
         if model is None or reason:
             logger.info("the activations of frozen layers aren't kept: %s", reason)
             return
-        self._store = ActivationStore(self.folder, _identify(trainer, model, lowest), limit=self.limit)
+        try:
+            self._store = ActivationStore(self.folder, _identify(trainer, model, lowest), limit=self.limit)
+        except StorageError as error:
+            logger.warning(_GIVEN_UP, error)
+            return
         self.num_skipped, self._is_full = 0, False
         self._install(trainer, model, lowest)
 
@@ -146,9 +153,9 @@ class PrefixCacheCallback(Callback):
                 continue
             try:
                 fits = self._store.append(key, row.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-            except StorageError as error:  # What is kept only to be faster ends no run.
+            except StorageError as error:
                 self._is_full = True
-                logger.warning("the cache of frozen layers is given up, so that no pass skips them: %s", error)
+                logger.warning(_GIVEN_UP, error)
                 return
             if not fits and not self._is_full:
                 self._is_full = True

@@ -17,7 +17,8 @@ from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
 from smolora.generation.text_generator import TextGenerator
-from tests.tiny import CONTEXT
+from smolora.models.loading import load_model
+from tests.tiny import CONTEXT, save_tiny_encoder
 
 SHORT = GREEDY.replace(max_new_tokens=6)
 METRICS = ("bleu", "exact_match", "distinct", "loss")
@@ -146,6 +147,15 @@ def test_a_prompt_past_the_context_is_an_error(bundle):
     long = BenchmarkRow("\n" * 100, ("yes",))
     with pytest.raises(DataError, match=f"row 1: .* 100 tokens leaves no room for an answer .* {CONTEXT} tokens"):
         evaluate(bundle, [long])
+
+
+def test_an_encoder_reads_a_prompt_of_the_whole_context(tmp_path):
+    bundle = load_model(save_tiny_encoder("bart", tmp_path), task="seq2seq")
+    fits, too_long = (BenchmarkRow("\n" * count, ("yes",)) for count in (bundle.context - 1, bundle.context))
+    assert TextGenerator(bundle).count_tokens(fits.prompt) == bundle.context
+    assert evaluate(bundle, [fits]).num_rows == 1
+    with pytest.raises(DataError, match=f"prompt of {bundle.context + 1} tokens"):
+        evaluate(bundle, [too_long])
 
 
 def test_the_row_of_a_prompt_past_the_context_is_named(bundle, rows, tmp_path):

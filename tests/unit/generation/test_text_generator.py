@@ -63,6 +63,11 @@ def test_a_batch_smaller_than_the_prompts_changes_no_greedy_answer(generator):
     assert generator.generate(PROMPTS, settings=GREEDY, batch_size=3) == generator.generate(PROMPTS, settings=GREEDY)
 
 
+def test_no_rows_at_a_time_are_refused(generator):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, found 0"):
+        generator.generate(PROMPTS, batch_size=0)
+
+
 def test_no_prompts_give_no_answers(generator):
     assert generator.generate([]) == []
 

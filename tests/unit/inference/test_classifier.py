@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from smolora.adapters.store import load_adapter
 from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
@@ -15,7 +16,7 @@ from smolora.models.loading import load_model
 from smolora.recipes.finetune import finetune
 from smolora.recipes.generate import generate
 from smolora.recipes.merge import merge
-from tests.tiny import save_tiny_encoder, save_tiny_model
+from tests.tiny import random_input_ids, save_tiny_encoder, save_tiny_model
 
 WORDS = ("good", "fine", "bad", "poor")
 
@@ -51,6 +52,14 @@ def test_the_head_answers_with_probabilities(run):
     assert (good.label, bad.label) == ("yes", "no")
     assert sum(good.shares.values()) == pytest.approx(1) and good.shares["yes"] > 0.5
     assert pipeline.classify("the good dog 1").label == "yes"
+
+
+def test_a_long_text_without_a_mask_is_read_to_its_end_in_16_bits(tmp_path):
+    folder = save_tiny_model("llama", tmp_path, max_position_embeddings=1024)
+    model = load_model(folder, task="classification", labels=("no", "yes"), dtype=torch.bfloat16).model
+    input_ids = random_input_ids(600)
+    expected = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+    assert torch.equal(model(input_ids=input_ids).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,13 @@ def test_dropout_can_be_chosen_where_the_file_has_several(tmp_path):
     assert GPTModel.from_pretrained(folder, dropout=0.1).config.dropout == 0.1
 
 
+@pytest.mark.parametrize(("content", "message"), [("{", "can't be read"), ("[]", "must hold a JSON object")])
+def test_a_damaged_config_is_named(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=rf"config\.json {message}"):
+        GPTModel.from_pretrained(tmp_path)
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         GPTModel.from_pretrained(tmp_path)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from smolora.adapters.fast_path import fast_path
+from smolora.config import SpeedConfig
 from smolora.config.model import GPTConfig
+from smolora.generation.support import find_obstacle
 from smolora.models.gpt import GPTModel
 from smolora.models.loading import load_model
 from smolora.models.packing import can_pack_rows, choose_layout
@@ -36,6 +39,14 @@ def test_a_head_over_a_model_that_can_pack_can_pack_too(tmp_path, family, task, 
 
 def test_questions_about_contexts_are_padded(tmp_path):
     assert choose_layout(load_model(save_tiny_model("gpt2", tmp_path), task="qa")) == "padded"
+
+
+def test_memory_that_runs_out_in_a_probe_is_no_reason_against_the_model(tmp_path):
+    bundle = tiny_bundle("llama", tmp_path)
+    bundle.model.model.layers[0].register_forward_pre_hook(lambda *_: torch.empty(2**58))
+    for probe in (can_pack_rows, find_obstacle, lambda _: fast_path(bundle, SpeedConfig(), is_packed=True).__enter__()):
+        with pytest.raises(RuntimeError, match="memory"):
+            probe(bundle.model)
 
 
 def test_the_gpt_to_read_can_pack():

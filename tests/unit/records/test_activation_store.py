@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from smolora.errors import StorageError
@@ -43,6 +45,23 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     (tmp_path / "s" / "data.bin").write_bytes(content)
     assert store.read("a") is None
     assert bytes(store.read("b")) == b"second"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{")], ids=["gone", "damaged"])
+@pytest.mark.parametrize("name", ["data.bin", "index.jsonl", "identity.json"])
+def test_what_a_file_is_missing_of_is_stored_anew(tmp_path, name, damage):
+    filled(tmp_path / "s")
+    damage(tmp_path / "s" / name)
+    store = ActivationStore(tmp_path / "s", IDENTITY, limit=100)
+    assert store.read("a") is None
+    store.append("a", b"again")
+    assert bytes(store.read("a")) == b"again"
+
+
+def test_data_that_goes_away_is_as_if_it_had_not_been_stored(tmp_path):
+    store = filled(tmp_path / "s")
+    (tmp_path / "s" / "data.bin").unlink()
+    assert store.read("a") is None
 
 
 def test_another_identity_empties_it(tmp_path):

@@ -160,6 +160,14 @@ def test_every_phase_says_that_its_cache_is_full(tmp_path, caplog):
     assert caplog.text.count("Raise speed.prefix_cache_gib") == 2
 
 
+def test_a_run_goes_on_where_its_cache_cannot_be_made(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    expected, _ = train(tmp_path / "plain")
+    found, _ = train(tmp_path / "cached", PrefixCacheCallback(tmp_path / "file" / "cache", 2**20))
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert "the cache of frozen layers is given up" in caplog.text
+
+
 def test_a_run_goes_on_where_the_disk_of_its_cache_is_full(tmp_path, caplog):
     expected, _ = train(tmp_path / "plain")
     cache = PrefixCacheCallback(tmp_path / "cache", 2**20)
