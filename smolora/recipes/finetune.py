@@ -368,6 +368,7 @@ def _check_phases(bundle: ModelBundle, steps: StepPlan, config: ExperimentConfig
             num_layers=bundle.anatomy.num_layers,
             steps=steps,
             is_evaluated=is_evaluated,
+            has_drawn_head=bundle.has_drawn_head,
         )
 
 

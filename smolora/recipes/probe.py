@@ -37,7 +37,8 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
     """Measure where `config` would learn, and write probe.yaml, probe.json and probe.png into `out`.
 
     Every linear module but the head is measured, whatever `adapter.target_modules` says. The batches are the first that
-    the run would see, so the same seed gives the same answer.
+    the run would see, of one epoch at most: a row in both halves would agree with itself. The same seed gives the same
+    answer.
 
     Raises:
         ConfigError: A probe is in `out`, an adapter to continue from, or too few batches.
@@ -60,6 +61,9 @@ def probe(config: ExperimentConfig, out: Path, *, num_batches: int = 32) -> Prob
     adapter = LoRAConfig(r=directions, lora_alpha=directions, lora_dropout=0.0)
     bundle = attach_adapter(base, adapter, seed=config.training.seed)
     steps = choose_steps(data, config, layout)
+    if num_batches > steps.steps_per_epoch:
+        num_batches = steps.steps_per_epoch
+        logger.info("batches of an epoch: %d; none is measured twice", num_batches)
     with fast_path(bundle, config.speed, is_packed=layout == "packed"):
         measured = measure_gradient_mass(
             bundle, data.train, steps, collate=get_data_collator(layout, base.task), num_batches=num_batches

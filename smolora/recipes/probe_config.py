@@ -158,7 +158,7 @@ def describe_probe(measured: GradientMass, plan: ProbePlan, *, num_batches: int)
         f"{plan.budget:,} in a uniform rank of {uniform} could hold "
         f"{100 * plan.held_by({module.module: uniform for module in plan.ranked}):.0f} %."
     )
-    doubt = "Halves that agree so little rank by chance in part: take more batches (--batches)."
+    doubt = "Halves that agree so little rank by chance in part: take more batches (--batches), or more rows."
     return [measure, *([doubt] if measured.agreement < 0.5 else []), ends, targets, ranks]
 
 

@@ -46,7 +46,10 @@ class AdaLoRACallback(Callback):
         self.allocation.penalise()
 
     def on_optimizer_step(self, trainer: Trainer) -> None:
-        self.allocation.update(trainer.state.step + 1)
+        step = trainer.state.step + 1
+        self.allocation.update(step)
+        if step == self.allocation.is_settled_at:  # The lowest loss so far was that of an adapter with other ranks.
+            trainer.state.best_eval_loss = trainer.state.best_step = None
         if self.allocation.pattern is None:
             return
         for name, parameter in trainer.parameters.items():

@@ -77,7 +77,10 @@ def measure_gradient_mass(
         BrokenRunError: Numbers that aren't finite.
     """
     if num_batches < 2:
-        raise ConfigError(f"--batches: at least 2, as two halves are held against each other, found {num_batches}.")
+        raise ConfigError(
+            f"--batches: at least 2, as two halves are held against each other, found {num_batches}. Where the rows "
+            "fill no more, add some, or take fewer for a batch (--batch-size)."
+        )
     bundle.model.eval()
     matrices = {name: tensor for name, tensor in trainable_parameters(bundle.model).items() if _is_b(name, bundle)}
     halves = [{name: torch.zeros_like(tensor) for name, tensor in matrices.items()} for _ in range(2)]

@@ -23,6 +23,8 @@ class PhasePlan:
     starts: tuple[int | None, ...]
     """Updates done before each phase; None for a plateau that hasn't been reached."""
     total_steps: int
+    left_out: tuple[str, ...]
+    """What no phase trains."""
 
     def index_at(self, step: int) -> int:
         """Return the phase of the update that comes after `step` updates."""
@@ -52,6 +54,7 @@ def build_phase_plan(
     num_layers: int,
     steps: StepPlan,
     is_evaluated: bool,
+    has_drawn_head: bool = False,
     recorded: Sequence[int | None] = (),
 ) -> PhasePlan:
     """Return the phases of a run.
@@ -62,6 +65,7 @@ def build_phase_plan(
         num_layers: Blocks of the model.
         steps: Of the run.
         is_evaluated: Whether there are held-out rows.
+        has_drawn_head: Whether the model's head is new: every phase of a strategy trains it beside its own tensors.
         recorded: Starts that an earlier part of the same run resolved.
 
     Raises:
@@ -85,7 +89,11 @@ def build_phase_plan(
     starts = resolve_starts(
         phases, total_steps=steps.total_steps, steps_per_epoch=steps.steps_per_epoch, recorded=recorded
     )
-    return PhasePlan(phases, tensors, tuple(starts), steps.total_steps)
+    if has_drawn_head and not config.table:
+        head = tuple(name for name, place in places.items() if place.group == "head")
+        tensors = tuple((*chosen, *head) for chosen in tensors)
+    left_out = tuple(name for name in places if not any(name in chosen for chosen in tensors))
+    return PhasePlan(phases, tensors, tuple(starts), steps.total_steps, left_out)
 
 
 def _waits_for_evaluation(phase: PhaseConfig) -> bool:

@@ -82,11 +82,14 @@ class DynamicLoRACallback(Callback):
             num_layers=trainer.bundle.anatomy.num_layers,
             steps=trainer.plan,
             is_evaluated=trainer.eval_dataset is not None,
+            has_drawn_head=trainer.bundle.has_drawn_head,
             recorded=self._recorded,
         )
         trainer.state.kept_steps |= {start for start in plan.starts if start}
         self._index = None
         self.begin(plan)
+        if trainer.state.step:  # What ends here, before another step, ends with the tensors of the last one.
+            self._freeze_others(trainer, plan.index_at(trainer.state.step - 1))
         if self._recorded and self._recorded_total not in (None, plan.total_steps):
             logger.info(
                 "phases: the run had %d steps and has %d now; its phases keep their starts, after %s updates",
@@ -99,6 +102,9 @@ class DynamicLoRACallback(Callback):
         """Take the phases of a run and write that they begin; any loop can drive this and `close`."""
         self._plan = plan
         self._write()
+        if plan.left_out:
+            count, first = len(plan.left_out), plan.left_out[0]
+            logger.warning("phases: %d tensors stay as they are, since no phase trains them; first %s", count, first)
 
     def on_step_begin(self, trainer: Trainer) -> None:
         step = trainer.state.step
@@ -112,14 +118,12 @@ class DynamicLoRACallback(Callback):
                 trainer.reset_moments(self.plan.tensors[index])
 
     def _enter(self, trainer: Trainer, index: int) -> None:
-        declared = set(self.plan.tensors[index])
-        for name, parameter in trainer.parameters.items():
-            parameter.requires_grad_(name in declared)
+        self._freeze_others(trainer, index)
         self._index = index
         trainer.state.phase = index + 1
         trainer.schedule = self._choose_schedule(trainer, index)
         if self.verbose:
-            size = sum(trainer.parameters[name].numel() for name in declared)
+            size = sum(trainer.parameters[name].numel() for name in self.plan.tensors[index])
             logger.info(
                 "phase %d of %d from step %d: %s, %s parameters",
                 index + 1,
@@ -128,6 +132,11 @@ class DynamicLoRACallback(Callback):
                 describe_phase(self.plan.phases[index]),
                 f"{size:,}",
             )
+
+    def _freeze_others(self, trainer: Trainer, index: int) -> None:
+        declared = set(self.plan.tensors[index])
+        for name, parameter in trainer.parameters.items():
+            parameter.requires_grad_(name in declared)
 
     def _choose_schedule(self, trainer: Trainer, index: int) -> ScheduleWindow:
         if (self.plan.phases[index].learning_rate or self.config.learning_rate) == "continue":

@@ -120,6 +120,20 @@ def test_adalora_takes_ranks_away_as_many_as_asked_for(tune, base, caplog):
     assert torch.equal(plain.eval()(ids).logits, load_bundle(run.path, dtype=torch.float32).model(ids).logits)
 
 
+def test_the_adapter_that_is_kept_has_the_ranks_that_are_said(tune, rows, tmp_path, caplog):
+    others = tmp_path / "others.jsonl"  # Nobody learns what these say, so their loss is lowest early.
+    others.write_text("".join(json.dumps({"prompt": word, "completion": "zebra"}) + "\n" for word in NUMBERS))
+    caplog.set_level("INFO", logger="smolora")
+    held_out = (f"data.eval_source={others}", "training.eval_steps=1", "evaluation.verdict_share=0")
+    ranks = [f"adapter.{name}" for name in ("init_r=4", "target_r=2", "tinit=9", "tfinal=1", "deltaT=1")]
+    run = tune("adalora", "run", *ranks, "training.learning_rate=5e-1", *held_out)
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    assert sum(int(tensor.count_nonzero()) for name, tensor in tensors.items() if name.endswith(".lora_E")) == 28
+    losses = {line["step"]: line.get("eval_loss") for line in map(json.loads, run.metrics.read_text().splitlines())}
+    assert min(losses, key=losses.get) < 10
+    assert "28 of 56 are left" in caplog.text
+
+
 class Forgetful(AdaLoRACallback):
     """What happens elsewhere: nobody calls the allocator."""
 

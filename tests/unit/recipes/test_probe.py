@@ -81,6 +81,13 @@ def test_the_same_seed_writes_the_same_bytes(base, rows, probed, tmp_path):
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_no_row_is_in_both_halves(base, rows, tmp_path):
+    asked = config(base, rows, "training.per_device_train_batch_size=16", "data.validation_fraction=0")
+    assert json.loads(probe(asked, tmp_path / "few").figures.read_text())["batches"] == 4
+    with pytest.raises(ConfigError, match="found 1. Where the rows fill no more"):
+        probe(asked.replace(training=asked.training.replace(per_device_train_batch_size=64)), tmp_path / "one")
+
+
 def test_a_probe_is_not_written_over(base, rows, probed):
     with pytest.raises(ConfigError, match="already holds a probe"):
         probe(config(base, rows), probed.path)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from smolora.adapters.attach import attach_adapter
-from smolora.config import DynamicLoRAConfig, EvaluationConfig, LoRAConfig, TrainingConfig
+from smolora.adapters.tensor_places import locate_tensors
+from smolora.config import DynamicLoRAConfig, EvaluationConfig, LoRAConfig, PhaseConfig, TrainingConfig
 from smolora.data.collate import collate_packed
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.errors import BrokenRunError, ConfigError, ModelError, StoppedBySignal
@@ -26,7 +27,10 @@ from smolora.records.run_dir import RunDir
 from smolora.training.callback import Callback
 from smolora.training.checkpoint import RunIdentity
 from smolora.training.gradients import GradientNormCallback
+from smolora.training.optim import trainable_parameters
+from smolora.training.phase_plan import build_phase_plan
 from smolora.training.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
+from smolora.training.plan import StepPlan
 from smolora.training.trainer import Trainer
 from tests.tiny import VOCAB_SIZE, save_tiny_model, sweep
 from tests.unit.training.recorder import KillInEvaluation
@@ -221,6 +225,32 @@ def test_the_last_state_of_each_phase_is_a_checkpoint_that_stays(make, run):
     stored = load_file(run.checkpoint_path(3) / "adapter_model.safetensors")
     found = {name.replace(".weight", ".default.weight"): tensor for name, tensor in stored.items()}
     assert_close(found, watch.weights[3], rtol=0, atol=0)
+
+
+def test_a_run_that_ended_is_resumed_without_asking_more_of_it_than_before(make, run, caplog):
+    attention = DynamicLoRAConfig(table=(PhaseConfig(groups=("attention",)), PhaseConfig(layers=(1, 1))))
+    make(attention, run=run).train()
+    assert "phases: 6 tensors stay as they are, since no phase trains them; first" in caplog.text
+    before = run.phase_report.read_text()
+    trainer = make(attention, run=run)
+    assert trainer.train(resume=True).step == STEPS
+    assert run.phase_report.read_text() == before
+    assert all(parameter.requires_grad for parameter in trainer.parameters.values())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_phase_of_a_strategy_trains_a_head_that_was_drawn(bases, name):
+    base = load_model(str(bases["llama"]), task="classification", labels=("no", "yes"))
+    bundle = attach_adapter(base, LoRAConfig(r=2, target_modules="all"), seed=0)
+    places = locate_tensors(trainable_parameters(bundle.model), bundle.anatomy)
+    steps = StepPlan(STEPS, TrainingConfig(max_steps=STEPS))
+    known = {"num_layers": 2, "steps": steps, "is_evaluated": False, "has_drawn_head": bundle.has_drawn_head}
+    plan = build_phase_plan(strategy(name), places, **known)
+    [head] = [place for place, found in places.items() if found.group == "head"]
+    assert all(chosen.count(head) == 1 for chosen in plan.tensors)
+    assert plan.left_out == ()
+    table = build_phase_plan(DynamicLoRAConfig(table=strategy(name).phases), places, **known)
+    assert table.left_out == (head,)
 
 
 def test_a_run_that_ended_can_be_made_longer_and_is_certified_anew(make, run):
