@@ -88,8 +88,11 @@ class ModelEvaluator:
         *,
         log: PredictionLog | None = None,
         progress: Progress = lambda num_rows: None,
+        num_trained_on: int | None = None,
     ) -> EvaluationResult:
         """Ask every row, score the answers, and keep both in `log`, which may hold the first of them already.
+
+        `num_trained_on` goes into the result as it is.
 
         Raises:
             DataError: A prompt leaves no room in the model's context.
@@ -100,7 +103,15 @@ class ModelEvaluator:
         def ask(part: Sequence[BenchmarkRow]) -> list[Answer]:
             return self.answer(part, first=calculator.num_rows)
 
-        result = score_answers(ask, rows, calculator, at_once=self._at_once, log=log, progress=progress)
+        result = score_answers(
+            ask,
+            rows,
+            calculator,
+            at_once=self._at_once,
+            log=log,
+            progress=progress,
+            num_trained_on=num_trained_on,
+        )
         if cuts := self._asker.describe_cuts():
             logger.warning("%s", cuts)
         return result
@@ -122,6 +133,7 @@ def score_answers(
     at_once: int,
     log: PredictionLog | None = None,
     progress: Progress = lambda num_rows: None,
+    num_trained_on: int | None = None,
 ) -> EvaluationResult:
     """Score what `answer` says to the rows, `at_once` of them at a time; see `ModelEvaluator.evaluate_dataset`."""
     waiting = iter(rows)
@@ -135,7 +147,8 @@ def score_answers(
             if log:
                 log.append(list(zip(part, answers, scores, strict=True)))
             progress(calculator.num_rows)
-        result = EvaluationResult(calculator.conclude(), calculator.num_rows, log.folder if log else None)
+        folder = log.folder if log else None
+        result = EvaluationResult(calculator.conclude(), calculator.num_rows, folder, num_trained_on)
         if log:
             log.finish(result)
     return result

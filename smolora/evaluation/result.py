@@ -18,6 +18,8 @@ class EvaluationResult:
     num_rows: int
     folder: Path | None = None
     """Holds predictions.jsonl and evaluation.json; None where nothing is kept."""
+    num_trained_on: int | None = None
+    """Rows that the model was given to learn from; None where nothing tells."""
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -27,11 +29,13 @@ class EvaluationResult:
     def to_dict(self) -> dict[str, object]:
         """Return the result as plain values."""
         details = {name: score.to_details() for name, score in self.scores.items()}
-        return {"metrics": self.metrics, "details": details, "num_rows": self.num_rows}
+        trained = {} if self.num_trained_on is None else {"num_trained_on": self.num_trained_on}
+        return {"metrics": self.metrics, "details": details, "num_rows": self.num_rows, **trained}
 
     def describe(self) -> str:
         """Return a line for each number: name, value, interval, variant and version; then what is missing and why."""
-        lines = [f"{count_of(self.num_rows, 'row')}; in brackets 95 % of 1,000 resamplings of them"]
+        trained = f", {self.num_trained_on:,} of them learned from" if self.num_trained_on else ""
+        lines = [f"{count_of(self.num_rows, 'row')}{trained}; in brackets 95 % of 1,000 resamplings of them"]
         width = max(map(len, self.scores), default=0)
         for name, score in self.scores.items():
             if score.value is None:

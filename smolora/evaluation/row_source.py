@@ -212,7 +212,7 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
     """
     grouped: dict[str, tuple[Prompt, list[str], str]] = {}
     for row in rows:
-        asked, reference = _read_row(row, fmt, trained)
+        asked, reference = read_pair(row, fmt, trained)
         if asked:
             grouped.setdefault(json.dumps(asked), (asked, [], row.origin))[1].append(reference)
         else:
@@ -221,14 +221,23 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
         yield BenchmarkRow(asked, tuple(references), origin=origin)
 
 
-def _read_row(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:
+def is_askable(row: Row, fmt: PromptFormat) -> bool:
+    """Whether a row ends with an answer, as every one does but for some conversations."""
+    if fmt.kind != "messages":
+        return True
+    *turns, answer = check_messages(row.values.get(fmt.columns["messages"]))
+    return bool(turns) and is_learned(answer)
+
+
+def read_pair(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:
+    """Return what is asked by a row, and its reference; see `group_rows`."""
     if fmt.kind == "messages":
-        *turns, answer = check_messages(row.values.get(fmt.columns["messages"]))
-        if not is_learned(answer) or not turns:
+        if not is_askable(row, fmt):
             raise DataError(
                 f"{row.origin}: the last of several messages must be the assistant's, and not of weight 0, as the "
                 "reference."
             )
+        *turns, answer = check_messages(row.values.get(fmt.columns["messages"]))
         return turns, answer["content"]
     if fmt.kind == "instruction" and trained is not None and trained.kind == "instruction":
         given = str(row.values.get(fmt.columns.get("input", ""), "") or "")

@@ -19,6 +19,7 @@ from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
 from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark
+from smolora.evaluation.trained_rows import count_trained_rows
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.bundle import ModelBundle
 from smolora.models.tasks import HEAD_TASKS
@@ -74,6 +75,7 @@ def evaluate_benchmark(
         settings=settings,
         by_likelihood=by_likelihood,
         folder=choose_folder(model_path, source, out),
+        num_trained_on=count_trained_rows(model_path, source.iter_rows()),
     )
 
 
@@ -98,9 +100,12 @@ def evaluate_model(
     settings: SamplingSettings | None = None,
     by_likelihood: bool = False,
     folder: Path | None = None,
+    num_trained_on: int | None = None,
     progress: Progress = lambda num_rows: None,
 ) -> EvaluationResult:
     """Ask a model the rows of a source; see `evaluate_benchmark`. Answers are kept in `folder`, where it is given.
+
+    A warning says where it learned from `num_trained_on` of them.
 
     Raises:
         ConfigError: The rows have no labels to choose the likeliest of, or don't fit the head of the model's task.
@@ -121,8 +126,17 @@ def evaluate_model(
         log = PredictionLog(folder, {**_identify(source), **_identify_model(bundle), **asked}, is_resumed=is_repeatable)
     metrics = source.metrics if bundle.task in HEAD_TASKS else tuple(dict.fromkeys((*source.metrics, "loss")))
     calculator = MetricsCalculator(metrics, resources=source.resources)
+    if num_trained_on:
+        logger.warning(
+            "%s of %s rows are among those that the model was given to learn from: a score on them shows what it "
+            "remembers, not what it has learned.",
+            f"{num_trained_on:,}",
+            f"{source.count():,}",
+        )
     try:
-        return evaluator.evaluate_dataset(source.iter_rows(), calculator, log=log, progress=progress)
+        return evaluator.evaluate_dataset(
+            source.iter_rows(), calculator, log=log, progress=progress, num_trained_on=num_trained_on
+        )
     except KeyboardInterrupt:
         if log and is_repeatable:
             logger.info("the answers so far are kept in %s: the same command goes on from there.", folder)

@@ -10,6 +10,7 @@ from smolora.evaluation.evaluator import Progress
 from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark, open_data
 from smolora.evaluation.tasks import choose_folder, evaluate_model, evaluate_predictions
+from smolora.evaluation.trained_rows import count_trained_rows
 from smolora.recipes.evaluation_request import EvaluationRequest
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def evaluate(
         settings=request.settings,
         by_likelihood=request.by_likelihood,
         folder=folder,
+        num_trained_on=count_trained_rows(request.model, rows.iter_rows()),
         progress=progress_of(rows.count()),
     )
 

@@ -35,6 +35,7 @@ from smolora.data.sources import SourceRows, check_sources, read_dataset, read_s
 from smolora.data.task_rows import learn_form
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError
+from smolora.evaluation.trained_rows import write_trained_rows
 from smolora.models.bundle import ModelBundle, describe_trainable_parameters
 from smolora.models.end_token import choose_end_token
 from smolora.models.loading import load_model
@@ -172,6 +173,7 @@ def _recorded_tuning(
     machine = {**tuning.machine, "fast_path": fast_parts}
     with recorded_run(run, config, resume=resume, steps=tuning.steps, identity=tuning.identity, machine=machine):
         tuning.data.rows.report.write(run.path)
+        write_trained_rows(run, tuning.data.rows, started_from=(config.model.name_or_path, config.adapter.path))
         yield
 
 
@@ -346,15 +348,13 @@ def choose_steps(data: TuningData, config: ExperimentConfig, layout: Layout, num
 
 
 def _adapt(base: ModelBundle, config: ExperimentConfig, data: TuningData, *, total_steps: int) -> ModelBundle:
-    base = replace(base, prompt_format=data.rows.fmt)
     if config.adapter.path is None:
         bundle = attach_adapter(base, config.adapter, seed=config.training.seed, total_steps=total_steps)
     else:
         if config.model.name_or_path == config.adapter.path:
             raise ConfigError("adapter.path and model.name_or_path are the same: name the base as the model.")
-        bundle = replace(
-            load_adapter(base, find_adapter(config.adapter.path), trainable=True), prompt_format=data.rows.fmt
-        )
+        bundle = load_adapter(base, find_adapter(config.adapter.path), trainable=True)
+    bundle = replace(bundle, prompt_format=data.rows.fmt)
     logger.info("%s: %s", "adapter" if is_adapted(bundle) else "full", describe_trainable_parameters(bundle.model))
     return bundle
 

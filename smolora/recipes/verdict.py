@@ -17,7 +17,6 @@ from smolora.config import ExperimentConfig
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.data.benchmark_source import find_benchmark
 from smolora.data.benchmarks import Benchmark
-from smolora.data.chat import check_messages, is_learned
 from smolora.data.overlap import measure_overlap
 from smolora.data.prompts import render_pair
 from smolora.data.rows import Row
@@ -27,7 +26,7 @@ from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources
 from smolora.evaluation.paired_answers import PairedAnswers, compare_answers, compare_heads
 from smolora.evaluation.paired_loss import compare_losses
-from smolora.evaluation.row_source import group_rows
+from smolora.evaluation.row_source import group_rows, is_askable
 from smolora.evaluation.span_asker import SpanAsker
 from smolora.evaluation.verdict import Evidence, judge
 from smolora.generation.sampling import SamplingSettings
@@ -245,10 +244,8 @@ def _iter_askable(rows: Sequence[Row], data: TuningData) -> Iterator[BenchmarkRo
             if count:
                 yield BenchmarkRow(" ".join(words[:count]), (" ".join(words[count:]),))
         return
-    if fmt.kind == "messages":
-        turns = {id(row): check_messages(row.values.get(fmt.columns["messages"])) for row in rows}
-        rows = [row for row in rows if len(turns[id(row)]) > 1 and is_learned(turns[id(row)][-1])]
-    yield from (row for row in group_rows(rows, fmt, fmt) if row.prompt)
+    askable = (row for row in rows if is_askable(row, fmt))
+    yield from (row for row in group_rows(askable, fmt, fmt) if row.prompt)
 
 
 def _choose_metrics(benchmark: Benchmark | None) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class RunDir:
         self.env = self.path / "env.json"
         self.data_report = self.path / "data_report.json"
         self.rejects = self.path / "rejects.jsonl"
+        self.trained_rows = self.path / "trained_rows.bin"
         self.metrics = self.path / "metrics.jsonl"
         self.profile = self.path / "profile.json"
         self.group_norms = self.path / "gradient_analysis.group_norms.csv"

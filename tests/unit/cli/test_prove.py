@@ -75,6 +75,19 @@ def test_a_run_keeps_its_evaluations(smolora, base, rows, tmp_path):
     assert "rows 3/3" in again[2]
 
 
+def test_rows_that_a_run_learned_from_are_counted_where_they_are_scored(smolora, base, rows, tmp_path):
+    run = tmp_path / "run"
+    fields = ("--prompt-field", "mr", "--completion-field", "ref")
+    assert smolora("train", "--model", base, "--data", rows, *fields, "-o", run, "--max-steps", 1, "--quiet")[0] == 0
+    for model in (run, run / "adapter_checkpoint"):
+        code, out, err = smolora("evaluate", model, "--data", rows, *FEW, "-o", tmp_path / model.name)
+        assert (code, out.startswith("3 rows, 3 of them learned from; in brackets")) == (0, True)
+        assert "3 of 3 rows are among those that the model was given to learn from" in err
+        assert json.loads((tmp_path / model.name / "evaluation.json").read_text())["num_trained_on"] == 3
+    code, out, err = smolora("evaluate", base, "--data", rows, *fields, *FEW, "--json")
+    assert (code, "num_trained_on" in out, "given to learn from" in err) == (0, False, False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
