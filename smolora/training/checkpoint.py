@@ -21,7 +21,7 @@ from smolora.adapters.store import save_adapter
 from smolora.errors import ConfigError, DataError, ModelError
 from smolora.models.bundle import ModelBundle
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import MANIFEST, find_damage, read_manifest, staged_folder, write_json, write_manifest
+from smolora.records.staging import find_damage, read_manifest, replaced_folder, write_json, write_manifest
 from smolora.training.plan import require_reach
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,12 @@ class TrainingSnapshot:
 def save_checkpoint(
     folder: Path, bundle: ModelBundle, snapshot: TrainingSnapshot, identity: RunIdentity, *, num_processes: int = 1
 ) -> None:
-    """Write a checkpoint of a run of `num_processes` at `folder`.
+    """Write a checkpoint of a run of `num_processes` at `folder`, in place of one of the same step.
 
     Raises:
-        StorageError: The disk is full or can't be written; nothing is left at `folder`.
+        StorageError: The disk is full or can't be written; what was at `folder` stays.
     """
-    with staged_folder(folder, last=MANIFEST) as staging:
+    with replaced_folder(folder) as staging:
         if is_adapted(bundle):
             save_adapter(bundle, staging)
             if tensors := training_tensors(bundle):

@@ -242,10 +242,8 @@ class Trainer:
     def _read_checkpoint(self) -> TrainingSnapshot | None:
         if self._run_dir is None:
             return None
-        count, total_steps = self._processes.count, self.plan.total_steps
-        return load_newest(
-            self._run_dir, self.bundle, self._require_identity(), num_processes=count, total_steps=total_steps
-        )
+        identity, count = self._require_identity(), self._processes.count
+        return load_newest(self._run_dir, self.bundle, identity, num_processes=count, total_steps=self.plan.total_steps)
 
     def _restore(self, snapshot: TrainingSnapshot) -> None:
         restore_optimizer(self._optimizer, self.parameters, snapshot.optimizer)
@@ -346,6 +344,8 @@ class Trainer:
             self._tell(lambda callback: callback.on_evaluate(self, eval_loss))
             self._write({**self.state.unevaluated, "eval_loss": eval_loss})
             self.state.unevaluated = None
+            if self.state.step == self._first_step:
+                self._save()  # In place of the checkpoint that the run goes on from, which still waits for it.
         return self._agree_to_stop(stop)
 
     def _write(self, line: Mapping[str, Scalar]) -> None:

@@ -23,6 +23,9 @@ class Recorder(Callback):
         self.records.append(record)
         self.events.append("step_end")
 
+    def on_evaluate(self, trainer, eval_loss):
+        self.events.append("evaluate")
+
     @property
     def losses(self):
         return [record.loss for record in self.records]

@@ -23,7 +23,7 @@ from smolora.training.callback import Callback
 from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback
 from smolora.training.gradients import GradientNormCallback
 from smolora.training.plan import StepPlan
-from tests.unit.training.recorder import KillInEvaluation, train, weights
+from tests.unit.training.recorder import KillInEvaluation, Recorder, train, weights
 
 NAN = float("nan")
 
@@ -190,15 +190,31 @@ def test_a_signal_cuts_an_evaluation_short_and_the_resumed_run_makes_it(make_tra
     assert state.step == 4
 
 
-def test_an_evaluation_made_on_resume_is_made_anew_after_a_kill_before_the_next_checkpoint(make_trainer, run, dataset):
+def test_an_evaluation_made_on_resume_is_saved_before_the_next_step(make_trainer, run, dataset):
     settings = {"run_dir": run, "eval_dataset": dataset, "eval_steps": 2, "save_steps": 100}
     with pytest.raises(StoppedBySignal):
         make_trainer(callbacks=[KillInEvaluation(2)], **settings).train()
+    recorder = Recorder()
     for _ in range(2):
         with pytest.raises(BrokenRunError):
-            make_trainer(callbacks=[PoisonGradient(NAN)], **settings).train(resume=True)
+            make_trainer(callbacks=[recorder, PoisonGradient(NAN)], **settings).train(resume=True)
+    assert recorder.events.count("evaluate") == 1
     lines = MetricsLog(run.metrics).read()
     assert [(line["step"], "eval_loss" in line) for line in lines] == [(0, True), (1, False), (2, True)]
+
+
+def test_the_last_evaluation_made_on_resume_leaves_the_checkpoints_of_a_run_that_was_never_stopped(
+    make_trainer, run, dataset
+):
+    settings = {"run_dir": run, "eval_dataset": dataset, "eval_steps": 3, "save_total_limit": 1}
+    with pytest.raises(StoppedBySignal):
+        make_trainer(callbacks=[KillInEvaluation(6)], **settings).train()
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [3, 6]
+    for evaluations in (1, 0):
+        trainer, recorder = train(make_trainer, resume=True, **settings)
+        assert recorder.events.count("evaluate") == evaluations
+        assert trainer.state.best_step == 6
+        assert [(one.step, find_damage(one.path)) for one in run.checkpoints()] == [(6, None)]
 
 
 def test_a_signal_in_the_evaluation_before_the_first_step_ends_the_run_at_once(make_trainer, run, dataset):
