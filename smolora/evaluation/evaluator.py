@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from smolora.data.benchmark_rows import BenchmarkRow
@@ -15,6 +13,7 @@ from smolora.evaluation.metric import Answer
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
 from smolora.evaluation.result import EvaluationResult
+from smolora.evaluation.scoring import Progress, score_answers
 from smolora.evaluation.text_asker import TextAsker
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.bundle import ModelBundle
@@ -26,9 +25,6 @@ GREEDY = SamplingSettings(temperature=0.0)
 
 _BATCHES_AT_ONCE = 8
 """Rows are asked so many batches at a time: a slot that is free takes the next row, and only at the end some wait."""
-
-Progress = Callable[[int], None]
-"""Is told how many rows are done."""
 
 
 class Asker(Protocol):
@@ -123,32 +119,3 @@ class ModelEvaluator:
     @property
     def _at_once(self) -> int:
         return self.batch_size * _BATCHES_AT_ONCE
-
-
-def score_answers(
-    answer: Callable[[Sequence[BenchmarkRow]], Sequence[Answer]],
-    rows: Iterable[BenchmarkRow],
-    calculator: MetricsCalculator,
-    *,
-    at_once: int,
-    log: PredictionLog | None = None,
-    progress: Progress = lambda num_rows: None,
-    num_trained_on: int | None = None,
-) -> EvaluationResult:
-    """Score what `answer` says to the rows, `at_once` of them at a time; see `ModelEvaluator.evaluate_dataset`."""
-    waiting = iter(rows)
-    with log.locked() if log else nullcontext():
-        for kept, row in zip(log.replay() if log else (), waiting, strict=False):
-            calculator.add(kept, row)
-        progress(calculator.num_rows)
-        while part := list(islice(waiting, at_once)):
-            answers = answer(part)
-            scores = [calculator.add(*pair) for pair in zip(answers, part, strict=True)]
-            if log:
-                log.append(list(zip(part, answers, scores, strict=True)))
-            progress(calculator.num_rows)
-        folder = log.folder if log else None
-        result = EvaluationResult(calculator.conclude(), calculator.num_rows, folder, num_trained_on)
-        if log:
-            log.finish(result)
-    return result

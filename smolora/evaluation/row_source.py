@@ -69,6 +69,10 @@ class RowSource:
         """SHA-256 of all prompts and references: whatever changes them, answers to the old ones aren't these rows'."""
         return self._read_through[1]
 
+    def identify(self) -> dict[str, object]:
+        """Return what was asked for and what was found."""
+        return {**self.identity, "digest": self.digest}
+
     @cached_property
     def _read_through(self) -> tuple[int, str]:
         """Number and digest of the rows."""

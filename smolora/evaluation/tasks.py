@@ -1,35 +1,29 @@
-"""From a model, or a file of predictions, and rows to a result: the walk of an evaluation."""
+"""From a model and rows to a result: the walk of an evaluation."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from smolora.adapters.state import fingerprint_adapter
 from smolora.adapters.store import open_model
-from smolora.data.readers import open_text
-from smolora.data.rows import Reject, check_values
-from smolora.errors import ConfigError, DataError
-from smolora.evaluation.evaluator import ModelEvaluator, Progress, score_answers
+from smolora.errors import ConfigError
+from smolora.evaluation.evaluator import ModelEvaluator
 from smolora.evaluation.head_source import fit_to_head, refuse_drawing
-from smolora.evaluation.metric import Answer
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
 from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark
+from smolora.evaluation.scoring import Progress
 from smolora.evaluation.trained_rows import count_trained_rows
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.bundle import ModelBundle
 from smolora.models.tasks import HEAD_TASKS
 from smolora.records.run_dir import RunDir
-from smolora.records.staging import hash_file
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 
 logger = logging.getLogger(__name__)
-
-_PREDICTIONS_AT_ONCE = 256
 
 
 def evaluate_benchmark(
@@ -123,7 +117,7 @@ def evaluate_model(
     is_repeatable = bool(labels) or not chosen.is_drawn or chosen.seed is not None
     if folder:
         asked = {"settings": chosen.model_dump(mode="json"), "labels": labels}
-        log = PredictionLog(folder, {**_identify(source), **_identify_model(bundle), **asked}, is_resumed=is_repeatable)
+        log = PredictionLog(folder, {**source.identify(), **_identify_model(bundle), **asked}, is_resumed=is_repeatable)
     metrics = source.metrics if bundle.task in HEAD_TASKS else tuple(dict.fromkeys((*source.metrics, "loss")))
     calculator = MetricsCalculator(metrics, resources=source.resources)
     if num_trained_on:
@@ -141,36 +135,6 @@ def evaluate_model(
         if log and is_repeatable:
             logger.info("the answers so far are kept in %s: the same command goes on from there.", folder)
         raise
-
-
-def evaluate_predictions(
-    file: Path, source: RowSource, *, folder: Path | None = None, progress: Progress = lambda num_rows: None
-) -> EvaluationResult:
-    """Score the predictions of any system: one a line, in the order of the rows; an empty line is an empty prediction.
-
-    Raises:
-        ConfigError: The file is what would be written into `folder`.
-        DataError: There are more or fewer lines than rows, or one isn't UTF-8.
-    """
-    num_rows, num_lines = source.count(), sum(1 for _ in _iter_lines(file))
-    if num_rows != num_lines:
-        raise DataError(
-            f"{file} has {num_lines:,} lines, and {source.name} {num_rows:,} rows. Write one prediction a line, in "
-            "the order of the rows; an empty line is an empty prediction."
-        )
-    identity = {**_identify(source), "predictions": hash_file(file)}
-    log = PredictionLog(folder, identity, is_resumed=False) if folder else None
-    if log and log.predictions.exists() and log.predictions.samefile(file):
-        raise ConfigError(f"{file} is where the scored predictions would be written. Choose another folder with -o.")
-    lines = _iter_lines(file)
-    return score_answers(
-        lambda rows: [Answer(next(lines)) for _ in rows],
-        source.iter_rows(),
-        MetricsCalculator(source.metrics, resources=source.resources),
-        at_once=_PREDICTIONS_AT_ONCE,
-        log=log,
-        progress=progress,
-    )
 
 
 def choose_folder(model_path: str | Path, source: RowSource, out: str | Path | None) -> Path | None:
@@ -194,10 +158,6 @@ def fill_settings(settings: SamplingSettings | None, source: RowSource) -> Sampl
     return SamplingSettings(**{**usual, **given})
 
 
-def _identify(source: RowSource) -> dict[str, object]:
-    return {**source.identity, "digest": source.digest}
-
-
 def _identify_model(bundle: ModelBundle) -> dict[str, object]:
     """Return all of a model that its answers depend on."""
     return {
@@ -209,12 +169,3 @@ def _identify_model(bundle: ModelBundle) -> dict[str, object]:
         "quantization": bundle.quantization,
         "dtype": str(bundle.dtype),
     }
-
-
-def _iter_lines(file: Path) -> Iterator[str]:
-    with open_text(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            found = check_values({"prediction": line.rstrip("\r\n")}, str(file), number)
-            if isinstance(found, Reject):
-                raise DataError(f"{found.file}:{found.line}: {found.reason}.")
-            yield str(found.values["prediction"])

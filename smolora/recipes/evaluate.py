@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from smolora.adapters.store import open_model
-from smolora.evaluation.evaluator import Progress
+from smolora.evaluation.predictions import evaluate_predictions
 from smolora.evaluation.result import EvaluationResult
 from smolora.evaluation.row_source import RowSource, open_benchmark, open_data
-from smolora.evaluation.tasks import choose_folder, evaluate_model, evaluate_predictions
+from smolora.evaluation.scoring import Progress
 from smolora.evaluation.trained_rows import count_trained_rows
 from smolora.recipes.evaluation_request import EvaluationRequest
 
@@ -32,9 +31,16 @@ def evaluate(
         FolderInUseError: Another evaluation writes there.
     """
     request.check()
-    if request.predictions is not None:
-        of = _open_benchmark(request)
-        return evaluate_predictions(request.predictions, of, folder=request.out, progress=progress_of(of.count()))
+    if request.predictions is None:
+        return _ask_model(request, progress_of)
+    of = _open_benchmark(request)
+    return evaluate_predictions(request.predictions, of, folder=request.out, progress=progress_of(of.count()))
+
+
+def _ask_model(request: EvaluationRequest, progress_of: ProgressOf) -> EvaluationResult:
+    from smolora.adapters.store import open_model  # Here, since torch takes seconds, and predictions need none.
+    from smolora.evaluation.tasks import choose_folder, evaluate_model
+
     rows = _open_benchmark(request) if request.benchmark else None
     if rows:
         rows.count()  # What is wrong with the rows is said before a model is loaded.

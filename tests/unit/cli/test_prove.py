@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +31,13 @@ def test_predictions_give_one_json_object(smolora, e2e):
     assert "loss" not in found["metrics"]
     (e2e / "right.txt.gz").write_bytes(gzip.compress((e2e / "right.txt").read_bytes()))
     assert json.loads(smolora(*command, e2e / "right.txt.gz")[1]) == found
+
+
+def test_predictions_are_scored_without_torch(e2e):
+    arguments = ["evaluate", "--benchmark", "e2e_nlg", "--data-dir", str(e2e), "--predictions", str(e2e / "right.txt")]
+    script = "import sys; from smolora.cli.app import run; print(run(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n0 False\n")
 
 
 def test_an_empty_line_is_an_empty_prediction(smolora, e2e):

@@ -11,11 +11,12 @@ import pytest
 
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.errors import ConfigError, DataError, FolderInUseError
-from smolora.evaluation.evaluator import GREEDY, ModelEvaluator, score_answers
+from smolora.evaluation.evaluator import GREEDY, ModelEvaluator
 from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
+from smolora.evaluation.scoring import score_answers
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.loading import load_model
 from tests.tiny import CONTEXT, save_tiny_encoder

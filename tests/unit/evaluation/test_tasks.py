@@ -19,7 +19,6 @@ from smolora.evaluation.tasks import (
     evaluate_e2e,
     evaluate_model,
     evaluate_multi_nli,
-    evaluate_predictions,
     fill_settings,
 )
 from smolora.generation.sampling import SamplingSettings
@@ -149,14 +148,6 @@ def test_an_evaluation_that_is_interrupted_says_whether_it_goes_on(base, nli, tm
             progress=interrupt,
         )
     assert ("the same command goes on from there" in caplog.text) == goes_on
-
-
-def test_the_file_of_predictions_is_not_written_over(nli):
-    file = nli / "predictions.jsonl"
-    file.write_text("neutral\n" * 6)
-    with pytest.raises(ConfigError, match="is where the scored predictions would be written"):
-        evaluate_predictions(file, open_benchmark("multi_nli", nli), folder=nli)
-    assert file.read_text() == "neutral\n" * 6
 
 
 def test_an_adapter_of_another_base_is_refused(base, nli, tmp_path):
