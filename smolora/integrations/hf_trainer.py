@@ -151,6 +151,8 @@ class _Phases(TrainerCallback):  # type: ignore[misc]
         )
         if state.global_step == 0:
             self.callback.reset()
+        else:
+            self.callback.recall(state.global_step)
         self.callback.begin(self.plan)
 
     def on_step_begin(

@@ -6,6 +6,7 @@ is a function of the step and of where the phases start. Each phase ends with a 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,12 @@ class DynamicLoRACallback(Callback):
                 plan.total_steps,
                 ", ".join(str(start) for start in plan.starts if start is not None),
             )
+
+    def recall(self, step: int) -> None:
+        """Take back from `report_path` what an earlier process certified of a run's first `step` updates."""
+        if self.report_path and self.report_path.is_file():
+            reports = json.loads(self.report_path.read_text(encoding="utf-8"))["phases"]
+            self.reports = [report for report in reports if report["end"] <= step]
 
     def begin(self, plan: PhasePlan) -> None:
         """Take the phases of a run and write that they begin; any loop can drive this and `close`."""
@@ -205,6 +212,12 @@ class DynamicLoRACallback(Callback):
         self.reports.append({**report, "selects": describe_phase(self.plan.phases[certificate.index])})
         self._write()
         require_held(report)
+        if not report["with_gradient"]:
+            logger.warning(
+                "phase %d changed nothing: all its gradients were zero, as those of A are while B is zero, and the "
+                "other way round. Train the other matrix first, or both.",
+                certificate.index + 1,
+            )
 
     def _write(self) -> None:
         if self.report_path:

@@ -202,6 +202,35 @@ def test_the_certificates_are_written_on_hugging_face_too(tmp_path):
     assert [phase["selects"] for phase in report["phases"]] == ["attention and mlp", "mlp", "attention"]
 
 
+def test_a_resume_keeps_the_certificates_of_phases_that_ended_before(tmp_path):
+    path = tmp_path / "phase_report.json"
+
+    def train(*callbacks, **options):
+        phases = DynamicLoRACallback(DynamicLoRAConfig(strategy="both,mlp,attn"), report_path=path)
+        parts = {**tuned(tmp_path / "out"), "args": arguments(tmp_path / "out", max_steps=6, save_steps=3)}
+        parts["args"].set_save(strategy="steps", steps=3)
+        Trainer(**parts, callbacks=[to_trainer_callback(phases), *callbacks]).train(**options)
+
+    with pytest.raises(ZeroDivisionError):
+        train(Fail(4))
+    [first, _] = json.loads(path.read_text())["phases"]
+    train(resume_from_checkpoint=True)
+    found = json.loads(path.read_text())["phases"]
+    assert found[0] == first
+    assert [(phase["start"], phase["end"]) for phase in found] == [(0, 2), (3, 4), (4, 6)]
+
+
+class Fail(TrainerCallback):
+    """Ends a run in the step after `step` updates."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise ZeroDivisionError
+
+
 def test_an_epoch_is_counted_in_updates(tmp_path):
     _, phases = run_phases(tmp_path, table=[{}, {"groups": "mlp", "start": {"epoch": 1}}])
     assert [(report["start"], report["end"]) for report in phases.reports] == [(0, 2), (2, 6)]

@@ -563,13 +563,15 @@ def test_a_learning_rate_too_small_to_move_anything_is_a_broken_run(make):
         make(strategy("both,mlp,attn"), learning_rate=1e-45, weight_decay=0.0).train()
 
 
-def test_a_alone_may_stand_still_while_b_is_zero(make, run):
+def test_a_alone_may_stand_still_while_b_is_zero_and_that_is_said(make, run, caplog):
     phases = DynamicLoRAConfig(table=[{"matrices": "A"}, {"matrices": "B", "start": 2}, {"start": 4}])
     make(phases, run=run, weight_decay=0.0).train()
     first, second, third = json.loads(run.phase_report.read_text())["phases"]
     assert len(first["zero_gradient"]) == len(first["declared"])
     assert (first["with_gradient"], second["zero_gradient"], third["zero_gradient"]) == (0, [], [])
     assert [phase["problems"] for phase in (first, second, third)] == [[], [], []]
+    assert [line for line in caplog.messages if "changed nothing" in line] == [caplog.messages[0]]
+    assert caplog.messages[0].startswith("phase 1 changed nothing")
 
 
 def test_a_phase_of_a_single_update_holds(make):
