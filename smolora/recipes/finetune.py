@@ -162,8 +162,8 @@ def finetune(
 
 def _refuse_unmeasured(data: TuningData, config: ExperimentConfig, strategy: TrainingStrategy) -> None:
     """Raise where held-out rows are needed and there are none."""
-    refuse_unmeasurable(config, is_evaluated=data.held_out is not None)
     strategy.require_held_out(is_evaluated=data.held_out is not None)
+    refuse_unmeasurable(config, is_evaluated=data.held_out is not None)
 
 
 @contextmanager

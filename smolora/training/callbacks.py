@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,41 +32,33 @@ class EarlyStoppingCallback(Callback):
     """
 
     def __init__(self, patience: int = 1, threshold: float = 0.0) -> None:
-        self.patience = patience
-        self.threshold = threshold
+        self.plateau = PlateauConfig(patience=patience, threshold=threshold)
         self.reset()
 
     def reset(self) -> None:
-        self.best = math.inf
-        self.evaluations_without_improvement = 0
+        self._detector = PlateauDetector()
 
     def on_train_begin(self, trainer: Trainer) -> None:
         self._decide(trainer)  # A run that was stopped is not trained further by resuming it.
 
     def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
-        if eval_loss < self.best - self.threshold:
-            self.best = eval_loss
-            self.evaluations_without_improvement = 0
-            return
-        self.evaluations_without_improvement += 1
+        self._detector.is_reached(eval_loss, self.plateau)
         self._decide(trainer)
 
     def _decide(self, trainer: Trainer) -> None:
-        if self.evaluations_without_improvement >= self.patience:
+        count = self._detector.without_improvement
+        if count >= self.plateau.patience:
             trainer.state.should_stop = True
-            trainer.state.stop_reason = (
-                f"the held-out loss has not improved for {count_of(self.evaluations_without_improvement, 'evaluation')}"
-            )
+            trainer.state.stop_reason = f"the held-out loss has not improved for {count_of(count, 'evaluation')}"
 
     def state_dict(self) -> Mapping[str, object]:
-        best = self.best if math.isfinite(self.best) else None
-        return {"best": best, "evaluations_without_improvement": self.evaluations_without_improvement}
+        return {"best": self._detector.best, "evaluations_without_improvement": self._detector.without_improvement}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         best, count = state["best"], state["evaluations_without_improvement"]
+        assert isinstance(best, float | None), "the checkpoint's manifest vouches for what state_dict wrote"
         assert isinstance(count, int), "the checkpoint's manifest vouches for what state_dict wrote"
-        self.best = best if isinstance(best, float) else math.inf
-        self.evaluations_without_improvement = count
+        self._detector = PlateauDetector(best, count)
 
 
 class PlateauRateCallback(Callback):

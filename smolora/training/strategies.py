@@ -119,13 +119,26 @@ class AdaptiveLRStrategy(TrainingStrategy):
 
 
 class EarlyStoppingStrategy(TrainingStrategy):
-    """Stop after `patience` evaluations in a row whose loss isn't `threshold` below the best one."""
+    """Stop after `patience` evaluations in a row whose loss isn't `threshold` below the best one.
+
+    The same as `evaluation.early_stopping_patience=N evaluation.early_stopping_threshold=X`, and it can be asked
+    about the metrics of a loop of your own.
+    """
 
     needs_held_out = True
 
     def __init__(self, patience: int = 2, threshold: float = 0.0) -> None:
         self.plateau = PlateauConfig(patience=patience, threshold=threshold)
         self.reset()
+
+    def configure(self, config: RunConfig) -> RunConfig:
+        """Return `config` with the patience and the threshold."""
+        stopping = {
+            "early_stopping_patience": self.plateau.patience,
+            "early_stopping_threshold": self.plateau.threshold,
+        }
+        changed: RunConfig = config.replace(evaluation=config.evaluation.replace(**stopping))
+        return changed
 
     def reset(self) -> None:
         """Count from the start."""
@@ -176,7 +189,8 @@ class _AskToStop(Callback):
     def _stop(self, trainer: Trainer) -> None:
         if self._has_stopped:
             trainer.state.should_stop = True
-            trainer.state.stop_reason = f"{type(self.strategy).__name__} said so"
+            # A callback that the configuration brought may have said why already.
+            trainer.state.stop_reason = trainer.state.stop_reason or f"{type(self.strategy).__name__} said so"
 
     def state_dict(self) -> Mapping[str, object]:
         return {"has_stopped": self._has_stopped, "strategy": dict(self.strategy.state_dict())}

@@ -14,7 +14,7 @@ from smolora.config import EvaluationConfig, ExperimentConfig, ModelConfig
 from smolora.data.token_dataset import TokenDataset, build_example
 from smolora.errors import ConfigError
 from smolora.training.callback import Callback
-from smolora.training.callbacks import PlateauRateCallback
+from smolora.training.callbacks import EarlyStoppingCallback, PlateauRateCallback
 from smolora.training.schedules import schedule_factor
 from smolora.training.strategies import AdaptiveLRStrategy, EarlyStoppingStrategy, TrainingStrategy
 from tests.unit.training.recorder import Recorder, weights
@@ -83,12 +83,24 @@ def test_a_resume_under_a_lowered_rate_is_bit_equal_to_never_stopping(make_train
     assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
-def test_a_strategy_writes_its_settings_into_the_configuration():
-    config = AdaptiveLRStrategy(warmup_steps=7, patience=3, factor=0.1).configure(
-        ExperimentConfig(model=ModelConfig(name_or_path="base"))
-    )
-    assert (config.training.lr_scheduler_type, config.training.warmup_steps) == ("cosine", 7)
-    assert (config.evaluation.plateau_patience, config.evaluation.plateau_factor) == (3, 0.1)
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        pytest.param(
+            AdaptiveLRStrategy(warmup_steps=7, patience=3, factor=0.1),
+            {"lr_scheduler_type": "cosine", "warmup_steps": 7, "plateau_patience": 3, "plateau_factor": 0.1},
+            id="adaptive rate",
+        ),
+        pytest.param(
+            EarlyStoppingStrategy(patience=3, threshold=0.5),
+            {"early_stopping_patience": 3, "early_stopping_threshold": 0.5},
+            id="early stopping",
+        ),
+    ],
+)
+def test_a_strategy_writes_its_settings_into_the_configuration(strategy, settings):
+    config = strategy.configure(ExperimentConfig(model=ModelConfig(name_or_path="base")))
+    assert (vars(config.training) | vars(config.evaluation)).items() >= settings.items()
 
 
 def test_what_the_configuration_brought_is_not_added_again(make_trainer, dataset):
@@ -134,6 +146,12 @@ def test_early_stopping_stops_the_loop_and_stays_stopped(make_trainer, unlike, r
     assert (trainer.state.step, trainer.state.stop_reason) == (2, "EarlyStoppingStrategy said so")
     resumed, recorder = run_with(EarlyStoppingStrategy(patience=2), make_trainer, resume=True, **settings)
     assert (resumed.state.step, recorder.records) == (2, [])
+
+
+def test_early_stopping_that_the_configuration_brought_too_says_why(make_trainer, unlike):
+    settings = {"eval_dataset": unlike, "eval_steps": 1, "max_steps": 6, "callbacks": [EarlyStoppingCallback(2)]}
+    trainer, _ = run_with(EarlyStoppingStrategy(patience=2), make_trainer, **settings)
+    assert trainer.state.stop_reason == "the held-out loss has not improved for 2 evaluations"
 
 
 @pytest.mark.parametrize("says_why", [True, False])
