@@ -22,6 +22,7 @@ from smolora.data.token_dataset import Example, TokenDataset
 from smolora.errors import BrokenRunError, ConfigError
 from smolora.models.anatomy import Group
 from smolora.models.bundle import ModelBundle
+from smolora.models.structure import without_dropout
 from smolora.training.loss import sum_cross_entropy, target_logits_of
 from smolora.training.optim import trainable_parameters
 from smolora.training.plan import StepPlan
@@ -81,15 +82,15 @@ def measure_gradient_mass(
             f"--batches: at least 2, as two halves are held against each other, found {num_batches}. Where the rows "
             "fill no more, add some, or take fewer for a batch (--batch-size)."
         )
-    bundle.model.eval()
     matrices = {name: tensor for name, tensor in trainable_parameters(bundle.model).items() if _is_b(name, bundle)}
     halves = [{name: torch.zeros_like(tensor) for name, tensor in matrices.items()} for _ in range(2)]
     losses = []
-    for step in range(num_batches):
-        losses.append(_backward(bundle, rows, plan, step, collate))
-        for name, tensor in matrices.items():
-            halves[step % 2][name] += cast("Tensor", tensor.grad) / len(range(step % 2, num_batches, 2))
-        bundle.model.zero_grad(set_to_none=True)
+    with without_dropout(bundle.model):
+        for step in range(num_batches):
+            losses.append(_backward(bundle, rows, plan, step, collate))
+            for name, tensor in matrices.items():
+                halves[step % 2][name] += cast("Tensor", tensor.grad) / len(range(step % 2, num_batches, 2))
+            bundle.model.zero_grad(set_to_none=True)
     even, odd = halves
     products, squares, other_squares = _multiply(even, odd), _multiply(even, even), _multiply(odd, odd)
     if not all(map(math.isfinite, (*losses, *products.values()))):

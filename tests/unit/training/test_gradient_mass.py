@@ -63,6 +63,12 @@ def test_the_mass_is_what_two_halves_share_of_the_full_gradient_on_the_direction
         assert sum(module.spectrum) >= module.mass - 1e-7, "only directions without agreement are left out"
 
 
+def test_measuring_leaves_every_module_in_its_mode(bundle, rows):
+    bundle.model.train()
+    measure(bundle, rows)
+    assert all(module.training for module in bundle.model.modules())
+
+
 def test_of_equal_halves_the_spectrum_is_that_of_the_gradient(bundle, rows):
     twice = TokenDataset([rows[0]] * 4)
     found = {module.module: module for module in measure(bundle, twice).modules}
