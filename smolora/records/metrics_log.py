@@ -19,7 +19,11 @@ class MetricsLog:
         self.path = path
 
     def append(self, record: Mapping[str, Scalar]) -> None:
-        """Write one line and flush it."""
+        """Write one line and flush it.
+
+        Raises:
+            StorageError: It can't be written.
+        """
         finite = {key: _finite(value) for key, value in record.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -29,30 +33,38 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Scalar]]:
         """Return every whole record; a line torn by a kill is left out."""
-        return self.read_new(0)[0]
+        return _parse(self._read_bytes(0))
 
     def read_new(self, offset: int) -> tuple[list[dict[str, Scalar]], int]:
-        """Return the whole records from byte `offset` on, and where they end."""
+        """Return the records of the lines that are ended from byte `offset` on, and where the last of them ends."""
+        text = self._read_bytes(offset)
+        ended = text[: text.rfind(b"\n") + 1]
+        return _parse(ended), offset + len(ended)
+
+    def _read_bytes(self, offset: int) -> bytes:
         if not self.path.is_file():
-            return [], offset
+            return b""
         with self.path.open("rb") as file:
             file.seek(offset)
-            text = file.read()
-        records = []
-        for line in text.decode("utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records, offset + len(text)
+            return file.read()
 
     def cut(self, step: int) -> None:
         """Drop the records past `step`, so that a resumed run continues a single curve."""
         kept = [record for record in self.read() if isinstance(at := record.get("step"), int) and at <= step]
         if self.path.exists():
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _parse(text: bytes) -> list[dict[str, Scalar]]:
+    records = []
+    for line in text.decode("utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 def _finite(value: Scalar) -> Scalar:

@@ -54,6 +54,16 @@ def test_a_line_after_a_cut_starts_a_line(log):
     assert log.read() == [{"step": 1}, {"step": 2}]
 
 
+def test_a_line_that_is_half_written_at_the_first_look_is_read_at_the_second(log):
+    log.append({"step": 1})
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "lo')
+        file.flush()
+        first, end = log.read_new(0)
+        file.write('ss": 1.0}\n')
+    assert (first, log.read_new(end)[0]) == ([{"step": 1}], [{"step": 2, "loss": 1.0}])
+
+
 @pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"\x00\x00\n", b"7\n", b"null\n", b"[1]\n"])
 def test_a_damaged_line_costs_that_line_alone(log, damage):
     log.append({"step": 1})
