@@ -27,11 +27,13 @@ class SmoLoRA:
     """Fine-tunes a language model with LoRA, merges it and asks it.
 
     Example:
+        ```python
         trainer = SmoLoRA("path/or/hub-id", "data.jsonl", output_dir="./out")
         trainer.train()  # 500 steps; the adapter is in out/adapter_checkpoint
         trainer.save()  # the merged model is in out/final_merged
         model, tokenizer = trainer.load_model("./out/final_merged")
         print(trainer.inference("Once upon a time"))
+        ```
 
     Attributes:
         config: Every setting of the run. Frozen: assign a changed copy before `train`, such as
@@ -173,8 +175,11 @@ class PEFTTrainer:
 
     Example:
         ```python
-        trainer = PEFTTrainer(ModelConfig(name_or_path="path/or/hub-id"), DoRAConfig(r=4), output_dir="./my-run")
-        trainer.train(rows, held_out_rows)  # lists of dicts, or datasets
+        from smolora.config import DoRAConfig
+
+        rows = [{"prompt": "The sky is", "completion": "blue"}, {"prompt": "Snow is", "completion": "white"}]
+        trainer = PEFTTrainer(ModelConfig(name_or_path="path/or/hub-id"), DoRAConfig(r=4), output_dir="./tuned")
+        trainer.train(rows, rows[:1])  # what is held out may be left out; datasets do as well
         print(trainer.evaluate())
         trainer.save()
         ```

@@ -24,7 +24,7 @@ class CommonDataset:
 
     Example:
         ```python
-        rows = COMMON_DATASETS["sick"].load(data_dir="nli", num_samples=100)
+        rows = COMMON_DATASETS["sick"].load(data_dir="data/nli", num_samples=100)
         ```
     """
 

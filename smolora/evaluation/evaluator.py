@@ -43,10 +43,17 @@ class ModelEvaluator:
     """Asks one model: one that writes by the project's one generator, a task's head directly.
 
     Example:
-        evaluator = ModelEvaluator(load_bundle("RUN"))
+        ```python
+        from itertools import islice
+
+        from smolora import get_metrics_calculator, load_bundle
+        from smolora.data.benchmarks import get_benchmark
+
+        evaluator = ModelEvaluator(load_bundle("restaurants"))
         benchmark = get_benchmark("sick")
-        rows = benchmark.iter_rows("test", benchmark.find("test", "nli"))
+        rows = islice(benchmark.iter_rows("test", benchmark.find("test", "data/nli")), 10)
         print(evaluator.evaluate_dataset(rows, get_metrics_calculator("sick")).describe())
+        ```
     """
 
     def __init__(

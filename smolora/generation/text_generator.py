@@ -48,8 +48,10 @@ class TextGenerator:
     are drawn or looked for is the settings' alone otherwise.
 
     Example:
-        generator = TextGenerator(load_bundle("RUN"))
+        ```python
+        generator = TextGenerator(load_bundle("restaurants"))
         generator.generate(["name[Aromi]", "name[Zizzi]"], settings=SamplingSettings(temperature=0))
+        ```
     """
 
     def __init__(self, bundle: ModelBundle, *, switch: Switch = keep_as_it_is) -> None:

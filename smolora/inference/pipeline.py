@@ -41,15 +41,17 @@ class Classification:
 
 
 class InferencePipeline:
-    r"""Answers one prompt or many; one text in, one answer out, and a list for a list.
+    """Answers one prompt or many; one text in, one answer out, and a list for a list.
 
     Every method takes `adapter`: the name of one of several, or `base` for the model without any. Threads may share a
     pipeline: they take turns at the model, and of streams that are read in turns each has its own adapter.
 
     Example:
-        pipeline = InferencePipeline.from_path("RUN")
+        ```python
+        pipeline = InferencePipeline.from_path("restaurants")
         pipeline.generate("name[Aromi], food[Chinese]")
-        pipeline.classify(["Review: fine.\nSentiment:"], labels=["negative", "positive"])
+        pipeline.classify(["Review: fine. Sentiment:"], labels=["negative", "positive"])
+        ```
     """
 
     def __init__(

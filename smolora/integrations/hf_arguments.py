@@ -56,10 +56,14 @@ def to_training_arguments(config: TrainingConfig, output_dir: str | Path, **sett
 
     Example:
         ```python
+        import transformers
+
+        rows = [{"input_ids": input_ids[0], "labels": input_ids[0]}] * 8
         config = TrainingConfig(max_steps=100)
         args = config.to_training_arguments("out")
         trainer = transformers.Trainer(model=model, args=args, train_dataset=rows)
         trainer.add_callback(to_trainer_callback(config))
+        trainer.train()
         ```
     """
     for reason in _find_losses(config):

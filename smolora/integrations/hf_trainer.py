@@ -215,8 +215,13 @@ def to_trainer_callback(callback: GradientNormCallback | DynamicLoRACallback | T
 
     Example:
         ```python
+        import transformers
+
+        rows = [{"input_ids": input_ids[0], "labels": input_ids[0]}] * 8
+        args = transformers.TrainingArguments("out", max_steps=2, logging_steps=1, report_to="none")
         trainer = transformers.Trainer(model=model, args=args, train_dataset=rows)
         trainer.add_callback(to_trainer_callback(GradientNormCallback(GradientNormLog("out"))))
+        trainer.train()
         ```
 
     Raises:

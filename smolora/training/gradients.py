@@ -55,7 +55,7 @@ def measure_gradient_norms(model: nn.Module, anatomy: Anatomy | None = None) -> 
 
     Example:
         ```python
-        loss.backward()
+        model(input_ids, labels=input_ids).loss.backward()
         norms = measure_gradient_norms(model)
         print(norms.groups["total"], norms.layers["layer_0_attention"])
         ```

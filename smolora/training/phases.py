@@ -44,8 +44,11 @@ class DynamicLoRACallback(Callback):
 
     Example:
         ```python
-        phases = create_phased_lora_config(phase1_steps=(0, 100), phase2_steps=(100, 200), phase3_steps=(200, None))
-        Trainer(bundle, rows, config, collate=collate, callbacks=[DynamicLoRACallback(phases)]).train()
+        from smolora.data.collate import collate_packed
+
+        phases = create_phased_lora_config(phase1_steps=(0, 2), phase2_steps=(2, 4), phase3_steps=(4, None))
+        callbacks = [DynamicLoRACallback(phases)]
+        Trainer(bundle, rows, TrainingConfig(max_steps=6), collate=collate_packed, callbacks=callbacks).train()
         ```
     """
 

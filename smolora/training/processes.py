@@ -84,9 +84,12 @@ class Processes:
 
     Example:
         ```python
+        from smolora.data.collate import collate_packed
+        from smolora.training.processes import join_processes
+
         processes = join_processes(bundle.device)
         with processes.together():
-            Trainer(bundle, rows, config, collate=collate_packed, processes=processes).train()
+            Trainer(bundle, rows, TrainingConfig(max_steps=100), collate=collate_packed, processes=processes).train()
         ```
     """
 

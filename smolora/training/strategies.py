@@ -31,7 +31,7 @@ class TrainingStrategy:
         ```python
         class StopWhenGood(TrainingStrategy):
             def should_stop_early(self, metrics):
-                return metrics.get("eval_loss", math.inf) < 1.0
+                return metrics["eval_loss"] < 1.0
         ```
     """
 

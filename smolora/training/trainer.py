@@ -74,8 +74,8 @@ class Trainer:
 
     Example:
         ```python
-        trainer = Trainer(bundle, dataset, TrainingConfig(max_steps=100), collate=collate_packed)
-        state = trainer.train()
+        from smolora.data.collate import collate_packed
+        state = Trainer(bundle, rows, TrainingConfig(max_steps=100), collate=collate_packed).train()
         ```
     """
 
