@@ -31,7 +31,7 @@ class RankAllocation:
         """What is kept, by parameter; None before the first reallocation."""
 
     @property
-    def is_settled_at(self) -> int:
+    def last_reallocation(self) -> int:
         """The update with the last reallocation."""
         return int(self._config.total_step - self._config.tfinal)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from smolora.evaluation.label_asker import LabelAsker
 from smolora.evaluation.span_asker import SpanAsker
 from smolora.evaluation.word_asker import WordAsker
-from smolora.evaluation.word_metrics import mark_entities
+from smolora.evaluation.word_metrics import is_entity_scheme
 from smolora.models.bundle import ModelBundle
 
 
@@ -23,4 +23,4 @@ def choose_head_metrics(bundle: ModelBundle) -> tuple[str, ...]:
         return ("squad", "head_loss")
     if bundle.task == "classification":
         return ("labels", "majority", "head_loss")
-    return ("words", *(("entities",) if mark_entities(bundle.labels) else ()), "word_majority", "head_loss")
+    return ("words", *(("entities",) if is_entity_scheme(bundle.labels) else ()), "word_majority", "head_loss")

@@ -85,10 +85,10 @@ class EntityMetric(SummedMetric):
         return [hits / (found or 1.0), hits / (right or 1.0), 2 * hits / ((found + right) or 1.0)]
 
 
-def mark_entities(labels: Sequence[str]) -> bool:
+def is_entity_scheme(labels: Sequence[str]) -> bool:
     """Whether labels mark entities: O, and B- or I- (or E- and S-) with a type.
 
-    >>> mark_entities(["O", "B-PER", "I-PER"]), mark_entities(["O", "NOUN"]), mark_entities(["0", "1"])
+    >>> is_entity_scheme(["O", "B-PER", "I-PER"]), is_entity_scheme(["O", "NOUN"]), is_entity_scheme(["0", "1"])
     (True, False, False)
     """
     marked = [label for label in labels if label != "O"]

@@ -62,7 +62,7 @@ def attend_rows(
     assert sum(rows.lengths) <= len(heads), "rows are tokens of the batch"
     if _has_kernel(heads, settings):
         return attend_by_kernel(heads, num_heads=num_heads, rows=rows, settings=settings, rotary=rotary)
-    output: Tensor = _RowAttention.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
+    output: Tensor = _AttendRows.apply(heads, num_heads, rows, settings, rotary)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -223,7 +223,7 @@ class _Block(NamedTuple):
             rotary.turn_(heads.view(-1, num_rows, *heads.shape[1:]), back=back)
 
 
-class _RowAttention(torch.autograd.Function):
+class _AttendRows(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 - apply takes no keywords
         ctx: Any,

@@ -11,7 +11,7 @@ from typing import cast
 
 from smolora.analysis.paired import PairedDifference, compare_pairs
 from smolora.config import ExperimentConfig, flatten_settings
-from smolora.errors import ConfigError, DataError, ModelError
+from smolora.errors import ConfigError, DataError
 from smolora.recipes.finetune import finetune
 from smolora.recipes.run_folder import changed_settings
 from smolora.recipes.run_pool import run_on_processes, run_on_ray
@@ -19,6 +19,7 @@ from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import read_manifest, write_bytes, write_json
 from smolora.records.study_dir import ComparisonDir
+from smolora.training.checkpoint import RunIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ _EQUAL = (
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """One run of a comparison."""
 
     name: str
@@ -71,7 +72,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonResult:
     """What a comparison found."""
 
     seeds: tuple[int, ...]
@@ -86,7 +87,7 @@ def compare(
     num_seeds: int = 5,
     workers: int = 1,
     ray_address: str | None = None,
-) -> Comparison:
+) -> ComparisonResult:
     """Run every configuration with every seed, and hold each against the first; a killed comparison continues.
 
     A seed decides about initial weights, data order and dropout. The held-out rows are the same in all runs.
@@ -109,48 +110,51 @@ def compare(
     if workers < 1:
         raise ConfigError(f"--workers: at least 1, found {workers}.")
     folder, place = ComparisonDir(out), RunDir(out)
-    jobs = [
-        Job(name, seed, _seeded(config, seed), folder) for seed in range(num_seeds) for name, config in configs.items()
+    runs = [
+        PlannedRun(name, seed, _seeded(config, seed), folder)
+        for seed in range(num_seeds)
+        for name, config in configs.items()
     ]
     place.refuse_existing()
-    for job in jobs:
-        _require_same(job)
+    for run in runs:
+        _require_same(run)
     with place.locked():
-        _run_all([job for job in jobs if not _is_finished(job)], len(jobs), workers=workers, ray_address=ray_address)
-        _require_same_rows(jobs)
+        unfinished = [run for run in runs if not _is_finished(run)]
+        _run_all(unfinished, len(runs), workers=workers, ray_address=ray_address)
+        _require_same_rows(runs)
         comparison = _judge(list(configs), num_seeds, folder)
         _write(comparison, folder)
     return comparison
 
 
-def run_job(job: Job) -> tuple[str, int]:
-    """Run one job to its end, from where it was, and write what it reached."""
-    run = finetune(job.config, job.folder.run(job.name, job.seed), resume=True)
+def finish_run(run: PlannedRun) -> tuple[str, int]:
+    """Go on with a run to its end, and write what it reached."""
+    made = finetune(run.config, run.folder.run(run.name, run.seed), resume=True)
     losses = [
         (float(loss), step)
-        for line in MetricsLog(run.metrics).read()
+        for line in MetricsLog(made.metrics).read()
         if (step := line.get("step")) and (loss := line.get("eval_loss")) is not None
     ]
     if not losses:
         raise DataError("nothing is held out, so there is nothing to compare by: give 50 rows or data.eval_source.")
     lowest, step = min(losses)
-    identity = cast("dict[str, str]", read_manifest(run.checkpoints()[-1].path)["identity"])
-    write_json(job.folder.outcome(job.name, job.seed), asdict(Outcome(lowest, int(step), identity)))
-    return job.name, job.seed
+    identity = cast("dict[str, str]", read_manifest(made.checkpoints()[-1].path)["identity"])
+    write_json(run.folder.outcome(run.name, run.seed), asdict(Outcome(lowest, int(step), identity)))
+    return run.name, run.seed
 
 
-def _run_all(jobs: Sequence[Job], total: int, *, workers: int, ray_address: str | None) -> None:
-    if len(jobs) < total:
-        logger.info("%d of %d runs are finished already", total - len(jobs), total)
-    if not jobs:
+def _run_all(runs: Sequence[PlannedRun], total: int, *, workers: int, ray_address: str | None) -> None:
+    if len(runs) < total:
+        logger.info("%d of %d runs are finished already", total - len(runs), total)
+    if not runs:
         return
     ended: Iterator[tuple[str, int]]
     if ray_address is not None:
-        ended = run_on_ray(run_job, jobs, address=ray_address)
+        ended = run_on_ray(finish_run, runs, address=ray_address)
     else:
-        ended = run_on_processes(run_job, jobs, workers=workers)
-    for number, (name, seed) in enumerate(ended, start=total - len(jobs) + 1):
-        outcome = _read_outcome(jobs[0].folder, name, seed)
+        ended = run_on_processes(finish_run, runs, workers=workers)
+    for number, (name, seed) in enumerate(ended, start=total - len(runs) + 1):
+        outcome = _read_outcome(runs[0].folder, name, seed)
         logger.info("%d of %d: %s, seed %d: lowest held-out loss %.4f", number, total, name, seed, outcome.lowest)
 
 
@@ -189,37 +193,37 @@ def _seeded(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     return seeded
 
 
-def _require_same(job: Job) -> None:
+def _require_same(run: PlannedRun) -> None:
     """Raise where a run of this name and seed was started with other settings."""
-    run = RunDir(job.folder.run(job.name, job.seed))
-    if not run.is_run(run.path):
+    made = RunDir(run.folder.run(run.name, run.seed))
+    if not made.is_run(made.path):
         return
-    if changes := changed_settings(run, job.config):
+    if changes := changed_settings(made, run.config):
         said = "; ".join(f"{path} was {before!r}, now {now!r}" for path, (before, now) in changes.items())
         raise ConfigError(
-            f"{run.path} was started with other settings: {said}. Choose another folder, or put them back."
+            f"{made.path} was started with other settings: {said}. Choose another folder, or put them back."
         )
 
 
-def _is_finished(job: Job) -> bool:
-    return job.folder.outcome(job.name, job.seed).is_file()
+def _is_finished(run: PlannedRun) -> bool:
+    return run.folder.outcome(run.name, run.seed).is_file()
 
 
-def _require_same_rows(jobs: Sequence[Job]) -> None:
+def _require_same_rows(runs: Sequence[PlannedRun]) -> None:
     """Raise unless all runs saw the same base, training rows and held-out rows, whenever they were run."""
-    seen = {(job.name, job.seed): _read_outcome(job.folder, job.name, job.seed).identity for job in jobs}
+    seen = {(run.name, run.seed): _read_outcome(run.folder, run.name, run.seed).identity for run in runs}
     (first, expected), *others = seen.items()
     for (name, seed), found in others:
-        for part in ("base", "tokenizer", "data", "held_out"):
-            if expected[part] != found[part]:
-                error = DataError if part in ("data", "held_out") else ModelError
-                raise error(
-                    f"{name}, seed {seed}, was run on another {part.replace('_', '-')} than {first[0]}, "
-                    f"seed {first[1]}: it changed in between. Remove {jobs[0].folder.path} and compare again."
-                )
+        own = {"settings": found["settings"]}  # Each configuration has its own.
+        if differing := RunIdentity(**{**expected, **own}).find_difference(found):
+            error, part = differing
+            raise error(
+                f"{name}, seed {seed}, was run on another {part} than {first[0]}, seed {first[1]}: it changed in "
+                f"between. Remove {runs[0].folder.path} and compare again."
+            )
 
 
-def _judge(names: Sequence[str], num_seeds: int, folder: ComparisonDir) -> Comparison:
+def _judge(names: Sequence[str], num_seeds: int, folder: ComparisonDir) -> ComparisonResult:
     losses = {name: tuple(_read_outcome(folder, name, seed).lowest for seed in range(num_seeds)) for name in names}
     confidence = 1 - (1 - CONFIDENCE) / (len(names) - 1)
     against = losses[names[0]]
@@ -232,14 +236,14 @@ def _judge(names: Sequence[str], num_seeds: int, folder: ComparisonDir) -> Compa
         )
         for name, found in losses.items()
     ]
-    return Comparison(tuple(range(num_seeds)), confidence, tuple(standings))
+    return ComparisonResult(tuple(range(num_seeds)), confidence, tuple(standings))
 
 
 def _read_outcome(folder: ComparisonDir, name: str, seed: int) -> Outcome:
     return Outcome(**json.loads(folder.outcome(name, seed).read_text(encoding="utf-8")))
 
 
-def _write(comparison: Comparison, folder: ComparisonDir) -> None:
+def _write(comparison: ComparisonResult, folder: ComparisonDir) -> None:
     from smolora.analysis.canvas import render_png  # Here, since matplotlib takes a second.
     from smolora.analysis.comparison_plot import plot_comparison
 
@@ -249,7 +253,7 @@ def _write(comparison: Comparison, folder: ComparisonDir) -> None:
     write_json(folder.result, to_json(comparison))
 
 
-def to_json(comparison: Comparison) -> dict[str, object]:
+def to_json(comparison: ComparisonResult) -> dict[str, object]:
     """Return what comparison.json holds."""
     return {
         "metric": "lowest held-out loss, nats a token",
@@ -259,7 +263,7 @@ def to_json(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def describe_comparison(comparison: Comparison) -> str:
+def describe_comparison(comparison: ComparisonResult) -> str:
     """Return the table that a person reads."""
     first = comparison.standings[0].name
     width = max(len(standing.name) for standing in comparison.standings)

@@ -28,7 +28,7 @@ import torch
 from smolora.errors import ConfigError, SmoloraError, StoppedBySignal, StorageError
 from smolora.runtime.signals import StopRequest, deferred_signals
 
-_Job = TypeVar("_Job")
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _GLANCE = 0.2
@@ -41,31 +41,33 @@ _PATIENCE = 10.0
 """Seconds that a cluster has to answer."""
 
 
-def run_on_processes(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int) -> Iterator[_Result]:
-    """Yield `function(job)` of every job, computed by at most so many fresh processes that share the cores.
+def run_on_processes(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], *, workers: int
+) -> Iterator[_Result]:
+    """Yield `function(item)` of every item, computed by at most so many fresh processes that share the cores.
 
-    The function and the jobs must be picklable. A script that calls this needs `if __name__ == "__main__":`.
+    The function and the items must be picklable. A script that calls this needs `if __name__ == "__main__":`.
 
     Raises:
         StoppedBySignal: A signal arrived; the workers were told to stop, and have.
         StorageError: A worker died.
     """
-    size = min(workers, len(jobs))
+    size = min(workers, len(items))
     threads = max(1, torch.get_num_threads() // max(1, size))
     crew = [_hire(function, threads) for _ in range(size)]
-    waiting = iter(jobs)
+    waiting = iter(items)
     busy: set[Connection] = set()
     with deferred_signals(_STOPPING) as stop:
         try:
-            for (_, pipe), job in zip(crew, waiting, strict=False):
-                pipe.send(job)
+            for (_, pipe), item in zip(crew, waiting, strict=False):
+                pipe.send(item)
                 busy.add(pipe)
             while busy:
                 for pipe in cast("list[Connection]", connection.wait(busy, timeout=_GLANCE)):
                     busy.remove(pipe)
                     result = _receive(pipe)
-                    for job in itertools.islice(waiting, 1):
-                        pipe.send(job)
+                    for item in itertools.islice(waiting, 1):
+                        pipe.send(item)
                         busy.add(pipe)
                     yield result
                 if stop.signal_name:
@@ -79,7 +81,7 @@ def run_on_processes(function: Callable[[_Job], _Result], jobs: Sequence[_Job], 
                 process.join()
 
 
-def _hire(function: Callable[[_Job], _Result], threads: int) -> tuple[BaseProcess, Connection]:
+def _hire(function: Callable[[_Item], _Result], threads: int) -> tuple[BaseProcess, Connection]:
     """Start a worker with a pipe of its own: nothing is shared, so one that is killed can't hold up the others."""
     context = _choose_context(function.__module__)
     pipe, theirs = context.Pipe()
@@ -129,7 +131,7 @@ def _receive(pipe: Connection) -> Any:
     return result
 
 
-def _work(function: Callable[[_Job], _Result], pipe: Connection, threads: int) -> None:
+def _work(function: Callable[[_Item], _Result], pipe: Connection, threads: int) -> None:
     """Do what comes through the pipe, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The terminal sends it to all; the parent passes it on once.
     torch.set_num_threads(threads)
@@ -137,12 +139,12 @@ def _work(function: Callable[[_Job], _Result], pipe: Connection, threads: int) -
     # A later signal, as a scheduler sends one to all of a group, interrupts a step: the run is at its last checkpoint.
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
-            job = pipe.recv()
-            pipe.send(_attempt(function, job))
+            item = pipe.recv()
+            pipe.send(_attempt(function, item))
 
 
-def run_on_ray(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, address: str) -> Iterator[_Result]:
-    """Yield `function(job)` of every job, computed by the Ray cluster at `address`, a core each.
+def run_on_ray(function: Callable[[_Item], _Result], items: Sequence[_Item], *, address: str) -> Iterator[_Result]:
+    """Yield `function(item)` of every item, computed by the Ray cluster at `address`, a core each.
 
     Its machines must have this package and see the same files under the same paths.
 
@@ -154,19 +156,19 @@ def run_on_ray(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, add
     with deferred_signals(_STOPPING) as early:  # Which also puts back the handler that Ray replaces.
         ray = _join_cluster(address)
         try:
-            yield from _spread(ray, function, jobs, early)
+            yield from _spread(ray, function, items, early)
         finally:
             ray.shutdown()
 
 
 def _spread(
-    ray: Any, function: Callable[[_Job], _Result], jobs: Sequence[_Job], early: StopRequest
+    ray: Any, function: Callable[[_Item], _Result], items: Sequence[_Item], early: StopRequest
 ) -> Iterator[_Result]:
-    """Hand the jobs to Ray and yield their results; `early` is what arrived while the cluster was joined."""
+    """Hand the items to Ray and yield their results; `early` is what arrived while the cluster was joined."""
     attempt = ray.remote(num_cpus=1, max_retries=0)(_attempt_in)
     here = Path.cwd()
     with deferred_signals(_STOPPING) as stop:  # Anew, since Ray takes SIGTERM for itself when it starts.
-        pending = [attempt.remote(here, function, job) for job in jobs]
+        pending = [attempt.remote(here, function, item) for item in items]
         try:
             while pending:
                 done, pending = ray.wait(pending, num_returns=1, timeout=_GLANCE)
@@ -204,17 +206,17 @@ def _join_cluster(address: str) -> Any:
 
 
 def _attempt_in(
-    folder: Path, function: Callable[[_Job], _Result], job: _Job
+    folder: Path, function: Callable[[_Item], _Result], item: _Item
 ) -> tuple[_Result | None, SmoloraError | None]:
-    """Do a job where the command was given, as its paths may be relative to that; a worker of Ray is elsewhere."""
+    """Do an item where the command was given, as its paths may be relative to that; a worker of Ray is elsewhere."""
     os.chdir(folder)
-    return _attempt(function, job)
+    return _attempt(function, item)
 
 
-def _attempt(function: Callable[[_Job], _Result], job: _Job) -> tuple[_Result | None, SmoloraError | None]:
-    """Return the result of a job, or the error that a person can act on."""
+def _attempt(function: Callable[[_Item], _Result], item: _Item) -> tuple[_Result | None, SmoloraError | None]:
+    """Return the result of an item, or the error that a person can act on."""
     try:
-        return function(job), None
+        return function(item), None
     except SmoloraError as error:
         return None, error
 

@@ -60,7 +60,7 @@ class AdaLoRACallback(Callback):
     def on_finish(self, trainer: Trainer) -> None:
         ranks, start = self.allocation.count_ranks(), self.allocation.start_rank
         smaller = sum(rank < start for rank in ranks.values())
-        if trainer.state.step >= self.allocation.is_settled_at and not smaller:
+        if trainer.state.step >= self.allocation.last_reallocation and not smaller:
             raise BrokenRunError(
                 f"AdaLoRA took no rank away: all {len(ranks)} modules still have {start}. Lower adapter.tinit, or "
                 "train longer."

@@ -42,7 +42,7 @@ class PhasePlan:
         """Return the plan after a plateau was reached."""
         return replace(self, starts=tuple(step if i == index else start for i, start in enumerate(self.starts)))
 
-    def names_not_reached(self, steps: int) -> list[int]:
+    def numbers_not_reached(self, steps: int) -> list[int]:
         """Return the numbers of the phases that had no update in a run of `steps`."""
         return [number for number, start in enumerate(self.starts, start=1) if start is None or start >= steps]
 

@@ -187,7 +187,7 @@ class DynamicLoRACallback(Callback):
     def on_finish(self, trainer: Trainer) -> None:
         if self._certificate is not None:
             self._close(trainer)
-        if missing := self.plan.names_not_reached(trainer.state.step):
+        if missing := self.plan.numbers_not_reached(trainer.state.step):
             logger.warning("phases %s were never reached: the run ended after %d steps", missing, trainer.state.step)
 
     def on_train_end(self, trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from smolora.errors import DataError
 from smolora.evaluation.head_rows import tag_words
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
-from smolora.evaluation.word_metrics import iter_entities, mark_entities
+from smolora.evaluation.word_metrics import is_entity_scheme, iter_entities
 
 RIGHT = ["O O O B-MISC I-MISC I-MISC O", "B-PER I-PER O"]
 FOUND = ["O O B-MISC I-MISC I-MISC I-MISC O", "B-PER I-PER O"]
@@ -81,5 +81,7 @@ def test_entities_are_those_of_conlleval(prefixes):
 
 
 def test_labels_mark_entities_only_where_all_of_them_do():
-    assert mark_entities(LABELS) and mark_entities(["I-LOC"])
-    assert not any(mark_entities(labels) for labels in (["O"], ["O", "B-A", "C-A"], ["B", "I", "O"], ["NOUN"], ["0"]))
+    assert is_entity_scheme(LABELS) and is_entity_scheme(["I-LOC"])
+    assert not any(
+        is_entity_scheme(labels) for labels in (["O"], ["O", "B-A", "C-A"], ["B", "I", "O"], ["NOUN"], ["0"])
+    )

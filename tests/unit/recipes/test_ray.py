@@ -78,7 +78,7 @@ def wait_for_port(port):
             time.sleep(0.1)
 
 
-def test_jobs_are_done_where_the_command_was_given(cluster, tmp_path, monkeypatch):
+def test_work_is_done_where_the_command_was_given(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = sorted(run_on_ray(place_of, [1, 2, 3], address=cluster))
     assert found == [(number, str(tmp_path)) for number in (1, 2, 3)]
