@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
 from smolora.adapters.changes import is_soft_prompt
-from smolora.adapters.tensors import adapter_tensors, copy_tensors, quiet_peft
+from smolora.adapters.tensors import adapter_tensors, copy_tensors, quiet_peft, to_bytes
 from smolora.errors import ModelError
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
@@ -150,5 +150,5 @@ def fingerprint_adapter(bundle: ModelBundle) -> str | None:
     digest = hashlib.sha256()
     for name, tensor in sorted(adapter_tensors(bundle.model).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(to_bytes(tensor))
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import peft
+import torch
 from torch import Tensor
 
 
@@ -34,3 +35,8 @@ def adapter_tensors(model: peft.PeftModel, name: str = "default") -> dict[str, T
 def copy_tensors(model: peft.PeftModel) -> dict[str, Tensor]:
     """Return what peft saves of an adapter, as it is now; nothing that is done to the model changes it."""
     return {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor as it lies in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

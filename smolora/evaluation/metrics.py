@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
@@ -22,6 +21,7 @@ from smolora.evaluation.answers import (
     SquadMetric,
 )
 from smolora.evaluation.bootstrap import Tally, find_interval
+from smolora.evaluation.comparison import finite
 from smolora.evaluation.metric import Answer, CorpusMetric, MetricScore, MissingResource, Resources, SummedMetric, Sums
 from smolora.evaluation.sql import Execution, LogicalForm
 from smolora.evaluation.word_metrics import EntityMetric, WordMajorityMetric, WordMetric
@@ -123,7 +123,7 @@ class MetricsCalculator:
             metric.add(answer, row)
         scores: dict[str, float | None] = {}
         for summed, part in zip(self._summed, parts, strict=True):
-            scores |= {name: _finite(value) for name, value in zip(summed.names, summed.conclude(part), strict=True)}
+            scores |= {name: finite(value) for name, value in zip(summed.names, summed.conclude(part), strict=True)}
         return scores
 
     def conclude(self) -> dict[str, MetricScore]:
@@ -185,7 +185,7 @@ class MetricsCalculator:
             interval = find_interval(resampled[:, index]) if self.num_rows > 1 else None
             low, high = interval or (None, None)
             reason = None if interval else "no interval: too few rows"
-            scores[name] = MetricScore(_finite(values[index]), variant, metric.version, low, high, reason)
+            scores[name] = MetricScore(finite(values[index]), variant, metric.version, low, high, reason)
         return scores
 
     def _conclude_resampled(self, metric: SummedMetric, part: slice) -> Sums:
@@ -231,14 +231,10 @@ def _score_whole(metric: CorpusMetric) -> dict[str, MetricScore]:
         return {name: MetricScore(None, variant, reason=str(missing)) for name, variant in _pairs(metric)}
     reason = "no interval: it needs all rows at once"
     return {
-        name: MetricScore(_finite(value), variant, metric.version, reason=reason)
+        name: MetricScore(finite(value), variant, metric.version, reason=reason)
         for value, (name, variant) in zip(values, _pairs(metric), strict=True)
     }
 
 
 def _pairs(metric: Metric) -> Iterable[tuple[str, str]]:
     return zip(metric.names, metric.variants, strict=True)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

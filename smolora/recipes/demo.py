@@ -29,7 +29,7 @@ from smolora.config import (
     TrainingConfig,
 )
 from smolora.data.sources import read_source_documents
-from smolora.errors import ConfigError, StoppedBySignal
+from smolora.errors import StoppedBySignal
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.bundle import ModelBundle
@@ -39,6 +39,7 @@ from smolora.recipes.merge import merge
 from smolora.recipes.pretrain import pretrain
 from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
+from smolora.records.staging import refuse_existing
 from smolora.runtime.console import print_plainly, stderr_console
 from smolora.training.callbacks import ProgressCallback
 
@@ -101,7 +102,7 @@ def run_demo(out: Path, text: Path | None = None, *, console: Console | None = N
         DataError: `text` is missing or too short.
         StoppedBySignal: A signal arrived while it trained.
     """
-    _refuse_filled(out)
+    refuse_existing(out)
     walk = Walk(console or stderr_console(), effort)
     task = _write_stories(walk, out) if text is None else _write_own_text(walk, out, text)
     with _stopped_for_good(out):
@@ -110,11 +111,6 @@ def run_demo(out: Path, text: Path | None = None, *, console: Console | None = N
     _merge(walk, run)
     _ask(walk, task, base, run)
     _suggest(walk, out, task)
-
-
-def _refuse_filled(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"{out} is there already. Remove it, or choose another folder with -o.")
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from smolora.adapters.factors import rescales
+from smolora.adapters.tensors import to_bytes
 from smolora.errors import BrokenRunError, ModelError, count_of
 
 
@@ -70,7 +70,7 @@ def restore_optimizer(
 
 def tensor_checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """Return a CRC-32 of each tensor's bytes."""
-    return {name: zlib.crc32(memoryview(_bytes_of(tensor))) for name, tensor in parameters.items()}
+    return {name: zlib.crc32(memoryview(to_bytes(tensor))) for name, tensor in parameters.items()}
 
 
 def require_movement(
@@ -115,7 +115,3 @@ def require_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
 
 def _without_gradient(parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
     return (name for name, parameter in parameters.items() if parameter.grad is None)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

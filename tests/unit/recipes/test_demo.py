@@ -56,7 +56,7 @@ def test_a_demo_that_is_stopped_says_how_to_start_anew(tmp_path):
 
 def test_a_filled_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine").write_text("dear")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="holds mine already"):
         run_demo(tmp_path, effort=EFFORT)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
