@@ -1,4 +1,4 @@
-"""`smolora train`: an adapter on a causal language model, from rows to a PEFT folder."""
+"""`smolora train`: a model of any task, from rows to a PEFT folder, or a model folder where all of it is trained."""
 
 from __future__ import annotations
 
