@@ -93,7 +93,11 @@ class StoredAdapter:
 
     @property
     def quantization(self) -> Quantization:
-        """How the base was held while the adapter was trained."""
+        """How the base was held while the adapter was trained.
+
+        Raises:
+            ModelError: In a way that isn't known here.
+        """
         found = self.identity.get("quantization", "none")
         if found not in get_args(Quantization):
             raise ModelError(

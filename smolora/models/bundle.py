@@ -144,7 +144,11 @@ def print_trainable_parameters(model: nn.Module | ModelBundle) -> None:
 
 
 def read_config(model: nn.Module) -> PretrainedConfig:
-    """Return the transformers config of a model, also through peft."""
+    """Return the transformers config of a model, also through peft.
+
+    Raises:
+        ModelError: It has none.
+    """
     config = model.config
     if not isinstance(config, PretrainedConfig):
         raise ModelError(f"{type(model).__name__} has no transformers config.")

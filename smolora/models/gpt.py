@@ -144,6 +144,9 @@ class GPTModel(nn.Module):
 
         Returns:
             [B, T, V], or [N, V] with `target_positions`.
+
+        Raises:
+            DataError: A row is longer than the context, or a position isn't in it.
         """
         x = self.features(input_ids, position_ids)  # [B, T, D]
         if target_positions is not None:
@@ -152,7 +155,15 @@ class GPTModel(nn.Module):
         return logits
 
     def features(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Return what the head reads [B, T, D]: everything but the head."""
+        """Return what the head reads [B, T, D]: everything but the head.
+
+        Args:
+            input_ids: [B, T].
+            position_ids: [B, T], as in `forward`.
+
+        Raises:
+            DataError: A row is longer than the context, or a position isn't in it.
+        """
         if input_ids.shape[1] > self.config.context and position_ids is None:
             raise DataError(f"{input_ids.shape[1]} tokens in a row, but the model reads at most {self.config.context}.")
         mask = None if position_ids is None else block_diagonal_mask(position_ids)
@@ -197,7 +208,11 @@ class GPTModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, dropout: float | None = None) -> Self:
-        """Read a GPT-2 checkpoint: ours, or OpenAI's. `dropout` replaces the file's."""
+        """Read a GPT-2 checkpoint: ours, or OpenAI's. `dropout` replaces the file's.
+
+        Raises:
+            ModelError: There is none, or what it computes isn't what this model does.
+        """
         from smolora.models.gpt2_weights import load_gpt2
 
         return load_gpt2(cls, Path(folder), dropout=dropout)

@@ -219,7 +219,11 @@ def refuse_unmeasurable(config: ExperimentConfig | PretrainConfig, *, is_evaluat
 
 
 def restore_best(run: RunDir, bundle: ModelBundle, state: TrainerState) -> None:
-    """Put the weights with the lowest held-out loss into `bundle`, and say what the run reached."""
+    """Put the weights with the lowest held-out loss into `bundle`, and say what the run reached.
+
+    Raises:
+        ModelError: Their checkpoint is damaged.
+    """
     if state.best_eval_loss is None or state.best_step is None:
         measured = (
             "its held-out loss is lost" if state.base_eval_loss is not None else "nothing was held out to measure it on"

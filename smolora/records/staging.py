@@ -235,12 +235,20 @@ def require_writable(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never a part."""
+    """Write `text` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        StorageError: It can't be written.
+    """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader sees the old file or the new one, never a part."""
+    """Write `data` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        StorageError: It can't be written.
+    """
     staging = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with staging.open("wb") as file:
@@ -254,7 +262,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object, *, indent: int | None = 2) -> None:
-    """Write `value` as JSON, atomically; without `indent` on one line, which takes a fifth of the time."""
+    """Write `value` as JSON, atomically; without `indent` on one line, which takes a fifth of the time.
+
+    Raises:
+        StorageError: It can't be written.
+    """
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -42,6 +42,9 @@ class DynamicLoRACallback(Callback):
         verbose: Whether each phase is announced in the log.
         report_path: Where the certificates are written; without it they are only in `reports`.
 
+    Raises:
+        ConfigError: The configuration has no phases.
+
     Example:
         ```python
         from smolora.data.collate import collate_packed

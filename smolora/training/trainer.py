@@ -59,7 +59,7 @@ class Trainer:
     """Trains whatever of `bundle.model` requires gradients.
 
     Args:
-        bundle: Model and tokenizer; the model is trained in place.
+        bundle: Model and tokenizer; trained in place. Where nothing of it requires gradients, a ConfigError is raised.
         train_dataset: Encoded rows.
         config: The loop's settings.
         collate: Turns examples into a batch; must match what the model's family can take.
