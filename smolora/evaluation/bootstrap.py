@@ -19,11 +19,11 @@ CONFIDENCE = 0.95
 class Tally:
     """Sums over rows, and the same sums over resampled rows."""
 
-    def __init__(self, width: int, *, seed: int = 0, num_resamplings: int = NUM_RESAMPLINGS) -> None:
+    def __init__(self, width: int, *, seed: int = 0) -> None:
         self.num_rows = 0
         self.sums: Sums = np.zeros(width)
-        self.resampled: Sums = np.zeros((num_resamplings, width))
-        self.num_resampled: Sums = np.zeros(num_resamplings)
+        self.resampled: Sums = np.zeros((NUM_RESAMPLINGS, width))
+        self.num_resampled: Sums = np.zeros(NUM_RESAMPLINGS)
         """Rows in each resampling; of a few rows some have none, and no metric has a value there."""
         self._seed = seed
 

@@ -195,9 +195,7 @@ class MetricsCalculator:
         return values
 
 
-def get_metrics_calculator(
-    name: str, *, resources: Resources | None = None, with_loss: bool = False, seed: int = 0
-) -> MetricsCalculator:
+def get_metrics_calculator(name: str, *, resources: Resources | None = None, seed: int = 0) -> MetricsCalculator:
     """Return the calculator of a benchmark, or of one metric.
 
     Raises:
@@ -209,8 +207,7 @@ def get_metrics_calculator(
         known = (*BENCHMARKS, *METRICS)
         raise ConfigError(f"no benchmark or metric {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     benchmark = get_benchmark(name)
-    metrics = (*benchmark.metrics, *(("loss",) if with_loss else ()))
-    return MetricsCalculator(metrics, resources=resources or Resources(labels=benchmark.labels), seed=seed)
+    return MetricsCalculator(benchmark.metrics, resources=resources or Resources(labels=benchmark.labels), seed=seed)
 
 
 def _check_names(metrics: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolora.errors import count_of
+from smolora.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLINGS
 from smolora.evaluation.metric import MetricScore
 
 
@@ -35,7 +36,8 @@ class EvaluationResult:
     def describe(self) -> str:
         """Return a line for each number: name, value, interval, variant and version; then what is missing and why."""
         trained = f", {self.num_trained_on:,} of them learned from" if self.num_trained_on else ""
-        lines = [f"{count_of(self.num_rows, 'row')}{trained}; in brackets 95 % of 1,000 resamplings of them"]
+        share = f"{CONFIDENCE * 100:g} % of {NUM_RESAMPLINGS:,} resamplings"
+        lines = [f"{count_of(self.num_rows, 'row')}{trained}; in brackets {share} of them"]
         width = max(map(len, self.scores), default=0)
         for name, score in self.scores.items():
             if score.value is None:

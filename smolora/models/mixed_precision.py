@@ -20,7 +20,7 @@ from smolora.models.structure import replaced_forward
 
 
 @contextmanager
-def mixed_precision(model: GPTModel, dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
+def mixed_precision(model: GPTModel) -> Iterator[None]:
     """Let `model` compute in mixed precision inside the block; its weights and its gradients are float32 as before.
 
     torch.autocast chooses the type of each operation. On a CPU attention goes by rows, as it does in tuning: torch's
@@ -28,7 +28,7 @@ def mixed_precision(model: GPTModel, dtype: torch.dtype = torch.bfloat16) -> Ite
     """
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        stack.enter_context(replaced_forward(model, torch.autocast(device.type, dtype)(model.forward)))
+        stack.enter_context(replaced_forward(model, torch.autocast(device.type, torch.bfloat16)(model.forward)))
         if device.type == "cpu":
             windows: dict[tuple[int, int], Rows] = {}
             for block in model.blocks:

@@ -44,15 +44,10 @@ def stories():
     return [tell_story(rng) for _ in range(300)]
 
 
-def test_the_same_seed_writes_the_same_bytes(tmp_path):
-    one, other = (write_corpus(tmp_path / name, 5, num_stories=20, num_rows=20, num_held_out=5) for name in "ab")
+def test_the_same_bytes_are_written_every_time(tmp_path):
+    one, other = (write_corpus(tmp_path / name, num_stories=20, num_rows=20, num_held_out=5) for name in "ab")
     for path, twin in ((one.text, other.text), (one.rows, other.rows), (one.held_out, other.held_out)):
         assert path.read_bytes() == twin.read_bytes()
-
-
-def test_another_seed_writes_other_stories(tmp_path):
-    one, other = (write_corpus(tmp_path / str(s), s, num_stories=5, num_rows=5, num_held_out=5) for s in (1, 2))
-    assert one.text.read_bytes() != other.text.read_bytes()
 
 
 def test_no_row_to_tune_on_asks_about_a_held_out_hero(tmp_path):
