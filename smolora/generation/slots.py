@@ -9,8 +9,8 @@ masks and attention. Live rows fill the first slots without a gap, so that no st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,13 +18,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
 
-from smolora.models.bundle import read_config
 from smolora.models.fused_ops import MadeOnce, Rotary
+from smolora.models.structure import replaced_attention
 
 _IMPLEMENTATION = "smolora_slots"
 _BLOCK_ROWS = 16
@@ -175,18 +173,9 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
     return logits
 
 
-@contextmanager
-def slot_attention(model: nn.Module) -> Iterator[None]:
+def slot_attention(model: nn.Module) -> AbstractContextManager[None]:
     """Let `model` ask this module for masks and attention for the block."""
-    AttentionInterface.register(_IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(_IMPLEMENTATION, _mask)
-    config = read_config(model)
-    before = config._attn_implementation
-    config._attn_implementation = _IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return replaced_attention(model, _IMPLEMENTATION, attend, _mask)
 
 
 def _mask(

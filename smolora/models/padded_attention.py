@@ -8,15 +8,16 @@ Legend: `B` rows, `T` queries, `L` keys, `H` heads, `G` heads that share a key, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import eager_mask
+
+from smolora.models.structure import replaced_attention
 
 _PADDED_ATTENTION = "smolora_padded"
 _LONGEST = 256
@@ -29,22 +30,9 @@ def is_faster_by_products(model: PreTrainedModel) -> bool:
     return is_narrow and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
 
 
-@contextmanager
-def padded_attention(model: PreTrainedModel) -> Iterator[None]:
+def padded_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let `model` attend by products inside the block."""
-    AttentionInterface.register(_PADDED_ATTENTION, attend_padded)
-    AttentionMaskInterface.register(_PADDED_ATTENTION, eager_mask)
-    # T5's two stacks have copies of the config, and read those.
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}.values()
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = _PADDED_ATTENTION
-    try:
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
+    return replaced_attention(model, _PADDED_ATTENTION, attend_padded, eager_mask)
 
 
 def attend_padded(

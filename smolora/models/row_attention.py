@@ -9,7 +9,7 @@ Legend: `N` tokens, `H` query heads, `G` key and value heads, `P` = H / G, `K` h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple, TypedDict
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PretrainedConfig, PreTrainedModel
 
 from smolora.models.bundle import read_config
 from smolora.models.fused_ops import Dropped, Rotary
 from smolora.models.rows import HeadPlaces, RowGroup, Rows
+from smolora.models.structure import replaced_attention
 
 ROW_ATTENTION = "smolora_rows"
 """The name under which transformers knows `attend_interface` and `mask_interface`."""
@@ -123,17 +123,9 @@ def attends_by_rows(model: nn.Module) -> bool:
     return str(read_config(model)._attn_implementation) == ROW_ATTENTION
 
 
-@contextmanager
-def row_attention(model: PreTrainedModel) -> Iterator[None]:
+def row_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let `model` attend by rows inside the block: its forward then takes `rows`."""
-    AttentionInterface.register(ROW_ATTENTION, attend_interface)
-    AttentionMaskInterface.register(ROW_ATTENTION, mask_interface)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = ROW_ATTENTION
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
+    return replaced_attention(model, ROW_ATTENTION, attend_interface, mask_interface)
 
 
 def _has_kernel(heads: Tensor, settings: AttentionSettings) -> bool:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
 from transformers import PreTrainedModel as PreTrainedModel  # noqa: PLC0414 - passed on to adapters
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
 from smolora.errors import ModelError
@@ -81,6 +83,29 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., object]]) -> It
             del vars(module)["forward"]
             if own is not None:
                 vars(module)["forward"] = own
+
+
+@contextmanager
+def replaced_attention(
+    model: nn.Module, name: str, attend: Callable[..., tuple[Tensor, None]], mask: Callable[..., object]
+) -> Iterator[None]:
+    """Let `model` ask `attend` for attention and `mask` for its masks inside the block.
+
+    Both have the signatures of transformers' AttentionInterface and AttentionMaskInterface, which know them by `name`.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    # T5's two stacks have copies of the config, and read those.
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 @contextmanager

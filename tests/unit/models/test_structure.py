@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
 
-from smolora.models.structure import replaced_forward, returns_product, without_dropout
+from smolora.models.structure import replaced_attention, replaced_forward, returns_product, without_dropout
+from tests.tiny import save_tiny_encoder
 
 
 def test_a_replaced_forward_is_put_back_within_another_and_after_an_error():
@@ -30,6 +34,20 @@ def test_dropout_is_off_inside_the_block_and_every_module_gets_its_own_mode_back
         assert not any(module.training for module in model.modules())
         raise ZeroDivisionError
     assert [module.training for module in model.modules()] == modes
+
+
+def test_every_copy_of_the_config_names_another_attention_inside_the_block_and_its_own_after_an_error(tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(save_tiny_encoder("t5", tmp_path))
+    configs = [model.config, model.encoder.config, model.decoder.config]
+    model.encoder.config._attn_implementation = "eager"
+    before = [config._attn_implementation for config in configs]
+    with (
+        pytest.raises(ZeroDivisionError),
+        replaced_attention(model, "for_a_test", sdpa_attention_forward, eager_mask),
+    ):
+        assert {config._attn_implementation for config in configs} == {"for_a_test"}
+        raise ZeroDivisionError
+    assert [config._attn_implementation for config in configs] == before
 
 
 class _Grouped(nn.Linear):
