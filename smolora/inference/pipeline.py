@@ -48,9 +48,7 @@ class InferencePipeline:
 
     Example:
         ```python
-        pipeline = InferencePipeline.from_path("restaurants")
-        pipeline.generate("name[Aromi], food[Chinese]")
-        pipeline.classify(["Review: fine. Sentiment:"], labels=["negative", "positive"])
+        print(InferencePipeline.from_path("restaurants").generate(["name[Aromi]", "name[Zizzi]"]))
         ```
     """
 

@@ -132,6 +132,7 @@ def test_a_strategy_is_followed(base, tmp_path):
     trainer = PEFTTrainer(base, None, training, output_dir=tmp_path / "run", strategy=strategy)
     run = trainer.train(PAIRS, HELD_OUT)
     assert MetricsLog(run.metrics).read()[-1]["step"] < 6
+    assert "early_stopping_patience: 1" in run.resolved_config.read_text()
 
 
 def test_a_whole_configuration_is_taken_and_parts_replace_its_own(base):

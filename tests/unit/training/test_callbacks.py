@@ -62,6 +62,7 @@ def test_the_state_of_early_stopping_is_json_and_comes_back(make_trainer, losses
     evaluate(make_trainer(), first, losses)
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     assert vars(second) == vars(first)
+    assert first.state_dict().keys() == {"best", "evaluations_without_improvement"}, "as checkpoints have it"
 
 
 def test_early_stopping_counts_evaluations_and_survives_a_resume(make_trainer, run, dataset):
