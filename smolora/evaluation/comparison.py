@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ import numpy as np
 
 from smolora.errors import count_of
 from smolora.evaluation.bootstrap import find_interval
-from smolora.evaluation.metric import Sums
+from smolora.evaluation.metric import Sums, finite
 from smolora.models.bundle import ModelBundle
 
 Before = Callable[[ModelBundle], AbstractContextManager[None]]
@@ -89,11 +88,6 @@ def bound_differences(before: Sums, after: Sums, *, num_rows: int) -> tuple[floa
     """Return the interval of resampled differences; of one row there is none."""
     with np.errstate(invalid="ignore"):
         return (find_interval(after - before) if num_rows > 1 else None) or (None, None)
-
-
-def finite(value: float | None) -> float | None:
-    """Return a number that JSON can hold, else None."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 class Budget:

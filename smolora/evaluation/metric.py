@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,11 @@ import numpy.typing as npt
 from smolora.data.benchmark_rows import BenchmarkRow
 
 Sums = npt.NDArray[np.float64]
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold, else None."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,16 @@ from smolora.evaluation.answers import (
     SquadMetric,
 )
 from smolora.evaluation.bootstrap import Tally, find_interval
-from smolora.evaluation.comparison import finite
-from smolora.evaluation.metric import Answer, CorpusMetric, MetricScore, MissingResource, Resources, SummedMetric, Sums
+from smolora.evaluation.metric import (
+    Answer,
+    CorpusMetric,
+    MetricScore,
+    MissingResource,
+    Resources,
+    SummedMetric,
+    Sums,
+    finite,
+)
 from smolora.evaluation.sql import Execution, LogicalForm
 from smolora.evaluation.word_metrics import EntityMetric, WordMajorityMetric, WordMetric
 

@@ -23,10 +23,9 @@ from smolora.evaluation.comparison import (
     Budget,
     Comparison,
     bound_differences,
-    finite,
 )
 from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
-from smolora.evaluation.metric import Sums
+from smolora.evaluation.metric import Sums, finite
 from smolora.evaluation.swapped_prompts import PromptSwapper
 from smolora.models.bundle import ModelBundle
 from smolora.models.tasks import HEAD_TASKS

@@ -14,7 +14,8 @@ from typing import Literal
 from smolora.adapters.movement import Movement
 from smolora.data.overlap import Overlap
 from smolora.errors import count_of
-from smolora.evaluation.comparison import FEWEST_ANSWERS, LEAST_LOSS_SHARE, Comparison, finite
+from smolora.evaluation.comparison import FEWEST_ANSWERS, LEAST_LOSS_SHARE, Comparison
+from smolora.evaluation.metric import finite
 from smolora.evaluation.paired_answers import Sample
 from smolora.evaluation.paired_loss import PromptUse
 
