@@ -48,7 +48,7 @@ class AdaLoRACallback(Callback):
     def on_optimizer_step(self, trainer: Trainer) -> None:
         step = trainer.state.step + 1
         self.allocation.update(step)
-        if step == self.allocation.is_settled_at:  # The lowest loss so far was that of an adapter with other ranks.
+        if step == self.allocation.last_reallocation:  # The lowest loss so far was that of an adapter with other ranks.
             trainer.state.best_eval_loss = trainer.state.best_step = None
         if self.allocation.pattern is None:
             return
