@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from smolora.models.frozen_linear import FrozenLinear
 from smolora.models.fused_ops import TORCH_KERNELS, Activation, Dropped, Kernels
 from smolora.models.quantised import HeldLinear, is_dequantised_to_multiply
-from smolora.models.structure import has_plain_forward, is_linear, is_quantised, is_stored_transposed, read_bias
+from smolora.models.structure import has_plain_forward, is_linear, is_quantised, read_bias, read_weight
 
 
 @dataclass(frozen=True)
@@ -258,13 +258,8 @@ def _read_adapters(layers: Sequence[nn.Module], sizes: Sequence[int]) -> _Adapte
 def _freeze(bases: Sequence[nn.Module], *, packed: bool) -> FrozenLinear | HeldLinear:
     if all(map(is_quantised, bases)):
         return HeldLinear(bases)
-    return FrozenLinear([_weight_of(base) for base in bases], [read_bias(base) for base in bases], packed=packed)
+    return FrozenLinear([read_weight(base) for base in bases], [read_bias(base) for base in bases], packed=packed)
 
 
 def _base_of(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-
-
-def _weight_of(base: nn.Module) -> Tensor:
-    weight = base.get_parameter("weight")
-    return weight.t() if is_stored_transposed(base) else weight

@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from smolora.generation.slots import SlotCache, attend
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import read_config
-from smolora.models.frozen_linear import can_pack, multiply_by_onednn, pack
+from smolora.models.frozen_linear import can_pack, join_biases, multiply_by_onednn, pack
 from smolora.models.fused_ops import ACTIVATIONS, gate
 from smolora.models.registry import FAMILIES, Family, Fused, Role
 from smolora.models.structure import (
     find_head_norms,
     has_plain_forward,
-    is_stored_transposed,
     read_bias,
+    read_weight,
     replaced_forwards,
 )
 from smolora.runtime.device import has_intel_processor
@@ -88,7 +88,7 @@ class FusedBlocks:
                 if activation:
                     self._fuse_mlp(block, family, partial(gate, activation=activation))
         for linear in list(self._to_pack):
-            if not _multiplies_by_blas(_weight_of(linear)):
+            if not _multiplies_by_blas(read_weight(linear)):
                 self._forwards[linear] = self._pack([linear])
 
     def _fuse_norms(self, fused: Fused, *, eps: float) -> None:
@@ -121,14 +121,11 @@ class FusedBlocks:
 
     def _pack(self, layers: Sequence[nn.Module]) -> Product:
         """Return one product of plain layers, from a copy of their weights."""
-        weights, biases = [_weight_of(layer) for layer in layers], [read_bias(layer) for layer in layers]
+        weights = [read_weight(layer).detach() for layer in layers]
         for layer in layers:
             del self._to_pack[layer]
-        bias = None
-        if any(own is not None for own in biases):
-            parts = zip(weights, biases, strict=True)
-            bias = torch.cat([w.new_zeros(len(w)) if own is None else own.detach() for w, own in parts])
         joint = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = join_biases([len(weight) for weight in weights], [read_bias(layer) for layer in layers], joint)
         if _multiplies_by_blas(joint):
             return partial(F.linear, weight=joint, bias=bias)
         return partial(multiply_by_onednn, weight=pack(joint, num_rows=self._num_rows), bias=bias)
@@ -188,11 +185,6 @@ def _find_blocks(model: nn.Module, family: Family) -> Iterator[nn.Module]:
 def _find(block: nn.Module, roles: Mapping[str, Role], role: Role) -> nn.Module:
     [path] = [path for path, found in roles.items() if found == role]
     return block.get_submodule(path)
-
-
-def _weight_of(linear: nn.Module) -> Tensor:
-    weight = linear.get_parameter("weight").detach()
-    return weight.t() if is_stored_transposed(linear) else weight
 
 
 def _is_packable(module: nn.Module, num_rows: int) -> bool:

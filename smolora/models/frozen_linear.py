@@ -33,7 +33,7 @@ class FrozenLinear:
         self.sizes = [len(weight) for weight in weights]
         self.num_inputs = weights[0].shape[1]
         weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
-        self._bias = _join_biases(self.sizes, biases, weight)
+        self._bias = join_biases(self.sizes, biases, weight)
         self._is_packed = packed and is_worth_packing(weight)
         if self._is_packed:
             self._forward_weight = pack(weight, num_rows=_TYPICAL_TOKENS)
@@ -112,7 +112,8 @@ def pack(weight: Tensor, *, num_rows: int) -> Tensor:
     return packed
 
 
-def _join_biases(sizes: Sequence[int], biases: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+def join_biases(sizes: Sequence[int], biases: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+    """Return the biases of layers side by side, zeros for a layer without one; None where no layer has any."""
     if all(bias is None for bias in biases):
         return None
     parts = [like.new_zeros(size) if bias is None else bias.detach() for size, bias in zip(sizes, biases, strict=True)]

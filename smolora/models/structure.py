@@ -134,6 +134,12 @@ def read_shape(linear: nn.Module) -> tuple[int, int]:
     return linear.nx, linear.nf
 
 
+def read_weight(linear: nn.Module) -> Tensor:
+    """Return the weight of a linear layer that isn't quantised, `[outputs, inputs]`, however it is stored."""
+    weight = linear.get_parameter("weight")
+    return weight.t() if is_stored_transposed(linear) else weight
+
+
 def read_bias(linear: nn.Module) -> nn.Parameter | None:
     """Return the bias of a linear layer, or None where it has none."""
     return dict(linear.named_parameters(recurse=False)).get("bias")
