@@ -16,6 +16,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vera.layer import VeraLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from smolora.adapters.adapter_files import trains_biases
 from smolora.adapters.tensors import adapter_tensors
 from smolora.models.anatomy import PEFT_PREFIX
-from smolora.models.structure import read_bias
+from smolora.models.structure import is_stored_transposed, read_bias
 
 _ADALORA_EPS = 1e-5
 """peft divides AdaLoRA's scale by the rank and this."""
@@ -81,6 +82,19 @@ class Directed:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A matrix of each expert, all in one tensor, and LoRA on each."""
+
+    parts: Sequence[LowRank]
+
+    def apply(self, weight: Tensor) -> Tensor:
+        return torch.stack([part.apply(matrix) for part, matrix in zip(self.parts, weight, strict=True)])
+
+    def measure(self, weight: Tensor) -> float:
+        return math.hypot(*(part.measure(matrix) for part, matrix in zip(self.parts, weight, strict=True)))
+
+
+@dataclass(frozen=True)
 class Rescaled:
     """IA3: W times a factor for each row or column; a bias times that of its row."""
 
@@ -128,7 +142,7 @@ def find_changes(model: nn.Module, adapter: str = "default") -> dict[str, Change
     """Return what an adapter changes, by the parameter's name in the plain model; soft prompts change a head alone."""
     prefix = "base_model." if is_soft_prompt(model) else PEFT_PREFIX  # peft puts nothing around a base behind them.
     changes = {
-        f"{path.removeprefix(prefix)}.{name}": change
+        f"{path}.{name}".removeprefix(prefix).replace(".base_layer.", "."): change
         for path, layer in model.named_modules()
         for name, change in _iter_changes(layer, adapter)
     }
@@ -154,6 +168,8 @@ def _iter_changes(layer: nn.Module, adapter: str) -> Iterator[tuple[str, Change]
     if isinstance(layer, AdaLoraLayer):
         scale = float(layer.scaling[adapter] / (layer.ranknum[adapter] + _ADALORA_EPS))
         yield "weight", LowRank(layer.lora_A[adapter] * layer.lora_E[adapter], layer.lora_B[adapter], scale)
+    elif isinstance(layer, ParamWrapper):
+        yield layer.parameter_name, _read_experts(layer, adapter)
     elif isinstance(layer, LoraLayer):
         yield "weight", _read_lora(layer, adapter)
         if layer.lora_bias[adapter]:
@@ -186,6 +202,17 @@ def _read_lora(layer: LoraLayer, adapter: str) -> Change:
         along = 0 if adapter in layer.lora_embedding_A else 1
         return Directed(low_rank, layer.lora_magnitude_vector[adapter].weight, along)
     return low_rank
+
+
+def _read_experts(layer: ParamWrapper, adapter: str) -> Change:
+    """Return LoRA on a parameter that was targeted by name; peft keeps each expert's ranks apart in A, mixed in B."""
+    base, scaling = layer.get_base_layer(), float(layer.scaling[adapter])
+    a = layer.lora_A[adapter].weight.unflatten(0, (layer.num_experts, -1))  # [experts, r, in]
+    b = layer.lora_B[adapter].weight.unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)  # [experts, out, r]
+    if is_stored_transposed(base) or vars(base).get("is_transposed"):
+        a, b = b.mT, a.mT
+    parts = [LowRank(*matrices, scaling) for matrices in zip(a, b, strict=True)]
+    return parts[0] if layer.get_param().ndim == 2 else Experts(parts)
 
 
 def _read_vera(layer: VeraLayer, adapter: str) -> LowRank:

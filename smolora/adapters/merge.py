@@ -7,7 +7,7 @@ the adapter it either merges the NaN or stops half way.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
 from smolora.adapters.store import load_base, read_on_base, resolve_base_folder
 from smolora.adapters.tied_weights import Tied, find_tied, settle_tied, write_untied_settings
-from smolora.data.prompts import PROMPT_FORMAT_FILE
+from smolora.data.prompts import PROMPT_FORMAT_FILE, read_prompt_format
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
 from smolora.models.bundle import ModelBundle
@@ -32,7 +32,7 @@ from smolora.models.loading import load_model, read_model_settings
 from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_template
 from smolora.models.structure import is_quantised, is_stored_transposed, read_bias
 from smolora.models.tasks import HEAD_TASKS
-from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, read_stored_tensors
+from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, name_in_files, read_stored_tensors
 from smolora.records.staging import refuse_existing, require_writable, staged_folder, write_json
 
 REPORT_FILE = "merge_report.json"
@@ -58,10 +58,10 @@ _FILE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a LoRA config may say and be merged here. Another setting away from its default is refused, also one that peft
 # adds later.
 _BOOKKEEPING = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
-_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
+_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _MORE = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
-_STATE = ("inference_mode", "lora_dropout", "init_lora_weights")
+_STATE = ("inference_mode", "lora_dropout", "init_lora_weights", "fan_in_fan_out")
 _UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, *_MORE, *_STATE}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
 
@@ -112,12 +112,15 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     _refuse_unmergeable(adapter)
     base_folder = resolve_base_folder(adapter)
     _refuse_quantised(base_folder)
-    if adapter.task in HEAD_TASKS:
-        return _merge_with_head(adapter, out)
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
-    opened = _open(adapter, _choose_dtype(stored))
-    settled = settle_tied(opened.updates, opened.tied, opened.anatomy, {tensor.name for tensor in stored})
+    dtype, names = _choose_dtype(stored), {tensor.name for tensor in stored}
+    if adapter.task in HEAD_TASKS:
+        return _merge_in_memory(adapter, out, _put_on(adapter, torch.float32), dtype)
+    opened = _open(adapter, dtype, names)
+    if not _are_held(opened, names):
+        return _merge_in_memory(adapter, out, opened, dtype)
+    settled = settle_tied(opened.updates, opened.tied, opened.anatomy, names)
     matched = match_updates(settled.updates, stored, settled.untied)
     added = {name: tensor for name, (_, tensor) in matched.items() if name != tensor.name}
     with staged_folder(out, last="config.json") as staging:
@@ -140,19 +143,30 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     return report
 
 
-def _merge_with_head(adapter: StoredAdapter, out: Path) -> MergeReport:
-    """Merge in memory, and save anew: the base's files have no place for the head that was trained with the adapter."""
-    bundle, opened = _put_on(_open_base(adapter, torch.float32, device="cpu"), adapter, torch.float32)
-    plain = load_model(bundle.source, revision=bundle.revision, task=adapter.task, labels=adapter.labels)
+def _merge_in_memory(adapter: StoredAdapter, out: Path, opened: _Opened, dtype: torch.dtype) -> MergeReport:
+    """Merge in memory, and save anew.
+
+    The base's files have no place for a head that was trained with the adapter, or hold its weights under other names
+    and in other pieces than the model does (transformers stacks most experts when it loads them).
+    """
+    plain = load_model(
+        opened.source, dtype=dtype, revision=adapter.config.revision, task=adapter.named_task, labels=adapter.labels
+    )
     weights = dict(plain.model.named_parameters())
-    updates = settle_tied(opened.updates, opened.tied, opened.anatomy, weights).updates
-    for name, update in updates.items():
+    settled = settle_tied(opened.updates, opened.tied, opened.anatomy, weights)
+    if settled.untied:
+        raise ModelError(
+            f"{adapter.folder} parts {next(iter(settled.untied))} from the weight that it shares, and the base's files "
+            "don't hold their weights as the model does, so none can be added. Keep base and adapter side by side."
+        )
+    for name, update in settled.updates.items():
         merged = update.apply(weights[name].detach())
         opened.proof.check(name, update, weights[name], merged)
         weights[name].data = merged
+    fmt = read_prompt_format(adapter.folder) or plain.prompt_format
     with staged_folder(out, last="config.json") as staging:
-        save_model(replace(plain, prompt_format=bundle.prompt_format), staging)
-        dtypes = [_FILE_NAMES[weights[name].dtype] for name in updates]
+        save_model(replace(plain, prompt_format=fmt), staging)
+        dtypes = [_FILE_NAMES[weights[name].dtype] for name in settled.updates]
         report = _report(
             adapter,
             out,
@@ -203,7 +217,8 @@ class _Opened(NamedTuple):
     proof: Proof
 
 
-def _open(adapter: StoredAdapter, dtype: torch.dtype) -> _Opened:
+def _open(adapter: StoredAdapter, dtype: torch.dtype, names: Container[str]) -> _Opened:
+    """Open base and adapter; `names` are of the tensors in the base's files."""
     if is_plain_lora(adapter):
         base = _open_base(adapter, dtype, device="meta")
         changes, tied = read_plain_lora(adapter, base), find_tied(base.model)
@@ -212,16 +227,27 @@ def _open(adapter: StoredAdapter, dtype: torch.dtype) -> _Opened:
             name: Update(change, is_stored_transposed(modules[name.rpartition(".")[0]]))
             for name, change in changes.items()
         }
-        if not any(updates.keys() & set(names) for names in tied):
-            return _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, WeightProof())
-    return _put_on(_open_base(adapter, dtype, device="cpu"), adapter, dtype)[1]
+        opened = _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, WeightProof())
+        if not any(updates.keys() & set(shared) for shared in tied) and _are_held(opened, names):
+            return opened
+    return _put_on(adapter, dtype)
 
 
-def _put_on(base: ModelBundle, adapter: StoredAdapter, dtype: torch.dtype) -> tuple[ModelBundle, _Opened]:
+def _put_on(adapter: StoredAdapter, dtype: torch.dtype) -> _Opened:
+    base = _open_base(adapter, dtype, device="cpu")
     tied = find_tied(base.model)
     adapted, probe = probe_adapter(base, adapter.folder)
     updates, proof = _build_updates(adapter, adapted), LogitProof(probe, dtype)
-    return adapted, _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, proof)
+    return _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, proof)
+
+
+def _are_held(opened: _Opened, names: Container[str]) -> bool:
+    """Whether the base's files hold each parameter that changes, or one that it is tied to, as the model does."""
+    shared = {name: group for group in opened.tied for name in group}
+    return all(
+        any(place in names for name in shared.get(path, (path,)) for place in name_in_files(name))
+        for path in opened.updates
+    )
 
 
 def _refuse_unmergeable(adapter: StoredAdapter) -> None:

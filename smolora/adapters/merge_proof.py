@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smolora.adapters.changes import Change, LowRank
+from smolora.adapters.changes import Change, Experts, LowRank
 from smolora.adapters.merged_weights import Update
 from smolora.errors import ModelError
 
@@ -99,14 +99,16 @@ class WeightProof:
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
-    """Return a parameter in float32 as [out, in]; a bias, or a norm's factors, as the weight of a single input."""
-    return weight.float().reshape(weight.shape[0] if weight.ndim else 1, -1)
+    """Return a parameter in float32 as [out, in]: experts below each other, a bias as the weight of a single input."""
+    return weight.float().reshape(-1, weight.shape[-1] if weight.ndim > 1 else 1)
 
 
 def _respond(change: Change | None, weight: Tensor, x: Tensor) -> Tensor:
     """Return what the adapter adds [N, out] to the products of `weight` with vectors [N, in]."""
     if isinstance(change, LowRank):
         return change.scaling * F.linear(F.linear(x, change.a.float()), change.b.float())
+    if isinstance(change, Experts):
+        return torch.cat([_respond(part, matrix, x) for part, matrix in zip(change.parts, weight, strict=True)], dim=1)
     changed = weight if change is None else change.apply(weight)
     return F.linear(x, _as_matrix(changed) - _as_matrix(weight))
 

@@ -27,9 +27,10 @@ def is_plain_lora(adapter: StoredAdapter) -> bool:
     config = adapter.config
     if not isinstance(config, peft.LoraConfig) or isinstance(config, peft.AdaLoraConfig):
         return False
-    if trains_biases(config) or any("lora_embedding_" in key for key in adapter.tensors):
+    if trains_biases(config) or not all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in adapter.tensors):
         return False
     has_more = config.use_dora or config.modules_to_save or config.lora_bias or config.trainable_token_indices
+    has_more = has_more or config.target_parameters
     return not (has_more or adapter.base_copies) and adapter.quantization == "none"
 
 

@@ -78,6 +78,7 @@ def test_rslora_and_patterns_of_rank_and_alpha_are_merged(save_peft_pair, tmp_pa
 
 
 EVERY_LINEAR = {"target_modules": "all-linear"}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,8 @@ EVERY_LINEAR = {"target_modules": "all-linear"}
         ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 9]}),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}),
+        ("gpt2", {"target_modules": [], "target_parameters": ["c_attn.weight"]}),
+        ("granitemoe_swa", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "use_rslora": True}),
     ],
 )
 def test_what_a_lora_config_can_train_beside_a_and_b_is_merged_as_peft_does(save_peft_pair, tmp_path, family, settings):
@@ -102,6 +105,36 @@ def test_what_a_lora_config_can_train_beside_a_and_b_is_merged_as_peft_does(save
     found, expected = load_file(tmp_path / "out/model.safetensors"), peft_merged(base, adapter)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_are_stacked_in_memory_only_are_merged_in_the_type_and_the_places_of_the_files(
+    save_peft_pair, tmp_path, dtype
+):
+    base, adapter = save_peft_pair("mixtral", base={"dtype": dtype}, **EVERY_LINEAR, alpha_pattern={"down_proj": 3})
+    report = merge_adapter(adapter, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in after.items()} == {
+        name: (tensor.shape, dtype) for name, tensor in before.items()
+    }
+    assert after["model.norm.weight"].equal(before["model.norm.weight"])
+    assert report.max_difference <= report.tolerance < 0.1 * report.adapter_effect
+    if dtype == torch.float32:
+        assert_merged(base, adapter, tmp_path / "out")
+
+
+def test_experts_beside_a_head_that_parts_from_its_embedding_are_refused(save_peft_pair, tmp_path):
+    base = {"tie_word_embeddings": True}
+    _, adapter = save_peft_pair("mixtral", base=base, **EVERY_LINEAR, modules_to_save=["lm_head"])
+    with pytest.raises(ModelError, match=r"parts lm_head\.weight from the weight that it shares"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_s_base_in_float32_is_not_rounded_to_what_its_config_names(save_classifier, tmp_path):
+    base, adapter = save_classifier()
+    change_json(base / "config.json", dtype="bfloat16")
+    assert merge_adapter(adapter, tmp_path / "out").dtype == "F32"
 
 
 def test_a_classifier_with_trained_biases_is_merged_with_its_head(tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smolora.adapters.changes import Directed, LowRank, Replaced, Rescaled, Rows
+from smolora.adapters.changes import Directed, Experts, LowRank, Replaced, Rescaled, Rows
 from smolora.adapters.merge_proof import WeightProof
 from smolora.adapters.merged_weights import Update
 from smolora.errors import ModelError
@@ -80,6 +80,16 @@ def test_a_weight_is_held_to_any_change(change, dtype):
     merged[50] += weight[50]
     with pytest.raises(ModelError, match="isn't base and adapter"):
         WeightProof().check("a.weight", update, weight, merged)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_matrix_of_each_expert_is_held_to_its_own_change(dtype):
+    parts = [LowRank(draw(4, 64, seed=seed), draw(96, 4, seed=seed), 0.5) for seed in (1, 2)]
+    weight, update = draw(2, 96, 64).to(dtype), Update(Experts(parts))
+    merged = update.apply(weight).clone()
+    WeightProof().check("a.experts", update, weight, merged)
+    with pytest.raises(ModelError, match="isn't base and adapter"):
+        WeightProof().check("a.experts", update, weight, Update(Experts(parts[::-1])).apply(weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
