@@ -17,20 +17,21 @@ import torch
 from torch import nn
 
 from smolora.adapters.adapter_files import StoredAdapter
-from smolora.adapters.changes import find_base, find_changes
+from smolora.adapters.changes import Change, Replaced, find_base, find_changes
 from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof, probe_adapter
 from smolora.adapters.merge_proof import Finding, Proof, WeightProof
 from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write_merged_file
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
+from smolora.adapters.starts import PLAIN_STARTS, REPEATED_STARTS
 from smolora.adapters.store import load_base, read_on_base, resolve_base_folder
 from smolora.adapters.tied_weights import Tied, find_tied, settle_tied, write_untied_settings
 from smolora.data.prompts import PROMPT_FORMAT_FILE, read_prompt_format
 from smolora.errors import ModelError
-from smolora.models.anatomy import Anatomy
+from smolora.models.anatomy import PEFT_PREFIX, Anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, read_model_settings
 from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_template
-from smolora.models.structure import is_quantised, is_stored_transposed, read_bias
+from smolora.models.structure import is_quantised, is_stored_transposed
 from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, name_in_files, read_stored_tensors
 from smolora.records.staging import refuse_existing, require_writable, staged_folder, write_json
@@ -61,9 +62,10 @@ _BOOKKEEPING = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 _SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _MORE = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
-_STATE = ("inference_mode", "lora_dropout", "init_lora_weights", "fan_in_fan_out")
+_STATE = ("inference_mode", "lora_dropout", "init_lora_weights", "eva_config", "fan_in_fan_out")
 _UNDERSTOOD = {*_BOOKKEEPING, *_PLACES, *_SCALES, *_MORE, *_STATE}
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # The others also change the base's weights.
+_REFUSED_BY_PEFT = ("layer_replication", "alora_invocation_tokens", "arrow_config")
+"""Settings whose adapters peft can't merge either; of repeated layers it makes one weight with the changes of all."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     files = list_weight_files(base_folder)
     stored = [tensor for file in files for tensor in read_stored_tensors(file)]
     dtype, names = _choose_dtype(stored), {tensor.name for tensor in stored}
+    _refuse_new_biases(adapter, names)
     if adapter.task in HEAD_TASKS:
         return _merge_in_memory(adapter, out, _put_on(adapter, torch.float32), dtype)
     opened = _open(adapter, dtype, names)
@@ -259,19 +262,21 @@ def _refuse_unmergeable(adapter: StoredAdapter) -> None:
         )
     if not isinstance(config, peft.LoraConfig) or isinstance(config, peft.AdaLoraConfig):
         return
+    if config.init_lora_weights not in (*PLAIN_STARTS, *REPEATED_STARTS):
+        raise ModelError(
+            f"{adapter.folder} started with init_lora_weights={config.init_lora_weights!r}, which changes the base by "
+            "what isn't kept. Convert it to plain LoRA with peft, where its start was saved "
+            "(path_initial_model_for_weight_conversion), then merge that."
+        )
     defaults = peft.LoraConfig().to_dict()
     for name, value in config.to_dict().items():
         is_set = value or defaults[name]  # peft writes an empty list where a conversion found nothing to name.
         if name not in _UNDERSTOOD and is_set and value != defaults[name]:
+            keep = "eep base and adapter side by side."
             raise ModelError(
-                f"{adapter.folder} uses {name}={value!r}, and what that makes of the weights isn't known here. Merge "
-                "it with peft (PeftModel.merge_and_unload), or keep base and adapter side by side."
+                f"{adapter.folder} uses {name}={value!r}, and what that makes of the weights isn't known here. "
+                + (f"K{keep}" if name in _REFUSED_BY_PEFT else f"Merge it with peft (merge_and_unload), or k{keep}")
             )
-    if config.init_lora_weights not in _PLAIN_STARTS:
-        raise ModelError(
-            f"{adapter.folder} started with init_lora_weights={config.init_lora_weights!r}, which changes "
-            "the base. Convert it to plain LoRA with peft (path_initial_model_for_weight_conversion), then merge that."
-        )
 
 
 def _refuse_quantised(folder: Path) -> None:
@@ -299,7 +304,8 @@ def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Upd
     assert isinstance(bundle.model, peft.PeftModel), "an adapter was put on"
     changes, plain = find_changes(bundle.model), bundle.model.get_base_model()
     layers = {part.name: find_base(plain, part.name) for part in bundle.anatomy.parts}
-    _refuse_new_biases(adapter, changes, layers)
+    if isinstance(adapter.config, peft.LoraConfig) and adapter.config.init_lora_weights in REPEATED_STARTS:
+        changes = {name: _include_start(name, change, layers) for name, change in changes.items()}
     held = [f"{path}.weight" for path, layer in layers.items() if is_quantised(layer)]
     return {
         name: Update(
@@ -311,13 +317,22 @@ def _build_updates(adapter: StoredAdapter, bundle: ModelBundle) -> dict[str, Upd
     }
 
 
-def _refuse_new_biases(adapter: StoredAdapter, names: Iterable[str], layers: Mapping[str, nn.Module]) -> None:
-    paths = [name.removesuffix(".bias") for name in names if name.endswith(".bias")]
-    if without := [path for path in paths if read_bias(layers[path]) is None]:
-        raise ModelError(
-            f"{adapter.folder} adds a bias to {without[0]} (lora_bias), which has none in the base: there is nothing "
-            "to merge it into. Keep base and adapter side by side."
-        )
+@torch.no_grad()
+def _include_start(name: str, change: Change, layers: Mapping[str, nn.Module]) -> Change:
+    """Return what becomes of the base's own weight, where peft took the adapter's start out of the one that it has."""
+    path, _, own = name.rpartition(".")
+    left = layers[path].get_parameter(own)
+    return Replaced(change.apply(left.T if own == "weight" and is_stored_transposed(layers[path]) else left))
+
+
+def _refuse_new_biases(adapter: StoredAdapter, names: Container[str]) -> None:
+    for key in adapter.tensors:
+        path = key.removeprefix(PEFT_PREFIX).removesuffix(".lora_B.bias")
+        if key.endswith(".lora_B.bias") and not any(name in names for name in name_in_files(f"{path}.bias")):
+            raise ModelError(
+                f"{adapter.folder} adds a bias to {path} (lora_bias), which has none in the base: there is nothing to "
+                "merge it into. Keep base and adapter side by side."
+            )
 
 
 def _copy_settings(base: Path, adapter: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 
 from smolora.adapters.adapter_files import StoredAdapter, trains_biases
 from smolora.adapters.changes import LowRank
+from smolora.adapters.starts import PLAIN_STARTS
 from smolora.adapters.state import refuse_other_tensors
 from smolora.errors import ModelError
 from smolora.models.anatomy import PEFT_PREFIX
@@ -30,7 +31,7 @@ def is_plain_lora(adapter: StoredAdapter) -> bool:
     if trains_biases(config) or not all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in adapter.tensors):
         return False
     has_more = config.use_dora or config.modules_to_save or config.lora_bias or config.trainable_token_indices
-    has_more = has_more or config.target_parameters
+    has_more = has_more or config.target_parameters or config.init_lora_weights not in PLAIN_STARTS
     return not (has_more or adapter.base_copies) and adapter.quantization == "none"
 
 

@@ -17,6 +17,12 @@ from smolora.models.quantised import dequantise
 from smolora.models.structure import is_quantised, is_stored_transposed
 from smolora.models.weight_files import list_weight_files, name_in_files
 
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""What peft's `init_lora_weights` names and leaves the base as it is."""
+
+REPEATED_STARTS = ("pissa", "olora")
+"""What peft takes out of a base again, the same each time, whenever it puts an adapter that began so on it."""
+
 
 def subtract_start(tensors: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return PiSSA's adapter as one for the base as it was: W - s B0 A0 + s B A = W + s [B, -B0] [A; A0].

@@ -77,6 +77,13 @@ def test_rslora_and_patterns_of_rank_and_alpha_are_merged(save_peft_pair, tmp_pa
     assert_merged(base, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "eva", "mica", "orthogonal", "gaussian"])
+def test_an_adapter_is_merged_however_it_began(save_peft_pair, tmp_path, start):
+    base, adapter = save_peft_pair(target_modules="all-linear", r=4, init_lora_weights=start)
+    merge_adapter(adapter, tmp_path / "out")
+    assert_merged(base, adapter, tmp_path / "out")
+
+
 EVERY_LINEAR = {"target_modules": "all-linear"}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -92,6 +99,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
         ("phi", {**EVERY_LINEAR, "use_dora": True, "bias": "all"}),
         ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
         ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+        ("gpt2", {"target_modules": ["c_proj"], "init_lora_weights": "pissa", "use_dora": True, "bias": "lora_only"}),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 9]}),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}),
         ("gpt2", {"target_modules": [], "target_parameters": ["c_attn.weight"]}),
@@ -344,13 +352,19 @@ class TestRefused:
         "setting",
         [
             {"layer_replication": [[0, 2]]},
-            {"init_lora_weights": "pissa"},
+            {"init_lora_weights": "pissa_niter_4"},
+            {"init_lora_weights": "corda", "corda_config": {}},
         ],
     )
     def test_what_is_more_than_plain_lora(self, save_pair, tmp_path, setting):
         _, adapter = save_pair()
         change_json(adapter / "adapter_config.json", **setting)
         with pytest.raises(ModelError, match=next(iter(setting))):
+            merge_adapter(adapter, tmp_path / "out")
+
+    def test_repeated_layers_without_a_word_of_peft_s_own_merge_which_is_wrong(self, save_peft_pair, tmp_path):
+        _, adapter = save_peft_pair(target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]])
+        with pytest.raises(ModelError, match=r"isn't known here\. Keep base and adapter side by side\.$"):
             merge_adapter(adapter, tmp_path / "out")
 
     def test_tensors_that_are_not_lora_s(self, save_pair, tmp_path):
