@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -28,20 +29,33 @@ def fill_adapter(model: peft.PeftModel, stored: StoredAdapter, name: str = "defa
     Raises:
         ModelError: Tensors are missing, unknown or of another shape; nothing was changed.
     """
-    refuse_other_tensors(stored, {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()})
-    _refuse_other_copies(model, stored)
+    expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()}
+    own = dict(model.named_parameters(remove_duplicate=False))  # A tied head has the embedding's.
+    stored = _part_copies(stored, own.keys() - expected.keys())
+    refuse_other_tensors(stored, expected)
+    _refuse_other_copies(own, stored)
     with quiet_peft():
         peft.set_peft_model_state_dict(model, dict(stored.tensors), adapter_name=name)
 
 
-def _refuse_other_copies(model: peft.PeftModel, stored: StoredAdapter) -> None:
-    own = dict(model.named_parameters(remove_duplicate=False))  # A tied head has the embedding's.
+def _part_copies(stored: StoredAdapter, of_base: Container[str]) -> StoredAdapter:
+    """Tell an adapter's own tensors from the embedding and the head that peft may write beside, which are the base's.
+
+    It does so where it is asked to (save_embedding_layers), and where the base had more tokens than its folder.
+    """
+    copies = {key: tensor for key, tensor in stored.tensors.items() if key in of_base}
+    tensors = {key: tensor for key, tensor in stored.tensors.items() if key not in copies}
+    return replace(stored, tensors=tensors, base_copies={**stored.base_copies, **copies})
+
+
+def _refuse_other_copies(own: Mapping[str, Tensor], stored: StoredAdapter) -> None:
     for key, copy in stored.base_copies.items():
         weight = own.get(key)
         if weight is None or not _is_same(copy, weight.detach().cpu()):
             raise ModelError(
                 f"{stored.folder} brings a {key.removeprefix(PEFT_PREFIX)} that isn't this base's. It was trained on "
-                "another base, or on one with further tokens; name that one."
+                "another base, or on one with further tokens; name that one. If that was never saved, open the adapter "
+                "with peft as in training, and save base and tokenizer: .unload().save_pretrained(FOLDER)."
             )
 
 

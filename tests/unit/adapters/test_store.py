@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from smolora.adapters.adapter_files import is_same_adapter, read_adapter
 from smolora.adapters.attach import attach_adapter, quiet_peft
+from smolora.adapters.merge import merge_adapter
 from smolora.adapters.store import find_adapter, follow_adapter, load_adapter, load_bundle, open_model, save_adapter
 from smolora.config import ExperimentConfig
 from smolora.config.adapter import METHODS
@@ -155,6 +156,21 @@ def test_an_adapter_on_the_head_brings_the_base_s_own_and_no_other(save_peft_pai
     save_file({**tensors, name: tensors[name] + 1}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"brings a lm_head.base_layer.weight that isn't this base's"):
         load_bundle(adapter)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_adapter_that_was_saved_with_the_base_s_embedding_and_head_opens_on_that_base_alone(tmp_path, is_tied):
+    base = save_tiny_model("llama", tmp_path / "base", tie_word_embeddings=is_tied)
+    with quiet_peft():
+        adapted = peft.get_peft_model(load_model(base).model, peft.LoraConfig(target_modules=["q_proj"]))
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file, name = tmp_path / "adapter/adapter_model.safetensors", "base_model.model.model.embed_tokens.weight"
+    tensors = load_file(file)
+    merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    for other in (tensors[name] + 1, torch.cat((tensors[name], tensors[name][:1]))):  # Another base's; a token more.
+        save_file({**tensors, name: other}, file)
+        with pytest.raises(ModelError, match=r"brings a model\.embed_tokens\.weight that isn't this base's"):
+            load_bundle(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("setting", [{"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": [1, 5]}])
