@@ -24,14 +24,14 @@ from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write
 from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
 from smolora.adapters.starts import PLAIN_STARTS, REPEATED_STARTS
 from smolora.adapters.store import load_base, read_on_base, resolve_base_folder
-from smolora.adapters.tied_weights import Tied, find_tied, settle_tied, write_untied_settings
+from smolora.adapters.tied_weights import Tied, find_bound, find_tied, settle_tied, write_untied_settings
 from smolora.data.prompts import PROMPT_FORMAT_FILE, read_prompt_format
 from smolora.errors import ModelError
-from smolora.models.anatomy import PEFT_PREFIX, Anatomy
+from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, read_model_settings
 from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_template
-from smolora.models.structure import is_quantised, is_stored_transposed
+from smolora.models.structure import PreTrainedModel, is_quantised, is_stored_transposed
 from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, name_in_files, read_stored_tensors
 from smolora.records.staging import refuse_existing, require_writable, staged_folder, write_json
@@ -123,7 +123,7 @@ def merge_adapter(adapter_folder: Path, out: Path, *, base: str | Path | None = 
     opened = _open(adapter, dtype, names)
     if not _are_held(opened, names):
         return _merge_in_memory(adapter, out, opened, dtype)
-    settled = settle_tied(opened.updates, opened.tied, opened.anatomy, names)
+    settled = settle_tied(opened.updates, opened.tied, opened.bound, names)
     matched = match_updates(settled.updates, stored, settled.untied)
     added = {name: tensor for name, (_, tensor) in matched.items() if name != tensor.name}
     with staged_folder(out, last="config.json") as staging:
@@ -156,7 +156,7 @@ def _merge_in_memory(adapter: StoredAdapter, out: Path, opened: _Opened, dtype: 
         opened.source, dtype=dtype, revision=adapter.config.revision, task=adapter.named_task, labels=adapter.labels
     )
     weights = dict(plain.model.named_parameters())
-    settled = settle_tied(opened.updates, opened.tied, opened.anatomy, weights)
+    settled = settle_tied(opened.updates, opened.tied, opened.bound, weights)
     if settled.untied:
         raise ModelError(
             f"{adapter.folder} parts {next(iter(settled.untied))} from the weight that it shares, and the base's files "
@@ -213,8 +213,9 @@ class _Opened(NamedTuple):
 
     source: str
     fingerprint: str
-    anatomy: Anatomy
     tied: Tied
+    bound: Tied
+    """Those that stay one weight, whatever the adapter makes of them."""
     updates: dict[str, Update]
     """By the name of the parameter in the plain model."""
     proof: Proof
@@ -230,7 +231,7 @@ def _open(adapter: StoredAdapter, dtype: torch.dtype, names: Container[str]) -> 
             name: Update(change, is_stored_transposed(modules[name.rpartition(".")[0]]))
             for name, change in changes.items()
         }
-        opened = _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, WeightProof())
+        opened = _Opened(base.source, base.fingerprint, tied, [], updates, WeightProof())
         if not any(updates.keys() & set(shared) for shared in tied) and _are_held(opened, names):
             return opened
     return _put_on(adapter, dtype)
@@ -238,10 +239,11 @@ def _open(adapter: StoredAdapter, dtype: torch.dtype, names: Container[str]) -> 
 
 def _put_on(adapter: StoredAdapter, dtype: torch.dtype) -> _Opened:
     base = _open_base(adapter, dtype, device="cpu")
-    tied = find_tied(base.model)
+    assert isinstance(base.model, PreTrainedModel), "adapters are on no other"
+    tied, bound = find_tied(base.model), find_bound(base.model)
     adapted, probe = probe_adapter(base, adapter.folder)
     updates, proof = _build_updates(adapter, adapted), LogitProof(probe, dtype)
-    return _Opened(base.source, base.fingerprint, base.anatomy, tied, updates, proof)
+    return _Opened(base.source, base.fingerprint, tied, bound, updates, proof)
 
 
 def _are_held(opened: _Opened, names: Container[str]) -> bool:

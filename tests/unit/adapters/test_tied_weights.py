@@ -14,7 +14,7 @@ from smolora.adapters.merge import merge_adapter
 from smolora.adapters.tensors import quiet_peft
 from smolora.errors import ModelError
 from smolora.models.weight_files import list_weight_files
-from tests.tiny import save_tiny_encoder
+from tests.tiny import random_input_ids, save_tiny_encoder
 from tests.unit.adapters.conftest import move_all
 from tests.unit.adapters.test_merge import assert_merged, peft_merged
 
@@ -94,12 +94,43 @@ def test_a_base_whose_files_hold_a_tied_head_too_is_parted_in_place(save_peft_pa
     assert not is_tied(tmp_path / "out")
 
 
-def test_the_shared_embedding_of_encoder_and_decoder_is_not_parted(tmp_path):
-    model = AutoModelForSeq2SeqLM.from_pretrained(save_tiny_encoder("t5", tmp_path / "base"))
+def save_seq2seq_pair(folder, family, **settings):
+    base = save_tiny_encoder(family, folder / "base")
     with quiet_peft():
-        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["lm_head"]))
+        config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **settings)
+        adapted = peft.get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base), config)
         move_all(adapted)
-        adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ModelError, match=r"changes lm_head\.weight, which is one weight with shared\.weight"):
-        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+        adapted.save_pretrained(folder / "adapter")
+    return base, folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5]}},
+    ],
+)
+def test_an_embedding_that_encoder_decoder_and_head_share_is_parted(tmp_path, settings):
+    base, adapter = save_seq2seq_pair(tmp_path, "bart", **settings)
+    ids = random_input_ids(20)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(base)
+    before = plain(ids, decoder_input_ids=ids.flip(1)).logits
+    with quiet_peft():
+        expected = peft.PeftModel.from_pretrained(plain, adapter)(ids, decoder_input_ids=ids.flip(1)).logits
+    merge_adapter(adapter, tmp_path / "out")
+    found = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")(ids, decoder_input_ids=ids.flip(1)).logits
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not is_tied(tmp_path / "out")
+
+
+def test_t5_s_shared_embedding_is_not_parted_since_its_config_can_not_say_so(tmp_path):
+    _, adapter = save_seq2seq_pair(tmp_path, "t5", target_modules=["lm_head"])
+    with pytest.raises(
+        ModelError, match=r"changes lm_head\.weight, which is one weight with shared\.weight, .* no config"
+    ):
+        merge_adapter(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
