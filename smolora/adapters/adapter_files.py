@@ -125,8 +125,8 @@ class StoredAdapter:
         if fmt is not None and fmt.labels:
             return fmt.labels
         heads = [tensor for key, tensor in self.tensors.items() if not _METHOD_KEY.search(key) and tensor.ndim == 2]
-        # Layers of a head that come before the answer are square, and of DistilBERT's the files name them behind it.
-        answering = min(reversed(heads), key=lambda weight: weight.shape[0] == weight.shape[1], default=())
+        # Layers of a head before the answer are square, and an embedding has more rows than there are answers.
+        answering = min(heads, key=lambda weight: (weight.shape[0] == weight.shape[1], len(weight)), default=())
         return tuple(f"LABEL_{number}" for number in range(len(answering)))
 
     @property

@@ -461,3 +461,12 @@ def test_an_adapter_that_names_no_task_is_asked_what_its_base_is(tmp_path):
     base = load_model(save_tiny_encoder("t5", tmp_path / "base"))
     peft.get_peft_model(base.model, peft.LoraConfig(target_modules=["q", "v"])).save_pretrained(tmp_path / "adapter")
     assert load_bundle(tmp_path / "adapter").task == "seq2seq"
+
+
+@pytest.mark.parametrize(("modules", "is_saved"), [(["classifier"], True), (["classifier", "word_embeddings"], False)])
+def test_an_embedding_behind_the_head_is_not_taken_for_the_answer(tmp_path, modules, is_saved):
+    base = load_model(save_tiny_encoder("roberta", tmp_path / "base"), task="classification", labels=["a", "b", "c"])
+    with quiet_peft():
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=modules)
+        peft.get_peft_model(base.model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=is_saved)
+    assert load_bundle(tmp_path / "adapter").labels == ("LABEL_0", "LABEL_1", "LABEL_2")
