@@ -21,7 +21,7 @@ from smolora.adapters.changes import Change, Replaced, find_base, find_changes
 from smolora.adapters.merge_probe import HALF_DTYPES, LogitProof, probe_adapter
 from smolora.adapters.merge_proof import Finding, Proof, WeightProof
 from smolora.adapters.merged_weights import DTYPES, Update, match_updates, write_merged_file
-from smolora.adapters.plain_lora import is_plain_lora, read_plain_lora
+from smolora.adapters.plain_lora import is_plain_lora, names_modules, read_plain_lora
 from smolora.adapters.starts import PLAIN_STARTS, REPEATED_STARTS
 from smolora.adapters.store import load_base, read_on_base, resolve_base_folder
 from smolora.adapters.tied_weights import Tied, find_bound, find_tied, settle_tied, write_untied_settings
@@ -223,8 +223,8 @@ class _Opened(NamedTuple):
 
 def _open(adapter: StoredAdapter, dtype: torch.dtype, names: Container[str]) -> _Opened:
     """Open base and adapter; `names` are of the tensors in the base's files."""
-    if is_plain_lora(adapter):
-        base = _open_base(adapter, dtype, device="meta")
+    base = _open_base(adapter, dtype, device="meta") if is_plain_lora(adapter) else None
+    if base and names_modules(adapter, base):
         changes, tied = read_plain_lora(adapter, base), find_tied(base.model)
         modules = dict(base.model.named_modules())
         updates = {

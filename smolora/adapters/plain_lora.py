@@ -35,6 +35,12 @@ def is_plain_lora(adapter: StoredAdapter) -> bool:
     return not (has_more or adapter.base_copies) and adapter.quantization == "none"
 
 
+def names_modules(adapter: StoredAdapter, base: ModelBundle) -> bool:
+    """Whether all that a LoRA adapter is on are modules of the base; an older transformers had one for each expert."""
+    modules = dict(base.model.named_modules())
+    return all(key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] in modules for key in adapter.tensors)
+
+
 def read_plain_lora(adapter: StoredAdapter, base: ModelBundle) -> dict[str, LowRank]:
     """Return what a LoRA adapter changes, by the parameter's name in the plain model.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor
 
 from smolora.adapters.adapter_files import CONFIG_FILE, StoredAdapter, read_adapter
@@ -32,10 +33,21 @@ def fill_adapter(model: peft.PeftModel, stored: StoredAdapter, name: str = "defa
     expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()}
     own = dict(model.named_parameters(remove_duplicate=False))  # A tied head has the embedding's.
     stored = _part_copies(stored, own.keys() - expected.keys())
+    if stored.tensors.keys() != expected.keys():
+        stored = _convert_names(stored, model, name)
     refuse_other_tensors(stored, expected)
     _refuse_other_copies(own, stored)
     with quiet_peft():
         peft.set_peft_model_state_dict(model, dict(stored.tensors), adapter_name=name)
+
+
+def _convert_names(stored: StoredAdapter, model: peft.PeftModel, name: str) -> StoredAdapter:
+    """Return an adapter of an older transformers, which had a module for each expert, as this one names its tensors."""
+    with quiet_peft():
+        tensors: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
+            model, model.peft_config[name], dict(stored.tensors), name
+        )
+    return replace(stored, tensors=tensors)
 
 
 def _part_copies(stored: StoredAdapter, of_base: Container[str]) -> StoredAdapter:

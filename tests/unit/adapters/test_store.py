@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import peft
 import pytest
@@ -156,6 +157,26 @@ def test_an_adapter_on_the_head_brings_the_base_s_own_and_no_other(save_peft_pai
     save_file({**tensors, name: tensors[name] + 1}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"brings a lm_head.base_layer.weight that isn't this base's"):
         load_bundle(adapter)
+
+
+def test_an_adapter_of_a_transformers_that_had_a_module_for_each_expert_opens_and_merges(save_peft_pair, tmp_path):
+    base, adapter = save_peft_pair("mixtral", target_modules=["q_proj"], r=4)
+    tensors, generator = load_file(adapter / "adapter_model.safetensors"), torch.Generator().manual_seed(0)
+    for layer, expert, (name, inputs, outputs) in product(
+        range(2), range(2), (("w1", 32, 48), ("w2", 48, 32), ("w3", 32, 48))
+    ):
+        path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        for side, shape in (("A", (4, inputs)), ("B", (outputs, 4))):
+            tensors[f"{path}.lora_{side}.weight"] = 0.2 * torch.randn(shape, generator=generator)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    change_json(adapter / "adapter_config.json", target_modules=["q_proj", "w1", "w2", "w3"], target_parameters=None)
+    ids = random_input_ids(9)
+    with quiet_peft():
+        expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)(ids).logits
+    assert torch.equal(load_bundle(adapter).model(ids).logits, expected)
+    merge_adapter(adapter, tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
