@@ -88,6 +88,14 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
         "index_head_dim": 8,
     },
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
+    "jamba": {
+        **_GROUPED_BY_WIDTH,
+        "num_experts": 2,
+        "mamba_d_state": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
     "rwkv": {
         "hidden_size": 32,
         "attention_hidden_size": 32,

@@ -232,7 +232,8 @@ def _open(adapter: StoredAdapter, dtype: torch.dtype, names: Container[str]) -> 
             for name, change in changes.items()
         }
         opened = _Opened(base.source, base.fingerprint, tied, [], updates, WeightProof())
-        if not any(updates.keys() & set(shared) for shared in tied) and _are_held(opened, names):
+        bypassed = tuple(f"{path}.weight" for path in base.anatomy.unadaptable_modules())
+        if not any(updates.keys() & set(shared) for shared in (*tied, bypassed)) and _are_held(opened, names):
             return opened
     return _put_on(adapter, dtype)
 

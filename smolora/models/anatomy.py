@@ -24,7 +24,10 @@ Group = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
 PEFT_PREFIX = "base_model.model."
 """What peft puts before the paths of the plain model."""
 
-_BYPASSED = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("dt_proj", "out_proj"))
+_BYPASSED = {
+    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("dt_proj", "out_proj")),
+    "jamba": ("dt_proj",),
+}
 """Linear layers whose weight a family's own code reads, past whatever stands in their place; peft refuses out_proj."""
 
 

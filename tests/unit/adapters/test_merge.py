@@ -367,6 +367,12 @@ class TestRefused:
         with pytest.raises(ModelError, match=r"isn't known here\. Keep base and adapter side by side\.$"):
             merge_adapter(adapter, tmp_path / "out")
 
+    @pytest.mark.parametrize("family", ["mamba", "jamba"])
+    def test_lora_on_a_weight_that_the_family_reads_past_it(self, save_peft_pair, tmp_path, family):
+        _, adapter = save_peft_pair(family, target_modules=["in_proj", "dt_proj"])
+        with pytest.raises(ModelError, match="the merged model isn't the adapter's"):
+            merge_adapter(adapter, tmp_path / "out")
+
     def test_tensors_that_are_not_lora_s(self, save_pair, tmp_path):
         _, adapter = save_pair()
         tensors = load_file(adapter / "adapter_model.safetensors")
