@@ -58,7 +58,8 @@ class DataConfig(_Columns):
     """qa: tokens that two windows share, where a context is longer than one. Left out, a quarter of a window's."""
 
     chunk_size: int = Field(default=0, ge=0)
-    """Split plain text into pieces of this many words, or tokens of `chunk_tokenizer`; 0 keeps rows whole."""
+    """Split plain text into pieces of this many words, or tokens of `chunk_tokenizer`; 0 keeps rows whole. The last
+    piece of a text alone is learned with an end."""
 
     chunk_tokenizer: str | None = None
     """Model folder or hub id whose tokens `chunk_size` counts. Left out, it counts words."""

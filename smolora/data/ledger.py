@@ -52,6 +52,8 @@ class DataReport:
     """Rows without text."""
     added_by_chunking: int = 0
     """Rows more than before, from splitting long ones."""
+    joined: int = 0
+    """Pieces that went on where another ended, and became one text with it again (in pretraining)."""
     duplicate: int = 0
     """Rows equal to an earlier one, dropped."""
     also_held_out: int = 0
@@ -85,7 +87,7 @@ class DataReport:
         Raises:
             BrokenRunError: A row was lost or counted twice.
         """
-        accounted = self.kept + len(self.rejects) + self.empty + self.duplicate + self.also_held_out
+        accounted = self.kept + len(self.rejects) + self.empty + self.duplicate + self.also_held_out + self.joined
         if self.read + self.added_by_chunking != accounted:
             raise BrokenRunError(
                 f"the data report doesn't add up: {self.read} rows read and {self.added_by_chunking} added by "
@@ -136,6 +138,7 @@ class DataReport:
             "empty": self.empty,
             "duplicate": self.duplicate,
             "also_held_out": self.also_held_out,
+            "joined": self.joined,
             "kept": self.kept,
             "train": self.train,
             "held_out": self.held_out,
@@ -162,6 +165,7 @@ class DataReport:
             "empty": self.empty,
             "duplicate": self.duplicate,
             "held out too": self.also_held_out,
+            "joined again": self.joined,
         }
         lines += [f"  {name:<17}{count:>9,}" for name, count in counts.items() if count]
         lines.append(f"kept               {self.kept:>9,}  {self.train:,} to learn from, {self.held_out:,} held out")

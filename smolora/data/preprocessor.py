@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from smolora.data.encoding import decode_ids, encode_pairs
+from smolora.data.pieces import goes_on
 from smolora.data.prompts import Kind, PromptFormat, encode_row, render_pair
 from smolora.data.token_dataset import Example
 from smolora.errors import DataError
@@ -51,7 +52,7 @@ class DataPreprocessor:
         return changed
 
     def encode(self, rows: Sequence[Values]) -> list[Example]:
-        """Encode rows, one example per row, of any length.
+        """Encode rows, one example per row, of any length; a piece of text that goes on isn't ended.
 
         Raises:
             DataError: A row doesn't fit the form.
@@ -59,7 +60,13 @@ class DataPreprocessor:
         if self.fmt.kind == "messages":
             return [encode_row(row, self.fmt, self.tokenizer) for row in rows]
         pairs = [render_pair(row, self.fmt) for row in rows]
-        return encode_pairs(pairs, self.tokenizer, end_token=self.fmt.end_token)
+        examples = encode_pairs(pairs, self.tokenizer, end_token=self.fmt.end_token)
+        if self.fmt.kind != "text":
+            return examples
+        return [
+            _cut(example, len(example) - 1) if goes_on(row) else example
+            for row, example in zip(rows, examples, strict=True)
+        ]
 
     def measure(self, example: Example) -> int:
         """Return the tokens that count against the longest length."""
@@ -67,7 +74,7 @@ class DataPreprocessor:
 
     def cut(self, example: Example, row: Values, limit: int) -> list[Example]:
         """Return what becomes of a row that is longer than `limit` tokens: here its beginning."""
-        return [replace(example, input_ids=example.input_ids[:limit], is_target=example.is_target[:limit])]
+        return [_cut(example, limit)]
 
     def render(self, example: Example) -> list[tuple[str, bool]]:
         """Return an example as text in runs, each with whether it is learned."""
@@ -78,6 +85,10 @@ class InstructionPreprocessor(DataPreprocessor):
     """Encodes rows that ask for something, of which only the answer is learned."""
 
     kinds = ("prompt_completion", "instruction", "messages")
+
+
+def _cut(example: Example, length: int) -> Example:
+    return replace(example, input_ids=example.input_ids[:length], is_target=example.is_target[:length])
 
 
 def render_marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:

@@ -14,7 +14,7 @@ from smolora.config.data import DataConfig
 from smolora.data.chat import check_conversation
 from smolora.data.cleaning import TextCleaningProcessor
 from smolora.data.ledger import DataReport
-from smolora.data.pipeline import chunk_texts
+from smolora.data.pieces import split_row
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Reject, Row, Values
 from smolora.data.task_rows import find_answer_problem, find_label_problem, find_tags_problem
@@ -112,10 +112,9 @@ class RowSelection:
         return (piece for row in rows for piece in self._split(row))
 
     def _split(self, row: Row) -> list[Row]:
-        column = self.fmt.columns["text"]
-        pieces = chunk_texts([str(row.values[column])], self.data.chunk_size, tokenizer=self.chunk_tokenizer)
+        pieces = split_row(row, self.fmt.columns["text"], self.data.chunk_size, self.chunk_tokenizer)
         self.report.added_by_chunking += len(pieces) - 1
-        return [Row({**row.values, column: piece}, row.file, row.line) for piece in pieces]
+        return pieces
 
     def digest(self, row: Row) -> bytes:
         """Return 16 bytes that equal rows share and others don't; equal is what has equal columns of the form."""

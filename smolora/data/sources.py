@@ -19,6 +19,7 @@ from smolora.config.data import DataConfig, FileType
 from smolora.config.model import TaskType
 from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark, open_benchmark_source
 from smolora.data.ledger import DataReport
+from smolora.data.pieces import SPACE_TO_NEXT, join_pieces
 from smolora.data.prompts import PromptFormat
 from smolora.data.readers import check_readable
 from smolora.data.row_stream import RowStream, Source, check_form, close_report, open_file, refuse_rowless, stream_rows
@@ -145,7 +146,7 @@ def read_dataset(
 
 
 def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Documents:
-    """Read whole texts for pretraining: each text file is one document, each row of another type is one.
+    """Read whole texts for pretraining: each text file is one document, each row of another type or text in pieces too.
 
     Nothing is held out of them, as a few long documents can't be split by rows: there are held-out texts only from an
     `eval_source` or from a prepared folder.
@@ -164,7 +165,7 @@ def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Docum
     passed: set[bytes] = set()
     read = [chain.from_iterable(source.read() for source in part) for part in (held_out, train)]
     rows = [chooser.select(read[0], passed), chooser.leave_out(chooser.select(read[1], set()), passed)]
-    evaluated, learned = ([str(row.values[field]) for row in part] for part in rows)
+    evaluated, learned = (join_pieces(part, field, report) for part in rows)
     close_report(report, data, train=len(learned), held_out=len(evaluated), out=out)
     return Documents(learned, evaluated, report)
 
@@ -184,7 +185,7 @@ class DatasetHandler:
         self.report: DataReport | None = None
 
     def load(self) -> Dataset:
-        """Read the source; the columns of its form are kept.
+        """Read the source; the columns of its form are kept, and what says of pieces that they go on.
 
         Raises:
             DataError: The source or the column is missing, or a row can't be used.
@@ -197,7 +198,7 @@ class DatasetHandler:
         data = self.config.replace(text_field=self.text_field) if is_text else self.config
         rows = _gather(_stream(opened, None, data, tokenizer=None, out=None), data, seed=0, out=None)
         self.report = rows.report
-        names = rows.fmt.columns.values()
+        names = [*rows.fmt.columns.values(), *([SPACE_TO_NEXT] if rows.report.added_by_chunking else [])]
         return Dataset.from_dict({name: [row.values.get(name) for row in rows.train] for name in names})
 
 

@@ -42,6 +42,14 @@ def test_a_row_past_the_context_is_refused_with_its_place_and_the_choices(char):
         encode(ROWS, char, context=25)
 
 
+def test_of_a_text_in_pieces_the_last_alone_is_ended(tokenizer):
+    dataset, _ = encode(
+        [Row({"text": "the cat", "space_to_next": " "}, "f", 1), Row({"text": "sat on"}, "f", 1)], tokenizer, fmt=TEXT
+    )
+    assert [tokenizer.eos_token_id in example.input_ids for example in dataset] == [False, True]
+    assert dataset[0].is_target[-1]
+
+
 def test_a_row_of_exactly_the_limit_passes(char):
     assert len(encode(ROWS, char, context=26)[0]) == 2
 

@@ -317,7 +317,8 @@ def test_a_name_that_the_hub_lacks_is_held_against_the_files_here(hub, tmp_path,
 
 def test_text_is_chunked_over_lines_and_not_within_them(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
-    assert prepare_dataset(tmp_path, chunk_size=2)["text"][:] == ["one\ntwo", "three"]
+    pieces = prepare_dataset(tmp_path, chunk_size=2)
+    assert (pieces["text"][:], pieces["space_to_next"][:]) == (["one\ntwo", "three"], ["\n\n", None])
 
 
 def test_prepare_dataset_gives_the_text_without_duplicates_in_order(tmp_path):

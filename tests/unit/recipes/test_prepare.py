@@ -49,6 +49,14 @@ def test_train_and_pretrain_read_what_it_wrote(source, tmp_path):
     assert (len(rows.train), len(rows.held_out)) == (len(documents.train), len(documents.held_out)) == (95, 5)
 
 
+def test_the_pieces_that_it_wrote_are_one_text_again_for_pretrain(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\nthree four\nfive")
+    (tmp_path / "b.txt").write_text("six")
+    prepare(tmp_path, tmp_path / "out", DataConfig(chunk_size=2, file_type="txt"))
+    documents = read_source_documents(DataConfig(sources=(str(tmp_path / "out"),)))
+    assert documents.train == ["one two\n\nthree four\nfive", "six"]
+
+
 @pytest.mark.parametrize(
     ("row", "settings", "written"),
     [
@@ -138,7 +146,10 @@ def test_text_survives_unchanged(tmp_path):
 def test_text_is_chunked_and_cleaned_where_asked(tmp_path):
     (tmp_path / "a.txt").write_text("<p>one two</p>\n<p>three</p>")
     prepare(tmp_path / "a.txt", tmp_path / "out", DataConfig(chunk_size=2, clean="strip_html"))
-    assert read_lines(tmp_path / "out" / "train.jsonl") == [{"text": "one two"}, {"text": "three"}]
+    assert read_lines(tmp_path / "out" / "train.jsonl") == [
+        {"text": "one two", "space_to_next": "\n\n"},
+        {"text": "three"},
+    ]
 
 
 def test_rejects_leave_the_account_alone_and_a_second_attempt_works(tmp_path):

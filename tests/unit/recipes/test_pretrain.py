@@ -182,6 +182,13 @@ def test_no_text_of_a_few_ends_where_it_was_cut(tmp_path):
     assert held_out.count("THE END.<|endoftext|>") == held_out.count("<|endoftext|>") == 2
 
 
+def test_a_text_in_pieces_has_no_end_between_them(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"book {name}: " + "one two three four " * 40 + "the end")
+    learned, _held_out = read_pretrained_text(config(tmp_path, "data.chunk_size=9", "data.deduplicate=false"))
+    assert learned.count("<|endoftext|>") == learned.count("the end<|endoftext|>") == 1
+
+
 def test_of_too_few_texts_the_end_of_the_longest_is_held_out(tmp_path):
     (tmp_path / "a.txt").write_text("a book: " + "one two three four " * 40 + "the end")
     for name in "bc":

@@ -1,0 +1,53 @@
+"""Rows that are pieces of a longer text: what they are cut into, what says that they go on, and how they are joined.
+
+A piece that goes on has a column more, `space_to_next`: the white space between it and the next one, which neither of
+them holds. The last piece of a text has none, so it alone is ended when it is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from smolora.data.ledger import DataReport
+from smolora.data.pipeline import chunk_texts
+from smolora.data.rows import Row, Values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPACE_TO_NEXT = "space_to_next"
+
+
+def goes_on(values: Values) -> bool:
+    """Whether the text of a row doesn't end with it, but goes on in another piece."""
+    space = values.get(SPACE_TO_NEXT)
+    return isinstance(space, str) and not space.strip()
+
+
+def split_row(row: Row, column: str, size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Row]:
+    """Return a row for each piece of the text in `column`, as `chunk_texts` cuts it."""
+    text = str(row.values[column])
+    pieces = chunk_texts([text], size, tokenizer=tokenizer)
+    rows, start = [], text.index(pieces[0])
+    for piece, following in pairwise(pieces):
+        end = start + len(piece)
+        start = text.index(following, end)
+        rows.append(row._replace(values={**row.values, column: piece, SPACE_TO_NEXT: text[end:start]}))
+    return [*rows, row._replace(values={**row.values, column: pieces[-1]})]
+
+
+def join_pieces(rows: Iterable[Row], column: str, report: DataReport) -> list[str]:
+    """Return the texts of rows, those of pieces that follow each other as one; the report counts what was joined."""
+    texts: list[list[str]] = []
+    is_open = False
+    for row in rows:
+        if is_open:
+            report.joined += 1
+        else:
+            texts.append([])
+        texts[-1].append(str(row.values[column]))
+        if is_open := goes_on(row.values):
+            texts[-1].append(str(row.values[SPACE_TO_NEXT]))
+    return ["".join(parts) for parts in texts]
