@@ -1,7 +1,7 @@
 """From examples to a batch of tensors, in three layouts with the same loss.
 
 packed: rows end to end in one long row, positions restarting. padded: one row each, filled up on the right.
-windows: equal lengths, every position a target. B batch, T time, U time of the answers, N targets of the batch.
+windows: equal lengths, mostly every position a target. B batch, T time, U time of the answers, N targets of the batch.
 """
 
 from __future__ import annotations
@@ -118,22 +118,23 @@ def collate_padded(examples: Sequence[Example], *, pad_token_id: int = 0) -> Bat
 
 
 def collate_windows(examples: Sequence[Example]) -> Batch:
-    """Stack windows of one length: all but the last token go in, all but the first are predicted.
+    """Stack windows of one length: all but the last token go in, and of all but the first the targets are predicted.
 
     Raises:
-        DataError: The windows differ in length.
+        DataError: The windows differ in length, or no token is a target.
     """
     lengths = {len(example) for example in examples}
     if len(lengths) != 1:
         raise DataError(f"windows of one batch have one length, found {sorted(lengths)}. Use the packed layout.")
     windows = _int64(np.stack([example.input_ids for example in examples]))  # [B, context + 1]
     inputs = windows[:, :-1].contiguous()
+    positions, targets = _find_targets(examples, row_starts=np.arange(len(inputs)) * inputs.shape[1])
     return Batch(
         input_ids=inputs,
         position_ids=None,
         attention_mask=None,
-        target_positions=None,
-        targets=windows[:, 1:].reshape(-1),
+        target_positions=None if len(targets) == inputs.numel() else _int64(positions),
+        targets=_int64(targets),
         num_input_tokens=inputs.numel(),
         row_lengths=(inputs.shape[1],) * len(inputs),
     )

@@ -132,11 +132,13 @@ class TokenDataset:
 class TextDataset:
     """Windows over one long run of tokens, for pretraining.
 
-    Item i holds `tokens[i * stride : i * stride + context + 1]`: `context` inputs, and each but the first a target.
+    Item i holds `tokens[i * stride : i * stride + context + 1]`: `context` inputs, and each but the first a target. The
+    last one begins sooner where the tokens end before it would, and its targets begin where they would have; windows
+    that leave out tokens between them leave out the end too.
 
     >>> dataset = TextDataset(np.arange(10), context=4)
-    >>> len(dataset), dataset[1].input_ids.tolist()
-    (2, [4, 5, 6, 7, 8])
+    >>> len(dataset), dataset[1].input_ids.tolist(), dataset[2].input_ids.tolist()
+    (3, [4, 5, 6, 7, 8], [5, 6, 7, 8, 9])
     """
 
     def __init__(self, tokens: npt.ArrayLike, context: int, stride: int | None = None) -> None:
@@ -161,17 +163,18 @@ class TextDataset:
                 f"the text has {len(self.tokens)} tokens, fewer than one window of context + 1 = {context + 1}. "
                 "Give more text or a smaller context."
             )
-        self._is_target: MaskArray = np.ones(context + 1, dtype=np.bool_)
-        self._is_target[0] = False
 
     def __len__(self) -> int:
-        return (len(self.tokens) - self.context - 1) // self.stride + 1
+        full, rest = divmod(self._last_start, self.stride)
+        return full + 1 + (rest > 0 and self.stride <= self.context)
 
     def __getitem__(self, index: int) -> Example:
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of a dataset with {len(self)}")
-        start = (index % len(self)) * self.stride
-        return Example(self.tokens[start : start + self.context + 1], self._is_target)
+        place = (index % len(self)) * self.stride
+        start = min(place, self._last_start)
+        is_target = np.arange(self.context + 1) > place - start
+        return Example(self.tokens[start : start + self.context + 1], is_target)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -184,7 +187,11 @@ class TextDataset:
     @property
     def num_target_tokens(self) -> int:
         """Tokens that the loss counts, in one pass."""
-        return len(self) * self.context
+        return self.num_input_tokens - max(0, (len(self) - 1) * self.stride - self._last_start)
+
+    @property
+    def _last_start(self) -> int:
+        return len(self.tokens) - self.context - 1
 
     @property
     def fingerprint(self) -> str:

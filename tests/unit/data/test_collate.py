@@ -51,6 +51,14 @@ def test_windows_predict_every_position():
     assert batch.num_target_tokens == 8
 
 
+def test_a_window_that_begins_sooner_predicts_what_no_other_does():
+    dataset = TextDataset(list(range(7)), context=4)
+    batch = collate_windows([dataset[0], dataset[1]])
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.input_ids.flatten()[batch.target_positions].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_windows_of_different_lengths_are_refused():
     with pytest.raises(DataError, match=r"one length, found \[2, 3\]"):
         collate_windows(EXAMPLES)

@@ -45,10 +45,19 @@ def test_an_empty_dataset_has_no_tokens():
     assert (len(TokenDataset([])), TokenDataset([]).num_target_tokens) == (0, 0)
 
 
-def test_windows_make_every_token_but_the_first_a_target_once():
-    dataset = TextDataset(np.arange(13), context=4)
+@pytest.mark.parametrize("count", [5, 6, 8, 9, 10, 13])
+def test_windows_make_every_token_but_the_first_a_target_once(count):
+    dataset = TextDataset(np.arange(count), context=4)
     targets = np.concatenate([example.input_ids[example.is_target] for example in dataset])
-    assert targets.tolist() == list(range(1, 13))
+    assert targets.tolist() == list(range(1, count))
+    assert {len(example) for example in dataset} == {5}
+    assert dataset.num_target_tokens == count - 1
+
+
+def test_windows_with_gaps_between_them_stay_whole_at_the_end():
+    dataset = TextDataset(np.arange(14), context=2, stride=4)
+    assert [example.input_ids.tolist() for example in dataset] == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
+    assert dataset.num_target_tokens == 6
 
 
 def test_a_stride_makes_windows_overlap():
