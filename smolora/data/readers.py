@@ -231,7 +231,7 @@ def _iter_txt(path: Path) -> Read:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             text = line.rstrip("\r\n")
-            yield check_values({"text": "" if text == END_OF_DOCUMENT else text}, str(path), number)
+            yield check_values({"text": "" if text.strip() == END_OF_DOCUMENT else text}, str(path), number)
 
 
 def _iter_csv(path: Path) -> Read:

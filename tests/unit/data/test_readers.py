@@ -74,6 +74,13 @@ def test_txt_is_a_row_per_line_and_keeps_its_line_number(write):
     assert [row.line for row in found] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("line", ["<|endoftext|>", " <|endoftext|> "])
+def test_a_line_that_ends_a_document_is_no_row_and_parts_texts_that_are_read_whole(write, line):
+    path = write("a.txt", f"one\n{line}\ntwo\n")
+    assert values(read_rows(path, "txt")) == [{"text": "one"}, {"text": ""}, {"text": "two"}]
+    assert values(read_documents(path)) == [{"text": "one\n"}, {"text": "two\n"}]
+
+
 def test_documents_are_whole_files_split_where_a_line_marks_the_end(write):
     found = read_documents(write("a.txt", "one\r\n\n  two\n<|endoftext|>\nthree <|endoftext|> four"))
     assert values(found) == [{"text": "one\r\n\n  two\n"}, {"text": "three <|endoftext|> four"}]
