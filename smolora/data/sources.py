@@ -93,7 +93,7 @@ def check_first_form(data: DataConfig, task: TaskType) -> None:
     [first, *_] = _require_sources(data)
     found = None if is_benchmark_source(first) else locate(first, data.file_type)
     if found:
-        check_form(open_file(*found[0], is_whole=data.chunk_size > 0), data, task)
+        check_form(open_file(*found[0], is_whole=data.reads_texts_whole), data, task)
 
 
 def read_sources(
@@ -192,7 +192,7 @@ class DatasetHandler:
         """
         from datasets import Dataset
 
-        opened = _open_source(self.source, self.config, is_whole=self.config.chunk_size > 0)
+        opened = _open_source(self.source, self.config, is_whole=self.config.reads_texts_whole)
         # The default column is only a default: rows of another known form stay what they are.
         is_text = self.text_field != "text" or "text" in {column.casefold() for column in _columns_of(opened)}
         data = self.config.replace(text_field=self.text_field) if is_text else self.config
@@ -283,7 +283,7 @@ def stream_sources(
     Raises:
         DataError: A source, a column or rows are missing.
     """
-    is_whole = data.chunk_size > 0  # Lines are shorter than most chunks: what is chunked is the whole text of a file.
+    is_whole = data.reads_texts_whole
     train = [part for source in _require_sources(data) for part in _open_source(source, data, is_whole=is_whole)]
     return _stream(train, _open_held_out(data, is_whole=is_whole), data, tokenizer=tokenizer, out=out, task=task)
 

@@ -239,6 +239,14 @@ def test_pages_of_html_are_text_where_text_is_asked_for(tmp_path):
     assert [row.values["text"] for row in rows.train] == ["one", "two"]
 
 
+def test_what_goes_over_lines_in_a_text_with_markup_is_no_row(tmp_path):
+    (tmp_path / "a.md").write_text(
+        "<!-- a\ncomment -->\n<script>\nlet a;\n</script>\n<p\nclass='b'>one</p>\n<p>two</p>\n"
+    )
+    [row] = read(tmp_path, clean="strip_html").train
+    assert row.values["text"].split() == ["one", "two"]
+
+
 @pytest.mark.parametrize("held_out", ["pages", "pages/a.htm", "b.csv"])
 def test_held_out_rows_are_read_like_the_sources_unless_a_file_tells_its_type(tmp_path, held_out):
     (tmp_path / "rows.dat").write_text("learned\n")
