@@ -10,6 +10,7 @@ from pathlib import Path
 from smolora.config.data import FileType
 from smolora.data.readers import infer_type, is_page, list_files
 from smolora.errors import DataError, suggest_path
+from smolora.records.run_dir import RunDir
 
 TRAIN_FILE = "train.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -49,25 +50,30 @@ def choose_held_out_type(source: str, file_type: FileType | None) -> FileType | 
 
 
 def describe_left_out(source: str, file_type: FileType | None) -> str | None:
-    """Return how many files of a folder aren't read, by suffix; None where all are, or the folder says which ones.
+    """Return how many files of a folder aren't read, by suffix; None where all are.
 
-    Hidden files don't count.
+    Hidden files don't count, and neither does what `prepare` or `Dataset.save_to_disk` leaves beside the rows.
     """
     path = Path(source).expanduser()
-    if not path.is_dir() or file_type == "hub" or _find_named(path):
+    if not path.is_dir() or file_type == "hub" or _is_saved(path, file_type):
         return None
     files = list_files(path)
     read = {file for file, _ in _search_folder(path, file_type)}
-    left_out = [file for file in files if file not in read]
+    is_prepared = _is_prepared(path, file_type)
+    beside = {find_validation_file(path), *RunDir(path).account} if is_prepared else set()
+    left_out = [file for file in files if file not in read | beside]
     if not left_out:
         return None
     verb = "is" if len(left_out) == 1 else "are"
-    return f"{len(left_out):,} of {len(files):,} files in {source} {verb} left out: {_describe_unread(left_out)}"
+    said = f"{len(left_out):,} of {len(files):,} files in {source} {verb} left out: {_describe_unread(left_out)}"
+    return (
+        f"{said} Beside {TRAIN_FILE} only held-out rows are read; name other files one by one." if is_prepared else said
+    )
 
 
-def find_validation_file(folder: Path) -> Path | None:
-    """Return the file of held-out rows in a folder that `prepare` wrote, or one like it."""
-    if not (folder / TRAIN_FILE).is_file():
+def find_validation_file(folder: Path, file_type: FileType | None = None) -> Path | None:
+    """Return the file of held-out rows in a folder that is read as one that `prepare` wrote, or one like it."""
+    if not _is_prepared(folder, file_type):
         return None
     return next((folder / name for name in _VALIDATION_FILES if (folder / name).is_file()), None)
 
@@ -91,8 +97,10 @@ def _require_type(path: Path, file_type: FileType | None) -> FileType:
 
 def _search_folder(path: Path, file_type: FileType | None) -> list[tuple[Path, FileType]]:
     files = list_files(path)  # First, as it says so where the folder is locked.
-    if named := _find_named(path):
-        return named
+    if _is_prepared(path, file_type):
+        return [(path / TRAIN_FILE, "jsonl")]
+    if _is_saved(path, file_type):
+        return [(path / name, "arrow") for name in _read_dataset_files(path / _DATASET_FILES)]
     typed = [(file, kind) for file in files if (kind := _find_type(file, file_type)) is not None]
     kinds = {kind for _, kind in typed}
     if not typed:
@@ -105,16 +113,19 @@ def _search_folder(path: Path, file_type: FileType | None) -> list[tuple[Path, F
     return typed
 
 
-def _find_named(path: Path) -> list[tuple[Path, FileType]]:
-    """Return the files to learn from of a folder that `prepare` or `Dataset.save_to_disk` wrote; none of another."""
-    if (path / TRAIN_FILE).is_file():
-        return [(path / TRAIN_FILE, "jsonl")]
+def _is_prepared(path: Path, file_type: FileType | None) -> bool:
+    """Whether a folder is one that `prepare` wrote, or like it, unless files of another type are asked for."""
+    return file_type in (None, "jsonl") and (path / TRAIN_FILE).is_file()
+
+
+def _is_saved(path: Path, file_type: FileType | None) -> bool:
+    """Whether a folder is one that `Dataset.save_to_disk` wrote, unless files of another type are asked for."""
+    if file_type not in (None, "arrow"):
+        return False
     if (path / _SPLITS).is_file():
         splits = sorted(str(file.parent) for file in path.glob(f"*/{_DATASET_FILES}"))
         raise DataError(f"{path} holds a dataset in splits. Name the one to read: {' or '.join(splits)}.")
-    if not ((path / _DATASET_FILES).is_file() and (path / _DATASET_INFO).is_file()):
-        return []
-    return [(path / name, "arrow") for name in _read_dataset_files(path / _DATASET_FILES)]
+    return (path / _DATASET_FILES).is_file() and (path / _DATASET_INFO).is_file()
 
 
 def _read_dataset_files(state: Path) -> list[str]:

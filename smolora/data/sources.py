@@ -346,7 +346,7 @@ def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
     if data.eval_source is not None:
         file_type = choose_held_out_type(data.eval_source, data.file_type)
         return _open_source(data.eval_source, data.replace(file_type=file_type), is_whole=is_whole)
-    files = [find_validation_file(Path(source)) for source in data.sources]
+    files = [find_validation_file(Path(source), data.file_type) for source in data.sources]
     return [open_file(file, "jsonl") for file in files if file is not None] if None not in files else None
 
 

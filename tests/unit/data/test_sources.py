@@ -296,9 +296,22 @@ def test_a_saved_dataset_that_names_no_files_is_refused(tmp_path, state):
 def test_what_stands_beside_a_prepared_folder_s_files_is_not_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     write_rows(tmp_path / "train.jsonl", numbered(1))
-    (tmp_path / "data_report.json").write_text("{}")
+    for name in ("validation.jsonl", "data_report.json", "rejects.jsonl"):
+        (tmp_path / name).write_text("{}")
     check_sources(DataConfig(sources=(str(tmp_path),)))
     assert not caplog.messages
+
+
+def test_other_files_beside_a_train_file_are_counted_and_read_where_their_type_is_asked_for(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("train", "validation", "train2"):
+        write_rows(tmp_path / f"{name}.jsonl", numbered(1))
+    (tmp_path / "notes.txt").write_text("a note")
+    check_sources(DataConfig(sources=(str(tmp_path),)))
+    advice = "Beside train.jsonl only held-out rows are read; name other files one by one."
+    assert caplog.messages == [f"2 of 4 files in {tmp_path} are left out: 1 .txt, 1 .jsonl. {advice}"]
+    rows = read(tmp_path, file_type="txt")
+    assert ([row.values["text"] for row in rows.train], rows.held_out) == (["a note"], [])
 
 
 def test_no_source_is_an_error():
