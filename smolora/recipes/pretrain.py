@@ -142,9 +142,9 @@ def open_pretraining(config: PretrainConfig, out: Path | None = None, num_proces
     device, reason = resolve_device(config.device)
     check_sources(config.data)
     read = read_source_documents(config.data, out=out)
-    _warn_of_shared_text(read)
     logger.info("device: %s (%s); products: %s", device, reason, _describe_precision(config, device))
     documents, tokenizer, held_out = _split_documents(read, config)
+    _warn_of_shared_text(documents)
     train = _build_train_windows(config, documents, tokenizer)
     refuse_unmeasurable(config, is_evaluated=held_out is not None)
     bundle = build_gpt(config.gpt, tokenizer, seed=config.training.seed, device=device)
@@ -198,7 +198,7 @@ def _finish(run: RunDir, config: PretrainConfig, bundle: ModelBundle, state: Tra
 
 
 def _warn_of_shared_text(documents: Documents) -> None:
-    """Say how much of the text that is held out by name stands in what is learned, where that is much."""
+    """Say how much of the text that is held out stands in what is learned, where that is much."""
     share = measure_shared_text(documents.train, documents.held_out)
     if share > _MUCH_SHARED:
         words = "%.0f %% of the held-out text is learned too, line by line: a low held-out loss proves little"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -243,6 +244,16 @@ def test_held_out_text_that_stands_in_the_text_to_learn_from_is_warned_of(tmp_pa
     open_pretraining(config(tmp_path / "all.txt", f"data.eval_source={tmp_path / 'end.txt'}"))
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning == "75 % of the held-out text is learned too, line by line: a low held-out loss proves little"
+
+
+def test_so_are_texts_that_were_held_out_beside_near_copies_of_them(tmp_path, caplog):
+    for number in range(30):
+        text = "".join(f"{number} is the number of text {number}, in line {line}.\n" for line in range(9))
+        (tmp_path / f"{number:02}.txt").write_text(text)
+        (tmp_path / f"{number:02}-copy.txt").write_text(f"{text}This line alone is new.\n")
+    open_pretraining(config(tmp_path))
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.match(r"(9\d|100) % of the held-out text is learned too", warning)
 
 
 def test_texts_of_two_lengths_are_held_out_whole_and_none_becomes_empty(tmp_path):
