@@ -236,24 +236,33 @@ def _iter_txt(path: Path) -> Read:
 
 def _iter_csv(path: Path) -> Read:
     with open_text(path) as file, _long_fields():
+        lines: list[str] = []
         # strict: without it, text after a closing quote and a quote that never closes are read as if they were meant.
-        reader = csv.reader(file, strict=True, delimiter=_find_delimiter(file, path))
+        reader = csv.reader(_keep_lines(file, lines), strict=True, delimiter=_find_delimiter(file, path))
         header = _read_header(reader, path)
         while True:
+            lines.clear()
             first_line = reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                if "unexpected end of data" in str(error):
+                if "unexpected end of data" in str(error) or "".join(lines).count('"') % 2:
                     raise DataError(
-                        f"{path}:{first_line}: a quote opened in this row is never closed, so the rest of the file "
+                        f"{path}:{first_line}: a quote opened in this row isn't closed in it, so the rest of the file "
                         "can't be told apart. Close the quote, or double it where it is text."
                     ) from None
                 yield Reject(str(path), first_line, f"malformed csv: {error}")
                 continue
             yield _match_header(fields, header, path, first_line)
+
+
+def _keep_lines(file: TextIO, lines: list[str]) -> Iterator[str]:
+    """Yield the lines of a file, and put each into `lines`."""
+    for line in file:
+        lines.append(line)
+        yield line
 
 
 def _find_delimiter(file: TextIO, path: Path) -> str:

@@ -209,6 +209,12 @@ def test_an_unterminated_quote_is_fatal_and_says_where_it_opened(write):
         read_rows(write("a.csv", 'text\none\n"two\nthree\n'), "csv")
 
 
+def test_a_malformed_row_whose_end_cannot_be_told_is_fatal_and_leaves_no_rest_of_it(write):
+    path = write("a.csv", 'text,label\nfine,1\n"a "quoted" word\nsecond line",1\nok,2\n')
+    with pytest.raises(DataError, match=r"a\.csv:3: a quote opened in this row isn't closed in it"):
+        read_rows(path, "csv")
+
+
 def test_a_row_with_another_number_of_fields_is_rejected(write):
     found = read_rows(write("a.csv", "a,b\n1,2\n1\n1,2,3\n"), "csv")
     assert rejects(found) == [(3, "1 field, but the header has 2"), (4, "3 fields, but the header has 2")]
