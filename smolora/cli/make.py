@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from smolora.cli.flags import PrepareFlags, PretrainFlags, TrainFlags, collect_settings
-from smolora.cli.run_config import build_config, require_inputs, require_out, require_start
+from smolora.cli.run_config import build_config, require_assignments, require_inputs, require_out, require_start
 from smolora.cli.terminal import open_terminal
 from smolora.runtime.console import print_plainly
 
@@ -37,7 +37,8 @@ def prepare(
     terminal = open_terminal()
     from smolora.config import PrepareConfig, resolve_config
 
-    config = resolve_config(PrepareConfig, flags=collect_settings(flags or PrepareFlags()), assignments=words)
+    assignments = require_assignments(words, source)
+    config = resolve_config(PrepareConfig, flags=collect_settings(flags or PrepareFlags()), assignments=assignments)
     from smolora.recipes.prepare import prepare as run_prepare
 
     report = run_prepare(source, out, config.data, task=config.task, seed=config.seed)

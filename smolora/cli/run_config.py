@@ -156,6 +156,24 @@ def _part_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     return [Path(word) for word in words if word not in assignments], assignments
 
 
+def require_assignments(words: Sequence[str], source: str) -> list[str]:
+    """Return the words behind a source, which are assignments.
+
+    >>> require_assignments(["data.max_rejects=1"], "a.txt")
+    ['data.max_rejects=1']
+
+    Raises:
+        ConfigError: One isn't, such as a second file.
+    """
+    others, assignments = _part_words(words)
+    if others:
+        raise ConfigError(
+            f"unexpected '{others[0]}': one source ('{source}' was taken for it), and settings as data.key=value. To "
+            "read several files, name their folder, with --file-type where it holds others too."
+        )
+    return assignments
+
+
 def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the configuration file among positional words, and the assignments.
 

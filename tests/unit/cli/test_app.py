@@ -101,6 +101,10 @@ def test_the_version_is_the_installed_one(smolora):
         (["pretrain", "--data", "d", "-o", "y", "--heads", "3"], "gpt.num_heads must divide width, but 128"),
         (["pretrain", "--data", "d"], "smolora pretrain needs --out with a value."),
         (
+            ["prepare", "d/01.txt", "d/02.txt", "-o", "y"],
+            "unexpected 'd/02.txt': one source ('d/01.txt' was taken for it)",
+        ),
+        (
             ["prepare", "d", "-o", "y", "data.cunk_size=3"],
             "data.cunk_size: no such setting. Did you mean 'chunk_size'?",
         ),
