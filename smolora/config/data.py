@@ -62,7 +62,8 @@ class DataConfig(_Columns):
     piece of a text alone is learned with an end."""
 
     chunk_tokenizer: str | None = None
-    """Model folder or hub id whose tokens `chunk_size` counts. Left out, it counts words."""
+    """Model folder or hub id whose tokens `chunk_size` counts, the begin and end of a row among them. Left out, it
+    counts words, which white space parts."""
 
     chat_template: str | None = None
     """Jinja template for rows of messages. Left out, the tokenizer's, else a plain one."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from smolora.data.encoding import encode_continuation, encode_texts, get_bos_ids
 from smolora.data.ledger import DataReport
 from smolora.data.pipeline import chunk_texts
 from smolora.data.rows import Row, Values
@@ -36,6 +37,12 @@ def split_row(row: Row, column: str, size: int, tokenizer: PreTrainedTokenizerBa
         start = text.index(following, end)
         rows.append(row._replace(values={**row.values, column: piece, SPACE_TO_NEXT: text[end:start]}))
     return [*rows, row._replace(values={**row.values, column: pieces[-1]})]
+
+
+def count_added_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens a piece gets beside its own: begin and end, and SentencePiece's space before a text."""
+    space = len(encode_texts(["\n"], tokenizer)[0]) - len(encode_continuation("\n", tokenizer))
+    return len(get_bos_ids(tokenizer)) + 1 + space
 
 
 def join_pieces(rows: Iterable[Row], column: str, report: DataReport) -> list[str]:

@@ -8,13 +8,14 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
 from smolora.data.chat import check_conversation
 from smolora.data.cleaning import TextCleaningProcessor
 from smolora.data.ledger import DataReport
-from smolora.data.pieces import split_row
+from smolora.data.pieces import count_added_tokens, split_row
 from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Reject, Row, Values
 from smolora.data.task_rows import find_answer_problem, find_label_problem, find_tags_problem
@@ -112,9 +113,16 @@ class RowSelection:
         return (piece for row in rows for piece in self._split(row))
 
     def _split(self, row: Row) -> list[Row]:
-        pieces = split_row(row, self.fmt.columns["text"], self.data.chunk_size, self.chunk_tokenizer)
+        pieces = split_row(row, self.fmt.columns["text"], self._piece_size, self.chunk_tokenizer)
         self.report.added_by_chunking += len(pieces) - 1
         return pieces
+
+    @cached_property
+    def _piece_size(self) -> int:
+        """The words or tokens of a text that make a piece; what a row gets beside them counts as tokens too."""
+        if self.chunk_tokenizer is None:
+            return self.data.chunk_size
+        return max(1, self.data.chunk_size - count_added_tokens(self.chunk_tokenizer))
 
     def digest(self, row: Row) -> bytes:
         """Return 16 bytes that equal rows share and others don't; equal is what has equal columns of the form."""

@@ -2,9 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smolora.config.data import DataConfig
 from smolora.data.ledger import DataReport
 from smolora.data.pieces import goes_on, join_pieces, split_row
+from smolora.data.preprocessing import encode_rows
+from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
+from smolora.data.selection import RowSelection
+
+FMT = PromptFormat(kind="text", columns={"text": "text"})
 
 
 @given(st.text(alphabet="ab \n\t", max_size=20).filter(str.strip), st.integers(1, 4))
@@ -25,6 +31,15 @@ def test_a_piece_that_is_cut_again_goes_on_where_it_did():
     [whole] = split_row(Row({"text": "a b", "space_to_next": "\n"}, "a", 1), "text", 2)
     first, last = split_row(whole, "text", 1)
     assert (first.values["space_to_next"], last.values["space_to_next"]) == (" ", "\n")
+
+
+def test_a_piece_of_a_text_becomes_a_row_of_the_tokens_that_were_asked_for_at_most(tokenizer):
+    rows = [Row({"text": "The cat sat on the mat: hello, and then the cat ran away. " * 9}, "a", 1)]
+    selection = RowSelection(FMT, DataConfig(chunk_size=16), DataReport(), tokenizer)
+    dataset = encode_rows(
+        list(selection.select(rows, set())), FMT, tokenizer, data=DataConfig(), context=16, report=DataReport()
+    )
+    assert max(dataset.lengths) in (15, 16)
 
 
 @pytest.mark.parametrize(
