@@ -170,10 +170,12 @@ class _Fitting:
         if self.preprocessor.splits:
             return self._split(example, row, self.limit)
         if self.data.overlong == "raise":
+            is_text = self.preprocessor.fmt.kind == "text"
+            or_cut = f"; or learn all of it in pieces: data.chunk_size={self.limit} data.chunk_tokenizer=MODEL"
             raise DataError(
                 f"{row.origin} becomes {length} tokens, but the longest allowed is {self.limit}. Choose with "
                 "--overlong: truncate (cut the end and report what was lost) or drop; or raise --max-length where the "
-                "model allows it."
+                f"model allows it{or_cut if is_text else ''}."
             )
         if self.data.overlong == "drop":
             self.counts.dropped_overlong += 1

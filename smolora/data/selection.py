@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 FEWEST_ROWS_TO_SPLIT = 50
 """Below this many rows none is held out: too few to measure on, and too many to miss."""
 
+_LONG_WORD = 15
+"""Characters of a word, with the white space behind it, that a text of a language with spaces never has on average."""
+
 
 @dataclass
 class RowSelection:
@@ -38,6 +41,7 @@ class RowSelection:
     data: DataConfig
     report: DataReport
     chunk_tokenizer: PreTrainedTokenizerBase | None = None
+    _is_hint_given: bool = False
 
     def select(self, read: Iterable[Row | Reject], seen: set[bytes]) -> Iterator[Row]:
         """Yield the usable rows, cleaned, chunked and without duplicates; the report counts the others.
@@ -113,9 +117,23 @@ class RowSelection:
         return (piece for row in rows for piece in self._split(row))
 
     def _split(self, row: Row) -> list[Row]:
-        pieces = split_row(row, self.fmt.columns["text"], self._piece_size, self.chunk_tokenizer)
+        column = self.fmt.columns["text"]
+        pieces = split_row(row, column, self._piece_size, self.chunk_tokenizer)
         self.report.added_by_chunking += len(pieces) - 1
+        if self.chunk_tokenizer is None and not self._is_hint_given:
+            self._hint_at_tokens(row, max(len(str(piece.values[column])) for piece in pieces))
         return pieces
+
+    def _hint_at_tokens(self, row: Row, length: int) -> None:
+        """Say, once, what else counts the length of a text whose words white space doesn't part."""
+        if length > _LONG_WORD * self.data.chunk_size:
+            self._is_hint_given = True
+            logger.warning(
+                "%s: a piece has %s characters, as data.chunk_size counts what white space parts and a text without "
+                "spaces is one word. Count tokens: data.chunk_tokenizer=MODEL.",
+                row.origin,
+                f"{length:,}",
+            )
 
     @cached_property
     def _piece_size(self) -> int:

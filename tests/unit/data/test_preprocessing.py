@@ -42,6 +42,13 @@ def test_a_row_past_the_context_is_refused_with_its_place_and_the_choices(char):
         encode(ROWS, char, context=25)
 
 
+@pytest.mark.parametrize(("fmt", "is_said"), [(TEXT, True), (PAIR, False)])
+def test_only_plain_text_that_is_too_long_may_be_cut_into_pieces(char, fmt, is_said):
+    with pytest.raises(DataError, match="longest allowed is 5") as error:
+        encode([Row({"text": "a" * 9, "p": "a" * 9, "c": "b"}, "f", 1)], char, fmt=fmt, max_length=5)
+    assert ("data.chunk_size=5 data.chunk_tokenizer=MODEL" in str(error.value)) is is_said
+
+
 def test_of_a_text_in_pieces_the_last_alone_is_ended(tokenizer):
     dataset, _ = encode(
         [Row({"text": "the cat", "space_to_next": " "}, "f", 1), Row({"text": "sat on"}, "f", 1)], tokenizer, fmt=TEXT

@@ -128,6 +128,12 @@ def test_chunks_are_counted():
     assert report.added_by_chunking == 2
 
 
+@pytest.mark.parametrize(("text", "is_said"), [("一二三四五。" * 9, True), ("one two three " * 9, False)])
+def test_text_without_spaces_has_one_hint_at_tokens_in_place_of_words(caplog, text, is_said):
+    select(texts(text, text + "a"), chunk_size=3)
+    assert ["data.chunk_tokenizer=MODEL" in message for message in caplog.messages] == [True] * is_said
+
+
 def test_pairs_are_not_chunked():
     with pytest.raises(ConfigError, match="these rows are prompt_completion"):
         select([{"p": "a", "c": "b"}], PAIR, chunk_size=2)
