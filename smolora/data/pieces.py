@@ -46,15 +46,19 @@ def count_added_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def join_pieces(rows: Iterable[Row], column: str, report: DataReport) -> list[str]:
-    """Return the texts of rows, those of pieces that follow each other as one; the report counts what was joined."""
+    """Return the texts of rows, those of pieces that follow each other as one; the report counts what was joined.
+
+    Pieces of two files aren't joined where a text's last piece was dropped, as a duplicate is.
+    """
     texts: list[list[str]] = []
-    is_open = False
+    open_in: str | None = None
     for row in rows:
-        if is_open:
+        if row.file == open_in:
             report.joined += 1
         else:
             texts.append([])
         texts[-1].append(str(row.values[column]))
-        if is_open := goes_on(row.values):
+        open_in = row.file if goes_on(row.values) else None
+        if open_in is not None:
             texts[-1].append(str(row.values[SPACE_TO_NEXT]))
     return ["".join(parts) for parts in texts]
