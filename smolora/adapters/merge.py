@@ -30,7 +30,7 @@ from smolora.errors import ModelError
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import ModelBundle
 from smolora.models.loading import load_model, read_model_settings
-from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_template
+from smolora.models.saving import NAMED_TEMPLATES, save_model, settle_chat_form
 from smolora.models.structure import PreTrainedModel, is_quantised, is_stored_transposed
 from smolora.models.tasks import HEAD_TASKS
 from smolora.models.weight_files import INDEX_FILE, StoredTensor, list_weight_files, name_in_files, read_stored_tensors
@@ -348,4 +348,4 @@ def _copy_settings(base: Path, adapter: Path, target: Path) -> None:
     for folder in (base, adapter):  # The adapter's own format wins.
         if (folder / PROMPT_FORMAT_FILE).is_file():
             shutil.copyfile(folder / PROMPT_FORMAT_FILE, target / PROMPT_FORMAT_FILE)
-    settle_chat_template(target)
+    settle_chat_form(target)

@@ -171,6 +171,14 @@ def encode_chat_prompt(
     return [*renderer.missing_bos(ids), *ids]
 
 
+def find_turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int | None:
+    """Return the control token that ends an assistant's turn; None where the template writes none behind it."""
+    try:
+        return _Renderer(tokenizer, template).find_end_id(_SAMPLE_CHAT[:1])
+    except DataError:  # It renders other conversations than this one.
+        return None
+
+
 @dataclass(frozen=True)
 class _Renderer:
     """Renders conversations with one tokenizer and one template, and finds turns in what was rendered."""
@@ -231,10 +239,18 @@ class _Renderer:
         common = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
         return [token for token, _ in common][::-1]
 
+    def find_end_id(self, history: Sequence[Message]) -> int | None:
+        """Return the first control token of the mark that ends an assistant turn."""
+        return self._find_control_id(self._find_turn_mark(history))
+
     def has_control_token(self, ids: Sequence[int]) -> bool:
         """Whether some token is one that plain text can't produce, such as <|im_end|>."""
-        control = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        return any(token in control for token in ids)
+        return self._find_control_id(ids) is not None
+
+    def _find_control_id(self, ids: Sequence[int]) -> int | None:
+        added = self.tokenizer.added_tokens_decoder.items()  # Some tokenizers add runs of spaces.
+        control = {*self.tokenizer.all_special_ids, *(id for id, token in added if not token.content.isspace())}
+        return next((token for token in ids if token in control), None)
 
 
 def _shorten(value: object) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from smolora.config.model import Quantization, TaskType
+from smolora.data.chat import find_turn_end
 from smolora.data.prompts import PromptFormat
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
@@ -88,9 +89,13 @@ class ModelBundle:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends an answer: the generation config's, then the tokenizer's."""
+        """Every token that ends an answer: the generation config's, the tokenizer's, and its chat template's."""
         found = _read_eos(self.model.generation_config) if self._writes_by_transformers else []
-        return tuple(dict.fromkeys(id for id in (*found, self.tokenizer.eos_token_id) if id is not None))
+        found = [*found, self.tokenizer.eos_token_id]
+        form = self.prompt_format
+        if form is not None and form.kind == "messages":
+            found = [*found, find_turn_end(self.tokenizer, form.chat_template)]
+        return tuple(dict.fromkeys(id for id in found if id is not None))
 
     @property
     def generation_settings(self) -> dict[str, object]:

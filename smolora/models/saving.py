@@ -6,7 +6,9 @@ import logging
 import shutil
 from pathlib import Path
 
-from smolora.data.chat import choose_chat_template, spell_chat_template
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from smolora.data.chat import choose_chat_template, find_turn_end, spell_chat_template
 from smolora.data.prompts import read_prompt_format, write_prompt_format
 from smolora.errors import DataError
 from smolora.models.bundle import ModelBundle
@@ -19,6 +21,7 @@ from smolora.tokenizers.pretrained import load_tokenizer
 logger = logging.getLogger(__name__)
 
 TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
 NAMED_TEMPLATES = "additional_chat_templates"
 
 
@@ -35,18 +38,35 @@ def save_model(bundle: ModelBundle, folder: Path) -> None:
         share(file)
     if bundle.prompt_format:
         write_prompt_format(bundle.prompt_format, folder)
-        settle_chat_template(folder)
+        settle_chat_form(folder)
 
 
-def settle_chat_template(folder: Path) -> None:
-    """Make the chat template that a model was trained with its tokenizer's, so that plain transformers prompts so too.
-
-    Other templates that the folder has are taken away, since the model never learned from them.
-    """
+def settle_chat_form(folder: Path) -> None:
+    """Let plain transformers prompt a model, and end its answers, by the chat template that it was trained with."""
     fmt = read_prompt_format(folder)
     if fmt is None or fmt.chat_template is None:
         return
-    tokenizer, template = load_tokenizer(folder), fmt.chat_template
+    tokenizer = load_tokenizer(folder)
+    _settle_template(folder, tokenizer, fmt.chat_template)
+    _settle_end_tokens(folder, find_turn_end(tokenizer, fmt.chat_template))
+
+
+def _settle_end_tokens(folder: Path, turn_end: int | None) -> None:
+    """Add the token that ends a turn to those of generation_config.json, which is made where there is none."""
+    settings = read_json(folder / GENERATION_FILE)
+    if settings is None:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        settings = GenerationConfig.from_model_config(config).to_diff_dict()
+    own = settings.get("eos_token_id")
+    known = own if isinstance(own, list) else [own]
+    if turn_end is not None and turn_end not in known:
+        settings.pop("_from_model_config", None)  # Else transformers may make it again, by config.json.
+        ends = [id for id in (*known, turn_end) if id is not None]
+        write_json(folder / GENERATION_FILE, {**settings, "eos_token_id": ends})
+
+
+def _settle_template(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Make `template` the tokenizer's, and take others of the folder away, from which the model never learned."""
     try:
         template = spell_chat_template(template, tokenizer)
     except DataError as error:

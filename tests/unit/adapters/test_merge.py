@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from smolora.adapters.attach import quiet_peft
 from smolora.adapters.merge import merge_adapter
@@ -274,6 +274,26 @@ def test_plain_transformers_prompts_a_merged_model_as_it_was_trained(save_pair, 
     found = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert found == encode_prompt(talk, fmt, load_model(base).tokenizer)
     assert (tmp_path / "out/chat_template.jinja").read_text() == tokenizer.chat_template == PLAIN_CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_a_merged_model_ends_its_answers_where_the_template_of_the_training_ends_a_turn(
+    save_pair, tmp_path, has_settings
+):
+    base, adapter = save_pair()
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(base)
+    settings = base / "generation_config.json"
+    if has_settings:
+        change_json(settings, eos_token_id=0, top_k=7)
+    else:
+        settings.unlink()
+    template = "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    write_prompt_format(PromptFormat(kind="messages", columns={"messages": "x"}, chat_template=template), adapter)
+    merge_adapter(adapter, tmp_path / "out")
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (found.eos_token_id, found.top_k == 7) == ([0, len(tokenizer) - 1], has_settings)
 
 
 def test_named_templates_go_along_where_the_base_s_own_was_trained(save_pair, tmp_path):

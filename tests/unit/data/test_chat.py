@@ -9,6 +9,7 @@ from smolora.data.chat import (
     choose_chat_template,
     encode_chat_prompt,
     encode_conversation,
+    find_turn_end,
     spell_chat_template,
 )
 from smolora.data.encoding import decode_ids
@@ -139,6 +140,20 @@ def test_a_template_without_a_mark_for_the_end_gets_the_end_of_text(bpe):
     )
     example = encode_conversation(TALK[:2], bpe, template=template)
     assert runs(example, bpe) == ["hello there<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (None, "<|im_end|>"),
+        (PLAIN_CHAT_TEMPLATE, "<|endoftext|>"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+    ],
+)
+def test_a_turn_ends_at_the_control_token_that_the_template_writes_behind_it(chatml, template, end):
+    chatml.add_tokens(["\n\n"])
+    assert find_turn_end(chatml, template) == (None if end is None else chatml.convert_tokens_to_ids(end))
 
 
 def test_a_template_that_renders_the_last_turn_differently_still_shows_where_turns_end(chatml):

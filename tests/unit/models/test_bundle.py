@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from smolora.config.model import GPTConfig
+from smolora.data.prompts import PromptFormat
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle, count_parameters, print_trainable_parameters
 from smolora.models.gpt import GPTModel
@@ -37,6 +40,15 @@ def test_every_end_of_text_counts_once():
     assert bundle.eos_token_ids == (0,)
     bundle.model.generation_config.eos_token_id = None
     assert bundle.eos_token_ids == (0,)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("messages", (0, 288)), ("text", (0,))])
+def test_the_end_of_a_turn_is_one_of_a_model_that_learned_conversations(kind, expected):
+    bundle = bundle_of(tiny_model("llama"))
+    bundle.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    template = "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    fmt = PromptFormat(kind=kind, columns={kind: kind}, chat_template=template)
+    assert replace(bundle, prompt_format=fmt).eos_token_ids == expected
 
 
 def test_parameters_are_counted_as_scalars_and_tied_ones_once(capsys):
