@@ -35,7 +35,7 @@ def search_rows(
         BrokenRunError: The model's logits aren't finite.
     """
     alike = sorted(rows, key=lambda row: (*_shape(row), row.num_asked))
-    for (num_beams, _), group in groupby(alike, key=_shape):
+    for (num_beams, *_), group in groupby(alike, key=_shape):
         waiting = list(group)
         at_once = max(1, batch_size // num_beams)
         for start in range(0, len(waiting), at_once):
@@ -44,9 +44,9 @@ def search_rows(
             yield
 
 
-def _shape(row: Row) -> tuple[int, int]:
+def _shape(row: Row) -> tuple[int, int, list[int]]:
     """Return what rows of one batch have in common."""
-    return row.settings.num_beams, row.room
+    return row.settings.num_beams, row.room, sorted(row.end_ids)
 
 
 def _search(model: nn.Module, rows: Sequence[Row], *, use_cache: bool) -> None:

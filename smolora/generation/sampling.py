@@ -39,7 +39,8 @@ class SamplingSettings(Section):
     """Above 1 makes tokens of the prompt and the answer so far less likely. Left out, the model's own setting."""
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end an answer where one of them begins, beside those that the model itself has."""
+    """Texts that end an answer where one of them begins, beside those that the model itself has. One may be what spells
+    a special token, such as `<|im_end|>`."""
 
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """The same seed gives the same answer to a prompt, whatever it is asked with. Left out, every answer is new."""

@@ -141,6 +141,12 @@ class TextGenerator:
         return self.bundle.task == "seq2seq"
 
     @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        """Special tokens by what they spell, which is in the text of no answer, so that no stop text is found there."""
+        added = self.bundle.tokenizer.added_tokens_decoder.items()
+        return {token.content: id for id, token in added if token.special}
+
+    @cached_property
     def _slot_reach(self) -> float:
         """Up to how many tokens rows are answered by `decoding`; past them, with a word on why, by `generate`."""
         if self.bundle.num_virtual_tokens:
@@ -273,7 +279,8 @@ class TextGenerator:
         )
         source_ids, ids = (ids, [find_start_id(self._model)]) if self._has_encoder else ([], ids)
         stops = partial(ends_at_stop, tokenizer, ids, stops=settings.stop) if settings.stop else None
-        return Row(ids, room, settings, end_ids=self._end_ids, key=key, stops=stops, source_ids=source_ids)
+        end_ids = self._end_ids | {self._special_ids[text] for text in settings.stop if text in self._special_ids}
+        return Row(ids, room, settings, end_ids=end_ids, key=key, stops=stops, source_ids=source_ids)
 
     def _complete(self, settings: SamplingSettings) -> SamplingSettings:
         """Return them with the model's own repetition penalty where they name none, and with its own stop texts."""

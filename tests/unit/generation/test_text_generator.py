@@ -122,6 +122,22 @@ def test_a_stop_text_ends_an_answer_before_it_begins_streamed_or_not(generator, 
     assert "".join(generator.stream("the cat", settings=stopping)) == whole[: whole.index(stop)]
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_special_token_as_a_stop_text_ends_an_answer_though_no_answer_shows_it(num_beams, tmp_path):
+    bundle = tiny_bundle("llama", tmp_path / "base")
+    settings = GREEDY.replace(num_beams=num_beams)
+    bundle.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    often = _greedy_ids(bundle, "the cat", 4)[3]
+    bundle.model.resize_token_embeddings(len(bundle.tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        head = bundle.model.get_output_embeddings().weight
+        head[-1] = head[often] * 2
+    generator = TextGenerator(bundle)
+    whole, stopped = generator.generate(["the cat"] * 2, settings=[settings, settings.replace(stop=["<|im_end|>"])])
+    assert whole.startswith(stopped)
+    assert whole != stopped
+
+
 def test_a_stop_text_spares_the_tokens_after_it(generator):
     stop = _answer(generator, "the cat")[2:4]
     steps = []
