@@ -92,7 +92,7 @@ class SmoLoRA:
 
     @dataset.setter
     def dataset(self, rows: Dataset | Iterable[Mapping[str, object]]) -> None:
-        from smolora.data.sources import as_dataset
+        from smolora.data.memory_rows import as_dataset
 
         self._replacement = as_dataset(rows)
 
@@ -242,16 +242,13 @@ class PEFTTrainer:
             ModelError: The model can't be loaded.
             BrokenRunError: The run can't have learned.
         """
-        from smolora.data.memory_rows import MemoryRows
-        from smolora.data.sources import as_dataset
+        from smolora.data.memory_rows import MemoryRows, as_dataset
         from smolora.recipes.finetune import finetune
 
         learned, held_out = (None if rows is None else as_dataset(rows) for rows in (dataset, eval_dataset))
-        if preprocessor is not None:
-            self.config = self.config.replace(data=_name_columns(self.config.data, preprocessor))
         self._memory = MemoryRows(learned, held_out, preprocessor)
         return finetune(
-            self.config,
+            _name_columns(self.config, preprocessor),
             self.run.path,
             resume=resume,
             callbacks=self.callbacks,
@@ -270,13 +267,14 @@ class PEFTTrainer:
             ModelError: Nothing was trained.
             DataError: There are no rows to evaluate on.
         """
-        from smolora.data.memory_rows import FROM_SOURCES
-        from smolora.data.sources import as_dataset
+        from smolora.data.memory_rows import FROM_SOURCES, as_dataset
         from smolora.recipes.measure import measure
 
         self._require_trained()
         rows = None if dataset is None else as_dataset(dataset)
-        return measure(self.config, self.run.path, memory=self._memory or FROM_SOURCES, dataset=rows)
+        memory = self._memory or FROM_SOURCES
+        config = _name_columns(self.config, memory.preprocessor)
+        return measure(config, self.run.path, memory=memory, dataset=rows)
 
     def save(self) -> Path:
         """Merge the adapter into the base, check that the merged model answers the same, and return its folder.
@@ -308,9 +306,13 @@ class PEFTTrainer:
             raise ModelError(f"{self.run.path} holds nothing that was trained. Call train(...) first.")
 
 
-def _name_columns(data: DataConfig, preprocessor: DataPreprocessor) -> DataConfig:
-    """Return `data` with the columns of a preprocessor's form, where they have settings and none is set."""
+def _name_columns(config: ExperimentConfig, preprocessor: DataPreprocessor | None) -> ExperimentConfig:
+    """Return `config` with the columns of a preprocessor's form, where they have settings and none is set."""
+    if preprocessor is None:
+        return config
     fields = {f"{role}_field": column for role, column in preprocessor.fmt.columns.items()}
     known = {name: column for name, column in fields.items() if name in DataConfig.model_fields}
-    changed: DataConfig = data.replace(**{**known, **data.model_dump(exclude_unset=True)})
+    changed: ExperimentConfig = config.replace(
+        data=config.data.replace(**{**known, **config.data.model_dump(exclude_unset=True)})
+    )
     return changed

@@ -115,7 +115,7 @@ def refuse_rowless(sources: Sequence[Source], data: DataConfig, report: DataRepo
         report.files[record.file] += 1
         report.rejects += [record] if isinstance(record, Reject) else []
     report.check_rejects(data.max_rejects, out)
-    return _describe_emptiness(data.sources)
+    return describe_emptiness(data.sources)
 
 
 def close_report(report: DataReport, data: DataConfig, *, train: int, held_out: int, out: Path | None) -> None:
@@ -129,12 +129,12 @@ def close_report(report: DataReport, data: DataConfig, *, train: int, held_out: 
     report.check_rejects(data.max_rejects, out)
     report.check()
     if not train:
-        raise _describe_emptiness(data.sources)
+        raise describe_emptiness(data.sources)
     if data.eval_source is not None and not held_out:
-        raise _describe_emptiness([data.eval_source])
+        raise describe_emptiness([data.eval_source])
 
 
-def _describe_emptiness(sources: Sequence[str]) -> DataError:
+def describe_emptiness(sources: Sequence[str]) -> DataError:
     """Say the same of an empty file, of blank lines, and of rows without text."""
     named = ", ".join(sources) or "the dataset"
     return DataError(f"no rows in {named}: it is empty, or every row lacks text. Name one with text.")

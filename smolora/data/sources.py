@@ -8,7 +8,7 @@ import, so they are imported where a Dataset is made or a tokenizer loaded, whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -22,7 +22,16 @@ from smolora.data.ledger import DataReport
 from smolora.data.pieces import SPACE_TO_NEXT, join_pieces
 from smolora.data.prompts import PromptFormat
 from smolora.data.readers import check_readable
-from smolora.data.row_stream import RowStream, Source, check_form, close_report, open_file, refuse_rowless, stream_rows
+from smolora.data.row_stream import (
+    RowStream,
+    Source,
+    check_form,
+    close_report,
+    describe_emptiness,
+    open_file,
+    refuse_rowless,
+    stream_rows,
+)
 from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
 from smolora.data.source_files import choose_held_out_type, describe_left_out, find_validation_file, locate
@@ -134,7 +143,7 @@ def read_dataset(
     Without an `eval_dataset` the rows of `data.eval_source` are held out, if it is named.
 
     Raises:
-        DataError: A column or rows are missing, or too many rows were rejected.
+        DataError: A column or rows are missing, also of those to hold out, or too many rows were rejected.
     """
     held_out = None
     if eval_dataset is not None:
@@ -142,7 +151,10 @@ def read_dataset(
     elif data.eval_source is not None:
         held_out = _open_held_out(data, is_whole=False)
     stream = _stream([_open_dataset(dataset, "dataset")], held_out, data, tokenizer=tokenizer, out=out, task=task)
-    return _gather(stream, data, seed=seed, out=out)
+    rows = _gather(stream, data, seed=seed, out=out)
+    if eval_dataset is not None and not rows.held_out:
+        raise describe_emptiness(["eval_dataset"])
+    return rows
 
 
 def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Documents:
@@ -226,13 +238,6 @@ def load_text_data(folder: str | Path) -> Dataset:
         DataError: There is no text.
     """
     return prepare_dataset(folder, file_type="txt")
-
-
-def as_dataset(rows: Dataset | Iterable[Mapping[str, object]]) -> Dataset:
-    """Return rows in memory as a dataset; one that is a dataset already is returned as it is."""
-    from datasets import Dataset
-
-    return rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
 
 
 def load_dataset_from_hub(name: str, split: str = "train") -> Dataset:
