@@ -296,7 +296,7 @@ def read_rows(config: ExperimentConfig, out: Path | None = None, memory: MemoryR
         rows = read_dataset(memory.train, config.data, seed=seed, eval_dataset=memory.held_out, out=out, task=task)
     else:
         rows = read_sources(config.data, seed=seed, out=out, task=task)
-    known = memory.preprocessor.fmt.labels if memory.preprocessor else ()
+    known = memory.known_labels
     if config.adapter.path:
         known = read_adapter(find_adapter(config.adapter.path)).labels
     return replace(rows, fmt=learn_form(rows.train, rows.held_out, rows.fmt, known=known))

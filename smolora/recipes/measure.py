@@ -31,12 +31,13 @@ def measure(
         ModelError: There is no such model.
         DataError: There are no such rows, or one doesn't fit the model.
     """
+    bundle = open_model(model, device=config.model.device)
     if dataset is not None:
-        config = config.replace(data=config.data.replace(validation_fraction=0.0, deduplicate=False))
-        memory = MemoryRows(dataset, preprocessor=memory.preprocessor)
+        as_given = config.data.replace(eval_source=None, validation_fraction=0.0, deduplicate=False)
+        config = config.replace(data=as_given)
+        memory = MemoryRows(dataset, preprocessor=memory.preprocessor, labels=bundle.labels)
     config = follow_adapter(config)
     rows = read_rows(config, memory=memory)
-    bundle = open_model(model, device=config.model.device)
     data = encode_data(config, rows, bundle, memory.preprocessor)
     measured = data.held_out if dataset is None else data.train
     if measured is None:

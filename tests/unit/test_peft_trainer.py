@@ -73,12 +73,26 @@ def test_what_is_evaluated_is_what_training_measured(base, tmp_path):
     assert trainer.evaluate(HELD_OUT) == pytest.approx(found)
 
 
+def test_rows_given_to_evaluate_are_all_measured_though_some_are_the_run_s_held_out_ones(base, tmp_path):
+    file = tmp_path / "held.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
+    trainer = PEFTTrainer(quick(ModelConfig(name_or_path=base)), output_dir=tmp_path / "run")
+    trainer.train(PAIRS, HELD_OUT)
+    expected = trainer.evaluate([*HELD_OUT, PAIRS[0]])
+    trainer.config = trainer.config.replace(data=DataConfig(eval_source=str(file)))
+    assert trainer.evaluate([*HELD_OUT, PAIRS[0]]) == expected != trainer.evaluate([PAIRS[0]])
+
+
 def test_a_classifier_on_rows_in_memory(encoder, tmp_path):
     model = ModelConfig(name_or_path=encoder, task_type="classification")
     trainer = PEFTTrainer(quick(model), LoRAConfig(r=2), output_dir=tmp_path / "run")
     trainer.train(LABELLED, LABELLED[:6])
     assert set(trainer.evaluate()) == {"loss", "accuracy", "f1"}
     assert trainer.load().labels == ("bad", "good")
+    of_one_label = [row for row in LABELLED if row["label"] == "good"]
+    assert 0 <= trainer.evaluate(of_one_label)["accuracy"] <= 1
+    with pytest.raises(DataError, match="'fine' .* Learned are: bad, good"):
+        trainer.evaluate([{"text": "the dog", "label": "fine"}])
 
 
 @pytest.mark.parametrize("method", [IA3Config(), FullConfig()], ids=["ia3", "full"])
@@ -98,6 +112,8 @@ def test_a_preprocessor_names_the_columns(base, tmp_path):
         "prompt": "mr",
         "completion": "ref",
     }
+    assert trainer.config.data == DataConfig(), "they are this training's alone"
+    assert trainer.evaluate(rows)["loss"] > 0
 
 
 class Shouting(DataPreprocessor):
@@ -153,6 +169,11 @@ def test_rows_that_a_configuration_names_are_trained_on_where_none_are_given(bas
 def test_held_out_rows_without_rows_are_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="eval_dataset goes with a dataset"):
         PEFTTrainer(base, output_dir=tmp_path / "run").train(None, HELD_OUT)
+
+
+def test_an_empty_list_of_held_out_rows_is_refused_like_an_empty_file(base, tmp_path):
+    with pytest.raises(DataError, match="no rows in eval_dataset"):
+        PEFTTrainer(base, None, LOOP, output_dir=tmp_path / "run").train(PAIRS, [])
 
 
 def test_without_held_out_rows_there_is_nothing_to_evaluate_on(base, tmp_path):
