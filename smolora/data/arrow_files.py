@@ -1,4 +1,7 @@
-"""Tables of Arrow to rows: Parquet, and .arrow as `datasets` saves it (a stream of batches) or others do (a file)."""
+"""Tables of Arrow to rows: Parquet, and .arrow as `datasets` saves it (a stream of batches) or others do (a file).
+
+Numbered labels are called by the names that `datasets` keeps in the file.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smolora.data.label_names import read_label_names, spell_labels
 from smolora.data.rows import Reject, Row, check_values
 from smolora.errors import DataError, clause
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import RecordBatch, Schema
 
 _FILE_MARK = b"ARROW1"
 """What a file of Arrow begins with, and a stream doesn't."""
@@ -26,7 +30,7 @@ def iter_parquet(path: Path) -> Iterator[Row | Reject]:
     from pyarrow import parquet
 
     with _named_errors(path, "parquet"), parquet.ParquetFile(path) as file:
-        yield from _iter_rows(file.iter_batches(), path)
+        yield from _iter_rows(file.iter_batches(), path, file.schema_arrow)
 
 
 def iter_arrow(path: Path) -> Iterator[Row | Reject]:
@@ -41,18 +45,20 @@ def iter_arrow(path: Path) -> Iterator[Row | Reject]:
         is_stream = file.read(len(_FILE_MARK)) != _FILE_MARK
         file.seek(0)
         if is_stream:
-            yield from _iter_rows(pa.ipc.open_stream(file), path)
+            stream = pa.ipc.open_stream(file)
+            yield from _iter_rows(stream, path, stream.schema)
         else:
             reader = pa.ipc.open_file(file)
-            yield from _iter_rows(map(reader.get_batch, range(reader.num_record_batches)), path)
+            yield from _iter_rows(map(reader.get_batch, range(reader.num_record_batches)), path, reader.schema)
 
 
-def _iter_rows(batches: Iterable[RecordBatch], path: Path) -> Iterator[Row | Reject]:
+def _iter_rows(batches: Iterable[RecordBatch], path: Path, schema: Schema) -> Iterator[Row | Reject]:
+    names = read_label_names(schema.metadata)
     number = 0
     for batch in batches:
         for values in batch.to_pylist():
             number += 1
-            yield check_values(values, str(path), number)
+            yield check_values(spell_labels(values, names), str(path), number)
 
 
 @contextmanager

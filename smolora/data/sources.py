@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from smolora.config.data import DataConfig, FileType
 from smolora.config.model import TaskType
 from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark, open_benchmark_source
+from smolora.data.label_names import find_label_names, spell_labels
 from smolora.data.ledger import DataReport
 from smolora.data.pieces import SPACE_TO_NEXT, join_pieces
 from smolora.data.prompts import PromptFormat
-from smolora.data.readers import check_readable
+from smolora.data.readers import Read, check_readable
 from smolora.data.row_stream import (
     RowStream,
     Source,
@@ -366,7 +367,12 @@ def _open_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Sourc
 
 
 def _open_dataset(dataset: Dataset, name: str) -> Source:
-    return Source(name, lambda: (check_values(values, name, index) for index, values in enumerate(dataset, start=1)))
+    names = find_label_names(dataset.features.to_dict())
+
+    def read() -> Read:
+        return (check_values(spell_labels(row, names), name, index) for index, row in enumerate(dataset, start=1))
+
+    return Source(name, read)
 
 
 def _columns_of(sources: Iterable[Source]) -> list[str]:

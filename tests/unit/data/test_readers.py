@@ -292,6 +292,26 @@ def test_arrow_is_read_as_a_stream_and_as_a_file(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_numbered_labels_of_a_saved_dataset_are_called_by_their_names(tmp_path, kind):
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    features = Features(text=Value("string"), label=ClassLabel(names=["no", "yes"]), tags=List(ClassLabel(names=["O"])))
+    dataset = Dataset.from_dict({"text": ["a", "b"], "label": [1, -1], "tags": [[0], []]}, features=features)
+    (dataset.to_parquet if kind == "parquet" else dataset.save_to_disk)(tmp_path / "a.parquet")
+    [file] = [tmp_path / "a.parquet"] if kind == "parquet" else (tmp_path / "a.parquet").glob("*.arrow")
+    expected = [{"text": "a", "label": "yes", "tags": ["O"]}, {"text": "b", "label": -1, "tags": []}]
+    assert values(read_rows(file, kind)) == expected
+
+
+@pytest.mark.parametrize("metadata", [None, {b"huggingface": b"?"}, {b"huggingface": b'{"info": {"features": null}}'}])
+def test_a_table_without_names_of_labels_keeps_its_numbers(tmp_path, metadata):
+    table = pa.table({"label": [1]}).replace_schema_metadata(metadata)
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert values(read_rows(tmp_path / "a.arrow", "arrow")) == [{"label": 1}]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_damaged_file_of_columns_is_named(write, kind):
     with pytest.raises(DataError, match=rf"can't read .*a\.{kind}: .*[^.]\. The file may be damaged"):
         read_rows(write(f"a.{kind}", "nothing of the kind"), kind)

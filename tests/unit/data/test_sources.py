@@ -5,7 +5,7 @@ from functools import partial
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from smolora.config.data import DataConfig
 from smolora.data.sources import (
@@ -383,6 +383,13 @@ def test_a_dataset_in_memory_is_selected_like_a_file():
     rows = read_dataset(dataset, DataConfig(), seed=0, eval_dataset=Dataset.from_dict({"Text": ["c"]}))
     assert [row.values["text"] for row in rows.train + rows.held_out] == ["a", "b", "c"]
     assert rows.train[1].origin == "dataset:4"
+
+
+def test_numbered_labels_of_a_dataset_in_memory_are_called_by_their_names():
+    features = Features(text=Value("string"), label=ClassLabel(names=["no", "yes"]))
+    dataset = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    rows = read_dataset(dataset, DataConfig(), seed=0, task="classification")
+    assert [row.values["label"] for row in rows.train] == ["yes", "no"]
 
 
 def test_a_file_of_held_out_rows_goes_with_a_dataset_in_memory(tmp_path):
