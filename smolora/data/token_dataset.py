@@ -117,6 +117,11 @@ class TokenDataset:
         return len(self._input_ids)
 
     @property
+    def highest_id(self) -> int:
+        """The highest id of all tokens; 0 where there are none."""
+        return int(self._input_ids.max(initial=0))
+
+    @property
     def num_target_tokens(self) -> int:
         """What the loss counts in one pass: target tokens, or labels."""
         return int(self._is_target.sum()) if self._labels is None else len(self._labels)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
+from itertools import chain
 
 from transformers import GenerationConfig
 
@@ -247,6 +248,7 @@ class TextGenerator:
             raise ConfigError(f"{len(each)} settings for {len(prompts)} prompts: give one for all, or one for each.")
         encoded = [self._encode(prompt) for prompt in prompts]
         self._check_context(encoded)
+        self.bundle.require_embedding(max(chain.from_iterable(encoded), default=0))
         chance = secrets.randbits(63)
         asked: Counter[tuple[int, ...]] = Counter()  # By seed and prompt.
         rows = []

@@ -97,6 +97,24 @@ class ModelBundle:
             found = [*found, find_turn_end(self.tokenizer, form.chat_template)]
         return tuple(dict.fromkeys(id for id in found if id is not None))
 
+    def require_embedding(self, token_id: int) -> None:
+        """Raise unless the model can read `token_id`, the highest of what it is to read.
+
+        Raises:
+            ModelError: The tokenizer has more tokens than the model.
+        """
+        model = self.model
+        config = model.config if isinstance(model, GPTModel) else read_config(model).get_text_config()
+        assert config.vocab_size is not None, "a model that was built has embeddings"
+        size = config.vocab_size
+        if token_id >= size:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            raise ModelError(
+                f"the tokenizer encodes {token!r} as {token_id}, and {self.source} has embeddings of {size} tokens, 0 "
+                f"to {size - 1}. Where tokens were added to the tokenizer, call "
+                "model.resize_token_embeddings(len(tokenizer)) in transformers and save both again."
+            )
+
     @property
     def generation_settings(self) -> dict[str, object]:
         """What the model's own generation config sets; nothing where it has none."""

@@ -25,10 +25,16 @@ def choose_end_token(bundle: ModelBundle) -> str | None:
 
     It is the first of the tokenizer's and the generation config's end tokens that has no twin in the head. Where none
     is, the tokenizer's stays, with a warning.
+
+    Raises:
+        ModelError: The model has no embedding for the tokenizer's.
     """
     head = _find_head(bundle)
     own = bundle.tokenizer.eos_token_id
-    if head is None or own is None or not (twins := count_twins(head, own)):
+    if head is None or own is None:
+        return None
+    bundle.require_embedding(own)
+    if not (twins := count_twins(head, own)):
         return None
     crowd = f"the base can't tell {bundle.tokenizer.eos_token!r} from {twins} other tokens that it never saw"
     for token_id in bundle.eos_token_ids:

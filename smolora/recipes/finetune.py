@@ -296,9 +296,8 @@ def read_rows(config: ExperimentConfig, out: Path | None = None, memory: MemoryR
         rows = read_dataset(memory.train, config.data, seed=seed, eval_dataset=memory.held_out, out=out, task=task)
     else:
         rows = read_sources(config.data, seed=seed, out=out, task=task)
-    known = memory.known_labels
-    if config.adapter.path:
-        known = read_adapter(find_adapter(config.adapter.path)).labels
+    path = config.adapter.path
+    known = read_adapter(find_adapter(path)).labels if path else memory.known_labels
     return replace(rows, fmt=learn_form(rows.train, rows.held_out, rows.fmt, known=known))
 
 
@@ -316,6 +315,7 @@ def encode_data(
     encode = partial(encode_rows, fmt=fmt, tokenizer=base.tokenizer, data=config.data, context=base.context)
     train = encode(rows.train, preprocessor=preprocessor, report=rows.report, side="train")
     held_out = encode(rows.held_out, preprocessor=preprocessor, report=rows.report, side="validation") or None
+    base.require_embedding(max(part.highest_id for part in (train, held_out) if part))
     most = config.data.max_validation_rows
     evaluated = held_out.spread(most) if held_out and len(rows.held_out) > most else held_out
     logger.info("rows as %s", fmt.describe())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolora.data.prompts import PromptFormat, encode_prompt
-from smolora.errors import ConfigError, DataError
+from smolora.errors import ConfigError, DataError, ModelError
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.bundle import ModelBundle
@@ -204,6 +204,16 @@ def test_an_answer_ends_at_any_end_token_of_the_model_and_does_not_show_it(tmp_p
 def test_a_prompt_past_the_context_is_refused_with_both_lengths(generator):
     with pytest.raises(DataError, match=rf"{CONTEXT + 10} tokens.*context is {CONTEXT} tokens"):
         generator.generate(["a", "\n" * (CONTEXT + 10)], settings=GREEDY)
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named(tmp_path):
+    bundle = tiny_bundle("llama", tmp_path / "base")
+    bundle.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    bundle.tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}"
+    message = r"encodes '<\|im_start\|>' as 288, .* 0 to 287. .*resize_token_embeddings\(len\(tokenizer\)\)"
+    with pytest.raises(ModelError, match=message):
+        TextGenerator(bundle).generate([[{"role": "user", "content": "the cat"}]], settings=GREEDY)
+    assert TextGenerator(bundle).generate("the cat", settings=GREEDY), "which doesn't hold the token"
 
 
 def test_a_stream_refuses_a_prompt_past_the_context_before_it_is_read(generator):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolora.adapters.store import load_bundle
 from smolora.config import ExperimentConfig, resolve_config
@@ -216,6 +216,16 @@ def test_once_its_rows_are_repaired_a_run_starts_where_it_was_refused(tmp_path, 
 def test_an_overlong_row_is_refused_without_a_folder(tmp_path, base, rows):
     with pytest.raises(DataError, match="--overlong"):
         finetune(config(base, rows, "data.max_length=8"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_the_base_has_no_embedding_for_is_refused_without_a_folder(tmp_path, rows):
+    base = save_tiny_model("llama", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ModelError, match=r"encodes '<\|end\|>' as 288"):
+        finetune(config(base, rows), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
