@@ -25,6 +25,21 @@ def launched_processes() -> int:
     return int(text)
 
 
+def find_meeting_place() -> str:
+    """Return where the processes of this run find each other, as address:port.
+
+    Raises:
+        ConfigError: The environment doesn't say.
+    """
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ConfigError(
+            f"WORLD_SIZE asks for {launched_processes()} processes, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set, by which they find each other. A batch system may have "
+            "left WORLD_SIZE behind: for one process unset it; for several start with torchrun or accelerate launch."
+        )
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
 def asks_to_shard() -> bool:
     """Return whether accelerate's configuration asks for FSDP.
 

@@ -21,10 +21,11 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from smolora.errors import ConfigError, FailedElsewhere, SmoloraError, StorageError
 from smolora.runtime.available_memory import is_out_of_memory
-from smolora.runtime.launch import asks_to_shard, is_switched_on, launched_processes
+from smolora.runtime.launch import asks_to_shard, find_meeting_place, is_switched_on, launched_processes
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ _Value = TypeVar("_Value")
 
 _PATIENCE = timedelta(days=1)
 """How long a process waits for the others, as for the main one's verdict. (A lost process is seen at once.)"""
+
+_FIRST_PATIENCE = timedelta(minutes=10)
+"""How long it waits until all of them are there, which they come to before they read anything."""
 
 _MOST_NUMBERS = 3
 """Numbers that a process can send with its word that it is well."""
@@ -248,7 +252,7 @@ def join_processes(device: torch.device) -> Processes:
 
     Raises:
         ConfigError: Not as many as asked for, more than there are GPUs, or accelerate's configuration asks for what
-            this loop doesn't do.
+            this loop doesn't do; or they don't find each other.
     """
     asked, is_sharding = launched_processes(), asks_to_shard()
     _refuse_unheeded()
@@ -263,12 +267,30 @@ def join_processes(device: torch.device) -> Processes:
     from accelerate import PartialState  # Here, since a run of one process needs none of its second of imports.
 
     is_new = not distributed.is_initialized()
-    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+    met = _meet_others(asked) if is_new else {}
+    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE, **met)
     if state.num_processes != asked:
         raise ConfigError(f"WORLD_SIZE asks for {asked} processes, but accelerate connected {state.num_processes}.")
     if is_new:
         atexit.register(distributed.destroy_process_group)  # Not sooner: a script may tune more than once.
     return Processes(state.process_index, state.num_processes, state.device, is_sharding=is_sharding)
+
+
+def _meet_others(count: int) -> dict[str, object]:
+    """Wait until all processes are there; return by what they are connected, as `init_process_group` takes it."""
+    place, minutes = find_meeting_place(), _FIRST_PATIENCE.total_seconds() / 60
+    logger.info("waiting at %s for all %d processes of the run, for up to %g minutes", place, count, minutes)
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=_FIRST_PATIENCE))
+    except distributed.DistError as error:
+        raise ConfigError(
+            f"the {count} processes that WORLD_SIZE asks for haven't met at {place} in {minutes:g} minutes: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Start all of them at once, each with its own RANK from 0 to "
+            f"{count - 1}, and see that MASTER_ADDR and MASTER_PORT name the machine of RANK 0 and a free port there "
+            "that no firewall closes. For one process alone unset WORLD_SIZE."
+        ) from error
+    store.set_timeout(_PATIENCE)
+    return {"store": store, "rank": rank, "world_size": count}
 
 
 def _refuse_unheeded() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from smolora.errors import ConfigError
-from smolora.runtime.launch import asks_to_shard, is_main_launched, launched_processes
+from smolora.runtime.launch import asks_to_shard, find_meeting_place, is_main_launched, launched_processes
 
 
 def test_without_a_launcher_there_is_one_process_and_it_is_the_main_one(monkeypatch):
@@ -28,6 +28,17 @@ def test_what_is_no_number_of_processes_is_refused(monkeypatch, text):
     monkeypatch.setenv("WORLD_SIZE", text)
     with pytest.raises(ConfigError, match="WORLD_SIZE must be a number of processes"):
         launched_processes()
+
+
+def test_a_number_of_processes_without_a_place_to_meet_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(ConfigError, match=r"asks for 2 processes, and MASTER_ADDR is not set.* for one process unset"):
+        find_meeting_place()
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert find_meeting_place() == "10.0.0.1:29500"
 
 
 def test_accelerate_that_starts_one_process_of_several_is_caught(monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
+
 import pytest
 import torch
 from torch import nn
@@ -50,6 +53,21 @@ def test_what_accelerate_is_configured_for_and_would_not_happen_is_refused(monke
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=words):
         join_processes(CPU)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_the_others_never_join_says_where_it_waited_and_what_to_check(monkeypatch, caplog, rank):
+    caplog.set_level("INFO", logger="smolora")
+    monkeypatch.setattr("smolora.training.processes._FIRST_PATIENCE", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match=rf"haven't met at 127.0.0.1:{port} in .* unset WORLD_SIZE"):
+        join_processes(CPU)
+    assert f"waiting at 127.0.0.1:{port} for all 2 processes" in caplog.text
 
 
 def test_one_process_that_is_asked_to_shard_keeps_the_model_whole_and_says_so(monkeypatch, caplog):
