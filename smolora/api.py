@@ -122,15 +122,22 @@ class SmoLoRA:
     def save(self) -> None:
         """Merge the adapter into the base, check that the merged model answers the same, and write it.
 
+        Of several processes the main one does, and the others wait for it.
+
         Raises:
             ModelError: There is no adapter yet.
             ConfigError: The merged model exists already.
         """
-        if not self.adapter_checkpoint.is_dir():
-            raise ModelError(f"there is nothing to save: {self.output_dir} holds no adapter. Call train() first.")
         from smolora.recipes.merge import merge
+        from smolora.runtime.device import resolve_device
+        from smolora.training.processes import run_in_main
 
-        merge(self.output_dir)
+        def merge_adapter() -> None:
+            if not self.adapter_checkpoint.is_dir():
+                raise ModelError(f"there is nothing to save: {self.output_dir} holds no adapter. Call train() first.")
+            merge(self.output_dir)
+
+        run_in_main(merge_adapter, resolve_device(self.config.model.device).device)
 
     def load_model(self, path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """Open a model folder, an adapter, a run or a hub id, ask it from now on, and return model and tokenizer.
@@ -279,16 +286,22 @@ class PEFTTrainer:
     def save(self) -> Path:
         """Merge the adapter into the base, check that the merged model answers the same, and return its folder.
 
-        Where all of the model was trained, the run has that folder already.
+        Where all of the model was trained, the run has that folder already. Of several processes the main one merges,
+        and the others wait for it.
 
         Raises:
             ModelError: Nothing was trained, or the base can't take the adapter.
             ConfigError: The merged model exists already.
         """
         from smolora.recipes.merge import merge
+        from smolora.runtime.device import resolve_device
+        from smolora.training.processes import run_in_main
 
-        self._require_trained()
-        return self.run.model if self.run.model.is_dir() else Path(merge(self.run.path).out)
+        def merge_adapter() -> Path:
+            self._require_trained()
+            return self.run.model if self.run.model.is_dir() else Path(merge(self.run.path).out)
+
+        return run_in_main(merge_adapter, resolve_device(self.config.model.device).device)
 
     def load(self) -> ModelBundle:
         """Open what was trained, for asking.

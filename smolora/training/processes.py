@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Lock
@@ -274,6 +274,17 @@ def join_processes(device: torch.device) -> Processes:
     if is_new:
         atexit.register(distributed.destroy_process_group)  # Not sooner: a script may tune more than once.
     return Processes(state.process_index, state.num_processes, state.device, is_sharding=is_sharding)
+
+
+def run_in_main(make: Callable[[], _Value], device: torch.device) -> _Value:
+    """Run `make` in the main process of those that a launcher started, and return its value in all of them.
+
+    Raises:
+        FailedElsewhere: It failed there.
+    """
+    processes = join_processes(device)
+    with processes.together() if processes.count > 1 else nullcontext():
+        return processes.from_main(make)
 
 
 def _meet_others(count: int) -> dict[str, object]:

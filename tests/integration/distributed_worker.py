@@ -18,6 +18,7 @@ from pathlib import Path
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 
+from smolora import SmoLoRA
 from smolora.adapters.attach import plain_model
 from smolora.cli.app import run as run_command
 from smolora.config import ExperimentConfig, resolve_config
@@ -97,6 +98,8 @@ def main(folder: Path) -> None:
         "other_rows": lambda: tune(folder, "other_rows", dataset=Dataset.from_list([row_of_this_process()] * 9)),
         "verb": lambda: command(["report", str(folder / "tune")]),
         "again": lambda: tune(folder, "again"),
+        "saved": lambda: save_and_ask(folder / "again"),
+        "saved_again": lambda: save_and_ask(folder / "again"),
         "sharded": lambda: sharded(lambda: stop_sharded(folder)),
         "sharded_resumed": lambda: sharded(lambda: resume_recomputing(folder)),
         "sharded_nan": lambda: sharded(lambda: tune(folder, "sharded_nan", At(1, 1, plant_nan, is_after=True))),
@@ -132,6 +135,17 @@ def tune(folder: Path, name: str, *callbacks: Callback, dataset: Dataset | None 
     except (OSError, ValueError) as error:
         return 5 if isinstance(error, OSError) else 1, str(error)
     return 0, ""
+
+
+def save_and_ask(run: Path) -> tuple[int, str]:
+    """Go on with the README's walk after training."""
+    trainer = SmoLoRA("a base that the adapter knows", "rows", output_dir=str(run))
+    try:
+        trainer.save()
+    except SmoloraError as error:
+        return error.exit_code, str(error)
+    trainer.load_model(trainer.merged_model_path)
+    return 0, trainer.inference("one", max_new_tokens=5, do_sample=False)
 
 
 def sharded(scenario: Callable[[], tuple[int, str]]) -> tuple[int, str]:

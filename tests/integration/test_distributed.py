@@ -208,6 +208,12 @@ def test_processes_that_failed_can_run_again(shared):
     assert hash_folder(shared / "again/adapter_checkpoint") == hash_folder(shared / "tune/adapter_checkpoint")
 
 
+def test_the_main_process_merges_and_all_may_ask_what_it_saved(shared):
+    assert exit_codes(shared, "saved") == [0, 0]
+    assert outcomes(shared, "saved")[0] == outcomes(shared, "saved")[1]
+    assert exit_codes(shared, "saved_again") == [2, 2], "it is there"
+
+
 def test_a_sharded_run_that_was_stopped_and_resumed_equals_that_of_one_process(shared, alone):
     """Phases, accumulation, recomputed activations after the stop, and a step in which one process has no row."""
     assert exit_codes(shared, "sharded") == [75, 75]
