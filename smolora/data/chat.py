@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from smolora.data.encoding import check_spelling, get_bos_ids, get_eos_id
+from smolora.data.encoding import check_spelling, decode_ids, get_bos_ids, get_eos_id
 from smolora.data.token_dataset import Example, build_example
 from smolora.errors import DataError, clause, did_you_mean
 
@@ -212,12 +212,22 @@ class _Renderer:
     def find_start(self, ids: list[int], messages: Sequence[Message], turn: int) -> int:
         prompt = self.render(messages[:turn], is_prompt=True)
         if ids[: len(prompt)] != prompt:
-            raise DataError(
-                f"the chat template renders what comes before turn {turn + 1} differently once the turn is there, so "
-                "the model would learn from a prefix that it never sees later. Set another data.chat_template, or drop "
-                "the row."
-            )
+            raise self._refuse_prefix(ids, prompt, turn + 1)
         return len(prompt)
+
+    def _refuse_prefix(self, ids: Sequence[int], prompt: Sequence[int], number: int) -> DataError:
+        """Return what to say of a turn with which what comes before it has other tokens than without."""
+        whole, before = decode_ids(ids, self.tokenizer), decode_ids(prompt, self.tokenizer)
+        if whole.startswith(before):
+            problem = f"the tokenizer makes one token of {before[-1:]!r}, by which the chat template ends what comes "
+            problem += f"before turn {number}, and the first word of the turn"
+            advice = "Set a data.chat_template in which the generation prompt ends without it"
+        else:
+            problem = f"the chat template renders what comes before turn {number} differently once the turn is there"
+            advice = "Set another data.chat_template"
+        return DataError(
+            f"{problem}, so the model would learn from a prefix that it never sees later. {advice}, or drop the row."
+        )
 
     def find_end(self, ids: list[int], messages: Sequence[Message], turn: int, start: int) -> int:
         """Return where a turn ends: as in the conversation cut after it, else at the first mark that ends a turn.

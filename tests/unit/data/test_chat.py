@@ -171,6 +171,17 @@ def test_a_template_that_rewrites_what_came_before_is_refused(chatml):
         encode_conversation(TALK, chatml, template=template)
 
 
+def test_a_generation_prompt_whose_last_space_goes_with_the_answer_is_refused_for_that(gpt2):
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(DataError, match="one token of ' ', .* before turn 2, .* prompt ends without it"):
+        encode_conversation(TALK, gpt2, template=template)
+    example = encode_conversation(TALK, gpt2, template=template.replace("assistant: {%", "assistant:{%"))
+    assert runs(example, gpt2) == [" hello there<|endoftext|>", " sat<|endoftext|>"]
+
+
 def test_a_template_that_drops_the_answer_is_refused(chatml):
     template = chatml.chat_template.replace("m['content']", "(m['content'] if m['role'] == 'user' else 'no')")
     with pytest.raises(DataError, match="'hello there' was meant"):
