@@ -5,11 +5,12 @@ Numbered labels are called by the names that `datasets` keeps in the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smolora.config.data import FileType
 from smolora.data.label_names import read_label_names, spell_labels
 from smolora.data.rows import Reject, Row, check_values
 from smolora.errors import DataError, clause
@@ -39,6 +40,29 @@ def iter_arrow(path: Path) -> Iterator[Row | Reject]:
     Raises:
         DataError: It can't be read.
     """
+    with _open_arrow(path) as (schema, batches):
+        yield from _iter_rows(batches, path, schema)
+
+
+def read_names_in(path: Path, file_type: FileType) -> dict[str, Sequence[str]]:
+    """Return what numbered labels are called, by column; nothing of a file of a type that can't say so.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    if file_type == "arrow":
+        with _open_arrow(path) as (schema, _):
+            return read_label_names(schema.metadata)
+    if file_type != "parquet":
+        return {}
+    from pyarrow import parquet
+
+    with _named_errors(path, "parquet"):
+        return read_label_names(parquet.read_schema(path).metadata)
+
+
+@contextmanager
+def _open_arrow(path: Path) -> Iterator[tuple[Schema, Iterable[RecordBatch]]]:
     import pyarrow as pa
 
     with _named_errors(path, "Arrow"), pa.OSFile(str(path)) as file:
@@ -46,10 +70,10 @@ def iter_arrow(path: Path) -> Iterator[Row | Reject]:
         file.seek(0)
         if is_stream:
             stream = pa.ipc.open_stream(file)
-            yield from _iter_rows(stream, path, stream.schema)
+            yield stream.schema, stream
         else:
             reader = pa.ipc.open_file(file)
-            yield from _iter_rows(map(reader.get_batch, range(reader.num_record_batches)), path, reader.schema)
+            yield reader.schema, map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _iter_rows(batches: Iterable[RecordBatch], path: Path, schema: Schema) -> Iterator[Row | Reject]:

@@ -6,7 +6,7 @@ and that decides what is cleaned and what makes two rows equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig, FileType
 from smolora.config.model import TaskType
+from smolora.data.arrow_files import read_names_in
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, resolve_prompt_format
 from smolora.data.readers import Read, iter_rows, read_columns, read_documents
@@ -34,6 +35,8 @@ class Source:
     read: Callable[[], Read]
     list_columns: Callable[[], list[str]] | None = None
     """Reads the columns of all rows; None where the first row has them all."""
+    read_label_names: Callable[[], Mapping[str, Sequence[str]]] = dict
+    """Reads what numbered labels are called, by column; rows have the names."""
 
     @cached_property
     def columns(self) -> list[str]:
@@ -57,6 +60,8 @@ class RowStream:
     """The rows to learn from, without those that passed in `held_out`."""
     fmt: PromptFormat
     report: DataReport
+    label_names: Mapping[str, Sequence[str]]
+    """What numbered labels of the first source are called, by column."""
 
 
 def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Source:
@@ -65,7 +70,10 @@ def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Sou
         return Source(str(path), lambda: iter(read_documents(path)))
     is_mixed = file_type in ("jsonl", "json")  # Their rows may differ in their columns.
     return Source(
-        str(path), lambda: iter_rows(path, file_type), (lambda: read_columns(path, file_type)) if is_mixed else None
+        str(path),
+        lambda: iter_rows(path, file_type),
+        (lambda: read_columns(path, file_type)) if is_mixed else None,
+        lambda: read_names_in(path, file_type),
     )
 
 
@@ -102,11 +110,12 @@ def stream_rows(
     fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
     rows = chooser.select(_iter_alike(train, fmt, data, task), set())
+    names = train[0].read_label_names()
     if held_out is None:
-        return RowStream(None, rows, fmt, report)
+        return RowStream(None, rows, fmt, report, names)
     passed: set[bytes] = set()
     named = chooser.select(_iter_alike(held_out, fmt, data, task), passed)
-    return RowStream(named, chooser.leave_out(rows, passed), fmt, report)
+    return RowStream(named, chooser.leave_out(rows, passed), fmt, report, names)
 
 
 def refuse_rowless(sources: Sequence[Source], data: DataConfig, report: DataReport, out: Path | None) -> DataError:

@@ -372,7 +372,7 @@ def _open_dataset(dataset: Dataset, name: str) -> Source:
     def read() -> Read:
         return (check_values(spell_labels(row, names), name, index) for index, row in enumerate(dataset, start=1))
 
-    return Source(name, read)
+    return Source(name, read, read_label_names=lambda: names)
 
 
 def _columns_of(sources: Iterable[Source]) -> list[str]:

@@ -69,7 +69,7 @@ def fit_to_head(source: RowSource, bundle: ModelBundle) -> RowSource:
 
 def _fit_texts(source: RowSource, bundle: ModelBundle) -> RowSource:
     named = source.resources.labels
-    aliases = _name_numbers(named, bundle)
+    aliases = _find_aliases(source, bundle)
     asked_as_prompt = _is_asked_as_prompt(bundle)
 
     def fit(row: BenchmarkRow) -> BenchmarkRow:
@@ -88,7 +88,7 @@ def _fit_texts(source: RowSource, bundle: ModelBundle) -> RowSource:
 
 
 def _fit_words(source: RowSource, bundle: ModelBundle) -> RowSource:
-    aliases = _name_numbers((), bundle)
+    aliases = _find_aliases(source, bundle)
 
     def fit(row: BenchmarkRow) -> BenchmarkRow:
         words, tags = read_words(row)
@@ -124,6 +124,13 @@ def require_head(bundle: ModelBundle, task: TaskType) -> None:
             f"this model is a {TASK_NAMES[bundle.task]}, and this is for a {TASK_NAMES[task]}: ask it with "
             f"InferencePipeline.{ASKED_BY[bundle.task]}."
         )
+
+
+def _find_aliases(source: RowSource, bundle: ModelBundle) -> dict[str, str]:
+    """Return which label of the head other names of rows stand for."""
+    numbers = _name_numbers(source.resources.labels, bundle)
+    found = {name: match_label(f"{i}", bundle.labels, numbers) for i, name in enumerate(source.label_names)}
+    return numbers | {name: label for name, label in found.items() if label is not None}
 
 
 def _name_numbers(named: Sequence[str], bundle: ModelBundle) -> dict[str, str]:

@@ -53,6 +53,8 @@ class RowSource:
     resources: Resources = field(default_factory=Resources)
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+    """What the rows call labels that are numbers beneath, in the order of these."""
     stand_in: Path | None = None
     """A file that is read where the benchmark's own isn't there."""
 
@@ -145,12 +147,15 @@ def open_data(
     check_sources(data)
     open_stream = partial(stream_sources, tokenizer=tokenizer, task=task)
     data = _choose_columns(data, trained, open_stream)
-    fmt = open_stream(data).fmt
+    stream = open_stream(data)
+    fmt = stream.fmt
+    labelled = fmt.columns.get("label") or fmt.columns.get("tags") or ""
     files = [Path(source) for source in sources]
     return RowSource(
         name=f"{files[0].stem}{limit}",
         iter_rows=lambda: _iter_rows(open_stream(data), data, trained, num_samples),
         metrics=("loss",) if fmt.kind == "text" else (*_ANSWER_METRICS, "loss"),
+        label_names=tuple(stream.label_names.get(labelled, ())),
         identity={
             "rows": num_samples,
             "form": fmt.describe(),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification
 
 from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
@@ -114,6 +115,20 @@ def test_a_classifier_that_was_not_tuned_here_takes_the_numbers_of_its_outputs(t
     by_number = ask_rows(folder, [{"text": "good", "label": 1}], tmp_path)
     by_name = ask_rows(folder, [{"text": "good", "label": "LABEL_1"}], tmp_path)
     assert by_number.metrics == by_name.metrics
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_it_takes_them_too_where_the_rows_have_names_for_their_numbers(tmp_path, suffix):
+    folder = save_tiny_encoder("bert", tmp_path / "base")
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).save_pretrained(folder)
+    dataset = Dataset.from_list([{"text": "good", "label": 1}]).cast_column("label", ClassLabel(names=["neg", "pos"]))
+    if suffix == "parquet":
+        dataset.to_parquet(tmp_path / "rows.parquet")
+    else:
+        dataset.save_to_disk(tmp_path / "rows.arrow")
+    data = DataConfig(sources=(str(tmp_path / f"rows.{suffix}"),))
+    found = evaluate(EvaluationRequest(model=str(folder), data=data))
+    assert found.metrics == ask_rows(folder, [{"text": "good", "label": 1}], tmp_path).metrics
 
 
 def test_rows_past_the_context_are_cut_and_counted(run, tmp_path, caplog):
