@@ -74,7 +74,7 @@ class DataConfig(_Columns):
     one), flatten_whitespace (all on one line), lowercase."""
 
     deduplicate: bool = True
-    """Drop rows equal to an earlier one in the columns that the task reads, keeping order."""
+    """Drop rows that teach the same as an earlier one in the columns that the task reads, keeping order."""
 
     validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of rows to hold out where no `eval_source` is given. Of fewer than 50 rows none is, whatever stands here:

@@ -6,10 +6,13 @@ generation markers, which most templates lack. Control tokens that a user typed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -38,6 +41,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 _WEIGHTS: tuple[object, ...] = (None, 0, 1)
 """What a turn's `weight` may be, as in OpenAI's files; Parquet has None where JSON leaves a key out."""
 
+_USUALLY_RENDERED = frozenset(
+    ("name", "tools", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
+)
+"""What templates read of a turn beside role and content, where the template isn't known yet."""
+
+_CALLS = frozenset(("tool_calls", "function_call"))
+_TOLD = ("role", "content", "weight")
 
 _SAMPLE_CHAT: tuple[Message, ...] = (
     {"role": "user", "content": "Who are you?"},
@@ -82,7 +92,7 @@ def check_messages(value: object) -> list[dict[str, str]]:
     """Return `value` as messages.
 
     Raises:
-        DataError: It isn't a list of {"role": text, "content": text}, or a turn is empty.
+        DataError: It isn't a list of {"role": text, "content": text}, or a turn is empty that calls no tool either.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise DataError(f'messages must be a list of {{"role": ..., "content": ...}}, found {_shorten(value)}.')
@@ -92,11 +102,13 @@ def check_messages(value: object) -> list[dict[str, str]]:
         for key in ("role", "content"):
             text = message.get(key)
             if not isinstance(text, str) or not text.strip():
+                if key == "content" and not text and any(map(message.get, _CALLS)):
+                    continue
                 keys = ", ".join(map(str, message))
                 raise DataError(
                     f"message {number} needs text under {key!r}, found {_shorten(text)} (its keys: {keys})."
                 )
-    return [dict(message) for message in value]
+    return [dict(message) if message.get("content") else {**message, "content": ""} for message in value]
 
 
 def is_learned(message: Mapping[str, object]) -> bool:
@@ -104,16 +116,17 @@ def is_learned(message: Mapping[str, object]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def check_conversation(value: object, template: str | None) -> list[dict[str, str]]:
-    """Return `value` as messages that can be learned from.
+def check_conversation(value: object, template: str | None, tools: object = None) -> list[dict[str, str]]:
+    """Return `value` as messages that can be learned from; the first one carries the tools.
 
     Args:
         value: What a row holds.
-        template: The chat template, which may name roles of its own.
+        template: The chat template, which may name roles of its own; None where it isn't known yet.
+        tools: What the row says may be called: a list of objects, or that as JSON.
 
     Raises:
         DataError: As `check_messages`, or a turn that nothing prompts is to be learned, or somebody unknown speaks, or
-            a weight is neither 0 nor 1.
+            a weight is neither 0 nor 1, or the template leaves tools or their calls out.
     """
     messages = check_messages(value)
     for number, message in enumerate(messages, start=1):
@@ -128,9 +141,57 @@ def check_conversation(value: object, template: str | None) -> list[dict[str, st
                 f"message {number} has the weight {message['weight']!r}. Known: 1, by which a turn is learned as it is "
                 "without a weight, and 0, by which it is context alone."
             )
+        for key in _CALLS.intersection(message):
+            if message[key]:
+                _require_rendered(f"message {number} has", key, template)
     if is_learned(messages[0]):
         raise DataError("the conversation begins with the assistant, so nothing prompts its first turn.")
+    if offered := _read_tools(tools):
+        _require_rendered("the row has", "tools", template)
+        messages[0] = {**messages[0], "tools": offered}
     return messages
+
+
+def _require_rendered(found: str, key: str, template: str | None) -> None:
+    if template is not None and key not in _list_names(template):
+        raise DataError(
+            f"{found} {key}, and the chat template leaves them out, so that something else would be learned. Set a "
+            f"data.chat_template that renders them, or take {key} out of the row."
+        )
+
+
+def _read_tools(value: object) -> Any:
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value else value
+    except ValueError:
+        tools = value
+    if tools and (not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools)):
+        raise DataError(f"tools must be a list of objects, or that as JSON, found {_shorten(value)}.")
+    return tools
+
+
+def list_taught(messages: Sequence[Message], template: str | None) -> list[list[object]]:
+    """Return of each turn what is rendered and whether it is learned: equal for conversations that teach the same."""
+    names = _USUALLY_RENDERED if template is None else _list_names(template)
+    return [
+        [
+            message["role"],
+            message.get("content") or "",
+            is_learned(message),
+            *(sorted(_read_further(message, names)) if len(message) > 2 else ()),
+        ]
+        for message in messages
+    ]
+
+
+def _read_further(message: Message, names: Set[str]) -> Iterator[tuple[str, object]]:
+    return ((key, value) for key, value in message.items() if value and key in names and key not in _TOLD)
+
+
+@lru_cache
+def _list_names(template: str) -> frozenset[str]:
+    """Return the words of a template, among them the keys that it reads."""
+    return frozenset(re.findall(r"\w+", template))
 
 
 def encode_conversation(
@@ -190,6 +251,7 @@ class _Renderer:
         try:
             encoded = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=messages[0].get("tools"),
                 chat_template=self.template or choose_chat_template(self.tokenizer),
                 add_generation_prompt=is_prompt,
                 tokenize=True,

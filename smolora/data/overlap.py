@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from smolora.data.prompts import PromptFormat
+from smolora.data.prompts import PromptFormat, reduce_to_taught
 from smolora.data.rows import Row
 
 
@@ -39,11 +39,9 @@ _ANSWERS = {
 
 def measure_overlap(train: Iterable[Row], held_out: Sequence[Row], fmt: PromptFormat) -> Overlap:
     """Return how many of `held_out` are in `train`; memory is a digest for each held-out row."""
-    answers = {fmt.columns[role] for role in _ANSWERS[fmt.kind] if role in fmt.columns}
-    whole = tuple(fmt.columns.values())
-    asked = tuple(column for column in whole if column not in answers)
-    rows = _count_seen(train, held_out, whole)
-    prompts = _count_seen(train, held_out, asked) if answers else None
+    answers = fmt.columns.keys() & _ANSWERS[fmt.kind]
+    rows = _count_seen(train, held_out, fmt, set())
+    prompts = _count_seen(train, held_out, fmt, answers) if answers else None
     return Overlap(len(held_out), rows, prompts)
 
 
@@ -62,13 +60,18 @@ def measure_shared_text(train: Iterable[str], held_out: Sequence[str]) -> float:
     return sum(len(line) for line in lines if line in seen) / sum(map(len, lines))
 
 
-def _count_seen(train: Iterable[Row], held_out: Sequence[Row], columns: tuple[str, ...]) -> int:
-    digests = [_digest(row, columns) for row in held_out]
+def _count_seen(train: Iterable[Row], held_out: Sequence[Row], fmt: PromptFormat, but_for: Set[str]) -> int:
+    digests = [_digest(row, fmt, but_for) for row in held_out]
     wanted = set(digests)
-    seen = {digest for row in train if (digest := _digest(row, columns)) in wanted}
+    seen = {digest for row in train if (digest := _digest(row, fmt, but_for)) in wanted}
     return sum(digest in seen for digest in digests)
 
 
-def _digest(row: Row, columns: tuple[str, ...]) -> bytes:
-    texts = (" ".join(str(row.values.get(column, "")).casefold().split()) for column in columns)
+def _digest(row: Row, fmt: PromptFormat, but_for: Set[str]) -> bytes:
+    taught = (
+        reduce_to_taught(row.values.get(column), role, fmt)
+        for role, column in fmt.columns.items()
+        if role not in but_for
+    )
+    texts = (" ".join(str(value).casefold().split()) for value in taught)
     return blake2b("\x00".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()

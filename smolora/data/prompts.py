@@ -22,6 +22,7 @@ from smolora.data.chat import (
     choose_chat_template,
     encode_chat_prompt,
     encode_conversation,
+    list_taught,
 )
 from smolora.data.encoding import encode_pairs, encode_texts, get_bos_ids
 from smolora.data.rows import find_column, match_column
@@ -38,14 +39,16 @@ PROMPT_FORMAT_FILE = "prompt_format.json"
 Kind = Literal["text", "prompt_completion", "instruction", "messages", "classification", "token_classification", "qa"]
 
 _RECOGNISED: dict[Kind, tuple[str, ...]] = {
-    "messages": ("messages",),
+    "messages": ("messages", "tools"),
     "prompt_completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
+    "instruction": ("instruction", "input", "output"),
     "text": ("text",),
 }
 """The columns that make a form, most specific first."""
 
-_ROLES = {role for roles in _RECOGNISED.values() for role in roles} | {"input"}
+_MAY_LACK = {"tools", "input"}
+
+_ROLES = {role for roles in _RECOGNISED.values() for role in roles}
 
 _TRAINED: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
@@ -180,11 +183,10 @@ def resolve_prompt_format(
         return named
     for kind, roles in _RECOGNISED.items():
         found = {role: column for role in roles if (column := match_column(role, columns)) is not None}
-        if len(found) < len(roles):
+        if not found.keys() >= set(roles) - _MAY_LACK:
             continue
-        if kind == "instruction" and (given := match_column("input", columns)) is not None:
-            found = {"instruction": found["instruction"], "input": given, "output": found["output"]}
-        template = data.chat_template or choose_chat_template(tokenizer) if kind == "messages" else None
+        own = choose_chat_template(tokenizer) if tokenizer is not None else None
+        template = data.chat_template or own if kind == "messages" else None
         return PromptFormat(kind=kind, columns=found, chat_template=template)
     raise DataError(
         f"the columns {', '.join(map(repr, columns)) or '(none)'} fit no form. Known: text; prompt and completion; "
@@ -225,6 +227,25 @@ def render_pair(row: Mapping[str, object], fmt: PromptFormat) -> tuple[str, str]
     return values["prompt"], values["completion"]
 
 
+def read_conversation(row: Mapping[str, object], fmt: PromptFormat) -> list[dict[str, str]]:
+    """Return the messages of a row; the first one carries the row's tools.
+
+    Raises:
+        DataError: As `check_conversation`.
+    """
+    tools = row.get(fmt.columns.get("tools", ""))
+    return check_conversation(row.get(fmt.columns["messages"]), fmt.chat_template, tools)
+
+
+def reduce_to_taught(value: object, role: str, fmt: PromptFormat) -> object:
+    """Return what of a column's value is rendered, so that values that teach the same are equal."""
+    if isinstance(value, str):
+        return "" if value.isspace() else value
+    if role == "messages" and isinstance(value, Sequence):
+        return list_taught(value, fmt.chat_template)
+    return "" if value is None or value == [] else value
+
+
 def encode_row(row: Mapping[str, object], fmt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Encode one row: begin-of-text once where the tokenizer has the habit, end-of-text last; only answers are targets.
 
@@ -232,8 +253,7 @@ def encode_row(row: Mapping[str, object], fmt: PromptFormat, tokenizer: PreTrain
         DataError: The row doesn't fit the form.
     """
     if fmt.kind == "messages":
-        messages = check_conversation(row.get(fmt.columns["messages"]), fmt.chat_template)
-        return encode_conversation(messages, tokenizer, template=fmt.chat_template)
+        return encode_conversation(read_conversation(row, fmt), tokenizer, template=fmt.chat_template)
     return encode_pairs([render_pair(row, fmt)], tokenizer, end_token=fmt.end_token)[0]
 
 

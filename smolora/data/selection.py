@@ -12,11 +12,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
-from smolora.data.chat import check_conversation
 from smolora.data.cleaning import TextCleaningProcessor
 from smolora.data.ledger import DataReport
 from smolora.data.pieces import count_added_tokens, split_row
-from smolora.data.prompts import PromptFormat
+from smolora.data.prompts import PromptFormat, read_conversation, reduce_to_taught
 from smolora.data.rows import Reject, Row, Values
 from smolora.data.task_rows import find_answer_problem, find_label_problem, find_tags_problem
 from smolora.errors import ConfigError, DataError
@@ -143,17 +142,23 @@ class RowSelection:
         return max(1, self.data.chunk_size - count_added_tokens(self.chunk_tokenizer))
 
     def digest(self, row: Row) -> bytes:
-        """Return 16 bytes that equal rows share and others don't; equal is what has equal columns of the form."""
-        return hashlib.blake2b(
-            b"\xff".join([_to_bytes(row.values.get(column)) for column in self.fmt.columns.values()]), digest_size=16
-        ).digest()
+        """Return 16 bytes that equal rows share and others don't; equal is what teaches the same."""
+        parts = [
+            # Most values are such a text, and a call the less for each counts here.
+            value.encode()
+            if isinstance(value := row.values.get(column), str) and not value.isspace()
+            else _to_bytes(reduce_to_taught(value, role, self.fmt))
+            for role, column in self.fmt.columns.items()
+        ]
+        return hashlib.blake2b(b"\xff".join(parts), digest_size=16).digest()
 
 
-def _to_bytes(value: object) -> bytes:
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode
+
+
+def _to_bytes(taught: object) -> bytes:
     """Return bytes that no other value has, and in which 0xff doesn't occur."""
-    if isinstance(value, str):
-        return value.encode()
-    return b"\xfe" + json.dumps(value, sort_keys=True, default=str).encode()
+    return b"\xfe" + _encode(taught).encode() if taught != "" else b""
 
 
 def find_problem(row: Row, fmt: PromptFormat) -> str | None:
@@ -162,7 +167,7 @@ def find_problem(row: Row, fmt: PromptFormat) -> str | None:
         return None
     for role, column in fmt.columns.items():
         if role == "messages":
-            return _find_message_problem(row.values.get(column), fmt.chat_template)
+            return _find_message_problem(row, fmt)
         if column not in row.values and role != "input":
             return f"no column {column!r}; found {', '.join(map(repr, row.values))}"
         value = row.values.get(column)
@@ -183,9 +188,9 @@ _NO_TEXT: dict[str, Callable[[Values, Mapping[str, str]], str | None]] = {
 """What is wrong with the values of roles that aren't plain text."""
 
 
-def _find_message_problem(value: object, template: str | None) -> str | None:
+def _find_message_problem(row: Row, fmt: PromptFormat) -> str | None:
     try:
-        check_conversation(value, template)
+        read_conversation(row.values, fmt)
     except DataError as error:
         return str(error)
     return None

@@ -16,13 +16,13 @@ from smolora.config.data import DataConfig
 from smolora.config.model import TaskType
 from smolora.data.benchmark_rows import BenchmarkRow, Prompt
 from smolora.data.benchmarks import get_benchmark
-from smolora.data.chat import check_messages, is_learned
-from smolora.data.prompts import PromptFormat, render_pair
+from smolora.data.chat import is_learned
+from smolora.data.prompts import PromptFormat, read_conversation, render_pair
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
 from smolora.data.source_files import find_validation_file
 from smolora.data.sources import check_sources, stream_sources
-from smolora.errors import ConfigError, DataError
+from smolora.errors import ConfigError, DataError, count_of
 from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources
 from smolora.records.staging import hash_file
@@ -57,6 +57,8 @@ class RowSource:
     """What the rows call labels that are numbers beneath, in the order of these."""
     stand_in: Path | None = None
     """A file that is read where the benchmark's own isn't there."""
+    unanswered: set[str] = field(default_factory=set)
+    """Places of conversations that hold no answer to compare with; they are left out."""
 
     def count(self) -> int:
         """Return the number of rows, all of which are read for it, once.
@@ -82,6 +84,10 @@ class RowSource:
         for row in self.iter_rows():
             digest.update(json.dumps([row.prompt, row.references]).encode() + b"\n")
             num_rows += 1
+        if self.unanswered:
+            logger.info(
+                "left out: %s without an answer of the assistant's", count_of(len(self.unanswered), "conversation")
+            )
         if not num_rows:
             raise DataError(f"{self.name} has no rows to evaluate on.")
         if self.stand_in:
@@ -151,9 +157,11 @@ def open_data(
     fmt = stream.fmt
     labelled = fmt.columns.get("label") or fmt.columns.get("tags") or ""
     files = [Path(source) for source in sources]
+    unanswered: set[str] = set()
     return RowSource(
         name=f"{files[0].stem}{limit}",
-        iter_rows=lambda: _iter_rows(open_stream(data), data, trained, num_samples),
+        iter_rows=lambda: _iter_rows(open_stream(data), data, trained, unanswered, num_samples),
+        unanswered=unanswered,
         metrics=("loss",) if fmt.kind == "text" else (*_ANSWER_METRICS, "loss"),
         label_names=tuple(stream.label_names.get(labelled, ())),
         identity={
@@ -173,6 +181,9 @@ def _choose_columns(
     data: DataConfig, trained: PromptFormat | None, open_stream: Callable[[DataConfig], RowStream]
 ) -> DataConfig:
     """Return `data` with the columns that the model was trained on, where none are named and those are there."""
+    if trained is not None and trained.kind == "messages":
+        templated: DataConfig = data.replace(chat_template=trained.chat_template)
+        return templated
     if trained is None or data.text_field or data.prompt_field or trained.kind not in _NAMED_KINDS:
         return data
     own = {_FIELDS.get(role, f"{role}_field"): column for role, column in trained.columns.items()}
@@ -185,7 +196,7 @@ def _choose_columns(
 
 
 def _iter_rows(
-    stream: RowStream, data: DataConfig, trained: PromptFormat | None, num_samples: int | None
+    stream: RowStream, data: DataConfig, trained: PromptFormat | None, unanswered: set[str], num_samples: int | None
 ) -> Iterator[BenchmarkRow]:
     """Group rows by their prompts, the first ones or all, and raise at the end where some were rejected."""
     num_rows = 0
@@ -197,7 +208,7 @@ def _iter_rows(
             yield row
 
     is_heads = stream.fmt.kind in HEAD_KINDS
-    grouped = iter_head_rows(count(), stream.fmt) if is_heads else group_rows(count(), stream.fmt, trained)
+    grouped = iter_head_rows(count(), stream.fmt) if is_heads else group_rows(count(), stream.fmt, trained, unanswered)
     yield from islice(grouped, num_samples)
     is_whole = num_samples is None or next(grouped, None) is None
     if len(stream.report.rejects) > data.max_rejects:
@@ -206,7 +217,9 @@ def _iter_rows(
         close_report(stream.report, data, train=num_rows, held_out=0, out=None)
 
 
-def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | None) -> Iterator[BenchmarkRow]:
+def group_rows(
+    rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | None, unanswered: set[str]
+) -> Iterator[BenchmarkRow]:
     """Yield rows as they are asked: those with the same prompt are one of several references.
 
     They come when all are read, in the order of their first ones; rows without a prompt come before, each by itself.
@@ -215,14 +228,14 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
         rows: What was read.
         fmt: Their form.
         trained: The form the model was trained in.
-
-    Raises:
-        DataError: A conversation doesn't end with an answer.
+        unanswered: Gets the places of conversations without an answer; of the others the last one is the reference.
     """
     grouped: dict[str, tuple[Prompt, list[str], str]] = {}
     for row in rows:
         asked, reference = read_pair(row, fmt, trained)
-        if asked:
+        if fmt.kind == "messages" and not asked:
+            unanswered.add(row.origin)
+        elif asked:
             grouped.setdefault(json.dumps(asked), (asked, [], row.origin))[1].append(reference)
         else:
             yield BenchmarkRow("", (reference,), origin=row.origin)
@@ -230,24 +243,12 @@ def group_rows(rows: Iterable[Row], fmt: PromptFormat, trained: PromptFormat | N
         yield BenchmarkRow(asked, tuple(references), origin=origin)
 
 
-def is_askable(row: Row, fmt: PromptFormat) -> bool:
-    """Whether a row ends with an answer, as every one does but for some conversations."""
-    if fmt.kind != "messages":
-        return True
-    *turns, answer = check_messages(row.values.get(fmt.columns["messages"]))
-    return bool(turns) and is_learned(answer)
-
-
 def read_pair(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:
-    """Return what is asked by a row, and its reference; see `group_rows`."""
+    """Return what is asked by a row, and its reference; see `group_rows`. A conversation without an answer asks nothing."""
     if fmt.kind == "messages":
-        if not is_askable(row, fmt):
-            raise DataError(
-                f"{row.origin}: the last of several messages must be the assistant's, and not of weight 0, as the "
-                "reference."
-            )
-        *turns, answer = check_messages(row.values.get(fmt.columns["messages"]))
-        return turns, answer["content"]
+        messages = read_conversation(row.values, fmt)
+        answers = [turn for turn, message in enumerate(messages) if is_learned(message) and message["content"]]
+        return (messages[: answers[-1]], messages[answers[-1]]["content"]) if answers else ("", "")
     if fmt.kind == "instruction" and trained is not None and trained.kind == "instruction":
         given = str(row.values.get(fmt.columns.get("input", ""), "") or "")
         asked = str(row.values[fmt.columns["instruction"]])

@@ -16,7 +16,7 @@ from smolora.data.prompts import PromptFormat
 from smolora.data.rows import Row
 from smolora.data.sources import SourceRows
 from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
-from smolora.evaluation.row_source import is_askable, read_pair
+from smolora.evaluation.row_source import read_pair
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import write_bytes
 
@@ -53,7 +53,8 @@ def _iter_learned(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[tuple[Prom
     """Yield what is learned as an evaluation would ask it."""
     if fmt.kind in HEAD_KINDS:
         return ((row.prompt, answer) for row in iter_head_rows(rows, fmt) for answer in row.references)
-    return (read_pair(row, fmt, fmt) for row in rows if is_askable(row, fmt))
+    pairs = (read_pair(row, fmt, fmt) for row in rows)
+    return ((prompt, answer) for prompt, answer in pairs if prompt or fmt.kind != "messages")
 
 
 def _read_digests(model: str | Path) -> set[bytes] | None:

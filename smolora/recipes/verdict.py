@@ -26,7 +26,7 @@ from smolora.evaluation.head_rows import HEAD_KINDS, iter_head_rows
 from smolora.evaluation.metric import Resources
 from smolora.evaluation.paired_answers import PairedAnswers, compare_answers, compare_heads
 from smolora.evaluation.paired_loss import compare_losses
-from smolora.evaluation.row_source import group_rows, is_askable
+from smolora.evaluation.row_source import group_rows
 from smolora.evaluation.span_asker import SpanAsker
 from smolora.evaluation.verdict import Evidence, judge
 from smolora.generation.sampling import SamplingSettings
@@ -235,7 +235,7 @@ def _ask(
 
 
 def _iter_askable(rows: Sequence[Row], data: TuningData) -> Iterator[BenchmarkRow]:
-    """Yield prompts with their references; of a text its first words, and of conversations those that end in one."""
+    """Yield prompts with their references; of a text its first words."""
     fmt = data.rows.fmt
     if fmt.kind == "text":
         for row in rows:
@@ -244,8 +244,7 @@ def _iter_askable(rows: Sequence[Row], data: TuningData) -> Iterator[BenchmarkRo
             if count:
                 yield BenchmarkRow(" ".join(words[:count]), (" ".join(words[count:]),))
         return
-    askable = (row for row in rows if is_askable(row, fmt))
-    yield from (row for row in group_rows(askable, fmt, fmt) if row.prompt)
+    yield from (row for row in group_rows(rows, fmt, fmt, set()) if row.prompt)
 
 
 def _choose_metrics(benchmark: Benchmark | None) -> tuple[str, ...]:

@@ -228,6 +228,39 @@ def test_roles_in_use_and_those_of_the_template_are_known(role, template):
     assert check_conversation(turns, template) == turns
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}({{ c['function']['name'] }}){% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_and_their_calls_are_rendered_and_a_call_needs_no_content(chatml):
+    fmt = resolve_prompt_format(["messages", "tools"], DataConfig(chat_template=WITH_TOOLS), chatml)
+    row = {"messages": [TALK[0], CALL], "tools": [{"name": "cat"}]}
+    example = encode_row(row, fmt, chatml)
+    assert decode_ids(example.input_ids.tolist(), chatml).startswith("cat <|im_start|>")
+    assert runs(example, chatml) == ["(look)<|im_end|>\n"]
+    assert (
+        encode_row({**row, "tools": '[{"name": "cat"}]'}, fmt, chatml).input_ids.tolist() == example.input_ids.tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [TALK[0], CALL]}, "message 2 has tool_calls, and the chat template leaves them out"),
+        ({"messages": TALK, "tools": [{"name": "cat"}]}, "the row has tools, and the chat template leaves them out"),
+        ({"messages": TALK, "tools": "cat"}, "tools must be a list of objects, or that as JSON, found 'cat'"),
+    ],
+)
+def test_tools_that_the_template_does_not_render_are_refused(chatml, row, reason):
+    fmt = resolve_prompt_format(["messages", "tools"], DataConfig(), chatml)
+    with pytest.raises(DataError, match=reason):
+        encode_row(row, fmt, chatml)
+
+
 def test_a_conversation_without_an_answer_has_no_target(chatml):
     assert encode_conversation(TALK[:1], chatml, template=None).num_target_tokens == 0
 

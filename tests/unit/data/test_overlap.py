@@ -23,6 +23,15 @@ def test_plain_text_has_rows_alone():
     assert measure_overlap(rows({"text": "a b"}), rows({"text": "A B"}, {"text": "c"}), fmt) == Overlap(2, 1, None)
 
 
+def test_rows_that_are_rendered_alike_are_the_same():
+    fmt = PromptFormat(kind="instruction", columns={role: role for role in ("instruction", "input", "output")})
+    train, held_out = (
+        rows({"instruction": "a", "input": None, "output": "b"}),
+        rows({"instruction": "a", "output": "b"}),
+    )
+    assert measure_overlap(train, held_out, fmt) == Overlap(1, 1, 1)
+
+
 def test_text_is_shared_by_its_lines_and_short_ones_tell_nothing():
     train = ["ROMEO:\n" + "this line is in both" + "\n" + "this one stands only here"]
     assert measure_shared_text(train, ["ROMEO:\r\nthis line is in both\r\nthis line is in one.", "ROMEO:"]) == 0.5

@@ -35,6 +35,34 @@ def test_duplicates_stay_where_asked():
     assert len(rows) == 2
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"i": "a", "o": "b"}, {"i": "a", "x": None, "o": "b"}, {"i": "a", "x": " ", "o": "b"}],
+        [{"m": [{"role": "user", "content": "a", "timestamp": number}]} for number in (1, 2)],
+        [
+            {"m": [{"role": "assistant", "content": "a", "weight": 0}, {"role": "user", "content": "a", **more}]}
+            for more in ({}, {"weight": None}, {"tool_calls": []})
+        ],
+        [{"m": [{"role": "user", "content": "a"}], "t": tools} for tools in ([], None)],
+    ],
+)
+def test_rows_that_teach_the_same_are_duplicates(rows):
+    columns = {"instruction": "i", "input": "x", "output": "o"} if "i" in rows[0] else {"messages": "m", "tools": "t"}
+    fmt = PromptFormat(kind="instruction" if "i" in rows[0] else "messages", columns=columns)
+    assert select(rows, fmt)[0] == rows[:1]
+
+
+@pytest.mark.parametrize(
+    ("more", "template"),
+    [({"name": "Ann"}, None), ({"weight": 0}, None), ({"mood": "glad"}, "{{ m.mood }}"), ({"content": "A"}, None)],
+)
+def test_turns_that_teach_something_else_are_no_duplicates(more, template):
+    fmt = PromptFormat(kind="messages", columns={"messages": "m"}, chat_template=template)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    assert len(select([{"m": turns}, {"m": [turns[0], {**turns[1], **more}]}], fmt)[0]) == 2
+
+
 def test_rows_that_differ_in_one_column_of_the_form_are_no_duplicates():
     rows, _report = select([{"p": "a", "c": "b"}, {"p": "a", "c": "d"}], PAIR)
     assert len(rows) == 2

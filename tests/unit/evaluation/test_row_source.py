@@ -72,12 +72,26 @@ def test_texts_have_no_prompt_and_are_not_grouped(tmp_path):
     assert source.metrics == ("loss",)
 
 
-def test_the_last_message_is_the_reference(tmp_path):
+def test_the_last_answer_is_the_reference_and_conversations_without_one_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    assert read(open_rows(write(tmp_path / "a.jsonl", [{"messages": turns}]))) == [(turns[:1], ("yes",))]
-    for others in (turns + turns[:1], [turns[0], {**turns[1], "weight": 0}]):
-        with pytest.raises(DataError, match=r"b\.jsonl:1: the last of several messages must be the assistant's"):
-            open_rows(write(tmp_path / "b.jsonl", [{"messages": others}])).count()
+    rows = [[*turns, turns[0]], turns[:1], [turns[0], {**turns[1], "weight": 0}]]
+    source = open_rows(write(tmp_path / "a.jsonl", [{"messages": messages} for messages in rows]))
+    assert source.count() == 1
+    assert read(source) == [(turns[:1], ("yes",))]
+    assert caplog.messages == ["left out: 2 conversations without an answer of the assistant's"]
+
+
+def test_tools_are_asked_with_and_a_call_alone_is_no_reference(tmp_path):
+    tools, call = [{"type": "function", "function": {"name": "f"}}], {"function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages = [*turns, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "one"}, *turns]
+    trained = PromptFormat(
+        kind="messages", columns={"messages": "messages"}, chat_template="{{ tools }}{{ tool_calls }}"
+    )
+    source = open_rows(write(tmp_path / "a.jsonl", [{"messages": messages, "tools": tools}]), trained)
+    [(prompt, references)] = read(source)
+    assert (len(prompt), prompt[0]["tools"], references) == (3, tools, ("one",))
 
 
 def test_instructions_are_rendered_once(tmp_path):
