@@ -93,17 +93,12 @@ class RowSelection:
                 yield checked
 
     def _check(self, row: Row, clean: Callable[[str], str] | None) -> Row | Reject:
+        if clean is not None:
+            columns = [column for role, column in self.fmt.columns.items() if role != "tools" and column in row.values]
+            cleaned = {column: _clean(row.values[column], clean) for column in columns}
+            row = Row({**row.values, **cleaned}, row.file, row.line)
         problem = find_problem(row, self.fmt)
-        if problem is not None:
-            return Reject(row.file, row.line, problem)
-        if clean is None:
-            return row
-        cleaned = {}
-        for column in self.fmt.columns.values():
-            text = row.values.get(column)
-            if isinstance(text, str):
-                cleaned[column] = clean(text)
-        return Row({**row.values, **cleaned}, row.file, row.line)
+        return row if problem is None else Reject(row.file, row.line, problem)
 
     def _chunk(self, rows: Iterator[Row]) -> Iterator[Row]:
         if not self.data.chunk_size:
@@ -159,6 +154,17 @@ _encode = json.JSONEncoder(sort_keys=True, default=str).encode
 def _to_bytes(taught: object) -> bytes:
     """Return bytes that no other value has, and in which 0xff doesn't occur."""
     return b"\xfe" + _encode(taught).encode() if taught != "" else b""
+
+
+def _clean(value: object, clean: Callable[[str], str]) -> object:
+    """Return a text cleaned, and turns of a conversation with their content cleaned; anything else as it is."""
+    if isinstance(value, str):
+        return clean(value)
+    if not isinstance(value, Sequence):
+        return value
+    return [
+        {**turn, "content": _clean(turn.get("content"), clean)} if isinstance(turn, Mapping) else turn for turn in value
+    ]
 
 
 def find_problem(row: Row, fmt: PromptFormat) -> str | None:

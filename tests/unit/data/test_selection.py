@@ -145,6 +145,15 @@ def test_cleaning_comes_before_empty_rows_and_duplicates():
     assert (report.empty, report.duplicate) == (1, 1)
 
 
+def test_the_turns_of_a_conversation_are_cleaned_and_one_that_is_left_blank_is_a_reject():
+    fmt = PromptFormat(kind="messages", columns={"messages": "m"})
+    call = {"role": "assistant", "content": None, "tool_calls": [{"Name": "F"}]}
+    talks = [[{"role": "user", "content": text}, call] for text in ("<b>A</b>", "<br>")]
+    rows, report = select([{"m": talk} for talk in talks], fmt, clean=("strip_html", "lowercase"))
+    assert rows == [{"m": [{"role": "user", "content": "a"}, call]}]
+    assert "message 1 needs text under 'content'" in report.rejects[0].reason
+
+
 def test_cleaning_leaves_columns_outside_the_form_alone():
     rows, _ = select([{"text": "A", "title": "B"}], clean=("lowercase",))
     assert rows == [{"text": "a", "title": "B"}]
