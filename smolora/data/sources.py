@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from smolora.config.data import DataConfig, FileType
 from smolora.config.model import TaskType
 from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark, open_benchmark_source
+from smolora.data.held_out_files import choose_held_out_files
 from smolora.data.label_names import find_label_names, spell_labels
 from smolora.data.ledger import DataReport
 from smolora.data.pieces import SPACE_TO_NEXT, join_pieces
@@ -35,7 +36,7 @@ from smolora.data.row_stream import (
 )
 from smolora.data.rows import Row, check_values, find_column
 from smolora.data.selection import RowSelection, split_validation
-from smolora.data.source_files import choose_held_out_type, describe_left_out, find_validation_file, locate
+from smolora.data.source_files import choose_held_out_type, describe_left_out, locate
 from smolora.errors import DataError, suggest_path
 from smolora.runtime.hub import find_hub_problem
 
@@ -348,12 +349,11 @@ def _list_sources(data: DataConfig) -> list[tuple[str, FileType | None]]:
 
 
 def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
-    """Open the held-out rows where they are given: by name, or beside the train.jsonl of every source."""
+    """Open the held-out rows where they are given: by name, or beside the train.jsonl of a source."""
     if data.eval_source is not None:
         file_type = choose_held_out_type(data.eval_source, data.file_type)
         return _open_source(data.eval_source, data.replace(file_type=file_type), is_whole=is_whole)
-    files = [find_validation_file(Path(source), data.file_type) for source in data.sources]
-    return [open_file(file, "jsonl") for file in files if file is not None] if None not in files else None
+    return [open_file(file, "jsonl") for file in choose_held_out_files(data)] or None
 
 
 def _open_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Source]:

@@ -147,7 +147,7 @@ def open_data(
         DataError: A source or a column isn't there.
     """
     limit = _describe_limit(num_samples)
-    held_out = [find_validation_file(Path(source)) for source in data.sources]
+    held_out = [find_validation_file(Path(source), data.file_type) for source in data.sources]
     sources = tuple(str(file or source) for file, source in zip(held_out, data.sources, strict=True))
     data = data.replace(sources=sources, deduplicate=False)
     check_sources(data)
@@ -244,7 +244,10 @@ def group_rows(
 
 
 def read_pair(row: Row, fmt: PromptFormat, trained: PromptFormat | None) -> tuple[Prompt, str]:
-    """Return what is asked by a row, and its reference; see `group_rows`. A conversation without an answer asks nothing."""
+    """Return what is asked by a row, and its reference; see `group_rows`.
+
+    A conversation without an answer asks nothing.
+    """
     if fmt.kind == "messages":
         messages = read_conversation(row.values, fmt)
         answers = [turn for turn, message in enumerate(messages) if is_learned(message) and message["content"]]

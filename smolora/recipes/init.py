@@ -9,6 +9,7 @@ import numpy as np
 from smolora.adapters.store import follow_adapter
 from smolora.config import ExperimentConfig
 from smolora.config.annotated import annotate_config
+from smolora.data.held_out_files import find_held_out_files
 from smolora.data.sources import check_sources
 from smolora.errors import ConfigError
 from smolora.models.bundle import ModelBundle
@@ -57,7 +58,7 @@ def init(config: ExperimentConfig, out: Path) -> ExperimentConfig:
     rows = read_rows(config)
     base, _ = load_base(config, rows.fmt.labels)
     data = encode_data(_with_long_rows_left_out(config), rows, base)
-    found = _look(data, base)
+    found = _look(config, data, base)
     chosen, reasons = choose_settings(config, found)
     head = (
         f"A tuning run, proposed for its data: smolora train {out} -o RUN",
@@ -77,7 +78,7 @@ def _with_long_rows_left_out(config: ExperimentConfig) -> ExperimentConfig:
     return counting
 
 
-def _look(data: TuningData, base: ModelBundle) -> Findings:
+def _look(config: ExperimentConfig, data: TuningData, base: ModelBundle) -> Findings:
     parts = [data.train.lengths, *([data.held_out.lengths] if data.held_out else [])]
     lengths = np.concatenate(parts)
     half, most = (int(np.quantile(lengths, share, method="higher")) for share in (0.5, 0.99))
@@ -87,6 +88,7 @@ def _look(data: TuningData, base: ModelBundle) -> Findings:
         survives_cut=data.rows.fmt.kind == "text" or base.task in ("classification", "token_classification"),
         rows=report.kept,
         held_out=report.held_out,
+        is_split=config.data.eval_source is None and not find_held_out_files(config.data),
         ledger=report.describe().splitlines(),
         too_long=sum(counts.dropped_overlong for counts in report.encoded.values()),
         half=half,

@@ -36,6 +36,8 @@ class Findings:
     """Rows that are kept, to learn from or to evaluate on."""
     held_out: int
     """Of those, rows that the defaults, or a source of their own, hold out."""
+    is_split: bool
+    """Whether the held-out rows are taken from the others, rather than given as such."""
     ledger: list[str]
     """What became of every row, line by line."""
     too_long: int
@@ -68,7 +70,7 @@ def choose_settings(config: ExperimentConfig, found: Findings) -> tuple[Experime
     main = {name: value for name, value in adapter.model_dump().items() if name in _MAIN and adapter.path is None}
     training = config.training.replace(learning_rate=config.training.learning_rate)
     chosen: ExperimentConfig = config.replace(data=data, adapter=adapter.replace(**main), training=training)
-    rows = found.rows - (count_held_out(found.rows, data) if _is_split(config, found) else found.held_out)
+    rows = found.rows - (count_held_out(found.rows, data) if found.is_split else found.held_out)
     chosen = optimize_for_dataset_size(chosen, rows)
     reasons |= more | _explain_size(config, chosen, rows)
     return chosen, reasons
@@ -107,13 +109,8 @@ def _round_up(length: int, found: Findings) -> int:
     return min(rounded, found.context) if found.context else rounded
 
 
-def _is_split(config: ExperimentConfig, found: Findings) -> bool:
-    """Whether held-out rows are taken from the others, rather than from a source of their own."""
-    return config.data.eval_source is None and found.held_out == count_held_out(found.rows, config.data)
-
-
 def _choose_held_out(config: ExperimentConfig, found: Findings) -> tuple[dict[str, object], dict[str, str]]:
-    if not _is_split(config, found):
+    if not found.is_split:
         return {}, {}
     if found.rows < FEWEST_ROWS_TO_SPLIT:
         return {}, {

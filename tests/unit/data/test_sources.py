@@ -63,10 +63,33 @@ def test_a_prepared_folder_is_its_two_files(tmp_path):
     assert len(rows.train) == 60
 
 
-def test_a_prepared_folder_with_nothing_held_out_holds_nothing_out(tmp_path):
-    write_rows(tmp_path / "train.jsonl", numbered(60))
-    write_rows(tmp_path / "validation.jsonl", [])
-    assert len(read(tmp_path).train) == 60
+def write_prepared(folder, train, held_out):
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "validation.jsonl", held_out)
+    return folder
+
+
+def test_a_prepared_folder_with_nothing_held_out_holds_nothing_out_and_it_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = write_prepared(tmp_path / "a", numbered(60), [])
+    assert len(read(folder).train) == 60
+    assert "validation.jsonl is empty. Name others with data.eval_source" in caplog.text
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_it_is_said_that_a_prepared_folder_is_split_already(tmp_path, caplog, fraction):
+    folder = write_prepared(tmp_path / "a", numbered(60), numbered(2, start=60))
+    assert len(read(folder, validation_fraction=fraction).held_out) == 2
+    assert f"data.validation_fraction={fraction:g} changes nothing: held out are the rows of {folder}" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "held_out"), [(2, 2), (0, 5)])
+def test_what_one_of_two_sources_holds_out_is_held_out(tmp_path, caplog, given, held_out):
+    caplog.set_level("INFO")
+    folder = write_prepared(tmp_path / "a", numbered(40), numbered(given, start=40))
+    rows = read(folder, write_rows(tmp_path / "b.jsonl", numbered(60, start=60)))
+    assert (len(rows.train) + len(rows.held_out), len(rows.held_out)) == (100 + given, held_out)
+    assert ("held out are the rows of" in caplog.text) == bool(given)
 
 
 def test_the_test_file_beside_a_train_file_is_never_learned(tmp_path):

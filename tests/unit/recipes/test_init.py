@@ -13,6 +13,7 @@ from smolora.errors import ConfigError, DataError
 from smolora.models.loading import load_model
 from smolora.recipes.finetune import finetune
 from smolora.recipes.init import init
+from smolora.recipes.prepare import prepare
 from tests.tiny import CONTEXT, save_tiny_model
 
 
@@ -59,6 +60,16 @@ def test_the_file_says_what_was_found_and_why(base, tmp_path):
     assert "  # Here: 60 updates in the run.\n  per_device_train_batch_size: 4\n" in text
     assert "  r: 8\n" in text
     assert "\n  #seed: 0\n" in text
+
+
+def test_the_split_of_a_prepared_folder_is_left_as_it_is(base, tmp_path):
+    folder, out = tmp_path / "rows", tmp_path / "run.yaml"
+    config = _config(base, folder)
+    prepare(_write_rows(tmp_path, 120), folder, config.data)
+    columns = {"prompt_field": "prompt", "completion_field": "completion"}
+    chosen = init(config.replace(data=config.data.replace(**columns)), out)
+    assert chosen.data.validation_fraction == DataConfig().validation_fraction
+    assert "Here: 114 rows to learn from" in out.read_text()
 
 
 def test_rows_past_the_context_are_dropped_by_the_file_and_counted(base, tmp_path):

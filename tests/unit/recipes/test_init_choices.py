@@ -15,6 +15,7 @@ FOUND = Findings(
     survives_cut=False,
     rows=2_000,
     held_out=100,
+    is_split=True,
     ledger=[],
     too_long=0,
     half=50,
