@@ -69,6 +69,7 @@ def generate(
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
+    system: str | None = None,
     flags: SamplingFlags | None = None,
     base: str | None = None,
     device: str = "auto",
@@ -78,6 +79,7 @@ def generate(
     Args:
         model: A run, a model or adapter folder, or a hub id.
         prompt: What it is asked, in the form it was trained on; - reads it from standard input.
+        system: What a model of conversations is told before, as the system turn.
         flags: How the answer is drawn.
         base: Base of the adapter, where it isn't where it was in training.
         device: auto, cpu, cuda or mps.
@@ -96,7 +98,7 @@ def generate(
         require_model(name)
     from smolora.recipes.generate import generate as run_generate
 
-    print(run_generate(model, prompt, settings, base=base, device=device))
+    print(run_generate(model, prompt, settings, system=system, base=base, device=device))
 
 
 def _read_prompt() -> str:
@@ -105,11 +107,20 @@ def _read_prompt() -> str:
         return sys.stdin.read().rstrip("\r\n")
 
 
-def chat(model: str, /, *, flags: SamplingFlags | None = None, base: str | None = None, device: str = "auto") -> None:
+def chat(
+    model: str,
+    /,
+    *,
+    system: str | None = None,
+    flags: SamplingFlags | None = None,
+    base: str | None = None,
+    device: str = "auto",
+) -> None:
     """Talk to a model in the terminal, or through pipes with a question a line.
 
     Args:
         model: A run, a model or adapter folder, or a hub id.
+        system: What a model of conversations is told before, as the system turn.
         flags: How the answer is drawn.
         base: Base of the adapter, where it isn't where it was in training.
         device: auto, cpu, cuda or mps.
@@ -128,4 +139,4 @@ def chat(model: str, /, *, flags: SamplingFlags | None = None, base: str | None 
     if bundle.task == "classification":
         asked = f'smolora generate {model} "text" says the label of one'
         raise ConfigError(f"{describe_head(bundle.task, bundle.labels)}, so there is no talking to it. {asked}.")
-    run_chat(bundle, settings)
+    run_chat(bundle, settings, system=system)

@@ -27,19 +27,21 @@ def run_chat(
     bundle: ModelBundle,
     settings: SamplingSettings = DEFAULT_SAMPLING,
     *,
+    system: str | None = None,
     questions: TextIO | None = None,
     answers: TextIO | None = None,
     notes: TextIO | None = None,
 ) -> None:
-    """Chat until the questions end. The streams default to stdin, stdout and stderr.
+    """Chat until the questions end, with a `system` turn at the start. The streams default to stdin, stdout and stderr.
 
     Ctrl-C stops the answer that is being computed, and keeps what was said of it.
 
     Raises:
+        ConfigError: There is a system turn, and the model has no form for it.
         DataError: A question of a pipe is past the context. A person at a terminal is told, and asks another.
     """
     questions = questions or sys.stdin
-    chat = _Chat(Conversation(bundle, settings), answers or sys.stdout, notes or sys.stderr)
+    chat = _Chat(Conversation(bundle, settings, system=system), answers or sys.stdout, notes or sys.stderr)
     chat.note(f"{chat.conversation.describe()} /help lists the commands.")
     for line in _iter_lines(questions):
         if line == "/quit":

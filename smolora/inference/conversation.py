@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+from smolora.errors import ConfigError
 from smolora.generation.decoding import Switch, keep_as_it_is
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import Prompt, TextGenerator
@@ -22,11 +23,17 @@ class Conversation:
         bundle: ModelBundle,
         settings: SamplingSettings = DEFAULT_SAMPLING,
         *,
+        system: str | None = None,
         switch: Switch = keep_as_it_is,
     ) -> None:
-        """Begin with nothing said; `switch` is `TextGenerator`'s."""
+        """Begin with nothing said but what `system` tells the model; `switch` is `TextGenerator`'s.
+
+        Raises:
+            ConfigError: The model has no form for a system turn.
+        """
         self.settings = settings
-        self.turns: list[dict[str, str]] = []
+        self._begun = begin_conversation(bundle, system)
+        self.turns = list(self._begun)
         self.num_forgotten = 0
         self._generator = TextGenerator(bundle, switch=switch)
         self._context = bundle.context
@@ -62,8 +69,8 @@ class Conversation:
                 self.turns = before
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.turns = []
+        """Forget everything but the system turn."""
+        self.turns = list(self._begun)
 
     def _prompt(self) -> Prompt:
         if self._form == "turns":
@@ -78,14 +85,29 @@ class Conversation:
         self.num_forgotten = 0
         if self._context is None:
             return self.settings
-        wanted = min(self.settings.max_new_tokens, self._context // 2)
-        while (free := self._context - self._generator.count_tokens(self._prompt())) < wanted and len(self.turns) > 1:
-            del self.turns[:2]
+        wanted, first = min(self.settings.max_new_tokens, self._context // 2), len(self._begun)
+        while (free := self._context - self._generator.count_tokens(self._prompt())) < wanted and self.turns[
+            first + 1 :
+        ]:
+            del self.turns[first : first + 2]
             self.num_forgotten += 2
         settings: SamplingSettings = self.settings.replace(
             max_new_tokens=max(1, min(self.settings.max_new_tokens, free))
         )
         return settings
+
+
+def begin_conversation(bundle: ModelBundle, system: str | None) -> list[dict[str, str]]:
+    """Return the turns before the first question: a system turn, where there is one to take.
+
+    Raises:
+        ConfigError: The model has no form for it.
+    """
+    if system is None:
+        return []
+    if _choose_form(bundle) != "turns":
+        raise ConfigError("--system is a turn of a conversation, and this model wasn't trained on any: leave it out.")
+    return [{"role": "system", "content": system}]
 
 
 def _choose_form(bundle: ModelBundle) -> str:

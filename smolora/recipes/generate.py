@@ -6,6 +6,7 @@ from smolora.adapters.store import open_model
 from smolora.evaluation.head_source import refuse_drawing
 from smolora.generation.sampling import DEFAULT_SAMPLING, SamplingSettings
 from smolora.generation.text_generator import TextGenerator
+from smolora.inference.conversation import begin_conversation
 from smolora.inference.pipeline import InferencePipeline
 
 
@@ -14,6 +15,7 @@ def generate(
     prompt: str,
     settings: SamplingSettings = DEFAULT_SAMPLING,
     *,
+    system: str | None = None,
     base: str | None = None,
     device: str = "auto",
 ) -> str:
@@ -25,16 +27,20 @@ def generate(
         source: What is asked.
         prompt: What it is asked.
         settings: How the answer is drawn.
+        system: What a model of conversations is told before.
         base: The base of an adapter, where its folder doesn't lead to it.
         device: auto, cpu, cuda or mps.
 
     Raises:
         ModelError: There is no such model.
-        ConfigError: The model has a head that answers no text alone, or one that the settings change nothing of.
+        ConfigError: The model has a head that answers no text alone, or one that the settings change nothing of; or it
+            has no form for a system turn.
         DataError: The prompt leaves no room in the model's context.
     """
     bundle = open_model(source, base, device=device)
+    begun = begin_conversation(bundle, system)
     if bundle.task == "classification":
         refuse_drawing(bundle, SamplingSettings(**settings.model_dump(exclude_defaults=True)), by_likelihood=False)
         return InferencePipeline(bundle).classify(prompt).label
-    return TextGenerator(bundle).generate(prompt, settings=settings)[0]
+    asked = [*begun, {"role": "user", "content": prompt}] if begun else prompt
+    return TextGenerator(bundle).generate([asked], settings=settings)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import pytest
 from smolora.adapters.attach import attach_adapter
 from smolora.adapters.store import save_adapter
 from smolora.config.adapter import LoRAConfig
+from smolora.data.chat import PLAIN_CHAT_TEMPLATE
+from smolora.data.prompts import PromptFormat
 from smolora.generation.sampling import SamplingSettings
+from smolora.inference.pipeline import InferencePipeline
 from smolora.models.loading import load_model
 from smolora.models.saving import save_model
 from smolora.recipes.generate import generate
@@ -50,6 +54,25 @@ def test_the_answer_is_all_of_stdout(smolora, base):
     answer = generate(str(base), "the cat", SamplingSettings(temperature=0.0, max_new_tokens=8))
     assert smolora("generate", base, "the cat", "--greedy", *FEW) == (0, f"{answer}\n", "")
     assert smolora("infer", base, "the cat", "--temperature", 0, *FEW)[1] == f"{answer}\n"
+
+
+def test_a_model_of_conversations_is_told_something_before(smolora, tmp_path, monkeypatch):
+    talker = replace(
+        load_model(save_tiny_model("llama", tmp_path / "base")),
+        prompt_format=PromptFormat(
+            kind="messages", columns={"messages": "messages"}, chat_template=PLAIN_CHAT_TEMPLATE
+        ),
+    )
+    save_model(talker, tmp_path / "talker")
+    asked = [{"role": "system", "content": "be glad"}, {"role": "user", "content": "the cat"}]
+    settings = SamplingSettings(temperature=0.0, max_new_tokens=8)
+    answer = InferencePipeline(talker).chat(asked, settings=settings)
+    more = ("--system", "be glad", "--greedy", *FEW)
+    assert smolora("generate", tmp_path / "talker", "the cat", *more)[:2] == (0, f"{answer}\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
+    assert smolora("chat", tmp_path / "talker", *more)[:2] == (0, f"{answer}\n")
+    code, _, err = smolora("generate", tmp_path / "base", "the cat", *more)
+    assert (code, "--system is a turn of a conversation" in err) == (2, True)
 
 
 def test_a_seed_repeats_the_answer(smolora, base):

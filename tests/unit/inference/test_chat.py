@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from smolora.data.prompts import PromptFormat
-from smolora.errors import DataError
+from smolora.errors import ConfigError, DataError
 from smolora.generation.sampling import SamplingSettings
 from smolora.generation.text_generator import TextGenerator
 from smolora.inference.chat import run_chat
@@ -103,6 +103,22 @@ def test_a_model_of_messages_is_asked_the_whole_conversation(bundle):
 
 def _turn(role, content):
     return {"role": role, "content": content}
+
+
+def test_the_system_turn_stays_whatever_is_forgotten(bundle):
+    conversation = Conversation(replace(bundle, prompt_format=MESSAGES), GREEDY, system="be glad")
+    forgotten = 0
+    while not forgotten:
+        list(conversation.ask("the cat sat on the mat"))
+        forgotten = conversation.num_forgotten
+    assert [turn["role"] for turn in conversation.turns[:2]] == ["system", "user"]
+    conversation.reset()
+    assert conversation.turns == [_turn("system", "be glad")]
+
+
+def test_a_model_without_conversations_has_no_system_turn(bundle):
+    with pytest.raises(ConfigError, match="this model wasn't trained on any: leave it out"):
+        run_chat(bundle, system="be glad", questions=io.StringIO(), answers=io.StringIO(), notes=io.StringIO())
 
 
 def test_a_model_of_pairs_is_asked_each_line_alone(bundle):
