@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,8 +48,6 @@ _RECOGNISED: dict[Kind, tuple[str, ...]] = {
 """The columns that make a form, most specific first."""
 
 _MAY_LACK = {"tools", "input"}
-
-_ROLES = {role for roles in _RECOGNISED.values() for role in roles}
 
 _TRAINED: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
@@ -118,15 +117,23 @@ class PromptFormat(Section):
 def name_by_roles(columns: Sequence[str], fmt: PromptFormat) -> dict[str, str]:
     """Return new names of columns, each with the old: what they are for, so that a form is recognised without a name.
 
-    Other columns stay, but for those whose names would make another form of the row.
+    Other columns stay, but for those whose names are a role's of this form, or complete a form that goes before it.
 
-    >>> name_by_roles(["review", "stars", "prompt"], PromptFormat(kind="text", columns={"text": "review"}))
-    {'text': 'review', 'stars': 'stars'}
+    >>> name_by_roles(["review", "prompt", "completion"], PromptFormat(kind="text", columns={"text": "review"}))
+    {'text': 'review', 'prompt': 'prompt'}
     """
     named = {role: column for role, column in fmt.columns.items() if column in columns}
-    left_out = USUAL_NAMES.get(fmt.kind, _ROLES)
+    left_out = {*fmt.columns, *USUAL_NAMES.get(fmt.kind, _list_completing(fmt.kind))}
     used = set(fmt.columns.values())
     return named | {name: name for name in columns if name not in used and name.casefold() not in left_out}
+
+
+def _list_completing(kind: Kind) -> list[str]:
+    """Return a role of each form that is recognised before `kind`, without which it isn't."""
+    return [
+        [role for role in _RECOGNISED[form] if role not in _MAY_LACK][-1]
+        for form in takewhile(kind.__ne__, _RECOGNISED)
+    ]
 
 
 def write_prompt_format(fmt: PromptFormat, folder: Path) -> None:

@@ -6,7 +6,7 @@ and that decides what is cleaned and what makes two rows equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -19,7 +19,7 @@ from smolora.data.arrow_files import read_names_in
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import PromptFormat, resolve_prompt_format
 from smolora.data.readers import Read, iter_rows, read_columns, read_documents
-from smolora.data.rows import Reject, Row
+from smolora.data.rows import Reject, Row, find_column
 from smolora.data.selection import RowSelection
 from smolora.errors import DataError
 
@@ -77,6 +77,23 @@ def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Sou
     )
 
 
+def columns_of(sources: Iterable[Source]) -> list[str]:
+    """Return the columns of all sources, in the order they first appear."""
+    return list(dict.fromkeys(column for source in sources for column in source.columns))
+
+
+def find_text_column(columns: Sequence[str], data: DataConfig) -> str:
+    """Return the column of whole texts: the one that `data` names, else `text`.
+
+    Raises:
+        DataError: There is none.
+    """
+    try:
+        return find_column(data.text_field or "text", columns)
+    except DataError as error:
+        raise DataError(f"{error} Name the one to read with --text-field X (data.text_field=X).") from None
+
+
 def check_form(source: Source, data: DataConfig, task: TaskType) -> None:
     """Raise where the rows of `source` have no form; one row is read, and all only where that one has none.
 
@@ -109,12 +126,12 @@ def stream_rows(
     report = DataReport()
     fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
-    rows = chooser.select(_iter_alike(train, fmt, data, task), set())
+    rows = chooser.select(iter_alike(train, fmt, data, task), set())
     names = train[0].read_label_names()
     if held_out is None:
         return RowStream(None, rows, fmt, report, names)
     passed: set[bytes] = set()
-    named = chooser.select(_iter_alike(held_out, fmt, data, task), passed)
+    named = chooser.select(iter_alike(held_out, fmt, data, task), passed)
     return RowStream(named, chooser.leave_out(rows, passed), fmt, report, names)
 
 
@@ -175,10 +192,14 @@ def _resolve(
         raise DataError(f"{source.name}: {error}") from None
 
 
-def _iter_alike(
+def iter_alike(
     sources: Sequence[Source], fmt: PromptFormat, data: DataConfig, task: TaskType
 ) -> Iterator[Row | Reject]:
-    """Yield the records of all sources under the first one's column names (MR in one file may be mr in another)."""
+    """Yield the records of all sources under the first one's column names (MR in one file may be mr in another).
+
+    Raises:
+        DataError: A source's rows have another form.
+    """
     for source in sources:
         own = _resolve(source, data, task) if source.columns else fmt
         if own.kind != fmt.kind:
@@ -194,6 +215,10 @@ def _iter_alike(
 
 
 def _rename(record: Row | Reject, renamed: dict[str, str]) -> Row | Reject:
+    """Return a row with columns under other names, whatever else goes by those."""
     if isinstance(record, Reject):
         return record
-    return Row({renamed.get(name, name): value for name, value in record.values.items()}, record.file, record.line)
+    values = record.values
+    others = {name: value for name, value in values.items() if name not in renamed and name not in renamed.values()}
+    moved = {new: values[old] for old, new in renamed.items() if old in values}
+    return Row({**moved, **others}, record.file, record.line)

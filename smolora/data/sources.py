@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +28,15 @@ from smolora.data.row_stream import (
     Source,
     check_form,
     close_report,
+    columns_of,
     describe_emptiness,
+    find_text_column,
+    iter_alike,
     open_file,
     refuse_rowless,
     stream_rows,
 )
-from smolora.data.rows import Row, check_values, find_column
+from smolora.data.rows import Row, check_values
 from smolora.data.selection import RowSelection, split_validation
 from smolora.data.source_files import choose_held_out_type, describe_left_out, locate
 from smolora.errors import DataError, suggest_path
@@ -171,13 +173,14 @@ def read_source_documents(data: DataConfig, *, out: Path | None = None) -> Docum
     report = DataReport()
     train = [part for source in _require_sources(data) for part in _open_source(source, data, is_whole=True)]
     held_out = _open_held_out(data, is_whole=True) or []
-    columns = _columns_of(train)
+    columns = columns_of(train)
     if not columns:
         raise refuse_rowless(train, data, report, out)
-    field = _find_text_column(columns, data)
-    chooser = RowSelection(PromptFormat(kind="text", columns={"text": field}), data, report, _chunk_tokenizer(data))
+    field = find_text_column(columns, data)
+    fmt, named = PromptFormat(kind="text", columns={"text": field}), data.replace(text_field=field)
+    chooser = RowSelection(fmt, data, report, _chunk_tokenizer(data))
     passed: set[bytes] = set()
-    read = [chain.from_iterable(source.read() for source in part) for part in (held_out, train)]
+    read = [iter_alike(part, fmt, named, "causal_lm") for part in (held_out, train)]
     rows = [chooser.select(read[0], passed), chooser.leave_out(chooser.select(read[1], set()), passed)]
     evaluated, learned = (join_pieces(part, field, report) for part in rows)
     close_report(report, data, train=len(learned), held_out=len(evaluated), out=out)
@@ -208,7 +211,7 @@ class DatasetHandler:
 
         opened = _open_source(self.source, self.config, is_whole=self.config.reads_texts_whole)
         # The default column is only a default: rows of another known form stay what they are.
-        is_text = self.text_field != "text" or "text" in {column.casefold() for column in _columns_of(opened)}
+        is_text = self.text_field != "text" or "text" in {column.casefold() for column in columns_of(opened)}
         data = self.config.replace(text_field=self.text_field) if is_text else self.config
         rows = _gather(_stream(opened, None, data, tokenizer=None, out=None), data, seed=0, out=None)
         self.report = rows.report
@@ -309,13 +312,6 @@ def _stream(
     )
 
 
-def _find_text_column(columns: Sequence[str], data: DataConfig) -> str:
-    try:
-        return find_column(data.text_field or "text", columns)
-    except DataError as error:
-        raise DataError(f"{error} Name the one to read with --text-field X (data.text_field=X).") from None
-
-
 def _gather(stream: RowStream, data: DataConfig, *, seed: int, out: Path | None) -> SourceRows:
     """Read a stream to its end, and split it where nothing is held out yet."""
     named = None if stream.held_out is None else list(stream.held_out)
@@ -373,7 +369,3 @@ def _open_dataset(dataset: Dataset, name: str) -> Source:
         return (check_values(spell_labels(row, names), name, index) for index, row in enumerate(dataset, start=1))
 
     return Source(name, read, read_label_names=lambda: names)
-
-
-def _columns_of(sources: Iterable[Source]) -> list[str]:
-    return list(dict.fromkeys(column for source in sources for column in source.columns))

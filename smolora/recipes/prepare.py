@@ -56,14 +56,18 @@ def prepare(
     stream = stream_sources(data, out=out, task=task)
     with interrupting_signals(), staged_folder(out, last=TRAIN_FILE, rewritten=account) as folder:
         train, held_out = folder / TRAIN_FILE, folder / VALIDATION_FILE
-        num_held_out = _write_rows(stream.held_out or (), stream.fmt, held_out)
-        num_train = _write_rows(stream.train, stream.fmt, train)
+        left_out: dict[str, None] = {}
+        num_held_out = _write_rows(stream.held_out or (), stream.fmt, held_out, left_out)
+        num_train = _write_rows(stream.train, stream.fmt, train, left_out)
         if stream.held_out is None:
             num_held_out = _hold_out(train, held_out, choose_held_out(num_train, data, seed=seed))
             num_train -= num_held_out
         close_report(stream.report, data, train=num_train, held_out=num_held_out, out=out)
         stream.report.write(folder)
         _explain_duplicates(stream, train)
+    if left_out:
+        names = ", ".join(map(repr, left_out))
+        logger.info("left out: %s, by whose names the rows would be taken for something else.", names)
     return stream.report
 
 
@@ -81,12 +85,15 @@ def _explain_duplicates(stream: RowStream, train: Path) -> None:
         )
 
 
-def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path) -> int:
+def _write_rows(rows: Iterable[Row], fmt: PromptFormat, path: Path, left_out: dict[str, None]) -> int:
+    """Write rows under the names of their roles; return how many. `left_out` gets the columns that aren't written."""
     encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False, default=_spell_out).encode
 
     @lru_cache  # Most rows have the same columns.
     def choose_keys(columns: tuple[str, ...]) -> list[tuple[str, str]]:
-        return [(f"{encode(name)}: ", column) for name, column in name_by_roles(columns, fmt).items()]
+        named = name_by_roles(columns, fmt)
+        left_out.update(dict.fromkeys(column for column in columns if column not in named.values()))
+        return [(f"{encode(name)}: ", column) for name, column in named.items()]
 
     count = 0
     with path.open("w", encoding="utf-8", newline="\n", buffering=2**18) as file:

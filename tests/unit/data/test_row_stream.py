@@ -53,6 +53,15 @@ def test_rows_to_learn_from_that_are_held_out_too_are_left_out_and_counted_while
     assert found.report.also_held_out == 2
 
 
+def test_a_column_of_the_name_that_is_asked_for_goes_before_one_that_differs_by_case(tmp_path):
+    files = [
+        write_rows(tmp_path / "a.jsonl", [{"MR": "one", "ref": "x"}]),
+        write_rows(tmp_path / "b.jsonl", [{"mr": "two", "MR": "other", "ref": "y"}]),
+    ]
+    found = stream(files, prompt_field="mr", completion_field="ref")
+    assert [row.values for row in found.train] == [{"MR": "one", "ref": "x"}, {"MR": "two", "ref": "y"}]
+
+
 def test_nothing_is_read_before_it_is_asked_for_and_one_row_is_held_at_a_time(tmp_path):
     file = write_rows(tmp_path / "a.jsonl", ({"text": f"{number} " + "word " * 800} for number in range(2000)))
     found = stream([file])

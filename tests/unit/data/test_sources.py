@@ -63,6 +63,12 @@ def test_a_prepared_folder_is_its_two_files(tmp_path):
     assert len(rows.train) == 60
 
 
+def test_whole_texts_are_read_whatever_the_case_of_their_column(tmp_path):
+    files = [write_rows(tmp_path / f"{name}.jsonl", [{name: f"of {name}"}]) for name in ("text", "Text")]
+    documents = read_source_documents(DataConfig(sources=tuple(map(str, files))))
+    assert documents.train == ["of text", "of Text"]
+
+
 def write_prepared(folder, train, held_out):
     write_rows(folder / "train.jsonl", train)
     write_rows(folder / "validation.jsonl", held_out)

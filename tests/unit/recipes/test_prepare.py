@@ -61,7 +61,7 @@ def test_the_pieces_that_it_wrote_are_one_text_again_for_pretrain(tmp_path):
     ("row", "settings", "written"),
     [
         ({"id": 1, "Review": "a", "text": "b"}, {"text_field": "review"}, {"id": 1, "text": "a"}),
-        ({"Prompt": "p", "completion": "c", "body": "a"}, {"text_field": "body"}, {"text": "a"}),
+        ({"Prompt": "p", "completion": "c", "body": "a"}, {"text_field": "body"}, {"text": "a", "Prompt": "p"}),
         (
             {"mr": "p", "ref": "c"},
             {"prompt_field": "mr", "completion_field": "ref"},
@@ -252,3 +252,13 @@ def test_what_appears_in_the_output_meanwhile_is_kept(tmp_path):
     other.join()
     assert (out / "mine").read_text() == "precious"
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out"}
+
+
+def test_further_columns_stay_but_for_those_that_would_make_other_rows(tmp_path, caplog):
+    caplog.set_level("INFO")
+    row = {"story": "a", "text": "b", "input": "c", "prompt": "d", "output": "e", "label": 1}
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    prepare(source, tmp_path / "out", DataConfig(text_field="story"))
+    assert read_lines(tmp_path / "out" / "train.jsonl") == [{"text": "a", "input": "c", "prompt": "d", "label": 1}]
+    assert "left out: 'text', 'output', by whose names" in caplog.text
