@@ -94,6 +94,16 @@ class DataConfig(_Columns):
         """Return what waits for a size of chunks."""
         return {} if self.chunk_size else {"chunk_tokenizer": "chunk_size"}
 
+    @field_validator("chat_template")
+    @classmethod
+    def _is_template(cls, value: str | None) -> str | None:
+        if value is not None and "{" not in value:
+            raise ValueError(
+                f"{value!r:.80} is no Jinja template, as it renders no message. Give the text of the template, not the "
+                "name of its file"
+            )
+        return value
+
     @field_validator("sources", "clean", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:

@@ -151,14 +151,17 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _is_read(self) -> PretrainConfig:
         """Refuse what is named in vain; at its default it may stand, as in the file of an older run."""
-        for path in flatten_settings(self.model_dump(exclude_defaults=True)):
-            if path in self.unread:
-                raise ValueError(f"{path}: pretrain doesn't read it, since {self.unread[path]}. Leave it out.")
+        _refuse_unread(self, "pretrain")
         return self
+
+
+_NO_TOKENS = "tokens are counted where a model is, by train"
 
 
 class PrepareConfig(Section):
     """What `smolora prepare` does with a source."""
+
+    unread: ClassVar[Mapping[str, str]] = dict.fromkeys(("data.max_length", "data.overlong", "data.stride"), _NO_TOKENS)
 
     data: DataConfig = DataConfig()
     """Reading, cleaning, chunking and splitting."""
@@ -168,6 +171,18 @@ class PrepareConfig(Section):
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the split."""
+
+    @model_validator(mode="after")
+    def _is_read(self) -> PrepareConfig:
+        """Refuse what is named in vain."""
+        _refuse_unread(self, "prepare")
+        return self
+
+
+def _refuse_unread(config: Section, verb: str) -> None:
+    for path in flatten_settings(config.model_dump(exclude_defaults=True)):
+        if path in config.unread:
+            raise ValueError(f"{path}: {verb} doesn't read it, since {config.unread[path]}. Leave it out.")
 
 
 RunConfig = TypeVar("RunConfig", ExperimentConfig, PretrainConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -78,4 +79,8 @@ class TokenizerConfig(Section):
     """char: one token a character. bpe: byte-level byte-pair encoding."""
 
     vocab_size: int = Field(default=2048, ge=258)
-    """Size of a bpe vocabulary, the 256 bytes and the end-of-text token included; char ignores it."""
+    """bpe: size of the vocabulary, the 256 bytes and the end-of-text token included."""
+
+    def find_idle(self) -> Mapping[str, str]:
+        """Return what is a bpe tokenizer's alone."""
+        return {} if self.kind == "bpe" else {"vocab_size": "kind=bpe (--tokenizer bpe)"}

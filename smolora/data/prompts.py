@@ -181,6 +181,18 @@ def resolve_prompt_format(
             f"data.stride={data.stride} would change nothing for {task}: only qa reads contexts in windows. Leave it "
             "out, or choose --task qa (model.task_type=qa)."
         )
+    fmt = _recognise(columns, data, tokenizer, task)
+    if data.chat_template is not None and fmt.kind != "messages":
+        raise ConfigError(
+            f"data.chat_template would change nothing for rows of the form {fmt.kind}: only messages are rendered by "
+            "one. Leave it out."
+        )
+    return fmt
+
+
+def _recognise(
+    columns: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None, task: TaskType
+) -> PromptFormat:
     if task in FORMS_BY_TASK:
         own_kind, own_columns = resolve_task_columns(columns, data, task)
         return PromptFormat(kind=own_kind, columns=own_columns)

@@ -156,6 +156,8 @@ def open_data(
     stream = open_stream(data)
     fmt = stream.fmt
     labelled = fmt.columns.get("label") or fmt.columns.get("tags") or ""
+    if trained is not None and fmt.kind == trained.kind == "messages":
+        data = data.replace(chat_template=trained.chat_template)
     files = [Path(source) for source in sources]
     unanswered: set[str] = set()
     return RowSource(
@@ -181,9 +183,6 @@ def _choose_columns(
     data: DataConfig, trained: PromptFormat | None, open_stream: Callable[[DataConfig], RowStream]
 ) -> DataConfig:
     """Return `data` with the columns that the model was trained on, where none are named and those are there."""
-    if trained is not None and trained.kind == "messages":
-        templated: DataConfig = data.replace(chat_template=trained.chat_template)
-        return templated
     if trained is None or data.text_field or data.prompt_field or trained.kind not in _NAMED_KINDS:
         return data
     own = {_FIELDS.get(role, f"{role}_field"): column for role, column in trained.columns.items()}

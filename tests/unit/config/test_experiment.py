@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from smolora.config import ExperimentConfig, PretrainConfig, dump_config, flatten_settings, resolve_config
+from smolora.config import (
+    ExperimentConfig,
+    PrepareConfig,
+    PretrainConfig,
+    dump_config,
+    flatten_settings,
+    resolve_config,
+)
 from smolora.errors import ConfigError
 
 MODEL = "model.name_or_path=x"
@@ -77,6 +84,14 @@ def test_a_word_that_is_no_assignment_is_refused():
 def test_pretraining_refuses_what_it_does_not_read(word, said):
     with pytest.raises(ConfigError, match=said):
         resolve_config(PretrainConfig, assignments=[word])
+
+
+@pytest.mark.parametrize("word", ["max_length=8", "overlong=drop"])
+def test_preparing_refuses_what_counts_tokens(word):
+    with pytest.raises(
+        ConfigError, match="prepare doesn't read it, since tokens are counted where a model is, by train"
+    ):
+        resolve_config(PrepareConfig, assignments=[f"data.{word}"])
 
 
 @pytest.mark.parametrize(

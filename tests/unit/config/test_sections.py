@@ -12,6 +12,7 @@ from smolora.config import (
     GPTConfig,
     LoRAConfig,
     ModelConfig,
+    TokenizerConfig,
     TrainingConfig,
 )
 from smolora.errors import ConfigError
@@ -69,6 +70,7 @@ def test_replace_keeps_what_was_set_before():
         (EvaluationConfig, {"early_stopping_threshold": 1}, "early_stopping_patience", {"early_stopping_patience": 2}),
         (EvaluationConfig, {"plateau_factor": 0.1}, "plateau_patience", {"plateau_patience": 2}),
         (DataConfig, {"chunk_tokenizer": "m"}, "chunk_size", {"chunk_size": 9}),
+        (TokenizerConfig, {"vocab_size": 300}, "kind=bpe", {"kind": "bpe"}),
         (DynamicLoRAConfig, {"moments": "reset"}, "a strategy or a table", {"strategy": "early,late"}),
         (DynamicLoRAConfig, {"warmup_steps": 5}, "a strategy or a table", {"enabled": False}),
         (DynamicLoRAConfig, {"learning_rate": "restart"}, "a strategy or a table", {"table": [{"groups": "mlp"}]}),
@@ -76,10 +78,17 @@ def test_replace_keeps_what_was_set_before():
 )
 def test_a_setting_that_nothing_reads_without_another_is_refused_unless_at_its_default(section, idle, without, beside):
     [name] = idle
-    with pytest.raises(ConfigError, match=rf"{name}=\S+ would change nothing without {without}: set that too"):
+    with pytest.raises(ConfigError, match=rf"{name}=\S+ would change nothing without {without}.*: set that too"):
         section(**idle)
     assert section(**idle, **beside).model_fields_set == {name, *beside}
     assert section(**{name: section.model_fields[name].default}) == section()
+
+
+def test_the_name_of_a_file_is_no_chat_template():
+    with pytest.raises(
+        ConfigError, match=r"chat_template.*'tpl\.jinja' is no Jinja template.* not the name of its file"
+    ):
+        DataConfig(chat_template="tpl.jinja")
 
 
 def test_rows_per_step_multiplies_accumulation():

@@ -96,7 +96,7 @@ def test_a_control_token_that_a_user_typed_stays_text(chatml):
 
 def test_the_template_is_the_configured_one_else_the_tokenizers_else_the_plain_one(bpe, chatml):
     columns = ["messages"]
-    assert resolve_prompt_format(columns, DataConfig(chat_template="x"), chatml).chat_template == "x"
+    assert resolve_prompt_format(columns, DataConfig(chat_template="{{ x }}"), chatml).chat_template == "{{ x }}"
     assert resolve_prompt_format(columns, DataConfig(), chatml).chat_template == chatml.chat_template
     chatml.chat_template = None
     assert resolve_prompt_format(columns, DataConfig(), bpe).chat_template == PLAIN_CHAT_TEMPLATE

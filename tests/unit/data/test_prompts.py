@@ -177,6 +177,11 @@ def test_contradicting_fields_are_refused():
         resolve_prompt_format(["a", "b"], DataConfig(prompt_field="a", completion_field="b", text_field="a"))
 
 
+def test_a_chat_template_without_messages_is_refused():
+    with pytest.raises(ConfigError, match="would change nothing for rows of the form instruction"):
+        resolve_prompt_format(["instruction", "output"], DataConfig(chat_template="{{ messages }}"))
+
+
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq", "classification", "token_classification"])
 def test_a_stride_without_windows_is_refused(task):
     with pytest.raises(ConfigError, match=rf"data\.stride=0 would change nothing for {task}: only qa reads contexts"):
