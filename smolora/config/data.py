@@ -98,10 +98,7 @@ class DataConfig(_Columns):
     @classmethod
     def _is_template(cls, value: str | None) -> str | None:
         if value is not None and "{" not in value:
-            raise ValueError(
-                f"{value!r:.80} is no Jinja template, as it renders no message. Give the text of the template, not the "
-                "name of its file"
-            )
+            raise ValueError("a Jinja template renders messages by {{ ... }}: give its text, not the name of its file")
         return value
 
     @field_validator("sources", "clean", mode="before")

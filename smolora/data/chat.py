@@ -240,6 +240,20 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> i
         return None
 
 
+def _with_arguments_as_objects(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn whose calls have arguments as templates expect them; in OpenAI's files they are JSON in a text."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = []
+    for call in message["tool_calls"]:
+        called: Any = call.get("function") if isinstance(call, Mapping) else None
+        try:
+            calls.append({**call, "function": {**called, "arguments": json.loads(called["arguments"])}})
+        except (ValueError, TypeError, KeyError):
+            calls.append(call)
+    return {**message, "tool_calls": calls}
+
+
 @dataclass(frozen=True)
 class _Renderer:
     """Renders conversations with one tokenizer and one template, and finds turns in what was rendered."""
@@ -250,7 +264,7 @@ class _Renderer:
     def render(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[int]:
         try:
             encoded = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [_with_arguments_as_objects(message) for message in messages],
                 tools=messages[0].get("tools"),
                 chat_template=self.template or choose_chat_template(self.tokenizer),
                 add_generation_prompt=is_prompt,

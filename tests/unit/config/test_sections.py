@@ -85,9 +85,7 @@ def test_a_setting_that_nothing_reads_without_another_is_refused_unless_at_its_d
 
 
 def test_the_name_of_a_file_is_no_chat_template():
-    with pytest.raises(
-        ConfigError, match=r"chat_template.*'tpl\.jinja' is no Jinja template.* not the name of its file"
-    ):
+    with pytest.raises(ConfigError, match="chat_template: .* give its text, not the name of its file"):
         DataConfig(chat_template="tpl.jinja")
 
 

@@ -247,6 +247,14 @@ def test_tools_and_their_calls_are_rendered_and_a_call_needs_no_content(chatml):
     )
 
 
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+def test_arguments_of_a_call_are_rendered_as_an_object(chatml, arguments):
+    template = WITH_TOOLS.replace("['name'] }})", "['arguments'] | tojson }})")
+    call = {**CALL, "tool_calls": [{"function": {"name": "look", "arguments": arguments}}]}
+    example = encode_conversation(check_conversation([TALK[0], call], template), chatml, template=template)
+    assert runs(example, chatml)[0].startswith('({"a": 1})')
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
