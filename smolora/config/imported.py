@@ -107,6 +107,12 @@ _LEARNED_OTHERWISE: dict[str, tuple[tuple[object, ...], str]] = {
 
 _FORMS = "rows are text, prompt and completion, instruction and output, or messages with role and content"
 
+_FIELDS = {"prompt": "prompt_field", "response": "completion_field"}
+_USUAL_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "messages"}
+"""Roles of LLaMA-Factory's columns: our fields, and the names that are recognised."""
+
+_READ_OF_ENTRIES = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "ranking", "columns"}
+
 _ROW_TYPES = {"alpaca", "completion", "chat_template", "input_output"}
 """Types of axolotl's datasets whose columns are recognised, or named by other keys of the entry."""
 
@@ -219,10 +225,11 @@ def _read_llama_factory(given: Values, folder: Path, made: Imported) -> Iterator
         # Otherwise, of rows with a prompt, the answer alone would be learned.
         yield "stage", {"data.text_field": "text"}
     if "dataset" in given:
-        yield "dataset", {"data.sources": _find_files(given["dataset"], given, folder, made)}
+        yield "dataset", _find_files(given["dataset"], given, folder, made)
     if "eval_dataset" in given:
         held_out = _find_files(given["eval_dataset"], given, folder, made)
-        yield "eval_dataset", _first_source("eval_dataset", held_out, made)
+        sources = held_out.pop("data.sources")
+        yield "eval_dataset", {**held_out, **_first_source("eval_dataset", sources, made)}
     if given.get("finetuning_type", "lora") == "lora" and "lora_alpha" not in given:
         made.filled["adapter.lora_alpha"] = 2 * given.get("lora_rank", 8)
     if given.get("pissa_init") is True:
@@ -295,11 +302,12 @@ def _fill(made: Imported) -> None:
             made.filled[path] = value
 
 
-def _find_files(names: Any, given: Values, folder: Path, made: Imported) -> list[str]:
-    """Return the files that dataset_info.json names; what it doesn't know stays a name."""
+def _find_files(names: Any, given: Values, folder: Path, made: Imported) -> Settings:
+    """Return the files that dataset_info.json names, and their columns; what it doesn't know stays a name."""
     place = Path(str(given.get("dataset_dir", "data")))
     info = _read_info(folder / place / "dataset_info.json")
-    sources = []
+    sources: list[str] = []
+    columns: Settings = {}
     for name in [part.strip() for part in names.split(",")] if isinstance(names, str) else map(str, names):
         entry = info.get(name, {})
         sources.append(str(place / entry["file_name"] if "file_name" in entry else entry.get("hf_hub_url", name)))
@@ -307,11 +315,27 @@ def _find_files(names: Any, given: Values, folder: Path, made: Imported) -> list
             made.left_out[f"dataset {name}"] = (
                 f"no such name in {place}/dataset_info.json; name its file in data.sources"
             )
-        for key in sorted(entry.keys() - {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting"}):
-            made.left_out[f"dataset {name}: {key}"] = "name columns with data.prompt_field and the like"
+        if entry.get("ranking") is True:
+            raise ConfigError(f"dataset {name}: ranking: true has {_NO_COUNTERPART}: {_ANSWERS_AND_TEXTS}.")
+        columns |= _read_columns(name, entry.get("columns", {}), columns, made)
+        for key in sorted(entry.keys() - _READ_OF_ENTRIES):
+            made.left_out[f"dataset {name}: {key}"] = _NO_COUNTERPART
         if entry.get("formatting") == "sharegpt":
             made.left_out[f"dataset {name}: sharegpt"] = _FORMS
-    return sources
+    return {"data.sources": sources, **columns}
+
+
+def _read_columns(name: str, columns: Mapping[str, str], before: Settings, made: Imported) -> Settings:
+    """Return the fields that name a dataset's columns, unless these are the usual ones or others than a pair's."""
+    fields = {f"data.{_FIELDS[role]}": column for role, column in columns.items() if role in _FIELDS}
+    if columns.keys() == _FIELDS.keys() and before in ({}, fields):
+        return fields
+    if not columns.items() <= _USUAL_COLUMNS.items():
+        made.left_out[f"dataset {name}: columns"] = (
+            "data.prompt_field and data.completion_field name a pair's, the same in all sources; rename others to "
+            "instruction, input and output, or messages"
+        )
+    return {}
 
 
 def _read_info(file: Path) -> dict[str, dict[str, Any]]:

@@ -156,14 +156,41 @@ def test_an_empty_adapter_trains_the_whole_model_and_what_is_lora_s_is_listed():
     assert "no such setting of full" in made.left_out["lora_r"]
 
 
+def _import_of(folder, entries):
+    (folder / "data").mkdir()
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(entries))
+    return _import(f"model_name_or_path: m\nstage: sft\ndataset: {','.join([*entries, 'gone'])}\n", folder)
+
+
 def test_names_of_datasets_are_looked_up_where_their_list_is(tmp_path):
-    (tmp_path / "data").mkdir()
-    entries = {"mine": {"file_name": "mine.json"}, "far": {"hf_hub_url": "org/far", "columns": {"prompt": "q"}}}
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(entries))
-    made = _import("model_name_or_path: m\nstage: sft\ndataset: mine,far,gone\n", tmp_path)
+    made = _import_of(tmp_path, {"mine": {"file_name": "mine.json"}, "far": {"hf_hub_url": "org/far", "split": "a"}})
     assert made.settings["data"]["sources"] == ["data/mine.json", "org/far", "gone"]
-    assert made.left_out["dataset far: columns"] == "name columns with data.prompt_field and the like"
+    assert made.left_out["dataset far: split"] == "no counterpart"
     assert "dataset gone" in made.left_out
+
+
+PAIR = {"prompt": "q", "response": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "is_said"),
+    [
+        ([PAIR, PAIR], {"prompt_field": "q", "completion_field": "a"}, False),
+        ([{"prompt": "instruction", "query": "input", "response": "output"}], {}, False),
+        ([{**PAIR, "query": "more"}], {}, True),
+        ([PAIR, {"prompt": "x", "response": "y"}], {"prompt_field": "q", "completion_field": "a"}, True),
+    ],
+)
+def test_columns_of_datasets_are_taken_where_they_are_a_pair_s(tmp_path, columns, fields, is_said):
+    entries = {f"d{number}": {"file_name": "d.json", "columns": given} for number, given in enumerate(columns)}
+    made = _import_of(tmp_path, entries)
+    found = {name: value for name, value in made.settings["data"].items() if name.endswith("_field")}
+    assert (found, any("columns" in key for key in made.left_out)) == (fields, is_said)
+
+
+def test_a_dataset_of_preferences_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="dataset pairs: ranking: true has no counterpart: train learns answers"):
+        _import_of(tmp_path, {"pairs": {"file_name": "p.json", "ranking": True}})
 
 
 @pytest.mark.parametrize(
