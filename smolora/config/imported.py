@@ -105,15 +105,23 @@ _LEARNED_OTHERWISE: dict[str, tuple[tuple[object, ...], str]] = {
 }
 """Keys that change what is learned: the values that fit, and what train can do instead."""
 
-_FORMS = "rows are text, prompt and completion, instruction and output, or messages with role and content"
+_FORMS = (
+    "rows are text, prompt and completion, instruction and output, or messages with role and content, or conversations"
+)
 
 _FIELDS = {"prompt": "prompt_field", "response": "completion_field"}
-_USUAL_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "messages"}
+_USUAL_COLUMNS = {
+    ("prompt", "instruction"),
+    ("query", "input"),
+    ("response", "output"),
+    ("messages", "messages"),
+    ("messages", "conversations"),
+}
 """Roles of LLaMA-Factory's columns: our fields, and the names that are recognised."""
 
 _READ_OF_ENTRIES = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "ranking", "columns"}
 
-_ROW_TYPES = {"alpaca", "completion", "chat_template", "input_output"}
+_ROW_TYPES = {"alpaca", "completion", "chat_template", "sharegpt", "input_output"}
 """Types of axolotl's datasets whose columns are recognised, or named by other keys of the entry."""
 
 
@@ -320,8 +328,6 @@ def _find_files(names: Any, given: Values, folder: Path, made: Imported) -> Sett
         columns |= _read_columns(name, entry.get("columns", {}), columns, made)
         for key in sorted(entry.keys() - _READ_OF_ENTRIES):
             made.left_out[f"dataset {name}: {key}"] = _NO_COUNTERPART
-        if entry.get("formatting") == "sharegpt":
-            made.left_out[f"dataset {name}: sharegpt"] = _FORMS
     return {"data.sources": sources, **columns}
 
 
@@ -330,7 +336,7 @@ def _read_columns(name: str, columns: Mapping[str, str], before: Settings, made:
     fields = {f"data.{_FIELDS[role]}": column for role, column in columns.items() if role in _FIELDS}
     if columns.keys() == _FIELDS.keys() and before in ({}, fields):
         return fields
-    if not columns.items() <= _USUAL_COLUMNS.items():
+    if not columns.items() <= _USUAL_COLUMNS:
         made.left_out[f"dataset {name}: columns"] = (
             "data.prompt_field and data.completion_field name a pair's, the same in all sources; rename others to "
             "instruction, input and output, or messages"

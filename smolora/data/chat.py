@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -47,6 +47,7 @@ _USUALLY_RENDERED = frozenset(
 """What templates read of a turn beside role and content, where the template isn't known yet."""
 
 _CALLS = frozenset(("tool_calls", "function_call"))
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 _TOLD = ("role", "content", "weight")
 
 _SAMPLE_CHAT: tuple[Message, ...] = (
@@ -111,6 +112,22 @@ def check_messages(value: object) -> list[dict[str, str]]:
     return [dict(message) if message.get("content") else {**message, "content": ""} for message in value]
 
 
+def read_sharegpt(value: object) -> object:
+    """Return ShareGPT's turns, which have `from` and `value`, as messages; anything else as it is.
+
+    >>> read_sharegpt([{"from": "human", "value": "hi"}])
+    [{'role': 'user', 'content': 'hi'}]
+    """
+    if not (isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0]):
+        return value
+    return [_read_sharegpt_turn(turn) if isinstance(turn, dict) else turn for turn in value]
+
+
+def _read_sharegpt_turn(turn: Mapping[str, object]) -> dict[str, object]:
+    speaker = turn.get("from")
+    return {"role": _SPEAKERS.get(str(speaker), speaker), "content": turn.get("value")}
+
+
 def is_learned(message: Mapping[str, object]) -> bool:
     """Whether a turn is a target: one of the assistant's, unless a `weight` of 0 makes it context alone."""
     return message["role"] == "assistant" and message.get("weight") != 0
@@ -141,8 +158,8 @@ def check_conversation(value: object, template: str | None, tools: object = None
                 f"message {number} has the weight {message['weight']!r}. Known: 1, by which a turn is learned as it is "
                 "without a weight, and 0, by which it is context alone."
             )
-        for key in _CALLS.intersection(message):
-            if message[key]:
+        if not _CALLS.isdisjoint(message):
+            for key in filter(message.get, _CALLS):
                 _require_rendered(f"message {number} has", key, template)
     if is_learned(messages[0]):
         raise DataError("the conversation begins with the assistant, so nothing prompts its first turn.")
@@ -174,18 +191,17 @@ def list_taught(messages: Sequence[Message], template: str | None) -> list[list[
     """Return of each turn what is rendered and whether it is learned: equal for conversations that teach the same."""
     names = _USUALLY_RENDERED if template is None else _list_names(template)
     return [
-        [
-            message["role"],
-            message.get("content") or "",
-            is_learned(message),
-            *(sorted(_read_further(message, names)) if len(message) > 2 else ()),
-        ]
+        [message["role"], message["content"]] if len(message) == 2 and "content" in message else _reduce(message, names)
         for message in messages
     ]
 
 
-def _read_further(message: Message, names: Set[str]) -> Iterator[tuple[str, object]]:
-    return ((key, value) for key, value in message.items() if value and key in names and key not in _TOLD)
+def _reduce(message: Message, names: Set[str]) -> list[object]:
+    taught: list[object] = [message["role"], message.get("content") or ""]
+    if message["role"] == "assistant" and not is_learned(message):
+        taught.append("context")
+    read = {key: value for key, value in message.items() if value and key in names and key not in _TOLD}
+    return [*taught, read] if read else taught
 
 
 @lru_cache

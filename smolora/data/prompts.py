@@ -49,6 +49,9 @@ _RECOGNISED: dict[Kind, tuple[str, ...]] = {
 
 _MAY_LACK = {"tools", "input"}
 
+_SHAREGPT = "conversations"
+"""The column of messages in ShareGPT's files, where no form is recognised."""
+
 _TRAINED: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
     "prompt_completion": ("completion",),
@@ -200,17 +203,19 @@ def _recognise(
     named = _named_format(columns, data)
     if named is not None:
         return named
+    own = choose_chat_template(tokenizer) if tokenizer is not None else None
+    template = data.chat_template or own
     for kind, roles in _RECOGNISED.items():
         found = {role: column for role in roles if (column := match_column(role, columns)) is not None}
         if not found.keys() >= set(roles) - _MAY_LACK:
             continue
-        own = choose_chat_template(tokenizer) if tokenizer is not None else None
-        template = data.chat_template or own if kind == "messages" else None
-        return PromptFormat(kind=kind, columns=found, chat_template=template)
+        return PromptFormat(kind=kind, columns=found, chat_template=template if kind == "messages" else None)
+    if (column := match_column(_SHAREGPT, columns)) is not None:
+        return PromptFormat(kind="messages", columns={"messages": column}, chat_template=template)
     raise DataError(
         f"the columns {', '.join(map(repr, columns)) or '(none)'} fit no form. Known: text; prompt and completion; "
-        "instruction, output and perhaps input; messages. Name yours: --text-field X (data.text_field=X), or "
-        "--prompt-field X --completion-field Y (data.prompt_field=X data.completion_field=Y)."
+        "instruction, output and perhaps input; messages, or conversations as in ShareGPT. Name yours: --text-field X "
+        "(data.text_field=X), or --prompt-field X --completion-field Y (data.prompt_field=X data.completion_field=Y)."
     )
 
 

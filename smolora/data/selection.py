@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
+from smolora.data.chat import read_sharegpt
 from smolora.data.cleaning import TextCleaningProcessor
 from smolora.data.ledger import DataReport
 from smolora.data.pieces import count_added_tokens, split_row
@@ -93,6 +94,11 @@ class RowSelection:
                 yield checked
 
     def _check(self, row: Row, clean: Callable[[str], str] | None) -> Row | Reject:
+        if self.fmt.kind == "messages":
+            column = self.fmt.columns["messages"]
+            turns = row.values.get(column)
+            if (messages := read_sharegpt(turns)) is not turns:
+                row = Row({**row.values, column: messages}, row.file, row.line)
         if clean is not None:
             columns = [column for role, column in self.fmt.columns.items() if role != "tools" and column in row.values]
             cleaned = {column: _clean(row.values[column], clean) for column in columns}

@@ -2,7 +2,7 @@ import pytest
 
 from smolora.config.data import DataConfig
 from smolora.data.ledger import DataReport
-from smolora.data.prompts import PromptFormat
+from smolora.data.prompts import PromptFormat, resolve_prompt_format
 from smolora.data.rows import Reject, Row
 from smolora.data.selection import RowSelection, split_validation
 from smolora.errors import ConfigError
@@ -119,6 +119,18 @@ def test_an_instruction_without_input_is_no_empty_row():
 def test_a_row_that_does_not_fit_is_rejected_with_its_line(row, reason):
     _rows, report = select([{"text": "a"}, row])
     assert report.rejects == [Reject("a", 2, reason)]
+
+
+def test_conversations_of_sharegpt_are_messages_and_others_who_speak_are_rejected():
+    fmt = resolve_prompt_format(["id", "conversations"], DataConfig())
+    talks = [
+        [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        [{"from": "observation", "value": "a"}],
+    ]
+    rows, report = select([{"conversations": talk} for talk in talks], fmt)
+    roles = [(turn["role"], turn["content"]) for turn in rows[0]["conversations"]]
+    assert roles == [("system", "s"), ("user", "a"), ("assistant", "b")]
+    assert "unknown role 'observation'" in report.rejects[0].reason
 
 
 def test_messages_that_are_none_are_rejected():
