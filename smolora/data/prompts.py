@@ -47,7 +47,8 @@ _RECOGNISED: dict[Kind, tuple[str, ...]] = {
 }
 """The columns that make a form, most specific first."""
 
-_MAY_LACK = {"tools", "input"}
+MAY_LACK = frozenset(("tools", "input"))
+"""Roles whose column may be missing."""
 
 _SHAREGPT = "conversations"
 """The column of messages in ShareGPT's files, where no form is recognised."""
@@ -134,8 +135,7 @@ def name_by_roles(columns: Sequence[str], fmt: PromptFormat) -> dict[str, str]:
 def _list_completing(kind: Kind) -> list[str]:
     """Return a role of each form that is recognised before `kind`, without which it isn't."""
     return [
-        [role for role in _RECOGNISED[form] if role not in _MAY_LACK][-1]
-        for form in takewhile(kind.__ne__, _RECOGNISED)
+        [role for role in _RECOGNISED[form] if role not in MAY_LACK][-1] for form in takewhile(kind.__ne__, _RECOGNISED)
     ]
 
 
@@ -207,7 +207,7 @@ def _recognise(
     template = data.chat_template or own
     for kind, roles in _RECOGNISED.items():
         found = {role: column for role in roles if (column := match_column(role, columns)) is not None}
-        if not found.keys() >= set(roles) - _MAY_LACK:
+        if not found.keys() >= set(roles) - MAY_LACK:
             continue
         return PromptFormat(kind=kind, columns=found, chat_template=template if kind == "messages" else None)
     if (column := match_column(_SHAREGPT, columns)) is not None:

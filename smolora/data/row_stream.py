@@ -17,7 +17,7 @@ from smolora.config.data import DataConfig, FileType
 from smolora.config.model import TaskType
 from smolora.data.arrow_files import read_names_in
 from smolora.data.ledger import DataReport
-from smolora.data.prompts import PromptFormat, resolve_prompt_format
+from smolora.data.prompts import MAY_LACK, PromptFormat, resolve_prompt_format
 from smolora.data.readers import Read, iter_rows, read_columns, read_documents
 from smolora.data.rows import Reject, Row, find_column
 from smolora.data.selection import RowSelection
@@ -125,6 +125,7 @@ def stream_rows(
     """
     report = DataReport()
     fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
+    fmt = _add_roles([*train, *(held_out or ())], fmt, data, task)
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
     rows = chooser.select(iter_alike(train, fmt, data, task), set())
     names = train[0].read_label_names()
@@ -180,6 +181,15 @@ def _resolve_first(
         if source.columns:
             return _resolve(source, data, task, tokenizer)
     raise refuse_rowless(sources, data, report, out)
+
+
+def _add_roles(sources: Sequence[Source], fmt: PromptFormat, data: DataConfig, task: TaskType) -> PromptFormat:
+    """Return the form with roles that other sources have and the first one lacks, such as an instruction's input."""
+    columns = dict(fmt.columns)
+    for source in sources:
+        if source.columns and (own := _resolve(source, data, task)).kind == fmt.kind:
+            columns |= {role: column for role, column in own.columns.items() if role in MAY_LACK - columns.keys()}
+    return fmt.model_copy(update={"columns": columns})
 
 
 def _resolve(

@@ -25,6 +25,12 @@ def test_a_column_that_first_appears_in_the_last_row_is_part_of_the_form(tmp_pat
     assert len(list(found.train)) == 2
 
 
+def test_what_the_first_file_has_no_column_for_is_read_of_the_others(tmp_path):
+    pair = {"instruction": "a", "output": "b"}
+    files = [write_rows(tmp_path / "a.jsonl", [pair]), write_rows(tmp_path / "b.jsonl", [{**pair, "input": "c"}])]
+    assert [row.values.get("input") for row in stream(files).train] == [None, "c"]
+
+
 @pytest.mark.parametrize("rows", [[{"a": "x"}, {"a": "x", "text": "y"}], [{"text": "y"}, {"a": "x"}], []])
 def test_a_form_is_there_where_any_row_has_it(tmp_path, rows):
     check_form(open_file(write_rows(tmp_path / "a.jsonl", rows), "jsonl"), DataConfig(), "causal_lm")
