@@ -18,7 +18,9 @@ def find_held_out_files(data: DataConfig) -> list[Path]:
     """
     if data.eval_source is not None:
         return []
-    files = [file for source in data.sources if (file := find_validation_file(Path(source), data.file_type)) is not None]
+    files = [
+        file for source in data.sources if (file := find_validation_file(Path(source), data.file_type)) is not None
+    ]
     return files if any(map(_has_rows, files)) or len(files) == len(data.sources) else []
 
 

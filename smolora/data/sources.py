@@ -8,7 +8,7 @@ import, so they are imported where a Dataset is made or a tokenizer loaded, whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path

@@ -77,9 +77,9 @@ def test_a_prompt_with_another_answer_is_not_counted(run, tmp_path):
     assert count(run.path, [{"prompt": "a cat", "completion": "ran"}], tmp_path) == 0
 
 
-def test_a_conversation_that_ends_with_a_question_is_left_out(run, tmp_path):
+def test_a_conversation_that_ends_with_a_question_counts_by_its_last_answer(run, tmp_path):
     learn(run, [{"messages": [*chat(1), chat(2)[0]]}, {"messages": chat(3)}])
-    assert count(run.path, [{"messages": chat(number)} for number in (1, 3)], tmp_path) == 1
+    assert count(run.path, [{"messages": chat(number)} for number in (1, 3)], tmp_path) == 2
 
 
 def test_rows_of_a_benchmark_are_counted_one_by_one(run, tmp_path):
