@@ -1,12 +1,14 @@
 """Rows that are pieces of a longer text: what they are cut into, what says that they go on, and how they are joined.
 
-A piece that goes on has a column more, `space_to_next`: the white space between it and the next one, which neither of
-them holds. The last piece of a text has none, so it alone is ended when it is learned.
+A piece that goes on has two columns more: `space_to_next`, the white space between it and the next one, which neither
+of them holds, and `next_piece`, a digest of that one. The last piece of a text has none, so it alone is ended when it
+is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,8 @@ from smolora.data.rows import Row, Values
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPACE_TO_NEXT = "space_to_next"
+SPACE_TO_NEXT, NEXT_PIECE = "space_to_next", "next_piece"
+PIECE_COLUMNS = (SPACE_TO_NEXT, NEXT_PIECE)
 
 
 def goes_on(values: Values) -> bool:
@@ -35,7 +38,8 @@ def split_row(row: Row, column: str, size: int, tokenizer: PreTrainedTokenizerBa
     for piece, following in pairwise(pieces):
         end = start + len(piece)
         start = text.index(following, end)
-        rows.append(row._replace(values={**row.values, column: piece, SPACE_TO_NEXT: text[end:start]}))
+        link = {SPACE_TO_NEXT: text[end:start], NEXT_PIECE: _digest(following)}
+        rows.append(row._replace(values={**row.values, column: piece, **link}))
     return [*rows, row._replace(values={**row.values, column: pieces[-1]})]
 
 
@@ -46,19 +50,22 @@ def count_added_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def join_pieces(rows: Iterable[Row], column: str, report: DataReport) -> list[str]:
-    """Return the texts of rows, those of pieces that follow each other as one; the report counts what was joined.
+    """Return the texts of rows, a piece and the one it goes on in as one; the report counts what was joined.
 
-    Pieces of two files aren't joined where a text's last piece was dropped, as a duplicate is.
+    Where that one isn't the next row, since it was held out or dropped as a duplicate, the text ends with the piece.
     """
     texts: list[list[str]] = []
-    open_in: str | None = None
+    space, expected = "", None
     for row in rows:
-        if row.file == open_in:
+        text = str(row.values[column])
+        if expected is not None and expected == _digest(text):
             report.joined += 1
+            texts[-1] += [space, text]
         else:
-            texts.append([])
-        texts[-1].append(str(row.values[column]))
-        open_in = row.file if goes_on(row.values) else None
-        if open_in is not None:
-            texts[-1].append(str(row.values[SPACE_TO_NEXT]))
+            texts.append([text])
+        space, expected = (str(row.values.get(name)) for name in PIECE_COLUMNS) if goes_on(row.values) else ("", None)
     return ["".join(parts) for parts in texts]
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

@@ -82,7 +82,7 @@ class RowSource:
         """Number and digest of the rows."""
         digest, num_rows = hashlib.sha256(), 0
         for row in self.iter_rows():
-            digest.update(json.dumps([row.prompt, row.references]).encode() + b"\n")
+            digest.update(json.dumps([row.prompt, row.references], default=str).encode() + b"\n")
             num_rows += 1
         if self.unanswered:
             logger.info(
@@ -235,7 +235,7 @@ def group_rows(
         if fmt.kind == "messages" and not asked:
             unanswered.add(row.origin)
         elif asked:
-            grouped.setdefault(json.dumps(asked), (asked, [], row.origin))[1].append(reference)
+            grouped.setdefault(json.dumps(asked, default=str), (asked, [], row.origin))[1].append(reference)
         else:
             yield BenchmarkRow("", (reference,), origin=row.origin)
     for asked, references, origin in grouped.values():

@@ -67,4 +67,6 @@ def _read_digests(model: str | Path) -> set[bytes] | None:
 
 
 def _digest(prompt: Prompt, answer: str) -> bytes:
-    return blake2b(json.dumps([prompt, answer], sort_keys=True).encode(), digest_size=_BYTES).digest()
+    """Return what tells a row by its texts: a turn may hold more, of any type and another in each kind of file."""
+    asked = prompt if isinstance(prompt, str) else [[turn["role"], turn["content"]] for turn in prompt]
+    return blake2b(json.dumps([asked, answer]).encode(), digest_size=_BYTES).digest()

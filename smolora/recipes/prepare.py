@@ -13,7 +13,7 @@ from pathlib import Path
 from smolora.config.data import DataConfig
 from smolora.config.model import TaskType
 from smolora.data.ledger import DataReport
-from smolora.data.pieces import SPACE_TO_NEXT
+from smolora.data.pieces import PIECE_COLUMNS
 from smolora.data.prompts import PromptFormat, name_by_roles
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
@@ -76,7 +76,7 @@ def _explain_duplicates(stream: RowStream, train: Path) -> None:
     if not stream.report.duplicate or stream.fmt.kind in USUAL_NAMES:
         return
     with train.open(encoding="utf-8") as file:
-        others = json.loads(file.readline()).keys() - stream.fmt.columns.keys() - {SPACE_TO_NEXT}
+        others = json.loads(file.readline()).keys() - stream.fmt.columns.keys() - set(PIECE_COLUMNS)
     if others:
         logger.info(
             "duplicates are rows equal in %s; %s made no difference. For labels, name the --task.",

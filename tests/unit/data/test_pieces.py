@@ -27,9 +27,11 @@ def test_pieces_between_tokens_join_to_the_text_again(tokenizer):
     assert join_pieces(split_row(Row({"text": text}, "a", 1), "text", 3, tokenizer), "text", DataReport()) == [text]
 
 
-def test_pieces_of_two_files_stay_apart_where_the_last_of_one_was_dropped():
-    rows = [Row({"text": name, "space_to_next": " "}, name, 1) for name in "ab"]
-    assert join_pieces(rows, "text", DataReport()) == ["a ", "b "]
+def test_a_text_ends_with_a_piece_whose_next_one_is_missing():
+    (a, b, c), (d, e) = (split_row(Row({"text": text}, "f", 1), "text", 1) for text in ("a b c", "d e"))
+    assert join_pieces([a, c, d, e], "text", DataReport()) == ["a", "c", "d e"]
+    assert join_pieces([a, b, d, e], "text", DataReport()) == ["a b", "d e"]
+    assert join_pieces([b, e], "text", DataReport()) == ["b", "e"]
 
 
 def test_a_piece_that_is_cut_again_goes_on_where_it_did():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 
 from smolora.config import DataConfig
-from smolora.data.sources import read_sources
+from smolora.data.ledger import DataReport
+from smolora.data.prompts import PromptFormat
+from smolora.data.rows import Row
+from smolora.data.sources import SourceRows, read_sources
 from smolora.evaluation.row_source import open_benchmark, open_data
 from smolora.evaluation.trained_rows import count_trained_rows, write_trained_rows
 from smolora.records.run_dir import RunDir
@@ -80,6 +84,16 @@ def test_a_prompt_with_another_answer_is_not_counted(run, tmp_path):
 def test_a_conversation_that_ends_with_a_question_counts_by_its_last_answer(run, tmp_path):
     learn(run, [{"messages": [*chat(1), chat(2)[0]]}, {"messages": chat(3)}])
     assert count(run.path, [{"messages": chat(number)} for number in (1, 3)], tmp_path) == 2
+
+
+def test_a_turn_is_the_same_whatever_else_it_holds(run, tmp_path):
+    at = datetime(2026, 11, 30, tzinfo=UTC)
+    fmt = PromptFormat(kind="messages", columns={"messages": "messages"})
+    rows = [
+        Row({"messages": [{**turn, "time": at, "weight": 1} for turn in chat(number)]}, "f", 1) for number in (1, 2)
+    ]
+    write_trained_rows(run, SourceRows(rows, [], fmt, DataReport()), started_from=())
+    assert count(run.path, [{"messages": chat(number)} for number in (2, 3)], tmp_path) == 1
 
 
 def test_rows_of_a_benchmark_are_counted_one_by_one(run, tmp_path):
