@@ -34,6 +34,9 @@ WORDS, TAGS = "words", "tags"
 ASKED = "asked"
 """The fact of a row that is a question with its context and its answers, each at its place."""
 
+GOES_ON = "goes_on"
+"""The fact of a row that is a piece of a text and not its last one, so that no end follows it."""
+
 NEWS_TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,15 +43,23 @@ class LikelihoodScorer:
         self.bundle = bundle
         self.batch_size = batch_size
 
-    def measure(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Likelihood]:
+    def measure(self, pairs: Sequence[tuple[Prompt, str]], *, unended: Container[int] = ()) -> list[Likelihood]:
         """Return the likelihood of each pair's answer, its end token included.
 
         What is past the model's context isn't measured; an answer that begins there has no tokens.
 
+        Args:
+            pairs: Prompts and answers.
+            unended: Numbers of the pairs whose answers go on, so that no end token is theirs.
+
         Raises:
             DataError: A pair can't be encoded.
         """
-        return self.measure_examples(self._encode(pairs))
+        examples = [
+            Example(example.input_ids[:-1], example.is_target[:-1]) if number in unended else example
+            for number, example in enumerate(self._encode(pairs))
+        ]
+        return self.measure_examples(examples)
 
     def measure_examples(self, examples: Sequence[Example]) -> list[Likelihood]:
         """Do for encoded rows what `measure` does for pairs: the likelihood of each row's targets."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from smolora.config.data import DataConfig
 from smolora.config.model import TaskType
-from smolora.data.benchmark_rows import BenchmarkRow, Prompt
+from smolora.data.benchmark_rows import GOES_ON, BenchmarkRow, Prompt
 from smolora.data.benchmarks import get_benchmark
 from smolora.data.chat import is_learned
+from smolora.data.pieces import goes_on
 from smolora.data.prompts import PromptFormat, read_conversation, render_pair
 from smolora.data.row_stream import RowStream, close_report
 from smolora.data.rows import Row
@@ -237,7 +238,7 @@ def group_rows(
         elif asked:
             grouped.setdefault(json.dumps(asked, default=str), (asked, [], row.origin))[1].append(reference)
         else:
-            yield BenchmarkRow("", (reference,), origin=row.origin)
+            yield BenchmarkRow("", (reference,), {GOES_ON: True} if goes_on(row.values) else {}, row.origin)
     for asked, references, origin in grouped.values():
         yield BenchmarkRow(asked, tuple(references), origin=origin)
 

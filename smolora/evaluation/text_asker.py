@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 
-from smolora.data.benchmark_rows import BenchmarkRow
+from smolora.data.benchmark_rows import GOES_ON, BenchmarkRow
 from smolora.errors import DataError
 from smolora.evaluation.likelihood import Likelihood, LikelihoodScorer
 from smolora.evaluation.metric import Answer
@@ -84,7 +84,9 @@ class TextAsker:
 
     def _measure_references(self, rows: Sequence[BenchmarkRow]) -> list[Likelihood]:
         """Return the loss of all references of each row."""
-        each = self._scorer.measure([(row.prompt, text) for row in rows for text in row.references])
+        asked = [(row, text) for row in rows for text in row.references]
+        unended = {number for number, (row, _) in enumerate(asked) if GOES_ON in row.facts}
+        each = self._scorer.measure([(row.prompt, text) for row, text in asked], unended=unended)
         self._num_cut += sum(not one.is_whole for one in each)
         measured = iter(each)
         found = [list(islice(measured, len(row.references))) for row in rows]

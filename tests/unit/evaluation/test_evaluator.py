@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from smolora.config import DataConfig
 from smolora.data.benchmark_rows import BenchmarkRow
 from smolora.errors import ConfigError, DataError, FolderInUseError
 from smolora.evaluation.evaluator import GREEDY, ModelEvaluator
@@ -16,6 +17,7 @@ from smolora.evaluation.likelihood import LikelihoodScorer
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.evaluation.prediction_log import PredictionLog
+from smolora.evaluation.row_source import open_data
 from smolora.evaluation.scoring import score_answers
 from smolora.generation.text_generator import TextGenerator
 from smolora.models.loading import load_model
@@ -148,6 +150,16 @@ def test_a_prompt_past_the_context_is_an_error(bundle):
     long = BenchmarkRow("\n" * 100, ("yes",))
     with pytest.raises(DataError, match=f"row 1: .* 100 tokens leaves no room for an answer .* {CONTEXT} tokens"):
         evaluate(bundle, [long])
+
+
+def test_a_piece_of_a_text_that_goes_on_is_scored_without_an_end(bundle, tmp_path):
+    file = tmp_path / "pieces.jsonl"
+    file.write_text('{"text": "the cat", "space_to_next": " "}\n{"text": "the cat"}\n')
+    data = DataConfig(sources=(str(file),), deduplicate=False)
+    rows = list(open_data(data, trained=None, tokenizer=bundle.tokenizer).iter_rows())
+    going_on, ended = ModelEvaluator(bundle, settings=SHORT).answer(rows)
+    assert ended.num_tokens == going_on.num_tokens + 1
+    assert ended.loss_sum > going_on.loss_sum
 
 
 def test_an_encoder_reads_a_prompt_of_the_whole_context(tmp_path):
