@@ -73,6 +73,7 @@ def describe_left_out(source: str, file_type: FileType | None) -> str | None:
 
 def find_validation_file(folder: Path, file_type: FileType | None = None) -> Path | None:
     """Return the file of held-out rows in a folder that is read as one that `prepare` wrote, or one like it."""
+    folder = folder.expanduser()
     if not _is_prepared(folder, file_type):
         return None
     return next((folder / name for name in _VALIDATION_FILES if (folder / name).is_file()), None)

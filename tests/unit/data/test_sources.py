@@ -63,6 +63,14 @@ def test_a_prepared_folder_is_its_two_files(tmp_path):
     assert len(rows.train) == 60
 
 
+def test_a_prepared_folder_under_home_is_its_two_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "out" / "train.jsonl", numbered(60))
+    write_rows(tmp_path / "out" / "validation.jsonl", numbered(2, start=60))
+    rows = read("~/out")
+    assert (len(rows.train), len(rows.held_out)) == (60, 2)
+
+
 def test_whole_texts_are_read_whatever_the_case_of_their_column(tmp_path):
     files = [write_rows(tmp_path / f"{name}.jsonl", [{name: f"of {name}"}]) for name in ("text", "Text")]
     documents = read_source_documents(DataConfig(sources=tuple(map(str, files))))
