@@ -379,6 +379,11 @@ def test_text_is_chunked_over_lines_and_not_within_them(tmp_path):
     assert (pieces["text"][:], pieces["space_to_next"][:]) == (["one\ntwo", "three"], ["\n\n", None])
 
 
+def test_prepare_dataset_keeps_what_says_that_pieces_go_on(tmp_path):
+    rows = [{"text": "one", "space_to_next": " "}, {"text": "two"}]
+    assert prepare_dataset(write_rows(tmp_path / "train.jsonl", rows).parent)["space_to_next"][:] == [" ", None]
+
+
 def test_prepare_dataset_gives_the_text_without_duplicates_in_order(tmp_path):
     (tmp_path / "a.csv").write_text("Text,id\nb,1\na,2\nb,3\n")
     assert prepare_dataset(tmp_path / "a.csv").to_dict() == {"Text": ["b", "a"]}
