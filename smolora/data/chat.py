@@ -41,10 +41,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 _WEIGHTS: tuple[object, ...] = (None, 0, 1)
 """What a turn's `weight` may be, as in OpenAI's files; Parquet has None where JSON leaves a key out."""
 
-_USUALLY_RENDERED = frozenset(
-    ("name", "tools", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
-)
-"""What templates read of a turn beside role and content, where the template isn't known yet."""
+_BOOKKEEPING = frozenset(("timestamp", "time", "date", "created_at", "create_time", "id", "message_id", "uuid"))
+"""What is taken for something that templates don't read of a turn, where the template isn't known yet."""
 
 _CALLS = frozenset(("tool_calls", "function_call"))
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -189,18 +187,19 @@ def _read_tools(value: object) -> Any:
 
 def list_taught(messages: Sequence[Message], template: str | None) -> list[list[object]]:
     """Return of each turn what is rendered and whether it is learned: equal for conversations that teach the same."""
-    names = _USUALLY_RENDERED if template is None else _list_names(template)
+    names = None if template is None else _list_names(template)
     return [
         [message["role"], message["content"]] if len(message) == 2 and "content" in message else _reduce(message, names)
         for message in messages
     ]
 
 
-def _reduce(message: Message, names: Set[str]) -> list[object]:
+def _reduce(message: Message, names: Set[str] | None) -> list[object]:
     taught: list[object] = [message["role"], message.get("content") or ""]
     if message["role"] == "assistant" and not is_learned(message):
         taught.append("context")
-    read = {key: value for key, value in message.items() if value and key in names and key not in _TOLD}
+    others = {key: value for key, value in message.items() if value and key not in _TOLD}
+    read = {key: others[key] for key in others if (key not in _BOOKKEEPING if names is None else key in names)}
     return [*taught, read] if read else taught
 
 

@@ -39,7 +39,7 @@ def test_duplicates_stay_where_asked():
     "rows",
     [
         [{"i": "a", "o": "b"}, {"i": "a", "x": None, "o": "b"}, {"i": "a", "x": " ", "o": "b"}],
-        [{"m": [{"role": "user", "content": "a", "timestamp": number}]} for number in (1, 2)],
+        [{"m": [{"role": "user", "content": "a", "timestamp": number, "id": number}]} for number in (1, 2)],
         [
             {"m": [{"role": "assistant", "content": "a", "weight": 0}, {"role": "user", "content": "a", **more}]}
             for more in ({}, {"weight": None}, {"tool_calls": []})
@@ -55,7 +55,10 @@ def test_rows_that_teach_the_same_are_duplicates(rows):
 
 @pytest.mark.parametrize(
     ("more", "template"),
-    [({"name": "Ann"}, None), ({"weight": 0}, None), ({"mood": "glad"}, "{{ m.mood }}"), ({"content": "A"}, None)],
+    [
+        *(({"name": "Ann"}, None), ({"weight": 0}, None), ({"content": "A"}, None)),
+        *(({"mood": "glad"}, "{{ m.mood }}"), ({"mood": "glad"}, None), ({"documents": [b"A"]}, None)),
+    ],
 )
 def test_turns_that_teach_something_else_are_no_duplicates(more, template):
     fmt = PromptFormat(kind="messages", columns={"messages": "m"}, chat_template=template)
