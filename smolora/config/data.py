@@ -69,9 +69,9 @@ class DataConfig(_Columns):
     """Jinja template for rows of messages. Left out, the tokenizer's, else a plain one."""
 
     clean: tuple[str, ...] = ()
-    """Cleaning switches to turn on: strip_html (a text file is one text then, as markup goes over lines),
-    normalize_unicode, normalize_whitespace (line breaks, paragraphs and indentation stay; several blank lines become
-    one), flatten_whitespace (all on one line), lowercase."""
+    """Cleaning switches to turn on: strip_html (a page, any text file but .txt and .text, is one text then,
+    as markup goes over lines), normalize_unicode, normalize_whitespace (line breaks, paragraphs and indentation stay;
+    several blank lines become one), flatten_whitespace (all on one line), lowercase."""
 
     deduplicate: bool = True
     """Drop rows that teach the same as an earlier one in the columns that the task reads, keeping order."""
@@ -84,11 +84,6 @@ class DataConfig(_Columns):
     """Bound on the rows that are split off to be held out (0: none), and on those of an `eval_source` or of a benchmark
     that an evaluation during the run reads, from all parts of them (0: all); the verdict draws from all. In
     pretraining, bound on the windows of held-out text that are evaluated (0: none)."""
-
-    @property
-    def reads_texts_whole(self) -> bool:
-        """Whether a text file is one text and not a row a line: most chunks are longer, and markup goes over lines."""
-        return self.chunk_size > 0 or "strip_html" in self.clean
 
     def find_idle(self) -> Mapping[str, str]:
         """Return what waits for a size of chunks."""

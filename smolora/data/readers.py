@@ -126,15 +126,10 @@ def read_documents(path: Path) -> list[Row | Reject]:
 
 def infer_type(path: Path) -> FileType | None:
     """Return the type that a file's name promises, compressed or not; None for an unknown one."""
-    return _TYPES_BY_SUFFIX.get(_find_suffix(path))
+    return _TYPES_BY_SUFFIX.get(find_suffix(path))
 
 
-def is_page(path: Path) -> bool:
-    """Whether a file's name promises HTML, compressed or not."""
-    return _find_suffix(path) in {".html", ".htm"}
-
-
-def _find_suffix(path: Path) -> str:
+def find_suffix(path: Path) -> str:
     """Return the suffix of a file's name, or of the name that it has once it is unpacked."""
     suffix = path.suffix.lower()
     return path.with_suffix("").suffix.lower() if suffix in _UNPACKERS else suffix
@@ -269,7 +264,7 @@ def _find_delimiter(file: TextIO, path: Path) -> str:
     """Return the first of the usual delimiters that the header has outside of quotes; a comma where it has none."""
     header = _QUOTED.sub("", file.readline())
     file.seek(0)
-    usual = "\t,;" if _find_suffix(path) == ".tsv" else ",;\t"
+    usual = "\t,;" if find_suffix(path) == ".tsv" else ",;\t"
     return next((delimiter for delimiter in usual if delimiter in header), ",")
 
 

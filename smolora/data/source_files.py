@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from smolora.config.data import FileType
-from smolora.data.readers import infer_type, is_page, list_files
+from smolora.config.data import DataConfig, FileType
+from smolora.data.readers import find_suffix, infer_type, list_files
 from smolora.errors import DataError, suggest_path
 from smolora.records.run_dir import RunDir
 
@@ -19,6 +19,10 @@ _VALIDATION_FILES = (VALIDATION_FILE, "valid.jsonl", "val.jsonl", "dev.jsonl")
 
 _DATASET_FILES, _DATASET_INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 """Of a folder that `Dataset.save_to_disk` wrote: which files hold its rows, and what they are; of one with splits."""
+
+_PAGES = (".html", ".htm")
+_BY_LINES = (".txt", ".text")
+"""Whose lines are rows even where markup is cleaned away; other text is a page then."""
 
 _UNREAD_PACKINGS = (".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz")
 _TYPES = "arrow, csv, json, jsonl, parquet, txt"
@@ -47,6 +51,11 @@ def choose_held_out_type(source: str, file_type: FileType | None) -> FileType | 
     files = list_files(path) if path.is_dir() else [path]
     tells = any(infer_type(file) not in {None, file_type} for file in files)
     return None if tells or file_type == "hub" or not path.exists() else file_type
+
+
+def is_one_text(path: Path, data: DataConfig) -> bool:
+    """Whether a text file is one text, and no row a line: chunks are longer, and markup of a page goes over lines."""
+    return data.chunk_size > 0 or ("strip_html" in data.clean and find_suffix(path) not in _BY_LINES)
 
 
 def describe_left_out(source: str, file_type: FileType | None) -> str | None:
@@ -139,7 +148,7 @@ def _read_dataset_files(state: Path) -> list[str]:
 
 def _find_type(file: Path, asked: FileType | None) -> FileType | None:
     """Return how a file of a folder is read; None where it isn't. Pages are text where text is asked for."""
-    kind: FileType | None = "txt" if asked == "txt" and is_page(file) else infer_type(file)
+    kind: FileType | None = "txt" if asked == "txt" and find_suffix(file) in _PAGES else infer_type(file)
     return kind if asked in (None, kind) else None
 
 
@@ -152,5 +161,5 @@ def _describe_unread(files: Sequence[Path]) -> str:
     counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
     others = sum(count for _, count in counts.most_common()[_SHOWN:])
     shown = [f"{count:,} {suffix}" for suffix, count in counts.most_common(_SHOWN)]
-    hint = " data.file_type=txt reads pages of HTML too." if any(map(is_page, files)) else ""
+    hint = " data.file_type=txt reads pages of HTML too." if any(find_suffix(file) in _PAGES for file in files) else ""
     return ", ".join([*shown, *([f"{others:,} others"] if others else [])]) + f".{hint}"

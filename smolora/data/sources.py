@@ -38,7 +38,7 @@ from smolora.data.row_stream import (
 )
 from smolora.data.rows import Row, check_values
 from smolora.data.selection import RowSelection, split_validation
-from smolora.data.source_files import choose_held_out_type, describe_left_out, locate
+from smolora.data.source_files import choose_held_out_type, describe_left_out, is_one_text, locate
 from smolora.errors import DataError, suggest_path
 from smolora.runtime.hub import find_hub_problem
 
@@ -106,7 +106,7 @@ def check_first_form(data: DataConfig, task: TaskType) -> None:
     [first, *_] = _require_sources(data)
     found = None if is_benchmark_source(first) else locate(first, data.file_type)
     if found:
-        check_form(open_file(*found[0], is_whole=data.reads_texts_whole), data, task)
+        check_form(open_file(*found[0], is_whole=is_one_text(found[0][0], data)), data, task)
 
 
 def read_sources(
@@ -153,7 +153,7 @@ def read_dataset(
     if eval_dataset is not None:
         held_out = [_open_dataset(eval_dataset, "eval_dataset")]
     elif data.eval_source is not None:
-        held_out = _open_held_out(data, is_whole=False)
+        held_out = _open_held_out(data)
     stream = _stream([_open_dataset(dataset, "dataset")], held_out, data, tokenizer=tokenizer, out=out, task=task)
     rows = _gather(stream, data, seed=seed, out=out)
     if eval_dataset is not None and not rows.held_out:
@@ -209,7 +209,7 @@ class DatasetHandler:
         """
         from datasets import Dataset
 
-        opened = _open_source(self.source, self.config, is_whole=self.config.reads_texts_whole)
+        opened = _open_source(self.source, self.config)
         # The default column is only a default: rows of another known form stay what they are.
         is_text = self.text_field != "text" or "text" in {column.casefold() for column in columns_of(opened)}
         data = self.config.replace(text_field=self.text_field) if is_text else self.config
@@ -294,9 +294,8 @@ def stream_sources(
     Raises:
         DataError: A source, a column or rows are missing.
     """
-    is_whole = data.reads_texts_whole
-    train = [part for source in _require_sources(data) for part in _open_source(source, data, is_whole=is_whole)]
-    return _stream(train, _open_held_out(data, is_whole=is_whole), data, tokenizer=tokenizer, out=out, task=task)
+    train = [part for source in _require_sources(data) for part in _open_source(source, data)]
+    return _stream(train, _open_held_out(data), data, tokenizer=tokenizer, out=out, task=task)
 
 
 def _stream(
@@ -345,7 +344,7 @@ def _list_sources(data: DataConfig) -> list[tuple[str, FileType | None]]:
     ]
 
 
-def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
+def _open_held_out(data: DataConfig, *, is_whole: bool = False) -> list[Source] | None:
     """Open the held-out rows where they are given: by name, or beside the train.jsonl of a source."""
     if data.eval_source is not None:
         file_type = choose_held_out_type(data.eval_source, data.file_type)
@@ -353,14 +352,14 @@ def _open_held_out(data: DataConfig, *, is_whole: bool) -> list[Source] | None:
     return [open_file(file, "jsonl") for file in choose_held_out_files(data)] or None
 
 
-def _open_source(source: str, data: DataConfig, *, is_whole: bool) -> list[Source]:
-    """Open what is learned from one source, file by file; `is_whole` reads text files as documents."""
+def _open_source(source: str, data: DataConfig, *, is_whole: bool = False) -> list[Source]:
+    """Open what is learned from one source, file by file; `is_whole` reads every text file as documents."""
     if is_benchmark_source(source):
         return [open_benchmark_source(source)]
     found = locate(source, data.file_type)
     if found is None:
         return [_open_dataset(load_dataset_from_hub(source), source)]
-    return [open_file(file, kind, is_whole=is_whole) for file, kind in found]
+    return [open_file(file, kind, is_whole=is_whole or is_one_text(file, data)) for file, kind in found]
 
 
 def _open_dataset(dataset: Dataset, name: str) -> Source:

@@ -284,6 +284,13 @@ def test_what_goes_over_lines_in_a_text_with_markup_is_no_row(tmp_path):
     assert row.values["text"].split() == ["one", "two"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT.gz", "a.text"])
+def test_lines_of_plain_text_are_rows_where_markup_is_cleaned_away(tmp_path, name):
+    (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(b"<b>one</b>\ntwo\n\nthree\n"))
+    rows = read(tmp_path / name, clean="strip_html").train
+    assert [row.values["text"] for row in rows] == ["one", "two", "three"]
+
+
 @pytest.mark.parametrize("held_out", ["pages", "pages/a.htm", "b.csv"])
 def test_held_out_rows_are_read_like_the_sources_unless_a_file_tells_its_type(tmp_path, held_out):
     (tmp_path / "rows.dat").write_text("learned\n")
@@ -440,6 +447,13 @@ def test_a_file_of_held_out_rows_goes_with_a_dataset_in_memory(tmp_path):
     rows = read_dataset(Dataset.from_dict({"text": ["a", "b", "c"]}), data, seed=0)
     assert [row.values["text"] for row in rows.train] == ["a", "b"]
     assert [row.values["text"] for row in rows.held_out] == ["c"]
+
+
+def test_a_page_of_held_out_text_is_one_beside_a_dataset_in_memory_too(tmp_path):
+    (tmp_path / "held.md").write_text("<p\nclass='b'>one</p>\n<p>two</p>\n")
+    data = DataConfig(eval_source=str(tmp_path / "held.md"), clean=("strip_html",))
+    [row] = read_dataset(Dataset.from_dict({"text": ["a"]}), data, seed=0).held_out
+    assert row.values["text"].split() == ["one", "two"]
 
 
 def test_a_folder_of_held_out_rows_whose_names_tell_another_type_is_read_as_that(tmp_path):
