@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from smolora.data.labels import name_label
 from smolora.data.rows import Values
 
 
@@ -40,6 +41,18 @@ def spell_labels(values: Values, names: Mapping[str, Sequence[str]]) -> Values:
     {'label': 'yes', 'n': 1, 'tags': ['O', -1]}
     """
     return {column: _spell(value, names.get(column, ())) for column, value in values.items()} if names else values
+
+
+def spell_numbers(value: object, names: Sequence[str]) -> object:
+    """Return a label, or each of a list, by the name that another source has for its number; a name stays.
+
+    >>> spell_numbers("1", ["no", "yes"]), spell_numbers([0, -1, "no"], ["no", "yes"]), spell_numbers(1, ["1", "2"])
+    ('yes', ['no', -1, 'no'], 1)
+    """
+    if isinstance(value, list):
+        return [spell_numbers(one, names) for one in value]
+    name = name_label(value)
+    return value if name in names else {f"{number}": name for number, name in enumerate(names)}.get(name or "", value)
 
 
 def _spell(value: object, names: Sequence[str]) -> object:

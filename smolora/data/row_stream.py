@@ -6,6 +6,7 @@ and that decides what is cleaned and what makes two rows equal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from smolora.config.data import DataConfig, FileType
 from smolora.config.model import TaskType
 from smolora.data.arrow_files import read_names_in
+from smolora.data.label_names import spell_numbers
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import MAY_LACK, PromptFormat, resolve_prompt_format
 from smolora.data.readers import Read, iter_rows, read_columns, read_documents
@@ -25,6 +27,8 @@ from smolora.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class RowStream:
     fmt: PromptFormat
     report: DataReport
     label_names: Mapping[str, Sequence[str]]
-    """What numbered labels of the first source are called, by column."""
+    """What numbered labels of the sources are called, by column."""
 
 
 def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Source:
@@ -118,21 +122,22 @@ def stream_rows(
     out: Path | None,
     task: TaskType = "causal_lm",
 ) -> RowStream:
-    """Recognise the form of the rows and return them, not read yet.
+    """Recognise the form of the rows and return them, not read yet; all sources call numbered labels by the same names.
 
     Raises:
-        DataError: There are no rows, or no form fits.
+        DataError: There are no rows, or no form fits, or what numbered labels are called can't be told.
     """
     report = DataReport()
     fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
-    fmt = _add_roles([*train, *(held_out or ())], fmt, data, task)
+    sources = [*train, *(held_out or ())]
+    fmt = _add_roles(sources, fmt, data, task)
+    names = _find_label_names(sources, fmt, data, task)
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
-    rows = chooser.select(iter_alike(train, fmt, data, task), set())
-    names = train[0].read_label_names()
+    rows = chooser.select(_iter_named(train, names, fmt, data, task), set())
     if held_out is None:
         return RowStream(None, rows, fmt, report, names)
     passed: set[bytes] = set()
-    named = chooser.select(iter_alike(held_out, fmt, data, task), passed)
+    named = chooser.select(_iter_named(held_out, names, fmt, data, task), passed)
     return RowStream(named, chooser.leave_out(rows, passed), fmt, report, names)
 
 
@@ -200,6 +205,60 @@ def _resolve(
         return resolve_prompt_format(source.columns, data, tokenizer, task)
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from None
+
+
+def _find_label_names(
+    sources: Sequence[Source], fmt: PromptFormat, data: DataConfig, task: TaskType
+) -> dict[str, Sequence[str]]:
+    """Return what numbered labels are called, by the form's column; nothing where no source says it.
+
+    Raises:
+        DataError: Some sources don't say it, and the others don't agree.
+    """
+    column = fmt.columns.get("label") or fmt.columns.get("tags")
+    if column is None:
+        return {}
+    found = {source.name: tuple(_read_own_names(source, data, task)) for source in sources}
+    named = {name: names for name, names in found.items() if names}
+    if not named:
+        return {}
+    (first, names), *others = named.items()
+    if unnamed := next((name for name in found if name not in named), None):
+        if odd := next((name for name, own in others if own != names), None):
+            raise DataError(
+                f"{first} and {odd} call numbered labels by different names, so what numbers in {unnamed} mean can't "
+                "be told. Write names in place of numbers there."
+            )
+        logger.info("numbered labels of %s are called by the names in %s: 0 is %s.", unnamed, first, names[0])
+    return {column: names}
+
+
+def _read_own_names(source: Source, data: DataConfig, task: TaskType) -> Sequence[str]:
+    """Return what a source's numbered labels are called; nothing where it doesn't say it."""
+    names = source.read_label_names()
+    if not names or not source.columns:
+        return ()
+    own = _resolve(source, data, task).columns
+    return names.get(own.get("label") or own.get("tags") or "", ())
+
+
+def _iter_named(
+    sources: Sequence[Source], names: Mapping[str, Sequence[str]], fmt: PromptFormat, data: DataConfig, task: TaskType
+) -> Iterator[Row | Reject]:
+    """Yield what `iter_alike` does, with numbered labels called by their names where a source has none for them."""
+    for source in sources:
+        records = iter_alike([source], fmt, data, task)
+        is_spelt = not names or bool(_read_own_names(source, data, task))
+        yield from records if is_spelt else (_spell(record, names) for record in records)
+
+
+def _spell(record: Row | Reject, names: Mapping[str, Sequence[str]]) -> Row | Reject:
+    if isinstance(record, Reject):
+        return record
+    called = {
+        column: spell_numbers(record.values[column], names[column]) for column in names if column in record.values
+    }
+    return record._replace(values={**record.values, **called})
 
 
 def iter_alike(

@@ -441,6 +441,34 @@ def test_numbered_labels_of_a_dataset_in_memory_are_called_by_their_names():
     assert [row.values["label"] for row in rows.train] == ["yes", "no"]
 
 
+@pytest.mark.parametrize(
+    ("sources", "eval_source"), [("ab", None), ("ba", None), ("a", "b"), ("b", "a")], ids=lambda value: value or "none"
+)
+def test_numbered_labels_are_called_by_the_names_that_another_source_has(tmp_path, monkeypatch, sources, eval_source):
+    monkeypatch.chdir(tmp_path)
+    features = Features(text=Value("string"), Label=ClassLabel(names=["no", "yes"]))
+    Dataset.from_dict({"text": ["y", "n"], "Label": [1, 0]}, features=features).to_parquet("a.parquet")
+    (tmp_path / "b.csv").write_text("text,label\nn2,0\ny2,1\ny3,yes\n")
+    named = {"a": "a.parquet", "b": "b.csv", None: None}
+    data = DataConfig(sources=tuple(named[source] for source in sources), eval_source=named[eval_source])
+    rows = read_sources(data, seed=0, task="classification")
+    assert len(rows.train + rows.held_out) == 5
+    for row in rows.train + rows.held_out:
+        assert row.values[rows.fmt.columns["label"]] == {"n": "no", "y": "yes"}[row.values["text"][0]]
+
+
+def test_numbered_labels_that_two_sources_call_differently_are_refused_beside_rows_without_names(tmp_path):
+    for name, names in (("a", ["no", "yes"]), ("b", ["yes", "no"])):
+        features = Features(text=Value("string"), label=ClassLabel(names=names))
+        Dataset.from_dict({"text": [name], "label": [1]}, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    write_rows(tmp_path / "c.jsonl", [{"text": "c", "label": 1}])
+    sources = tuple(str(tmp_path / name) for name in ("a.parquet", "b.parquet", "c.jsonl"))
+    rows = read_sources(DataConfig(sources=sources[:2]), seed=0, task="classification").train
+    assert [row.values["label"] for row in rows] == ["yes", "no"]
+    with pytest.raises(DataError, match=r"b\.parquet call numbered labels by different names, .* in \S*c\.jsonl"):
+        read_sources(DataConfig(sources=sources), seed=0, task="classification")
+
+
 def test_a_file_of_held_out_rows_goes_with_a_dataset_in_memory(tmp_path):
     write_rows(tmp_path / "held.jsonl", [{"text": "c"}])
     data = DataConfig(eval_source=str(tmp_path / "held.jsonl"))
