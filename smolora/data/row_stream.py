@@ -229,7 +229,7 @@ def _find_label_names(
                 f"{first} and {odd} call numbered labels by different names, so what numbers in {unnamed} mean can't "
                 "be told. Write names in place of numbers there."
             )
-        logger.info("numbered labels of %s are called by the names in %s: 0 is %s.", unnamed, first, names[0])
+        logger.info("labels of %s that are numbers are called by the names in %s: 0 is %s.", unnamed, first, names[0])
     return {column: names}
 
 

@@ -444,7 +444,10 @@ def test_numbered_labels_of_a_dataset_in_memory_are_called_by_their_names():
 @pytest.mark.parametrize(
     ("sources", "eval_source"), [("ab", None), ("ba", None), ("a", "b"), ("b", "a")], ids=lambda value: value or "none"
 )
-def test_numbered_labels_are_called_by_the_names_that_another_source_has(tmp_path, monkeypatch, sources, eval_source):
+def test_numbers_of_labels_are_called_by_the_names_that_another_source_has_and_it_is_said(
+    tmp_path, monkeypatch, caplog, sources, eval_source
+):
+    caplog.set_level("INFO")
     monkeypatch.chdir(tmp_path)
     features = Features(text=Value("string"), Label=ClassLabel(names=["no", "yes"]))
     Dataset.from_dict({"text": ["y", "n"], "Label": [1, 0]}, features=features).to_parquet("a.parquet")
@@ -452,6 +455,7 @@ def test_numbered_labels_are_called_by_the_names_that_another_source_has(tmp_pat
     named = {"a": "a.parquet", "b": "b.csv", None: None}
     data = DataConfig(sources=tuple(named[source] for source in sources), eval_source=named[eval_source])
     rows = read_sources(data, seed=0, task="classification")
+    assert "labels of b.csv that are numbers are called by the names in a.parquet: 0 is no." in caplog.messages
     assert len(rows.train + rows.held_out) == 5
     for row in rows.train + rows.held_out:
         assert row.values[rows.fmt.columns["label"]] == {"n": "no", "y": "yes"}[row.values["text"][0]]
