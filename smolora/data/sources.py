@@ -20,7 +20,7 @@ from smolora.data.benchmark_source import is_benchmark_source, locate_benchmark,
 from smolora.data.held_out_files import choose_held_out_files
 from smolora.data.label_names import find_label_names, spell_labels
 from smolora.data.ledger import DataReport
-from smolora.data.pieces import SPACE_TO_NEXT, goes_on, join_pieces
+from smolora.data.pieces import PIECE_COLUMNS, goes_on, join_pieces
 from smolora.data.prompts import PromptFormat
 from smolora.data.readers import Read, check_readable
 from smolora.data.row_stream import (
@@ -215,7 +215,7 @@ class DatasetHandler:
         data = self.config.replace(text_field=self.text_field) if is_text else self.config
         rows = _gather(_stream(opened, None, data, tokenizer=None, out=None), data, seed=0, out=None)
         self.report = rows.report
-        more = [SPACE_TO_NEXT] if any(goes_on(row.values) for row in rows.train) else []
+        more = PIECE_COLUMNS if any(goes_on(row.values) for row in rows.train) else ()
         names = [*rows.fmt.columns.values(), *more]
         return Dataset.from_dict({name: [row.values.get(name) for row in rows.train] for name in names})
 
