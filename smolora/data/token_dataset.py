@@ -200,8 +200,8 @@ class TextDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of how they are cut."""
-        return _hash(np.array([self.context, self.stride], dtype=np.int64), self.tokens)
+        """SHA-256 of the tokens, and of how and into how many windows they are cut."""
+        return _hash(np.array([self.context, self.stride, len(self)], dtype=np.int64), self.tokens)
 
 
 def _hash(*arrays: npt.NDArray[np.generic]) -> str:

@@ -84,3 +84,11 @@ def test_the_fingerprint_of_windows_sees_the_tokens_and_the_cut():
         TextDataset(np.arange(1, 11), context=4).fingerprint,
     }
     assert len(fingerprints) == 3
+
+
+def test_the_fingerprint_of_windows_sees_how_many_there_are():
+    class WithoutTheEnd(TextDataset):
+        def __len__(self):
+            return super().__len__() - 1
+
+    assert WithoutTheEnd(np.arange(10), context=4).fingerprint != TextDataset(np.arange(10), context=4).fingerprint
