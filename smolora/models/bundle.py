@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from smolora.config.model import Quantization, TaskType
 from smolora.data.chat import find_turn_end
@@ -103,11 +104,8 @@ class ModelBundle:
         Raises:
             ModelError: The tokenizer has more tokens than the model.
         """
-        model = self.model
-        config = model.config if isinstance(model, GPTModel) else read_config(model).get_text_config()
-        assert config.vocab_size is not None, "a model that was built has embeddings"
-        size = config.vocab_size
-        if token_id >= size:
+        size = self._num_embeddings
+        if size is not None and token_id >= size:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
             raise ModelError(
                 f"the tokenizer encodes {token!r} as {token_id}, and {self.source} has embeddings of {size} tokens, 0 "
@@ -131,6 +129,16 @@ class ModelBundle:
     def num_trainable_parameters(self) -> int:
         """Parameters that require a gradient."""
         return count_parameters(self.model)[0]
+
+    @property
+    def _num_embeddings(self) -> int | None:
+        """Tokens that the model has an embedding of; None where it has none to look up, as Canine."""
+        if isinstance(self.model, GPTModel):
+            return self.model.token_embedding.num_embeddings
+        try:
+            return len(cast("PreTrainedModel", self.model).get_input_embeddings().weight)
+        except NotImplementedError:  # What transformers raises.
+            return None
 
     @property
     def _writes_by_transformers(self) -> bool:

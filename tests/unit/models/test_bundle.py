@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import CanineConfig, CanineForSequenceClassification, EsmConfig, EsmForSequenceClassification
 
 from smolora.config.model import GPTConfig
 from smolora.data.prompts import PromptFormat
+from smolora.errors import ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle, count_parameters, print_trainable_parameters
 from smolora.models.gpt import GPTModel
@@ -72,3 +74,18 @@ def test_the_wrapper_opens_the_same_bundle(tmp_path, capsys):
     assert wrapper.tokenizer is wrapper.bundle.tokenizer
     wrapper.print_trainable_parameters()
     assert "parameters are trained" in capsys.readouterr().out
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def test_a_model_without_embeddings_of_tokens_reads_any():
+    bundle_of(CanineForSequenceClassification(CanineConfig(**SIZES))).require_embedding(0x10FFFF)
+
+
+def test_the_embeddings_are_counted_in_the_model_whatever_its_config_says():
+    model = EsmForSequenceClassification(EsmConfig(**SIZES, vocab_size=33, pad_token_id=1, mask_token_id=32))
+    model.config.vocab_size = None
+    bundle_of(model).require_embedding(32)
+    with pytest.raises(ModelError, match="has embeddings of 33 tokens, 0 to 32"):
+        bundle_of(model).require_embedding(33)
