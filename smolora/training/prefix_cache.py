@@ -27,6 +27,7 @@ from smolora.training.callback import Callback
 from smolora.training.optim import tensor_checksums
 
 if TYPE_CHECKING:
+    from smolora.models.anatomy import Anatomy
     from smolora.models.structure import PreTrainedModel
     from smolora.training.trainer import Trainer
 
@@ -173,15 +174,22 @@ def _row_lengths(position_ids: Tensor) -> list[int]:
 
 
 def _find_lowest(trainer: Trainer) -> int:
-    """Return the lowest layer with a tensor that trains; what lies outside of the layers counts as layer 0."""
-    places = [trainer.bundle.anatomy.part_of(name).layer for name, p in trainer.parameters.items() if p.requires_grad]
-    return min((layer or 0 for layer in places), default=0)
+    """Return the lowest layer with a tensor that trains."""
+    anatomy = trainer.bundle.anatomy
+    return min((_place(anatomy, name) for name, p in trainer.parameters.items() if p.requires_grad), default=0)
+
+
+def _place(anatomy: Anatomy, parameter_name: str) -> int:
+    """Return the layer of a parameter; outside of the layers a head counts to the last one, the rest to the first."""
+    part = anatomy.part_of(parameter_name)
+    if part.group == "head":
+        return anatomy.num_layers - 1
+    return part.layer or 0
 
 
 def _identify(trainer: Trainer, model: PreTrainedModel, lowest: int) -> dict[str, object]:
     """Return what the stored activations depend on: the base, and the frozen adapters below the layer."""
-    anatomy = trainer.bundle.anatomy
-    below = {name: p for name, p in trainer.parameters.items() if (anatomy.part_of(name).layer or 0) < lowest}
+    below = {name: p for name, p in trainer.parameters.items() if _place(trainer.bundle.anatomy, name) < lowest}
     frozen = tensor_checksums(below)
     return {"layer": lowest, "base": trainer.bundle.fingerprint, "dtype": str(model.dtype), "frozen": frozen}
 

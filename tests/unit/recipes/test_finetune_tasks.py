@@ -11,11 +11,21 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from smolora.adapters.store import load_bundle
-from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
+from smolora.config import (
+    DataConfig,
+    DynamicLoRAConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    LoRAConfig,
+    ModelConfig,
+    SpeedConfig,
+    TrainingConfig,
+)
 from smolora.data.collate import get_data_collator
 from smolora.data.token_dataset import TokenDataset
 from smolora.errors import ConfigError, DataError
 from smolora.recipes.finetune import encode_data, finetune, load_base, open_tuning, read_rows, show_examples
+from smolora.records.metrics_log import MetricsLog
 from smolora.records.staging import hash_folder
 from smolora.training.loss import target_logits_of
 from tests.tiny import ENCODERS, save_tiny_encoder, save_tiny_model, sweep
@@ -104,6 +114,19 @@ def test_a_decoder_s_classifier_is_trained_on_packed_rows_that_have_the_logits_o
         )
     assert tuning.layout == "packed"
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_is_trained_in_every_phase_keeps_no_late_one_from_skipping_the_layers_below(tmp_path, caplog):
+    caplog.set_level("INFO")
+    phases = DynamicLoRAConfig(enabled=True, strategy="early,late")
+    config = settings(tmp_path, "llama", max_steps=28)
+    model = config.model.replace(dtype="float32")
+    config = config.replace(model=model, adapter=LoRAConfig(r=2, lora_dropout=0), phases=phases)
+    whole = finetune(config, tmp_path / "whole")
+    cached = finetune(config.replace(speed=SpeedConfig(prefix_cache_gib=0.01)), tmp_path / "cached")
+    assert "4 passes skipped the layers below layer 1" in caplog.text
+    found, expected = ([line.get("loss") for line in MetricsLog(run.metrics).read()] for run in (cached, whole))
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_plain_peft_opens_a_classifier_with_the_same_logits(tmp_path):
