@@ -19,7 +19,7 @@ from smolora.records.metrics_log import MetricsLog
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import read_manifest, write_bytes, write_json
 from smolora.records.study_dir import ComparisonDir
-from smolora.training.checkpoint import RunIdentity
+from smolora.training.checkpoint import RunIdentity, read_lowest
 
 logger = logging.getLogger(__name__)
 
@@ -130,17 +130,23 @@ def compare(
 def finish_run(run: PlannedRun) -> tuple[str, int]:
     """Go on with a run to its end, and write what it reached."""
     made = finetune(run.config, run.folder.run(run.name, run.seed), resume=True)
+    checkpoint = made.checkpoints()[-1].path
+    lowest, step = read_lowest(checkpoint) or _find_lowest(made)
+    identity = cast("dict[str, str]", read_manifest(checkpoint)["identity"])
+    write_json(run.folder.outcome(run.name, run.seed), asdict(Outcome(lowest, step, identity)))
+    return run.name, run.seed
+
+
+def _find_lowest(run: RunDir) -> tuple[float, int]:
+    """Return the lowest held-out loss of all steps, and its step, where the weights that reached it are lost."""
     losses = [
-        (float(loss), step)
-        for line in MetricsLog(made.metrics).read()
+        (float(loss), int(step))
+        for line in MetricsLog(run.metrics).read()
         if (step := line.get("step")) and (loss := line.get("eval_loss")) is not None
     ]
     if not losses:
         raise DataError("nothing is held out, so there is nothing to compare by: give 50 rows or data.eval_source.")
-    lowest, step = min(losses)
-    identity = cast("dict[str, str]", read_manifest(made.checkpoints()[-1].path)["identity"])
-    write_json(run.folder.outcome(run.name, run.seed), asdict(Outcome(lowest, int(step), identity)))
-    return run.name, run.seed
+    return min(losses)
 
 
 def _run_all(runs: Sequence[PlannedRun], total: int, *, workers: int, ray_address: str | None) -> None:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -145,7 +146,7 @@ def load_checkpoint(folder: Path, bundle: ModelBundle) -> TrainingSnapshot:
             restore_adapter(bundle, folder)
     else:
         _restore_parameters(bundle, load_file(folder / _MODEL), folder)
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    state = _read_state(folder)
     optimizer = load_file(folder / _OPTIMIZER)
     return TrainingSnapshot(optimizer, state["trainer"], state["callbacks"], _load_callback_tensors(folder))
 
@@ -174,6 +175,19 @@ def load_newest(
         logger.warning("the checkpoint with the lowest held-out loss, of step %d, is lost: %s.", best, damage)
         snapshot.state["best_step"] = snapshot.state["best_eval_loss"] = None
     return snapshot
+
+
+def read_lowest(checkpoint: Path) -> tuple[float, int] | None:
+    """Return the held-out loss of the weights that a run keeps, as its checkpoint says, and their step, if any."""
+    state = _read_state(checkpoint)["trainer"]
+    if state["best_eval_loss"] is None:
+        return None
+    return float(state["best_eval_loss"]), int(state["best_step"])
+
+
+def _read_state(folder: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return found
 
 
 def _load_callback_tensors(folder: Path) -> dict[str, Mapping[str, Tensor]]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from smolora.config import ExperimentConfig, resolve_config
+from smolora.config import AdaLoRAConfig, ExperimentConfig, resolve_config
 from smolora.errors import ConfigError, DataError
 from smolora.recipes.compare import compare, describe_comparison
 from smolora.records.study_dir import ComparisonDir
@@ -96,6 +96,21 @@ def test_the_same_rows_a_step_in_two_passes_are_equal_work(base, rows, tmp_path)
     found = compare(configs, tmp_path / "out", num_seeds=2)
     # Two passes add up in another order, and dropout draws in another shape.
     assert found.standings[1].losses == pytest.approx(found.standings[0].losses, abs=0.1)
+
+
+def test_a_loss_of_ranks_that_adalora_took_away_later_does_not_count(base, rows, tmp_path):
+    others = tmp_path / "others.jsonl"  # Nobody learns what these say, so their loss is lowest early.
+    others.write_text("".join(json.dumps({"prompt": a, "completion": "zebra"}) + "\n" for a in "abcdef"))
+    settings = ("training.eval_steps=1", "training.learning_rate=5e-1", "evaluation.verdict_share=0")
+    spreading = config(base, rows, f"data.eval_source={others}", *settings)
+    spreading = spreading.replace(adapter=AdaLoRAConfig(init_r=4, target_r=2, tinit=2, tfinal=1))
+    compare({"a": spreading, "b": spreading}, tmp_path / "out", num_seeds=2)
+    folder = ComparisonDir(tmp_path / "out")
+    lines = (folder.run("a", 0) / "metrics.jsonl").read_text().splitlines()
+    losses = {line["step"]: line["eval_loss"] for line in map(json.loads, lines) if line["step"]}
+    outcome = json.loads(folder.outcome("a", 0).read_text())
+    assert min(losses, key=losses.get) < 5 <= outcome["step"]
+    assert outcome["lowest"] == losses[outcome["step"]]
 
 
 def test_runs_of_other_settings_are_refused(base, rows, tmp_path):
