@@ -58,9 +58,18 @@ class AdaLoRACallback(Callback):
                 trainer.state.checksums.pop(name, None)
 
     def on_finish(self, trainer: Trainer) -> None:
+        if trainer.state.step < self.allocation.last_reallocation:
+            logger.warning(
+                "AdaLoRA: the run ended after %d updates, and ranks were still to be taken away up to update %d, so "
+                "modules may have more of them than adapter.target_r asks for. Set a smaller adapter.tinit and a "
+                "larger adapter.tfinal, or let nothing stop the run early.",
+                trainer.state.step,
+                self.allocation.last_reallocation,
+            )
+            return
         ranks, start = self.allocation.count_ranks(), self.allocation.start_rank
         smaller = sum(rank < start for rank in ranks.values())
-        if trainer.state.step >= self.allocation.last_reallocation and not smaller:
+        if not smaller:
             raise BrokenRunError(
                 f"AdaLoRA took no rank away: all {len(ranks)} modules still have {start}. Lower adapter.tinit, or "
                 "train longer."

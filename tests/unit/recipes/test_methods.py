@@ -120,18 +120,31 @@ def test_adalora_takes_ranks_away_as_many_as_asked_for(tune, base, caplog):
     assert torch.equal(plain.eval()(ids).logits, load_bundle(run.path, dtype=torch.float32).model(ids).logits)
 
 
-def test_the_adapter_that_is_kept_has_the_ranks_that_are_said(tune, rows, tmp_path, caplog):
-    others = tmp_path / "others.jsonl"  # Nobody learns what these say, so their loss is lowest early.
+@pytest.fixture
+def lowest_early(tmp_path):
+    """Return settings that hold out what nobody learns, so that its loss is lowest early."""
+    others = tmp_path / "others.jsonl"
     others.write_text("".join(json.dumps({"prompt": word, "completion": "zebra"}) + "\n" for word in NUMBERS))
+    measured = ("training.eval_steps=1", "evaluation.verdict_share=0")
+    return f"data.eval_source={others}", "training.learning_rate=5e-1", *measured
+
+
+def test_the_adapter_that_is_kept_has_the_ranks_that_are_said(tune, lowest_early, caplog):
     caplog.set_level("INFO", logger="smolora")
-    held_out = (f"data.eval_source={others}", "training.eval_steps=1", "evaluation.verdict_share=0")
     ranks = [f"adapter.{name}" for name in ("init_r=4", "target_r=2", "tinit=9", "tfinal=1", "deltaT=1")]
-    run = tune("adalora", "run", *ranks, "training.learning_rate=5e-1", *held_out)
+    run = tune("adalora", "run", *ranks, *lowest_early)
     tensors = load_file(run.adapter / "adapter_model.safetensors")
     assert sum(int(tensor.count_nonzero()) for name, tensor in tensors.items() if name.endswith(".lora_E")) == 28
     losses = {line["step"]: line.get("eval_loss") for line in map(json.loads, run.metrics.read_text().splitlines())}
     assert min(losses, key=losses.get) < 10
     assert "28 of 56 are left" in caplog.text
+
+
+def test_a_run_that_stops_early_says_that_ranks_were_still_to_be_taken_away(tune, lowest_early, caplog):
+    caplog.set_level("INFO", logger="smolora")
+    tune("adalora", "run", "evaluation.early_stopping_patience=1", "adapter.tfinal=1", *lowest_early)
+    assert "still to be taken away up to update 11, so" in caplog.text
+    assert "are left" not in caplog.text
 
 
 class Forgetful(AdaLoRACallback):
