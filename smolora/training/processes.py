@@ -37,6 +37,9 @@ _PATIENCE = timedelta(days=1)
 _FIRST_PATIENCE = timedelta(minutes=10)
 """How long it waits until all of them are there, which they come to before they read anything."""
 
+_ARRIVED = "smolora: there is process "
+"""What each of them writes down where they meet, before its number."""
+
 _MOST_NUMBERS = 3
 """Numbers that a process can send with its word that it is well."""
 
@@ -293,10 +296,14 @@ def _meet_others(count: int) -> dict[str, object]:
     logger.info("waiting at %s for all %d processes of the run, for up to %g minutes", place, count, minutes)
     try:
         store, rank, _ = next(rendezvous("env://", timeout=_FIRST_PATIENCE))
+        store.set(f"{_ARRIVED}{rank}", "")
+        # torchrun's own store is there before any process is.
+        store.wait([f"{_ARRIVED}{other}" for other in range(count)], _FIRST_PATIENCE)
     except distributed.DistError as error:
+        reason = str(error).splitlines()[0].partition(", keys")[0].rstrip(".")
         raise ConfigError(
             f"the {count} processes that WORLD_SIZE asks for haven't met at {place} in {minutes:g} minutes: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Start all of them at once, each with its own RANK from 0 to "
+            f"{reason}. Start all of them at once, each with its own RANK from 0 to "
             f"{count - 1}, and see that MASTER_ADDR and MASTER_PORT name the machine of RANK 0 and a free port there "
             "that no firewall closes. For one process alone unset WORLD_SIZE."
         ) from error

@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 from torch import nn
+from torch.distributed import TCPStore
 
 from smolora.errors import ConfigError
 from smolora.training.processes import Processes, join_processes
@@ -56,17 +57,23 @@ def test_what_accelerate_is_configured_for_and_would_not_happen_is_refused(monke
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_the_others_never_join_says_where_it_waited_and_what_to_check(monkeypatch, caplog, rank):
+@pytest.mark.parametrize("has_store", [False, True], ids=["alone", "torchrun"])
+def test_a_process_that_the_others_never_join_says_where_it_waited_and_what_to_check(
+    monkeypatch, caplog, rank, has_store
+):
     caplog.set_level("INFO", logger="smolora")
     monkeypatch.setattr("smolora.training.processes._FIRST_PATIENCE", timedelta(seconds=1))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if has_store else None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(store is not None))
     given = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in given.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(ConfigError, match=rf"haven't met at 127.0.0.1:{port} in .* unset WORLD_SIZE"):
+    with pytest.raises(ConfigError, match=rf"haven't met at 127.0.0.1:{port} in .* unset WORLD_SIZE") as refusal:
         join_processes(CPU)
+    assert "keys" not in str(refusal.value)
     assert f"waiting at 127.0.0.1:{port} for all 2 processes" in caplog.text
 
 
