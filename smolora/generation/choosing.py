@@ -21,6 +21,9 @@ from smolora.generation.sampling import SamplingSettings
 _NUCLEUS = 256
 """Sorting this many candidates is nearly free; whole vocabularies are sorted only where these don't reach top_p."""
 
+_PART = 256
+"""Logits whose maximum is found at once."""
+
 
 @dataclass(eq=False)
 class Row:
@@ -105,7 +108,7 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         for number, row in enumerate(rows):
             if row.penalty != 1.0:
                 penalise(logits[number], {*row.prompt_ids, *row.ids}, row.penalty)
-    peaks, likeliest = logits.max(-1)
+    peaks, likeliest = _find_highest(logits)
     if not peaks.isfinite().all():
         raise BrokenRunError("the model's logits are not finite, so no next token can be chosen. Check its weights.")
     tokens: list[int] = likeliest.tolist()
@@ -115,6 +118,23 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         for number, token in zip(numbers, drawn.tolist(), strict=True):
             tokens[number] = token
     return tokens
+
+
+def _find_highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest logit [B] of each row and its place, the first of equals, as `logits.max(-1)` does.
+
+    On a CPU torch finds a maximum without its place ten times as fast, so it is looked for in parts first.
+    """
+    num_parts = logits.shape[1] // _PART
+    if logits.device.type != "cpu" or num_parts < 2:
+        return logits.max(-1)
+    highest = logits[:, : num_parts * _PART].view(-1, num_parts, _PART).amax(-1)  # [B, parts]
+    if rest := logits.shape[1] % _PART:
+        highest = torch.cat((highest, logits[:, -rest:].amax(-1, keepdim=True)), dim=1)
+    peaks, part = highest.max(-1)
+    start = (part * _PART).clamp_(max=logits.shape[1] - _PART)
+    near = logits.gather(1, start[:, None] + torch.arange(_PART))
+    return peaks, start + near.argmax(-1)
 
 
 def penalise(logits: Tensor, held: Collection[int], penalty: float) -> None:

@@ -17,7 +17,7 @@ from smolora.generation.drafts import Drafts
 from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.models.exclusive import lock_of
-from smolora.models.structure import without_dropout
+from smolora.models.structure import find_configs, without_dropout
 
 _PREFILL_TOKENS = 1024
 """Most tokens, padding included, of a forward pass that fills slots."""
@@ -71,6 +71,7 @@ class Decoder:
         self._live: list[Row] = []
         self._cache = SlotCache(min(num_slots, len(rows)), max(row.reach for row in rows))
         self._drafts = Drafts()
+        self._configs = find_configs(model)
         self._blocks = FusedBlocks(model, num_rows=min(num_slots, len(rows)))
 
     @property
@@ -80,7 +81,7 @@ class Decoder:
 
     def step(self) -> None:
         """Go on by a token or more in every live row; call it with the model `in_use`."""
-        with slot_attention(self._model), self._blocks.installed():
+        with slot_attention(self._configs), self._blocks.installed():
             self._admit()
             drafts = self._drafts.draft(self._live)
             self._take(self._read(drafts), drafts)

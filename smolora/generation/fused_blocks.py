@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from smolora.generation.slots import SlotCache, attend
+from smolora.generation.slots import FEWEST_ROWS, SlotCache, attend, is_filling
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import read_config
 from smolora.models.frozen_linear import can_pack, join_biases, multiply_by_onednn, pack
@@ -36,10 +36,6 @@ from smolora.runtime.device import has_intel_processor
 
 _MOST_BYTES, _MOST_BYTES_FOR_FEW_ROWS = 2**31, 2**29
 """What copies may take. For an answer or two they pay from the eighth token on, and a chat should stay small."""
-
-FEWEST_ROWS = 4
-"""With fewer rows a step in float32 waits for the weights from memory, in whatever layout. In bfloat16 it doesn't: one
-row and 32,000 outputs take .5 ms packed, and .9 as they are."""
 
 _WIDE = 8192
 """Outputs from which a product is a head's."""
@@ -82,11 +78,12 @@ class FusedBlocks:
         if family and family.fused:
             self._fuse_norms(family.fused, eps=float(settings["rms_norm_eps"]))
             activation = ACTIVATIONS.get(str(settings.get("hidden_activation") or settings.get("hidden_act")))
-            for block in _find_blocks(self._model, family):
+            blocks = list(_find_blocks(self._model, family))
+            for block in blocks:
                 if family.fused.attention:
-                    self._fuse_attention(block, family)
+                    self._fuse_attention(block, family, is_last=block is blocks[-1])
                 if activation:
-                    self._fuse_mlp(block, family, partial(gate, activation=activation))
+                    self._fuse_mlp(block, family, partial(gate, activation=activation), is_last=block is blocks[-1])
         for linear in list(self._to_pack):
             if not _multiplies_by_blas(read_weight(linear)):
                 self._forwards[linear] = self._pack([linear])
@@ -99,19 +96,19 @@ class FusedBlocks:
             if weight is not None and is_norm and weight.ndim == 1 and weight.dtype in _NORM_TYPES:
                 self._forwards[module] = _RMSNorm(weight.detach(), eps=eps, offset=fused.norm_offset)
 
-    def _fuse_attention(self, block: nn.Module, family: Family) -> None:
+    def _fuse_attention(self, block: nn.Module, family: Family, *, is_last: bool) -> None:
         query, key, value = (_find(block, family.attention, role) for role in ("query", "key", "value"))
         attention = block.get_submodule(next(iter(family.attention)).rpartition(".")[0])
         inputs, output = self._join([query, key, value]), _find(block, family.attention, "output")
-        self._forwards[attention] = _attention_forward(attention, inputs, output)
+        self._forwards[attention] = _attention_forward(attention, inputs, output, is_last=is_last)
 
-    def _fuse_mlp(self, block: nn.Module, family: Family, gated: Product) -> None:
+    def _fuse_mlp(self, block: nn.Module, family: Family, gated: Product, *, is_last: bool) -> None:
         layers = [_find(block, family.mlp, role) for role in ("gate", "up")]
         if not all(layer in self._to_pack for layer in layers):
             return  # Two products and a gate are what it is.
         mlp, down = block.get_submodule(next(iter(family.mlp)).rpartition(".")[0]), _find(block, family.mlp, "down")
         gate_up = self._join(layers)
-        self._forwards[mlp] = lambda x: down(gated(gate_up(x)))
+        self._forwards[mlp] = lambda x: x if is_last and is_filling() else down(gated(gate_up(x)))
 
     def _join(self, layers: Sequence[nn.Module]) -> Product:
         """Return one product of several layers, outputs side by side."""
@@ -131,7 +128,9 @@ class FusedBlocks:
         return partial(multiply_by_onednn, weight=pack(joint, num_rows=self._num_rows), bias=bias)
 
 
-def _attention_forward(attention: nn.Module, inputs: Product, output: nn.Module) -> Callable[..., tuple[Tensor, None]]:
+def _attention_forward(
+    attention: nn.Module, inputs: Product, output: nn.Module, *, is_last: bool
+) -> Callable[..., tuple[Tensor, None]]:
     own = vars(attention)
     width, scaling, layer = int(own["head_dim"]), float(own["scaling"]), int(own["layer_idx"])
     heads_of_kind = 2 + int(own["num_key_value_groups"])  # Of queries that share a key, that key and its value.
@@ -153,6 +152,8 @@ def _attention_forward(attention: nn.Module, inputs: Product, output: nn.Module)
         past_key_values.turns(*position_embeddings).turn_(heads[:, :, :-num_shared])
         query, key, value = torch.split(heads.transpose(1, 2), kinds, dim=1)
         key, value = past_key_values.update(key, value, layer)
+        if is_last and is_filling():
+            return hidden_states, None  # Nothing reads what the last block makes of a prompt but its keys and values.
         mixed, _ = attend(attention, query, key, value, attention_mask, scaling=scaling)
         return output(mixed.flatten(2)), None
 

@@ -18,15 +18,24 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from smolora.generation.tables import Lookups
 from smolora.models.fused_ops import MadeOnce, Rotary
 from smolora.models.structure import replaced_attention
+from smolora.runtime.device import has_matrix_units
 
 _IMPLEMENTATION = "smolora_slots"
 _BLOCK_ROWS = 16
 _HEADROOM = 128
+_HALF = (torch.bfloat16, torch.float16)
+
+FEWEST_ROWS = 4
+"""With fewer rows torch's kernel attends in two thirds of the time that tables take, and a step in float32 waits for
+the weights from memory, in whatever layout. In bfloat16 it doesn't: one row and 32,000 outputs take .5 ms packed, and
+.9 as they are."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Step:
     """Whether its rows are new, so that a token sees none but those of the step."""
 
     _turns: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False, compare=False)
+    _lookups: dict[object, Lookups | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of_prompts(cls, first_slot: int, num_rows: int, num_tokens: int, device: torch.device) -> Step:
@@ -73,6 +83,13 @@ class Step:
         """Return the turns [B or 1, T, 1, K] of angles [B or 1, T, K], made once for all layers that share them."""
         return self._turns.of(cos, lambda: Rotary.of_angles(cos[:, :, None], sin[:, :, None]))
 
+    def lookups(self, keys: Tensor, values: Tensor, num_queries: int) -> Lookups | None:
+        """Return which rows of a table the queries read, made once for all layers whose keys lie alike."""
+        place = keys.shape, keys.stride(), values.stride(), num_queries
+        if place not in self._lookups:
+            self._lookups[place] = Lookups.of(keys, values, num_queries)
+        return self._lookups[place]
+
     @property
     def num_tokens(self) -> int:
         """T."""
@@ -90,8 +107,7 @@ _STEP: ContextVar[Step] = ContextVar("step")
 class SlotCache(Cache):  # type: ignore[misc]
     """Keys and values of every layer, [slots, H / G, reach, K] each, written in place.
 
-    Unless torch's kernel may read them, a key lies across, not along: the product of one query with many keys then
-    reads them in the order they lie in.
+    Where they are read as tables, keys are held in float32, whatever type they have: that is what torch can compare.
     """
 
     def __init__(self, num_slots: int, longest: int) -> None:
@@ -109,7 +125,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             keys[:, :, : step.num_tokens], values[:, :, : step.num_tokens] = key_states, value_states
             return key_states, value_states
         rows = step.rows[:, None]
-        keys[rows, :, step.positions] = key_states.transpose(1, 2)
+        keys[rows, :, step.positions] = key_states.transpose(1, 2).to(keys.dtype)
         values[rows, :, step.positions] = value_states.transpose(1, 2)
         return keys[:, :, : step.num_keys], values[:, :, : step.num_keys]
 
@@ -141,10 +157,8 @@ class SlotCache(Cache):  # type: ignore[misc]
             return before
         capacity = min(self._longest, length + max(_HEADROOM, length // 2))
         heads = self.num_slots, key_states.shape[1]
-        if _attends_by_kernel(key_states):
-            keys = key_states.new_zeros(*heads, capacity, key_states.shape[3])
-        else:
-            keys = key_states.new_zeros(*heads, key_states.shape[3], capacity).transpose(2, 3)
+        wide = torch.float32 if _reads_tables(key_states, self.num_slots) else key_states.dtype
+        keys = key_states.new_zeros(*heads, capacity, key_states.shape[3], dtype=wide)
         values = value_states.new_zeros(*heads, capacity, value_states.shape[3])
         if before is not None:
             reach = before[1].shape[2]
@@ -154,7 +168,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -> Tensor:
-    """Run `model` over tokens [B, T], and return the logits [B, 1 or T, V] after the last of a prompt or after each."""
+    """Run `model` over tokens [B, T], and return the logits [B, T, V] after each; they mean nothing where it fills."""
     num_kept = 1 if step.fills else step.num_tokens
     token = _STEP.set(step)
     try:
@@ -173,9 +187,14 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
     return logits
 
 
-def slot_attention(model: nn.Module) -> AbstractContextManager[None]:
-    """Let `model` ask this module for masks and attention for the block."""
-    return replaced_attention(model, _IMPLEMENTATION, attend, _mask)
+def is_filling() -> bool:
+    """Whether the forward pass that is being made fills slots with prompts, so that its logits are of no use."""
+    return _STEP.get().fills
+
+
+def slot_attention(configs: Sequence[PretrainedConfig]) -> AbstractContextManager[None]:
+    """Let a model of these `find_configs` ask this module for masks and attention for the block."""
+    return replaced_attention(configs, _IMPLEMENTATION, attend, _mask)
 
 
 def _mask(
@@ -218,24 +237,45 @@ def attend(
     per_group = attention_mask.expand(-1, -1, num_groups, -1) if T == 1 else attention_mask.repeat(1, 1, num_groups, 1)
     mask = per_group.expand(B, -1, -1, -1)
     scale = K**-0.5 if scaling is None else scaling
+    by_tables = key.dtype != query.dtype or _reads_tables(query, B)
+    by_kernel = softcap is None and not by_tables and query.device.type == "cpu"
     parts = []
     for rows, length in step.blocks:
-        keys, values, hidden = key[rows, :, :length], value[rows, :, :length], mask[rows, :, :, :length]
-        if softcap is None and _attends_by_kernel(query):
-            parts.append(F.scaled_dot_product_attention(folded[rows], keys, values, attn_mask=hidden, scale=scale))
+        queries, hidden = folded[rows], mask[rows, :, :, :length]
+        keys, values = key[rows, :, :length], value[rows, :, :length]
+        if by_kernel:
+            parts.append(_attend_by_kernel(queries, keys, values, hidden, scale))
             continue
-        scores = torch.matmul(folded[rows] * scale, keys.transpose(2, 3))
+        tables = step.lookups(keys, values, queries.shape[2]) if by_tables else None
+        if tables and tables.are_few:
+            scores = tables.score(queries.to(keys.dtype), keys, scale)
+        else:
+            scores = torch.matmul(queries.to(keys.dtype) * scale, keys.transpose(2, 3))
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores += hidden
-        parts.append(torch.matmul(scores.softmax(-1), values))
+        weights = scores.add(hidden).softmax(-1).to(values.dtype)
+        if tables and (tables.are_few or values.dtype in _HALF):  # A product of 16 bits copies what has gaps.
+            parts.append(tables.mix(weights, values))
+        else:
+            parts.append(torch.matmul(weights, values))
     mixed = torch.cat(parts).view(B, H, T, -1)
     return mixed.transpose(1, 2).contiguous(), None  # As transformers has it: some families take a view of it.
 
 
-def _attends_by_kernel(like: Tensor) -> bool:
-    """Whether torch's kernel attends for a few tokens a row: in 16 bits on a CPU, where a product copies what has gaps.
+def _attend_by_kernel(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return the mixed values of queries [B, H / G, Q, K] by torch's kernel."""
+    num_queries = queries.shape[2]
+    if num_queries == 1 and queries.dtype != torch.float32 and not has_matrix_units():
+        queries = queries.expand(-1, -1, 2, -1)  # Of one alone it takes up to 2.6 times as long as of two.
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    return mixed[:, :, :num_queries]
 
-    64 rows of 90 to 190 keys took half of the time so in bfloat16, and a fifth more in float32.
+
+def _reads_tables(like: Tensor, num_rows: int) -> bool:
+    """Whether a few queries a row are compared with keys as rows of a table: on a CPU, where rows aren't very few.
+
+    In bfloat16 with matrix units torch's kernel reads them fast enough, in half of the memory.
     """
-    return like.device.type == "cpu" and like.dtype in (torch.bfloat16, torch.float16)
+    if like.device.type != "cpu" or num_rows < FEWEST_ROWS:
+        return False
+    return like.dtype == torch.float32 or (like.dtype in _HALF and not has_matrix_units())

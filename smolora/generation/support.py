@@ -11,11 +11,12 @@ from transformers import GenerationConfig
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import in_eval_mode
 from smolora.generation.fallback import build_settings, pad_prompts
-from smolora.generation.fused_blocks import FEWEST_ROWS, FusedBlocks
+from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.sampling import DEFAULT_SAMPLING
-from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+from smolora.generation.slots import FEWEST_ROWS, SlotCache, Step, forward, slot_attention
 from smolora.models.bundle import read_config
 from smolora.models.rounding import allow_rounding, shifted_embeddings
+from smolora.models.structure import find_configs
 from smolora.runtime.available_memory import is_out_of_memory
 
 _ROWS = ((1, 0, 1, 1, 0, 1), (0, 1, 1, 0))
@@ -121,16 +122,16 @@ def _logits_alone(model: nn.Module) -> Tensor:
 def _logits_in_slots(model: nn.Module) -> Tensor:
     """Return the logits [answered tokens, rows, V] of prompts that fill slots, and go on by one token and by two."""
     device = next(model.parameters()).device
-    cache = SlotCache(len(_ROWS), max(map(len, _ROWS)))
-    filled = [len(row) - _NUM_ANSWERED for row in _ROWS]
-    padded = [row[:count] + (0,) * (max(filled) - count) for row, count in zip(_ROWS, filled, strict=True)]
+    rows = _ROWS * (FEWEST_ROWS // len(_ROWS))  # As many as decoding makes all of its copies for, and reads tables.
+    cache = SlotCache(len(rows), max(map(len, rows)))
+    filled = [len(row) - _NUM_ANSWERED for row in rows]
+    padded = [row[:count] + (0,) * (max(filled) - count) for row, count in zip(rows, filled, strict=True)]
     logits = []
-    # Of as many rows as decoding makes all of its copies for.
-    with slot_attention(model), FusedBlocks(model, num_rows=FEWEST_ROWS).installed():
-        forward(model, cache, Step.of_prompts(0, len(_ROWS), max(filled), device), torch.tensor(padded, device=device))
+    with slot_attention(find_configs(model)), FusedBlocks(model, num_rows=len(rows)).installed():
+        forward(model, cache, Step.of_prompts(0, len(rows), max(filled), device), torch.tensor(padded, device=device))
         for places in ((0,), (1, 2)):
             positions = [[count + place for place in places] for count in filled]
-            tokens = [[row[position] for position in own] for row, own in zip(_ROWS, positions, strict=True)]
+            tokens = [[row[position] for position in own] for row, own in zip(rows, positions, strict=True)]
             step = Step.of_next_tokens(positions, device)
             logits.append(forward(model, cache, step, torch.tensor(tokens, device=device)).float())
-    return torch.cat(logits, dim=1).transpose(0, 1)
+    return torch.cat(logits, dim=1).transpose(0, 1)[:, : len(_ROWS)]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from smolora.models.structure import replaced_attention
+from smolora.models.structure import find_configs, replaced_attention
 
 _PADDED_ATTENTION = "smolora_padded"
 _LONGEST = 256
@@ -32,7 +32,7 @@ def is_faster_by_products(model: PreTrainedModel) -> bool:
 
 def padded_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let `model` attend by products inside the block."""
-    return replaced_attention(model, _PADDED_ATTENTION, attend_padded, eager_mask)
+    return replaced_attention(find_configs(model), _PADDED_ATTENTION, attend_padded, eager_mask)
 
 
 def attend_padded(

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from smolora.models.bundle import read_config
 from smolora.models.fused_ops import Dropped, Rotary
 from smolora.models.rows import HeadPlaces, RowGroup, Rows
-from smolora.models.structure import replaced_attention
+from smolora.models.structure import find_configs, replaced_attention
 
 ROW_ATTENTION = "smolora_rows"
 """The name under which transformers knows `attend_interface` and `mask_interface`."""
@@ -125,7 +125,7 @@ def attends_by_rows(model: nn.Module) -> bool:
 
 def row_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let `model` attend by rows inside the block: its forward then takes `rows`."""
-    return replaced_attention(model, ROW_ATTENTION, attend_interface, mask_interface)
+    return replaced_attention(find_configs(model), ROW_ATTENTION, attend_interface, mask_interface)
 
 
 def _has_kernel(heads: Tensor, settings: AttentionSettings) -> bool:

@@ -6,7 +6,7 @@ calls itself attention is attention, and q, k, v tell three projections of one s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -85,19 +85,25 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., object]]) -> It
                 vars(module)["forward"] = own
 
 
+def find_configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Return the configs that modules of `model` read: T5's two stacks have copies."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
+
+
 @contextmanager
 def replaced_attention(
-    model: nn.Module, name: str, attend: Callable[..., tuple[Tensor, None]], mask: Callable[..., object]
+    configs: Collection[PretrainedConfig],
+    name: str,
+    attend: Callable[..., tuple[Tensor, None]],
+    mask: Callable[..., object],
 ) -> Iterator[None]:
-    """Let `model` ask `attend` for attention and `mask` for its masks inside the block.
+    """Let a model of these `find_configs` ask `attend` for attention and `mask` for its masks inside the block.
 
     Both have the signatures of transformers' AttentionInterface and AttentionMaskInterface, which know them by `name`.
     """
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
-    # T5's two stacks have copies of the config, and read those.
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}.values()
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = name

@@ -76,6 +76,11 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
 
 
+def has_matrix_units() -> bool:
+    """Whether the processor multiplies matrices of 16 bits by units of their own (Intel's AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def _present_devices() -> list[str]:
     present = ["cuda"] if torch.cuda.is_available() else []
     present += ["mps"] if torch.backends.mps.is_available() else []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from smolora.generation import decoding, fused_blocks, slots
+from smolora.generation import decoding, fused_blocks, slots, tables
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import decode
 from smolora.generation.sampling import SamplingSettings
@@ -49,10 +49,11 @@ def _generate_alone(model, row):
     return output[0, len(row.prompt_ids) :].tolist()
 
 
-@pytest.fixture(params=[False, True], ids=["by products", "by kernel"])
+@pytest.fixture(params=["tables", "products", "kernel"])
 def attention(request, monkeypatch):
-    """Attend by what is chosen for float32 and by what is chosen for 16 bits, in float32 both."""
-    monkeypatch.setattr(slots, "_attends_by_kernel", lambda like: request.param)
+    """Attend by what is chosen for many rows, for many queries a row, and for very few rows: by each for all."""
+    monkeypatch.setattr(slots, "_reads_tables", lambda like, num_rows: request.param != "kernel")
+    monkeypatch.setattr(tables, "_FEW", 0 if request.param == "products" else 10**6)
 
 
 @pytest.mark.usefixtures("attention")

@@ -14,6 +14,7 @@ from smolora.generation import fused_blocks as module
 from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.generation.support import find_obstacle
+from smolora.models.structure import find_configs
 from smolora.runtime.device import has_native_bfloat16
 from tests.tiny import VOCAB_SIZE, random_input_ids, tiny_model
 
@@ -53,11 +54,12 @@ def replaced(model):
 
 @torch.no_grad()
 def decode_steps(model, *, num_rows):
-    """Return the logits of prompts of two tokens and more, and of three steps after them, the last of two tokens."""
+    """Return the logits of three steps after prompts of two tokens and more, the last step of two tokens."""
     ids = torch.cat([random_input_ids(5 + num_rows, seed=seed) for seed in range(num_rows)])
     cache, longest = SlotCache(num_rows, 5 + num_rows), 1 + num_rows
-    with slot_attention(model):
-        logits = [forward(model, cache, Step.of_prompts(0, num_rows, longest, CPU), ids[:, :longest])]
+    with slot_attention(find_configs(model)):
+        logits = []
+        forward(model, cache, Step.of_prompts(0, num_rows, longest, CPU), ids[:, :longest])
         for places in ([0], [1], [2, 3]):
             positions = torch.arange(num_rows)[:, None] + 2 + torch.tensor(places)  # Others in each row.
             step = Step.of_next_tokens(positions.tolist(), CPU)

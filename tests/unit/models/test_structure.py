@@ -9,7 +9,13 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from smolora.models.structure import replaced_attention, replaced_forward, returns_product, without_dropout
+from smolora.models.structure import (
+    find_configs,
+    replaced_attention,
+    replaced_forward,
+    returns_product,
+    without_dropout,
+)
 from tests.tiny import save_tiny_encoder
 
 
@@ -43,7 +49,7 @@ def test_every_copy_of_the_config_names_another_attention_inside_the_block_and_i
     before = [config._attn_implementation for config in configs]
     with (
         pytest.raises(ZeroDivisionError),
-        replaced_attention(model, "for_a_test", sdpa_attention_forward, eager_mask),
+        replaced_attention(find_configs(model), "for_a_test", sdpa_attention_forward, eager_mask),
     ):
         assert {config._attn_implementation for config in configs} == {"for_a_test"}
         raise ZeroDivisionError
