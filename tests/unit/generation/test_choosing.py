@@ -32,6 +32,15 @@ def test_zero_temperature_takes_the_likeliest_token():
     assert choose_tokens(logits, _rows(5, temperature=0.0)) == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("vocab_size", [300, 512, V])
+def test_of_equal_logits_the_first_is_the_likeliest_wherever_they_stand(vocab_size):
+    logits = torch.zeros(3, 2, vocab_size)
+    for row, places in enumerate([(vocab_size - 1,), (1, 298), (0, 255, 256)]):
+        logits[row, 1, list(places)] = 1.0
+    # The logits of one place among drafts lie with gaps.
+    assert choose_tokens(logits[:, 1], _rows(3, temperature=0.0)) == [vocab_size - 1, 1, 0]
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.7}]
 )

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, SmolLM3Config, SmolLM3ForCausalLM
 
 from smolora.generation import fused_blocks as module
+from smolora.generation import slots
 from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
 from smolora.generation.support import find_obstacle
@@ -86,12 +87,23 @@ def test_steps_have_the_logits_of_the_model_s_own_blocks(build, num_rows):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
-def test_it_says_nothing_else_of_bfloat16_than_its_rounding():
-    model, exact = tiny_model("qwen3").to(torch.bfloat16), tiny_model("qwen3")
+@torch.no_grad()
+def whole_rows(model, *, num_rows):
+    """Return what `decode_steps` does, of whole rows at once."""
+    ids = torch.cat([random_input_ids(5 + num_rows, seed=seed) for seed in range(num_rows)])
+    return torch.stack([logits[2 + row : 6 + row] for row, logits in enumerate(model(ids).logits.float())])
+
+
+@pytest.mark.parametrize("has_matrix_units", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_it_says_nothing_else_of_bfloat16_than_its_rounding(family, num_rows, has_matrix_units, monkeypatch):
+    monkeypatch.setattr(slots, "has_matrix_units", lambda: has_matrix_units)
+    model, exact = tiny_model(family).to(torch.bfloat16), tiny_model(family)
     exact.load_state_dict(model.state_dict())
-    expected, plain = decode_steps(exact, num_rows=5), decode_steps(model, num_rows=5).float()
-    with FusedBlocks(model, num_rows=5).installed():
-        found = decode_steps(model, num_rows=5).float()
+    expected, plain = whole_rows(exact, num_rows=num_rows), whole_rows(model, num_rows=num_rows)
+    with FusedBlocks(model, num_rows=num_rows).installed():
+        found = decode_steps(model, num_rows=num_rows).float()
     assert 0 < (found - expected).norm() <= 1.5 * (plain - expected).norm()
 
 
