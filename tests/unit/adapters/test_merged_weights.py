@@ -36,7 +36,8 @@ def test_an_update_is_scaling_times_b_a():
 def test_a_transposed_weight_gets_the_transposed_update():
     weight, update = draw(4, 4), update_of(4, 4)
     transposed = Update(update.change, is_transposed=True)
-    assert torch.equal(transposed.apply(weight.T.contiguous()), update.apply(weight).T)
+    # A product across rounds otherwise than one along, on some processors.
+    torch.testing.assert_close(transposed.apply(weight.T.contiguous()), update.apply(weight).T)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
