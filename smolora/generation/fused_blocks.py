@@ -52,7 +52,7 @@ class FusedBlocks:
     three rows) its own products. An adapter that isn't merged is computed by peft's layers.
 
     Args:
-        model: One of transformers', or peft's around it, that decodes inside `slot_attention`.
+        model: One of transformers', or peft's around it, that decodes inside `slot_attention`, by `forward` alone.
         num_rows: How many rows a layer usually gets; oneDNN chooses the layout for them.
     """
 
@@ -151,7 +151,7 @@ def _attention_forward(
             heads = torch.cat((norms[0](query), norms[1](key), value), dim=2)
         past_key_values.turns(*position_embeddings).turn_(heads[:, :, :-num_shared])
         query, key, value = torch.split(heads.transpose(1, 2), kinds, dim=1)
-        key, value = past_key_values.update(key, value, layer)
+        key, value = past_key_values.update_for_attend(key, value, layer)
         if is_last and is_filling():
             return hidden_states, None  # Nothing reads what the last block makes of a prompt but its keys and values.
         mixed, _ = attend(attention, query, key, value, attention_mask, scaling=scaling)

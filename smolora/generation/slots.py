@@ -3,8 +3,8 @@
 The model's own forward runs. transformers is told to keep keys and values in a `SlotCache`, and to ask this module for
 masks and attention. Live rows fill the first slots without a gap, so that no step gathers anything.
 
-`B` rows of a step, `T` tokens of each, `L` keys read at most, `H` heads, `G` heads that share a key, `K` head width,
-`V` vocabulary.
+`B` rows of a step, `T` tokens of each, `L` keys read at most, `H` heads, `G` heads of keys, `K` head width, `Q` queries
+that share a key, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from smolora.generation.tables import Lookups
+from smolora.generation.tables import Lookups, are_few
 from smolora.models.fused_ops import MadeOnce, Rotary
 from smolora.models.structure import replaced_attention
 from smolora.runtime.device import has_matrix_units
@@ -85,7 +85,7 @@ class Step:
 
     def lookups(self, keys: Tensor, values: Tensor, num_queries: int) -> Lookups | None:
         """Return which rows of a table the queries read, made once for all layers whose keys lie alike."""
-        place = keys.shape, keys.stride(), values.stride(), num_queries
+        place = keys.shape, keys.stride(), values.shape, values.stride(), num_queries
         if place not in self._lookups:
             self._lookups[place] = Lookups.of(keys, values, num_queries)
         return self._lookups[place]
@@ -105,10 +105,7 @@ _STEP: ContextVar[Step] = ContextVar("step")
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Keys and values of every layer, [slots, H / G, reach, K] each, written in place.
-
-    Where they are read as tables, keys are held in float32, whatever type they have: that is what torch can compare.
-    """
+    """Keys and values of every layer, [slots, G, reach, K] each, written in place."""
 
     def __init__(self, num_slots: int, longest: int) -> None:
         super().__init__(layers=[])
@@ -118,14 +115,25 @@ class SlotCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Write a layer's keys and values [B, H / G, T, K] of the step, and return all that its rows may read."""
+        """Write a layer's keys and values [B, G, T, K] of the step, and return all that its rows may read."""
+        return self._write(key_states, value_states, layer_idx, key_type=key_states.dtype)
+
+    def update_for_attend(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Do the same for nobody but `attend`, which compares float32 where it reads tables, whatever the model has."""
+        wide = _reads_tables(key_states, self.num_slots)
+        return self._write(key_states, value_states, layer_idx, key_type=torch.float32 if wide else key_states.dtype)
+
+    def _write(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *, key_type: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         step = _STEP.get()
-        keys, values = (buffer[step.slots] for buffer in self._reserve(layer_idx, key_states, value_states))
+        buffers = self._reserve(layer_idx, key_states, value_states, key_type)
+        keys, values = (buffer[step.slots] for buffer in buffers)
         if step.fills:
             keys[:, :, : step.num_tokens], values[:, :, : step.num_tokens] = key_states, value_states
             return key_states, value_states
         rows = step.rows[:, None]
-        keys[rows, :, step.positions] = key_states.transpose(1, 2).to(keys.dtype)
+        keys[rows, :, step.positions] = key_states.transpose(1, 2).to(key_type)
         values[rows, :, step.positions] = value_states.transpose(1, 2)
         return keys[:, :, : step.num_keys], values[:, :, : step.num_keys]
 
@@ -147,7 +155,9 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Return how many keys this step reads, and the first of them."""
         return _STEP.get().num_keys, 0
 
-    def _reserve(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _reserve(
+        self, layer_idx: int, key_states: Tensor, value_states: Tensor, key_type: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """Return a layer's buffers, larger ones (`longest` at most) where the step reads further than they reach.
 
         New ones hold zeros: a key out of sight has the weight 0, but 0 times whatever memory held may be NaN.
@@ -157,8 +167,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             return before
         capacity = min(self._longest, length + max(_HEADROOM, length // 2))
         heads = self.num_slots, key_states.shape[1]
-        wide = torch.float32 if _reads_tables(key_states, self.num_slots) else key_states.dtype
-        keys = key_states.new_zeros(*heads, capacity, key_states.shape[3], dtype=wide)
+        keys = key_states.new_zeros(*heads, capacity, key_states.shape[3], dtype=key_type)
         values = value_states.new_zeros(*heads, capacity, value_states.shape[3])
         if before is not None:
             reach = before[1].shape[2]
@@ -168,7 +177,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -> Tensor:
-    """Run `model` over tokens [B, T], and return the logits [B, T, V] after each; they mean nothing where it fills."""
+    """Run `model` over tokens [B, T], and return the logits [B, T, V] after each, or useless ones where it fills."""
     num_kept = 1 if step.fills else step.num_tokens
     token = _STEP.set(step)
     try:
@@ -188,7 +197,7 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
 
 
 def is_filling() -> bool:
-    """Whether the forward pass that is being made fills slots with prompts, so that its logits are of no use."""
+    """Whether the forward pass that is being made, by `forward`, fills slots with prompts: its logits are of no use."""
     return _STEP.get().fills
 
 
@@ -225,7 +234,7 @@ def attend(
     softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Return the mixed values [B, T, H, K] of queries [B, H, T, K] over keys and values [B, H / G, L, K]."""
+    """Return the mixed values [B, T, H, K] of queries [B, H, T, K] over keys and values [B, G, L, K]."""
     step = _STEP.get()
     if step.fills and softcap is None:
         mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
@@ -237,36 +246,51 @@ def attend(
     per_group = attention_mask.expand(-1, -1, num_groups, -1) if T == 1 else attention_mask.repeat(1, 1, num_groups, 1)
     mask = per_group.expand(B, -1, -1, -1)
     scale = K**-0.5 if scaling is None else scaling
-    by_tables = key.dtype != query.dtype or _reads_tables(query, B)
+    # Keys are wider than queries where the cache was made for tables, however few of its rows are left.
+    by_tables = key.dtype != query.dtype or (query.dtype == torch.float32 and _reads_tables(query, B))
     by_kernel = softcap is None and not by_tables and query.device.type == "cpu"
     parts = []
     for rows, length in step.blocks:
-        queries, hidden = folded[rows], mask[rows, :, :, :length]
-        keys, values = key[rows, :, :length], value[rows, :, :length]
-        if by_kernel:
-            parts.append(_attend_by_kernel(queries, keys, values, hidden, scale))
-            continue
-        tables = step.lookups(keys, values, queries.shape[2]) if by_tables else None
-        if tables and tables.are_few:
-            scores = tables.score(queries.to(keys.dtype), keys, scale)
-        else:
-            scores = torch.matmul(queries.to(keys.dtype) * scale, keys.transpose(2, 3))
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        weights = scores.add(hidden).softmax(-1).to(values.dtype)
-        if tables and (tables.are_few or values.dtype in _HALF):  # A product of 16 bits copies what has gaps.
-            parts.append(tables.mix(weights, values))
-        else:
-            parts.append(torch.matmul(weights, values))
+        part = folded[rows], key[rows, :, :length], value[rows, :, :length], mask[rows, :, :, :length]
+        parts.append(
+            _attend_by_kernel(*part, scale)
+            if by_kernel
+            else _attend_by_products(*part, scale, softcap=softcap, tables=step.lookups if by_tables else None)
+        )
     mixed = torch.cat(parts).view(B, H, T, -1)
     return mixed.transpose(1, 2).contiguous(), None  # As transformers has it: some families take a view of it.
 
 
+def _attend_by_products(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    *,
+    softcap: float | None,
+    tables: Callable[[Tensor, Tensor, int], Lookups | None] | None,
+) -> Tensor:
+    """Return the mixed values of queries [B, G, Q, K], by lookups where `tables` has any and they are faster."""
+    is_few = are_few(queries.shape[2])
+    mixes_by_lookups = is_few or values.dtype in _HALF  # A product of 16 bits copies what has gaps.
+    lookups = tables(keys, values, queries.shape[2]) if tables and mixes_by_lookups else None
+    queries = queries.to(keys.dtype)
+    if lookups and is_few:
+        scores = lookups.score(queries, keys, scale)
+    else:
+        scores = torch.matmul(queries * scale, keys.transpose(2, 3))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.add(mask).softmax(-1).to(values.dtype)
+    return lookups.mix(weights, values) if lookups else torch.matmul(weights, values)
+
+
 def _attend_by_kernel(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Return the mixed values of queries [B, H / G, Q, K] by torch's kernel."""
+    """Return the mixed values of queries [B, G, Q, K] by torch's kernel."""
     num_queries = queries.shape[2]
     if num_queries == 1 and queries.dtype != torch.float32 and not has_matrix_units():
-        queries = queries.expand(-1, -1, 2, -1)  # Of one alone it takes up to 2.6 times as long as of two.
+        queries = queries.expand(-1, -1, 2, -1)  # Of one alone it takes 230 us, of two 88 (a row of 800 keys, 6 heads).
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     return mixed[:, :, :num_queries]
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _FEW = 6
-"""Queries of one head of keys. More are faster by a product that reads a key once for all of them."""
+"""Queries of one head of keys. More are faster by a product that reads a key once for all of them: 64 rows of 140 keys
+took .76, 1.2 and 2.3 ms with 3, 6 and 12 queries, by products 1.3, 1.4 and 1.7."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Lookups:
     """B, G, Q, L."""
 
     products: Tensor
-    """[B * G * Q, rows of the table], sparse: those that are asked for. A layer's take the place of the last one's."""
+    """[B * G * Q, rows of the table], sparse: those that are asked for.
+
+    A layer's take the place of the last one's, which have to be finite: 0 times NaN is added to them."""
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, num_queries: int) -> Lookups | None:
@@ -41,17 +45,11 @@ class Lookups:
         heads = torch.arange(0, B * G * capacity, capacity, dtype=torch.int32)
         rows = heads.repeat_interleave(num_queries)[:, None] + torch.arange(L, dtype=torch.int32)
         starts = torch.arange(0, rows.numel() + 1, L, dtype=torch.int32)
-        size = len(rows), B * G * capacity
+        size = len(rows), (B * G - 1) * capacity + L
+        _be_told_of_beta()
         none = torch.zeros(rows.numel())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-            products = torch.sparse_csr_tensor(starts, rows.flatten(), none, size, check_invariants=False)
+        products = torch.sparse_csr_tensor(starts, rows.flatten(), none, size, check_invariants=False)
         return cls((B, G, num_queries, L), products)
-
-    @property
-    def are_few(self) -> bool:
-        """Whether they take less time than a product that reads a key once for all queries."""
-        return self.shape[2] <= _FEW
 
     def score(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
         """Return the products [B, G, Q, L] of queries [B, G, Q, K] with keys [B, G, L, K], all float32.
@@ -72,3 +70,16 @@ class Lookups:
     def _table(self, part: Tensor) -> Tensor:
         """Return the table [rows, K] that `part` [B, G, L, K] is of."""
         return part.as_strided((self.products.shape[1], part.shape[-1]), (part.shape[-1], 1))
+
+
+def are_few(num_queries: int) -> bool:
+    """Whether lookups for this many queries of a head of keys take less time than a product."""
+    return num_queries <= _FEW
+
+
+@cache
+def _be_told_of_beta() -> None:
+    """Hear, in silence, what torch says once in a process: that sparse tensors of this kind are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        torch.sparse_csr_tensor([0], [], [], (0, 0), check_invariants=False)

@@ -77,7 +77,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 
 def has_matrix_units() -> bool:
-    """Whether the processor multiplies matrices of 16 bits by units of their own (Intel's AMX)."""
+    """Whether the processor has units of their own for products of matrices in bfloat16 (Intel's AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 

@@ -82,6 +82,16 @@ def test_a_softcap_on_attention_is_applied():
     assert expected != _generate_all("gemma2")
 
 
+@pytest.mark.parametrize("has_matrix_units", [False, True])
+@pytest.mark.parametrize("family", ["bloom", "gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_families_that_multiply_cached_keys_themselves_decode_in_slots_in_16_bits(
+    family, dtype, has_matrix_units, monkeypatch
+):
+    monkeypatch.setattr(slots, "has_matrix_units", lambda: has_matrix_units)
+    assert find_obstacle(tiny_model(family).to(dtype)) is None
+
+
 def test_bfloat16_rows_stay_close_to_those_alone():
     model = tiny_model("llama").to(torch.bfloat16)
     together, alone = _answers(model, _rows(), 9), _answers(model, _rows(), 1)

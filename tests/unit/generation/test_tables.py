@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
+from smolora.generation.slots import Step
 from smolora.generation.tables import Lookups
 
 B, G, Q, L, K = 3, 2, 4, 5, 8
@@ -47,8 +46,14 @@ def test_keys_that_are_no_rows_of_a_table_have_no_lookups():
     assert Lookups.of(keys, values.contiguous(), Q) is None  # Its rows lie elsewhere than those of the keys.
 
 
-def test_nobody_is_told_that_sparse_tensors_are_new():
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        _lookups(*_parts())
-    assert not heard
+def test_a_step_makes_lookups_once_for_keys_that_lie_alike_and_anew_for_others():
+    step = Step.of_next_tokens([[L - 1]] * B, torch.device("cpu"))
+    keys, values = _parts()
+    packed = keys.contiguous(), values.contiguous()
+    assert step.lookups(keys, values, Q) is step.lookups(*_parts(), Q)
+    assert step.lookups(keys, values[..., :3], Q) is None
+    for own_keys, own_values in ((keys, values), packed):
+        queries, weights = torch.randn(B, G, Q, K), torch.rand(B, G, Q, L)
+        lookups = step.lookups(own_keys, own_values, Q)
+        torch.testing.assert_close(lookups.score(queries, own_keys, 1.0), queries @ keys.transpose(2, 3))
+        torch.testing.assert_close(lookups.mix(weights, own_values), weights @ values)
