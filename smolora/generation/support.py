@@ -36,7 +36,7 @@ _READ_PADDING = frozenset({"encoder_no_repeat_ngram_size", "encoder_repetition_p
 def find_obstacle(model: nn.Module) -> str | None:
     """Return why `model` can't be decoded in slots, or None where it can.
 
-    Two rows of different lengths, each twice, go through a cache with slots, and must get the logits that they get alone
+    Two rows of different lengths, each twice, go through a cache with slots, and must get the logits they get alone
     and without a cache, up to rounding. Seven forward passes over two dozen tokens at most.
     """
     if constraints := sorted(_CONSTRAINTS & _read_own_settings(model).keys()):
