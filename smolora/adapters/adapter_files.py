@@ -130,6 +130,12 @@ class StoredAdapter:
         return tuple(f"LABEL_{number}" for number in range(len(answering)))
 
     @property
+    def label_names(self) -> tuple[str, ...]:
+        """What numbers in place of labels stood for in its rows; nothing where they didn't say it."""
+        fmt = read_prompt_format(self.folder)
+        return fmt.label_names if fmt else ()
+
+    @property
     def trained_biases(self) -> list[str]:
         """The biases of the base that it has its own version of."""
         own = [key for key in self.tensors if key.endswith(".bias") and not key.endswith(".lora_B.bias")]

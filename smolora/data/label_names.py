@@ -43,16 +43,15 @@ def spell_labels(values: Values, names: Mapping[str, Sequence[str]]) -> Values:
     return {column: _spell(value, names.get(column, ())) for column, value in values.items()} if names else values
 
 
-def spell_numbers(value: object, names: Sequence[str]) -> object:
-    """Return a label, or each of a list, by the name that another source has for its number; a name stays.
+def spell_numbers(value: object, numbers: Mapping[str, str]) -> object:
+    """Return a label, or each of a list, by the name that its number stands for elsewhere; a name stays.
 
-    >>> spell_numbers("1", ["no", "yes"]), spell_numbers([0, -1, "no"], ["no", "yes"]), spell_numbers(1, ["1", "2"])
-    ('yes', ['no', -1, 'no'], 1)
+    >>> spell_numbers("1", {"0": "no", "1": "yes"}), spell_numbers([0, -1, "no"], {"0": "no", "1": "yes"})
+    ('yes', ['no', -1, 'no'])
     """
     if isinstance(value, list):
-        return [spell_numbers(one, names) for one in value]
-    name = name_label(value)
-    return value if name in names else {f"{number}": name for number, name in enumerate(names)}.get(name or "", value)
+        return [spell_numbers(one, numbers) for one in value]
+    return numbers.get(name_label(value) or "", value)
 
 
 def _spell(value: object, names: Sequence[str]) -> object:

@@ -28,6 +28,16 @@ def name_label(value: object) -> str | None:
     return value.strip() if isinstance(value, str) else None
 
 
+def number_names(names: Sequence[str]) -> dict[str, str]:
+    """Return which name each number stands for; none does where one is itself the name of another label.
+
+    >>> number_names(["no", "yes"]), number_names(["1", "2"])
+    ({'0': 'no', '1': 'yes'}, {})
+    """
+    numbers = {f"{number}": name for number, name in enumerate(names)}
+    return numbers if all(numbers.get(name, name) == name for name in names) else {}
+
+
 def order_labels(names: Iterable[str]) -> tuple[str, ...]:
     """Return labels, each once, in an order that the rows' order and the machine have no part in.
 
@@ -54,7 +64,7 @@ def learn_labels(
         DataError: Fewer than two labels, true or false beside numbers, or rows with labels that aren't learned.
     """
     if known:
-        refuse_unknown("training", _iter_names(train, fmt), known)
+        refuse_unknown("training", _iter_names(train, fmt), known, fmt.label_names)
     learned = tuple(known) or order_labels(name for row in train for name in iter_labels(row.values, fmt))
     if len(learned) < 2:
         raise DataError(
@@ -67,7 +77,7 @@ def learn_labels(
             f"labels mix true or false, as in {odd.origin}, with numbers. Found are: "
             f"{', '.join(learned[:_SHOWN_LEARNED])}. Write them all alike."
         )
-    refuse_unknown("held-out", _iter_names(held_out, fmt), learned)
+    refuse_unknown("held-out", _iter_names(held_out, fmt), learned, fmt.label_names)
     return learned
 
 
@@ -102,8 +112,10 @@ def _iter_names(rows: Iterable[Row], fmt: PromptFormat) -> Iterator[set[str]]:
     return (set(iter_labels(row.values, fmt)) for row in rows)
 
 
-def refuse_unknown(side: str, rows: Iterable[set[str]], learned: Sequence[str]) -> None:
-    """Raise where rows, each given by its labels, have some that aren't learned.
+def refuse_unknown(
+    side: str, rows: Iterable[set[str]], learned: Sequence[str], label_names: Sequence[str] = ()
+) -> None:
+    """Raise where rows, each given by its labels, have some that aren't learned; numbers stand for `label_names`.
 
     Raises:
         DataError: So they have; it names them with the counts of their rows.
@@ -117,5 +129,13 @@ def refuse_unknown(side: str, rows: Iterable[set[str]], learned: Sequence[str]) 
         others = f" and {len(learned) - _SHOWN_LEARNED} more" if len(learned) > _SHOWN_LEARNED else ""
         raise DataError(
             f"{side} rows have {count_of(len(unknown), 'label')} that {verb} learned: {shown}{more}.{hint} "
-            f"Learned are: {', '.join(learned[:_SHOWN_LEARNED])}{others}. Correct those rows, or leave them out."
+            f"Learned are: {', '.join(learned[:_SHOWN_LEARNED])}{others}{_describe_numbers(unknown, label_names)}. "
+            "Correct those rows, or leave them out."
         )
+
+
+def _describe_numbers(unknown: Iterable[str], names: Sequence[str]) -> str:
+    """Say which numbers stand for names, where some that aren't known are numbers."""
+    if not number_names(names) or not any(name.removeprefix("-").isdecimal() for name in unknown):
+        return ""
+    return f"; numbers from 0 ({names[0]}) to {len(names) - 1} ({names[-1]}) stand for names"

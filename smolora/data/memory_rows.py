@@ -24,6 +24,8 @@ class MemoryRows:
     """Encodes rows, in place of the task's own; its form gives way to that of the rows."""
     labels: tuple[str, ...] = ()
     """Those of a model that is measured on the rows; left out, they are the preprocessor's, or learned."""
+    label_names: tuple[str, ...] = ()
+    """What numbers in place of labels stand for in that model's rows, from 0 up."""
 
     def __post_init__(self) -> None:
         if self.held_out is not None and self.train is None:

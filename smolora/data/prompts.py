@@ -84,6 +84,10 @@ class PromptFormat(Section):
     labels: tuple[str, ...] = ()
     """classification, token_classification: the labels, in the order of the head's outputs."""
 
+    label_names: tuple[str, ...] = ()
+    """classification, token_classification: what numbers in place of labels stand for, from 0 up; nothing where the
+    rows didn't say it."""
+
     may_lack_answer: bool = False
     """qa: whether some questions that were learned have no answer, so that a model may say nothing."""
 
@@ -106,6 +110,11 @@ class PromptFormat(Section):
             for role, column in self.columns.items()
         ]
         return f"{self.kind}: {', '.join(parts)}"
+
+    @property
+    def label_column(self) -> str | None:
+        """The column of labels, of texts or of words; None where rows have none."""
+        return self.columns.get("label") or self.columns.get("tags")
 
     def with_labels(self, labels: Sequence[str]) -> PromptFormat:
         """Return the form with the labels that a head answers, in their order."""

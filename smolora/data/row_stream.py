@@ -18,6 +18,7 @@ from smolora.config.data import DataConfig, FileType
 from smolora.config.model import TaskType
 from smolora.data.arrow_files import read_names_in
 from smolora.data.label_names import spell_numbers
+from smolora.data.labels import number_names
 from smolora.data.ledger import DataReport
 from smolora.data.prompts import MAY_LACK, PromptFormat, resolve_prompt_format
 from smolora.data.readers import Read, iter_rows, read_columns, read_documents
@@ -64,8 +65,6 @@ class RowStream:
     """The rows to learn from, without those that passed in `held_out`."""
     fmt: PromptFormat
     report: DataReport
-    label_names: Mapping[str, Sequence[str]]
-    """What numbered labels of the sources are called, by column."""
 
 
 def open_file(path: Path, file_type: FileType, *, is_whole: bool = False) -> Source:
@@ -121,8 +120,11 @@ def stream_rows(
     chunk_tokenizer: PreTrainedTokenizerBase | None,
     out: Path | None,
     task: TaskType = "causal_lm",
+    label_names: Sequence[str] = (),
 ) -> RowStream:
     """Recognise the form of the rows and return them, not read yet; all sources call numbered labels by the same names.
+
+    Those are `label_names` where no source has any.
 
     Raises:
         DataError: There are no rows, or no form fits, or what numbered labels are called can't be told.
@@ -131,14 +133,15 @@ def stream_rows(
     fmt = _resolve_first(train, data, tokenizer, report, out, task=task)
     sources = [*train, *(held_out or ())]
     fmt = _add_roles(sources, fmt, data, task)
-    names = _find_label_names(sources, fmt, data, task)
+    names = _find_label_names(sources, fmt, data, task) or tuple(label_names)
+    fmt = fmt.model_copy(update={"label_names": names})
     chooser = RowSelection(fmt, data, report, chunk_tokenizer)
-    rows = chooser.select(_iter_named(train, names, fmt, data, task), set())
+    rows = chooser.select(_iter_named(train, fmt, data, task), set())
     if held_out is None:
-        return RowStream(None, rows, fmt, report, names)
+        return RowStream(None, rows, fmt, report)
     passed: set[bytes] = set()
-    named = chooser.select(_iter_named(held_out, names, fmt, data, task), passed)
-    return RowStream(named, chooser.leave_out(rows, passed), fmt, report, names)
+    named = chooser.select(_iter_named(held_out, fmt, data, task), passed)
+    return RowStream(named, chooser.leave_out(rows, passed), fmt, report)
 
 
 def refuse_rowless(sources: Sequence[Source], data: DataConfig, report: DataReport, out: Path | None) -> DataError:
@@ -209,28 +212,29 @@ def _resolve(
 
 def _find_label_names(
     sources: Sequence[Source], fmt: PromptFormat, data: DataConfig, task: TaskType
-) -> dict[str, Sequence[str]]:
-    """Return what numbered labels are called, by the form's column; nothing where no source says it.
+) -> tuple[str, ...]:
+    """Return what numbered labels are called; nothing where no source says it, or where all do and don't agree.
 
     Raises:
         DataError: Some sources don't say it, and the others don't agree.
     """
-    column = fmt.columns.get("label") or fmt.columns.get("tags")
-    if column is None:
-        return {}
+    if fmt.label_column is None:
+        return ()
     found = {source.name: tuple(_read_own_names(source, data, task)) for source in sources}
     named = {name: names for name, names in found.items() if names}
     if not named:
-        return {}
+        return ()
     (first, names), *others = named.items()
-    if unnamed := next((name for name in found if name not in named), None):
-        if odd := next((name for name, own in others if own != names), None):
-            raise DataError(
-                f"{first} and {odd} call numbered labels by different names, so what numbers in {unnamed} mean can't "
-                "be told. Write names in place of numbers there."
-            )
+    odd = next((name for name, own in others if own != names), None)
+    unnamed = next((name for name in found if name not in named), None)
+    if unnamed and odd:
+        raise DataError(
+            f"{first} and {odd} call numbered labels by different names, so what numbers in {unnamed} mean can't "
+            "be told. Write names in place of numbers there."
+        )
+    if unnamed and number_names(names):
         logger.info("labels of %s that are numbers are called by the names in %s: 0 is %s.", unnamed, first, names[0])
-    return {column: names}
+    return () if odd else names
 
 
 def _read_own_names(source: Source, data: DataConfig, task: TaskType) -> Sequence[str]:
@@ -238,27 +242,24 @@ def _read_own_names(source: Source, data: DataConfig, task: TaskType) -> Sequenc
     names = source.read_label_names()
     if not names or not source.columns:
         return ()
-    own = _resolve(source, data, task).columns
-    return names.get(own.get("label") or own.get("tags") or "", ())
+    return names.get(_resolve(source, data, task).label_column or "", ())
 
 
 def _iter_named(
-    sources: Sequence[Source], names: Mapping[str, Sequence[str]], fmt: PromptFormat, data: DataConfig, task: TaskType
+    sources: Sequence[Source], fmt: PromptFormat, data: DataConfig, task: TaskType
 ) -> Iterator[Row | Reject]:
     """Yield what `iter_alike` does, with numbered labels called by their names where a source has none for them."""
+    numbers = number_names(fmt.label_names)
     for source in sources:
         records = iter_alike([source], fmt, data, task)
-        is_spelt = not names or bool(_read_own_names(source, data, task))
-        yield from records if is_spelt else (_spell(record, names) for record in records)
+        is_spelt = not numbers or bool(_read_own_names(source, data, task))
+        yield from records if is_spelt else (_spell(record, fmt.label_column, numbers) for record in records)
 
 
-def _spell(record: Row | Reject, names: Mapping[str, Sequence[str]]) -> Row | Reject:
-    if isinstance(record, Reject):
+def _spell(record: Row | Reject, column: str | None, numbers: Mapping[str, str]) -> Row | Reject:
+    if isinstance(record, Reject) or column is None or column not in record.values:
         return record
-    called = {
-        column: spell_numbers(record.values[column], names[column]) for column in names if column in record.values
-    }
-    return record._replace(values={**record.values, **called})
+    return record._replace(values={**record.values, column: spell_numbers(record.values[column], numbers)})
 
 
 def iter_alike(

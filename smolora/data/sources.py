@@ -116,6 +116,7 @@ def read_sources(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: Path | None = None,
     task: TaskType = "causal_lm",
+    label_names: Sequence[str] = (),
 ) -> SourceRows:
     """Read the rows that `data` names, ready to encode.
 
@@ -125,11 +126,13 @@ def read_sources(
         tokenizer: The model's, whose chat template is used for messages.
         out: Where rejects.jsonl and data_report.json go before too many rejects stop the run.
         task: What the model learns from the rows.
+        label_names: What numbers in place of labels stand for, from 0 up, where no source says it.
 
     Raises:
         DataError: A source, a column or rows are missing, or too many rows were rejected.
     """
-    return _gather(stream_sources(data, tokenizer=tokenizer, out=out, task=task), data, seed=seed, out=out)
+    stream = stream_sources(data, tokenizer=tokenizer, out=out, task=task, label_names=label_names)
+    return _gather(stream, data, seed=seed, out=out)
 
 
 def read_dataset(
@@ -141,6 +144,7 @@ def read_dataset(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: Path | None = None,
     task: TaskType = "causal_lm",
+    label_names: Sequence[str] = (),
 ) -> SourceRows:
     """Do for datasets in memory what `read_sources` does for files; `data.sources` isn't read.
 
@@ -154,7 +158,8 @@ def read_dataset(
         held_out = [_open_dataset(eval_dataset, "eval_dataset")]
     elif data.eval_source is not None:
         held_out = _open_held_out(data)
-    stream = _stream([_open_dataset(dataset, "dataset")], held_out, data, tokenizer=tokenizer, out=out, task=task)
+    train = [_open_dataset(dataset, "dataset")]
+    stream = _stream(train, held_out, data, tokenizer=tokenizer, out=out, task=task, label_names=label_names)
     rows = _gather(stream, data, seed=seed, out=out)
     if eval_dataset is not None and not rows.held_out:
         raise describe_emptiness(["eval_dataset"])
@@ -288,6 +293,7 @@ def stream_sources(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: Path | None = None,
     task: TaskType = "causal_lm",
+    label_names: Sequence[str] = (),
 ) -> RowStream:
     """Return the rows that `data` names one by one; see `read_sources`, which takes all of them.
 
@@ -295,7 +301,8 @@ def stream_sources(
         DataError: A source, a column or rows are missing.
     """
     train = [part for source in _require_sources(data) for part in _open_source(source, data)]
-    return _stream(train, _open_held_out(data), data, tokenizer=tokenizer, out=out, task=task)
+    held_out = _open_held_out(data)
+    return _stream(train, held_out, data, tokenizer=tokenizer, out=out, task=task, label_names=label_names)
 
 
 def _stream(
@@ -306,9 +313,17 @@ def _stream(
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path | None,
     task: TaskType = "causal_lm",
+    label_names: Sequence[str] = (),
 ) -> RowStream:
     return stream_rows(
-        train, held_out, data, tokenizer=tokenizer, chunk_tokenizer=_chunk_tokenizer(data), out=out, task=task
+        train,
+        held_out,
+        data,
+        tokenizer=tokenizer,
+        chunk_tokenizer=_chunk_tokenizer(data),
+        out=out,
+        task=task,
+        label_names=label_names,
     )
 
 

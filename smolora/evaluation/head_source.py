@@ -83,7 +83,7 @@ def _fit_texts(source: RowSource, bundle: ModelBundle) -> RowSource:
     first = next(iter_rows(), None)
     if first is not None:
         refuse_other_texts(bundle, found=len(read_texts(first)), where=source.name)
-    refuse_unknown(source.name, (set(row.references) for row in iter_rows()), bundle.labels)
+    refuse_unknown(source.name, (set(row.references) for row in iter_rows()), bundle.labels, source.label_names)
     return replace(source, iter_rows=iter_rows, resources=replace(source.resources, labels=bundle.labels))
 
 
@@ -99,7 +99,7 @@ def _fit_words(source: RowSource, bundle: ModelBundle) -> RowSource:
     def iter_rows() -> Iterator[BenchmarkRow]:
         return map(fit, source.iter_rows())
 
-    refuse_unknown(source.name, (set(read_words(row)[1]) for row in iter_rows()), bundle.labels)
+    refuse_unknown(source.name, (set(read_words(row)[1]) for row in iter_rows()), bundle.labels, source.label_names)
     return replace(source, iter_rows=iter_rows, resources=replace(source.resources, labels=bundle.labels))
 
 

@@ -138,7 +138,8 @@ def open_data(
 
     Args:
         data: The sources and their columns; of a folder that `prepare` wrote, the held-out rows.
-        trained: The form the model was trained in, whose columns are taken where no others are named.
+        trained: The form the model was trained in, whose columns are taken where no others are named, and whose names
+            of numbered labels where the rows have none.
         tokenizer: Whose chat template is used for messages.
         task: What the model is asked.
         num_samples: Rows to take from the start.
@@ -152,11 +153,10 @@ def open_data(
     sources = tuple(str(file or source) for file, source in zip(held_out, data.sources, strict=True))
     data = data.replace(sources=sources, deduplicate=False)
     check_sources(data)
-    open_stream = partial(stream_sources, tokenizer=tokenizer, task=task)
+    label_names = trained.label_names if trained else ()
+    open_stream = partial(stream_sources, tokenizer=tokenizer, task=task, label_names=label_names)
     data = _choose_columns(data, trained, open_stream)
-    stream = open_stream(data)
-    fmt = stream.fmt
-    labelled = fmt.columns.get("label") or fmt.columns.get("tags") or ""
+    fmt = open_stream(data).fmt
     if trained is not None and fmt.kind == trained.kind == "messages":
         data = data.replace(chat_template=trained.chat_template)
     files = [Path(source) for source in sources]
@@ -166,7 +166,7 @@ def open_data(
         iter_rows=lambda: _iter_rows(open_stream(data), data, trained, unanswered, num_samples),
         unanswered=unanswered,
         metrics=("loss",) if fmt.kind == "text" else (*_ANSWER_METRICS, "loss"),
-        label_names=tuple(stream.label_names.get(labelled, ())),
+        label_names=fmt.label_names,
         identity={
             "rows": num_samples,
             "form": fmt.describe(),

@@ -160,10 +160,11 @@ def fill_settings(settings: SamplingSettings | None, source: RowSource) -> Sampl
 
 def _identify_model(bundle: ModelBundle) -> dict[str, object]:
     """Return all of a model that its answers depend on."""
+    form = bundle.prompt_format
     return {
         "base": bundle.fingerprint,
         "adapter": fingerprint_adapter(bundle),
-        "form": bundle.prompt_format.model_dump(mode="json") if bundle.prompt_format else None,
+        "form": form.model_dump(mode="json", exclude={"label_names"}) if form else None,
         "tokenizer": fingerprint_tokenizer(bundle.tokenizer),
         "generation": bundle.generation_settings,
         "quantization": bundle.quantization,

@@ -291,13 +291,14 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
 
 def read_rows(config: ExperimentConfig, out: Path | None = None, memory: MemoryRows = FROM_SOURCES) -> SourceRows:
     """Read the rows and what their form learns from them; rejected rows are written to `out`, where it is given."""
-    seed, task = config.evaluation.choose_split_seed(config.training.seed), config.model.task_type
+    seed = config.evaluation.choose_split_seed(config.training.seed)
+    adapter = read_adapter(find_adapter(config.adapter.path)) if config.adapter.path else None
+    known = adapter.labels if adapter else memory.known_labels
+    names = memory.label_names or (adapter.label_names if adapter else ())
+    read = partial(read_sources, config.data)
     if memory.train is not None:
-        rows = read_dataset(memory.train, config.data, seed=seed, eval_dataset=memory.held_out, out=out, task=task)
-    else:
-        rows = read_sources(config.data, seed=seed, out=out, task=task)
-    path = config.adapter.path
-    known = read_adapter(find_adapter(path)).labels if path else memory.known_labels
+        read = partial(read_dataset, memory.train, config.data, eval_dataset=memory.held_out)
+    rows = read(seed=seed, out=out, task=config.model.task_type, label_names=names)
     return replace(rows, fmt=learn_form(rows.train, rows.held_out, rows.fmt, known=known))
 
 

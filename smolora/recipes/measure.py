@@ -35,7 +35,8 @@ def measure(
     if dataset is not None:
         as_given = config.data.replace(eval_source=None, validation_fraction=0.0, deduplicate=False)
         config = config.replace(data=as_given)
-        memory = MemoryRows(dataset, preprocessor=memory.preprocessor, labels=bundle.labels)
+        names = bundle.prompt_format.label_names if bundle.prompt_format else ()
+        memory = MemoryRows(dataset, preprocessor=memory.preprocessor, labels=bundle.labels, label_names=names)
     config = follow_adapter(config)
     rows = read_rows(config, memory=memory)
     data = encode_data(config, rows, bundle, memory.preprocessor)

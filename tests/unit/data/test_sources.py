@@ -467,8 +467,9 @@ def test_numbered_labels_that_two_sources_call_differently_are_refused_beside_ro
         Dataset.from_dict({"text": [name], "label": [1]}, features=features).to_parquet(tmp_path / f"{name}.parquet")
     write_rows(tmp_path / "c.jsonl", [{"text": "c", "label": 1}])
     sources = tuple(str(tmp_path / name) for name in ("a.parquet", "b.parquet", "c.jsonl"))
-    rows = read_sources(DataConfig(sources=sources[:2]), seed=0, task="classification").train
-    assert [row.values["label"] for row in rows] == ["yes", "no"]
+    rows = read_sources(DataConfig(sources=sources[:2]), seed=0, task="classification")
+    assert [row.values["label"] for row in rows.train] == ["yes", "no"]
+    assert rows.fmt.label_names == ()  # A number alone doesn't say which is meant.
     with pytest.raises(DataError, match=r"b\.parquet call numbered labels by different names, .* in \S*c\.jsonl"):
         read_sources(DataConfig(sources=sources), seed=0, task="classification")
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from shutil import copytree
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification
 
-from smolora.config import DataConfig, EvaluationConfig, ExperimentConfig, LoRAConfig, ModelConfig, TrainingConfig
+from smolora.adapters.store import load_bundle
+from smolora.config import (
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    LoRAConfig,
+    ModelConfig,
+    TrainingConfig,
+    resolve_config,
+)
 from smolora.data.benchmark_rows import TEXTS, BenchmarkRow
 from smolora.errors import ConfigError, DataError
 from smolora.evaluation.evaluator import ModelEvaluator
@@ -19,6 +29,8 @@ from smolora.models.loading import load_model
 from smolora.recipes.evaluate import evaluate
 from smolora.recipes.evaluation_request import EvaluationRequest
 from smolora.recipes.finetune import finetune
+from smolora.recipes.measure import measure
+from smolora.records.run_dir import RunDir
 from tests.head_runs import ask_rows, write_rows
 from tests.tiny import CONTEXT, save_tiny_encoder, save_tiny_model
 
@@ -107,6 +119,89 @@ def test_labels_may_differ_in_case(run, tmp_path):
 def test_numbers_of_rows_are_refused_where_the_order_of_labels_is_ours(run, tmp_path):
     with pytest.raises(DataError, match=r"'1' \(1 row\)"):
         ask_rows(run, [{"text": "good", "label": 1}], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A classifier whose rows had numbers with names, in another order than that of its head."""
+    return train_numbered(tmp_path_factory.mktemp("named"), ("yes", "no"))
+
+
+def train_numbered(folder, names):
+    """Train on reviews whose labels are numbers: 0 is the first name."""
+    rows = [{"text": row["text"], "label": int(row["label"] == "no")} for row in reviews()]
+    Dataset.from_list(rows).cast_column("label", ClassLabel(names=list(names))).to_parquet(folder / "rows.parquet")
+    config = ExperimentConfig(
+        model=ModelConfig(name_or_path=str(save_tiny_encoder("bert", folder / "base")), task_type="classification"),
+        data=DataConfig(sources=(str(folder / "rows.parquet"),)),
+        adapter=LoRAConfig(r=2),
+        training=TrainingConfig(max_steps=30, learning_rate=1e-2),
+        evaluation=EvaluationConfig(verdict_share=0),
+    )
+    return finetune(config, folder / "run").path
+
+
+def number(row):
+    return {**row, "label": int(row["label"] == "no")}
+
+
+def test_numbers_of_rows_stand_for_the_names_that_the_training_rows_had(named, tmp_path):
+    by_name = ask_rows(named, reviews(), tmp_path)
+    assert by_name.metrics["accuracy"] == 1.0
+    for rows in (map(number, reviews()), [*map(number, reviews(30)), *reviews()[30:]]):
+        found = ask_rows(named, list(rows), tmp_path)
+        assert found.metrics == by_name.metrics
+        assert found.num_trained_on == by_name.num_trained_on
+
+
+def test_the_trainer_reads_such_numbers_too(named):
+    bundle = load_bundle(named)
+    config = resolve_config(ExperimentConfig, file=RunDir(named).resolved_config)
+    rows = Dataset.from_list([number(row) for row in reviews()])
+    assert bundle.prompt_format.label_names == ("yes", "no")
+    assert measure(config, named, dataset=rows)["accuracy"] == 1.0
+
+
+def test_an_adapter_that_is_trained_further_keeps_the_names_and_reads_numbers_by_them(named, tmp_path):
+    file = write_rows(tmp_path / "more.jsonl", [number(row) for row in reviews()])
+    config = resolve_config(ExperimentConfig, file=RunDir(named).resolved_config)
+    further = config.replace(
+        data=DataConfig(sources=(str(file),)),
+        adapter=config.adapter.replace(path=str(named)),
+        training=config.training.replace(max_steps=2),
+    )
+    run = finetune(further, tmp_path / "further").path
+    assert ask_rows(run, [number(row) for row in reviews()], tmp_path).metrics["accuracy"] == 1.0
+
+
+def test_a_number_without_a_name_is_refused_with_those_that_have_one(named, tmp_path):
+    with pytest.raises(DataError, match=r"'2' \(1 row\).*numbers from 0 \(yes\) to 1 \(no\) stand for names") as error:
+        ask_rows(named, [*map(number, reviews(4)), {"text": "a", "label": 2}], tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_answers_of_a_run_from_before_label_names_are_still_its_own(named, tmp_path):
+    ask_rows(named, reviews(4), tmp_path, out=tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "label_names" not in kept["identity"]["form"]  # What identifies it is as it was written then.
+
+
+def test_a_label_that_is_a_number_itself_is_no_other_label_s_number(tmp_path):
+    run = train_numbered(tmp_path, ("1", "0"))
+    rows = [{**row, "label": str(1 - number(row)["label"])} for row in reviews()]
+    assert ask_rows(run, rows, tmp_path).metrics["accuracy"] == 1.0
+    assert ask_rows(run, [{**row, "label": int(row["label"])} for row in rows], tmp_path).metrics["accuracy"] == 1.0
+
+
+def test_a_form_from_before_label_names_refuses_numbers_as_it_did(named, tmp_path):
+    run = tmp_path / "old"
+    copytree(named, run)
+    file = run / "adapter_checkpoint" / "prompt_format.json"
+    form = json.loads(file.read_text())
+    del form["label_names"]
+    file.write_text(json.dumps(form))
+    with pytest.raises(DataError, match=r"'0' \(2 rows\)"):
+        ask_rows(run, [number(row) for row in reviews(4)], tmp_path)
 
 
 def test_a_classifier_that_was_not_tuned_here_takes_the_numbers_of_its_outputs(tmp_path):
