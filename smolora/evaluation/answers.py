@@ -138,6 +138,7 @@ class LossMetric(SummedMetric):
         "exp(loss), by token",
     )
     version = _OURS
+    most = math.inf
 
     @property
     def width(self) -> int:

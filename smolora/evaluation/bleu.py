@@ -27,6 +27,7 @@ class BleuMetric(SummedMetric):
     """Corpus BLEU of up to 1, 2, 3 and 4 tokens, 0 to 100; `bleu` is that of 4."""
 
     names = ("bleu1", "bleu2", "bleu3", "bleu")
+    most = 100.0
 
     def __init__(self, *, lowercase: bool = False) -> None:
         self._bleu = _open_bleu(lowercase=lowercase)

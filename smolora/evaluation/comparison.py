@@ -34,7 +34,7 @@ class Comparison:
     tuned: float
     low: float | None
     high: float | None
-    """Bounds of the interval that holds 95 % of the resampled differences, tuned less base."""
+    """Bounds of the 95 % interval of the difference, tuned less base."""
     num_rows: int
     variant: str
     version: str
@@ -87,7 +87,7 @@ def sign_of(low: float, high: float) -> Literal[-1, 0, 1]:
 def bound_differences(before: Sums, after: Sums, *, num_rows: int) -> tuple[float | None, float | None]:
     """Return the interval of resampled differences; of one row there is none."""
     with np.errstate(invalid="ignore"):
-        return (find_interval(after - before) if num_rows > 1 else None) or (None, None)
+        return find_interval(after - before, num_rows=num_rows) or (None, None)
 
 
 class Budget:

@@ -56,6 +56,8 @@ class SummedMetric(ABC):
     """What each name stands for, exactly."""
     version: str
     """The library that computes it, or whose rules are followed."""
+    most: float = 1.0
+    """The largest value that there can be; the smallest is 0."""
 
     @property
     @abstractmethod
@@ -125,7 +127,7 @@ class MetricScore:
     version: str | None = None
     low: float | None = None
     high: float | None = None
-    """Bounds of the interval that holds 95 % of the resampled values."""
+    """Bounds of the 95 % interval, where there can be such values."""
     reason: str | None = None
     """Why there is no value, or no interval."""
 

@@ -190,8 +190,8 @@ class MetricsCalculator:
         resampled = self._conclude_resampled(metric, part)
         scores = {}
         for index, (name, variant) in enumerate(_pairs(metric)):
-            interval = find_interval(resampled[:, index]) if self.num_rows > 1 else None
-            low, high = interval or (None, None)
+            interval = find_interval(resampled[:, index], num_rows=self.num_rows)
+            low, high = (min(max(0.0, end), metric.most) for end in interval) if interval else (None, None)
             reason = None if interval else "no interval: too few rows"
             scores[name] = MetricScore(finite(values[index]), variant, metric.version, low, high, reason)
         return scores

@@ -41,7 +41,7 @@ class PromptUse:
     other: float
     low: float | None
     high: float | None
-    """Bounds of the interval that holds 95 % of the resampled differences, other less own."""
+    """Bounds of the 95 % interval of the difference, other less own."""
     num_rows: int
     is_of_questions: bool = False
     """Whether the prompts are questions, and the others those about the same contexts."""
@@ -121,5 +121,5 @@ def _conclude(tally: Tally, task: TaskType) -> tuple[Comparison, PromptUse | Non
     num_swapped = round(tally.sums[6])
     if not tally.sums[5] or (task == "qa" and num_swapped < FEWEST_ANSWERS):  # Few contexts have two questions.
         return loss, None
-    low, high = bound_differences(resampled[:, 3], resampled[:, 4], num_rows=tally.num_rows)
+    low, high = bound_differences(resampled[:, 3], resampled[:, 4], num_rows=num_swapped)
     return loss, PromptUse(float(own), float(other), low, high, num_swapped, is_of_questions=task == "qa")

@@ -36,8 +36,8 @@ class EvaluationResult:
     def describe(self) -> str:
         """Return a line for each number: name, value, interval, variant and version; then what is missing and why."""
         trained = f", {self.num_trained_on:,} of them learned from" if self.num_trained_on else ""
-        share = f"{CONFIDENCE * 100:g} % of {NUM_RESAMPLINGS:,} resamplings"
-        lines = [f"{count_of(self.num_rows, 'row')}{trained}; in brackets {share} of them"]
+        intervals = f"{CONFIDENCE * 100:g} % intervals by {NUM_RESAMPLINGS:,} resamplings"
+        lines = [f"{count_of(self.num_rows, 'row')}{trained}; in brackets {intervals} of them"]
         width = max(map(len, self.scores), default=0)
         for name, score in self.scores.items():
             if score.value is None:

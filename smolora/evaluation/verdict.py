@@ -75,7 +75,8 @@ class Evidence:
         if self.has_seen_prompts:
             yield f"{self.describe_seen_prompts()}: nothing here says how it answers new ones"
         if self.loss.num_rows < _FEW_ROWS:
-            yield f"only {count_of(self.loss.num_rows, 'held-out row')}: the intervals are rough"
+            intervals = "the intervals are wide" if self.loss.num_rows > 1 else "there are no intervals"
+            yield f"only {count_of(self.loss.num_rows, 'held-out row')}, so {intervals} ({_HOLD_OUT_MORE})"
         yield from (f"skipped: {what}" for what in self.skipped)
 
     @property

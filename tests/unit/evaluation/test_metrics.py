@@ -112,6 +112,12 @@ def test_one_row_has_no_interval_and_says_so():
     assert (score.value, score.low, score.reason) == (0.0, None, "no interval: too few rows")
 
 
+@pytest.mark.parametrize(("metric", "name", "most"), [("exact_match", "exact_match", 1), ("bleu", "bleu1", 100)])
+def test_an_interval_ends_where_values_do(metric, name, most):
+    score = calculate(metric, rows=ROWS[1:]).conclude()[name]
+    assert (score.low, score.high) == (0, most)
+
+
 def test_no_rows_are_no_number():
     assert [score.reason for score in calculate("exact_match", rows=[]).conclude().values()] == ["no rows"]
 

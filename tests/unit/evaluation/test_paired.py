@@ -59,6 +59,14 @@ def test_an_answer_is_measured_after_the_prompt_of_a_row_with_another_answer(tun
     assert use.own != use.other
 
 
+def test_one_answer_after_another_prompt_is_too_few_for_an_interval(tuned):
+    alike = [build_example([1 + n, 9, 20, 30, 31, 0], [(2, 6)]) for n in range(20)]
+    long = build_example([*[9] * (tuned.context - 2), 40, 0], [(tuned.context - 2, tuned.context)])
+    rows = TokenDataset([*alike, long])  # Its prompt leaves no room for their answer.
+    _, use = compare_losses(tuned, rows, budget=Budget(PLENTY))
+    assert (use.num_rows, use.low, use.is_sure) == (1, None, False)
+
+
 def test_answers_that_are_all_the_same_have_no_other_prompt(tuned):
     same = TokenDataset([build_example([1 + n, 9, 30, 0], [(2, 4)]) for n in range(20)])
     assert compare_losses(tuned, same, budget=Budget(PLENTY))[1] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,20 @@ def test_that_rows_are_too_few_is_told_from_a_form_that_was_learned(use, reason)
     found = judge(gather(loss(1.0), use=use)).reason
     assert reason in found
     assert ("paired rightly" in found) != ("whether the answers depend" in found)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "line"),
+    [
+        (1, "only 1 held-out row, so there are no intervals (hold out more"),
+        (9, "only 9 held-out rows, so the intervals are wide (hold out more"),
+        (10, None),
+    ],
+)
+def test_what_few_held_out_rows_do_to_the_intervals_is_said(num_rows, line):
+    found = [said for said in judge(gather(replace(loss(1.0), num_rows=num_rows))).lines if "intervals" in said]
+    assert len(found) == (line is not None)
+    assert all(said.startswith(str(line)) for said in found)
 
 
 def test_held_out_rows_that_were_trained_on_are_named():
