@@ -159,11 +159,17 @@ def _count_affordable_tokens(
     generator: TextGenerator, row: BenchmarkRow, settings: SamplingSettings, budget: Budget
 ) -> int:
     """Return how long the first answers may be, by the time that a few tokens take."""
-    generator.generate([row.prompt], settings=settings.replace(max_new_tokens=1))  # The first call looks at the model.
+    one = settings.replace(max_new_tokens=1, stop=())
+    generator.generate([row.prompt], settings=one)  # The first call looks at the model.
+    of_one, of_all = (_time(generator, row, one.replace(max_new_tokens=1 + more)) for more in (0, _PROBE_TOKENS))
+    a_token = max(of_all - of_one, of_all / _PROBE_TOKENS) / _PROBE_TOKENS  # Whatever the clock says, none is free.
+    return min(settings.max_new_tokens, int(max(0.0, budget.left / (2 * _MARGIN) - of_one) / a_token))
+
+
+def _time(generator: TextGenerator, row: BenchmarkRow, settings: SamplingSettings) -> float:
     began = time.perf_counter()
-    generator.generate([row.prompt], settings=settings.replace(max_new_tokens=_PROBE_TOKENS, stop=()))
-    a_token = (time.perf_counter() - began) / _PROBE_TOKENS
-    return min(settings.max_new_tokens, int(max(0.0, budget.left) / (2 * _MARGIN * a_token)))
+    generator.generate([row.prompt], settings=settings)
+    return time.perf_counter() - began
 
 
 def _ask(
