@@ -24,7 +24,7 @@ took .76, 1.2 and 2.3 ms with 3, 6 and 12 queries, by products 1.3, 1.4 and 1.7.
 
 @dataclass(frozen=True)
 class Lookups:
-    """Which rows of a table each query reads, [B, G, Q] queries and `num_keys` of each."""
+    """Which rows of a table each query reads: [B, G, Q] queries, L rows for each."""
 
     shape: tuple[int, int, int, int]
     """B, G, Q, L."""
