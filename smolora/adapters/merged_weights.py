@@ -215,7 +215,8 @@ def _check_written(tensor: StoredTensor, place: StoredTensor, update: Update | N
 def _read(reader: BufferedReader, tensor: StoredTensor) -> Tensor:
     weight = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
     reader.seek(tensor.start)
-    reader.readinto(_view_bytes(weight))
+    if reader.readinto(_view_bytes(weight)) < weight.nbytes:
+        raise ModelError(f"{tensor.name} ends before its last byte: {tensor.file} was cut meanwhile. Merge again.")
     return weight
 
 

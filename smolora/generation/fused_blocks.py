@@ -99,21 +99,23 @@ class FusedBlocks:
     def _fuse_attention(self, block: nn.Module, family: Family, *, is_last: bool) -> None:
         query, key, value = (_find(block, family.attention, role) for role in ("query", "key", "value"))
         attention = block.get_submodule(next(iter(family.attention)).rpartition(".")[0])
-        inputs, output = self._join([query, key, value]), _find(block, family.attention, "output")
+        inputs, output = self._join([query, key, value]), self._join([_find(block, family.attention, "output")])
         self._forwards[attention] = _attention_forward(attention, inputs, output, is_last=is_last)
 
     def _fuse_mlp(self, block: nn.Module, family: Family, gated: Product, *, is_last: bool) -> None:
         layers = [_find(block, family.mlp, role) for role in ("gate", "up")]
         if not all(layer in self._to_pack for layer in layers):
             return  # Two products and a gate are what it is.
-        mlp, down = block.get_submodule(next(iter(family.mlp)).rpartition(".")[0]), _find(block, family.mlp, "down")
-        gate_up = self._join(layers)
+        mlp = block.get_submodule(next(iter(family.mlp)).rpartition(".")[0])
+        gate_up, down = self._join(layers), self._join([_find(block, family.mlp, "down")])
         self._forwards[mlp] = lambda x: x if is_last and is_filling() else down(gated(gate_up(x)))
 
     def _join(self, layers: Sequence[nn.Module]) -> Product:
-        """Return one product of several layers, outputs side by side."""
+        """Return one product of layers, outputs side by side."""
         if all(layer in self._to_pack for layer in layers):
             return self._pack(layers)
+        if len(layers) == 1:
+            return layers[0]
         return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
 
     def _pack(self, layers: Sequence[nn.Module]) -> Product:
@@ -129,7 +131,7 @@ class FusedBlocks:
 
 
 def _attention_forward(
-    attention: nn.Module, inputs: Product, output: nn.Module, *, is_last: bool
+    attention: nn.Module, inputs: Product, output: Product, *, is_last: bool
 ) -> Callable[..., tuple[Tensor, None]]:
     own = vars(attention)
     width, scaling, layer = int(own["head_dim"]), float(own["scaling"]), int(own["layer_idx"])
@@ -149,9 +151,10 @@ def _attention_forward(
         if norms:
             query, key, value = torch.split(heads, kinds, dim=2)
             heads = torch.cat((norms[0](query), norms[1](key), value), dim=2)
-        past_key_values.turns(*position_embeddings).turn_(heads[:, :, :-num_shared])
-        query, key, value = torch.split(heads.transpose(1, 2), kinds, dim=1)
-        key, value = past_key_values.update_for_attend(key, value, layer)
+        turned, value = torch.split(heads, [kinds[0] + num_shared, num_shared], dim=2)
+        turned = past_key_values.turn(turned, *position_embeddings)
+        query, key = torch.split(turned.transpose(1, 2), kinds[:2], dim=1)
+        key, value = past_key_values.update_for_attend(key, value.transpose(1, 2), layer)
         if is_last and is_filling():
             return hidden_states, None  # Nothing reads what the last block makes of a prompt but its keys and values.
         mixed, _ = attend(attention, query, key, value, attention_mask, scaling=scaling)

@@ -47,12 +47,13 @@ class Step:
     """[B, T], or [1, T] where all rows have the same."""
 
     blocks: tuple[tuple[slice, int], ...]
-    """Rows of the step, and how many keys they read."""
+    """Rows of the step, and how many keys they read where they don't look up each its own."""
 
     fills: bool = False
     """Whether its rows are new, so that a token sees none but those of the step."""
 
     _turns: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False, compare=False)
+    _visible: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _lookups: dict[object, Lookups | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -65,7 +66,7 @@ class Step:
     def of_next_tokens(cls, positions: Sequence[Sequence[int]], device: torch.device) -> Step:
         """Go on by one or more tokens in each of the first slots, at `positions` [B, T] that ascend.
 
-        Rows read in blocks, so that a long row makes its neighbours read as far as itself, but no others.
+        Rows that don't look up keys read in blocks, where a long one makes its neighbours read as far as itself.
         """
         blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, len(positions), _BLOCK_ROWS)]
         return cls(
@@ -79,15 +80,26 @@ class Step:
         """[B], from 0."""
         return torch.arange(self.slots.stop - self.slots.start, device=self.positions.device)
 
-    def turns(self, cos: Tensor, sin: Tensor) -> Rotary:
+    def turns(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rotary:
         """Return the turns [B or 1, T, 1, K] of angles [B or 1, T, K], made once for all layers that share them."""
-        return self._turns.of(cos, lambda: Rotary.of_angles(cos[:, :, None], sin[:, :, None]))
+        return self._turns.of(cos, lambda: Rotary.of_angles(cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)))
 
-    def lookups(self, keys: Tensor, values: Tensor, num_queries: int) -> Lookups | None:
-        """Return which rows of a table the queries read, made once for all layers whose keys lie alike."""
-        place = keys.shape, keys.stride(), values.shape, values.stride(), num_queries
+    def remember(self, mask: Tensor, visible: Tensor) -> None:
+        """Keep in mind that `mask` hides every key but those of `visible` [B, 1, T, L], and does nothing else."""
+        self._visible[id(mask)] = mask, visible
+
+    def lookups(self, keys: Tensor, values: Tensor, num_queries: int, mask: Tensor | None = None) -> Lookups | None:
+        """Return how queries look up keys [B, G, L, K], those in sight or all, once for layers whose keys lie alike.
+
+        None for keys that are no table, and for a mask that isn't remembered: a family made it of another.
+        """
+        if mask is not None and id(mask) not in self._visible:
+            return None
+        place = id(mask), keys.shape, keys.stride(), values.shape, values.stride(), num_queries
         if place not in self._lookups:
-            self._lookups[place] = Lookups.of(keys, values, num_queries)
+            num_groups = num_queries // self.num_tokens
+            seen = None if mask is None else self._visible[id(mask)][1].repeat(1, 1, num_groups, 1)
+            self._lookups[place] = Lookups.of(keys, values, num_queries, seen)
         return self._lookups[place]
 
     @property
@@ -137,9 +149,15 @@ class SlotCache(Cache):  # type: ignore[misc]
         values[rows, :, step.positions] = value_states.transpose(1, 2)
         return keys[:, :, : step.num_keys], values[:, :, : step.num_keys]
 
-    def turns(self, cos: Tensor, sin: Tensor) -> Rotary:
-        """Return the turns of the step's tokens, as `Step.turns` does."""
-        return _STEP.get().turns(cos, sin)
+    def turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return queries and keys [B, T, heads, K] turned by angles [B or 1, T, K]: themselves, or float32 for tables.
+
+        Where float32 is compared anyway, it takes half of the time that 16 bits take.
+        """
+        step = _STEP.get()
+        if not step.fills and _reads_tables(heads, self.num_slots):
+            heads = heads.float()
+        return step.turns(cos, sin, heads.dtype).turn_(heads)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the `length` tokens of a row into another slot."""
@@ -220,7 +238,9 @@ def _mask(
     visible = mask_function(
         rows[:, None, None, None], rows.new_zeros(1, 1, 1, 1), step.positions[:, None, :, None], keys[None, None, None]
     )
-    return torch.zeros(visible.shape, dtype=dtype, device=rows.device).masked_fill_(~visible, torch.finfo(dtype).min)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=rows.device).masked_fill_(~visible, torch.finfo(dtype).min)
+    step.remember(mask, visible)
+    return mask
 
 
 def attend(
@@ -243,22 +263,47 @@ def attend(
     num_groups = H // key.shape[1]
     folded = query.reshape(B, key.shape[1], num_groups * T, K)  # Heads that share a key read it once.
     assert attention_mask is not None, "`_mask` makes one for every step"
-    per_group = attention_mask.expand(-1, -1, num_groups, -1) if T == 1 else attention_mask.repeat(1, 1, num_groups, 1)
-    mask = per_group.expand(B, -1, -1, -1)
     scale = K**-0.5 if scaling is None else scaling
-    # Keys are wider than queries where the cache was made for tables, however few of its rows are left.
-    by_tables = key.dtype != query.dtype or (query.dtype == torch.float32 and _reads_tables(query, B))
-    by_kernel = softcap is None and not by_tables and query.device.type == "cpu"
+    # Keys are wider than values where the cache was made for tables, however few of its rows are left.
+    is_wide = key.dtype != value.dtype or (value.dtype == torch.float32 and _reads_tables(query, B))
+    by_tables = is_wide and query.device.type == "cpu"
+    lookups = None
+    if by_tables and are_few(folded.shape[2]):
+        lookups = step.lookups(key, value, folded.shape[2], attention_mask)
+    if lookups:
+        scores = _cap(lookups.score(folded.to(key.dtype), key, scale), softcap)
+        mixed = lookups.mix(lookups.softmax(scores).to(value.dtype), value)
+    else:
+        mixed = _attend_in_blocks(folded, key, value, attention_mask, scale, softcap=softcap, by_tables=by_tables)
+    mixed = mixed.reshape(B, H, T, -1)
+    return mixed.transpose(1, 2).contiguous(), None  # As transformers has it: some families take a view of it.
+
+
+def _attend_in_blocks(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    *,
+    softcap: float | None,
+    by_tables: bool,
+) -> Tensor:
+    """Return the mixed values of queries [B, G, Q, K], each block of rows for itself, as far as its longest reads."""
+    step = _STEP.get()
+    num_groups = queries.shape[2] // step.num_tokens
+    per_group = mask.expand(-1, -1, num_groups, -1) if step.num_tokens == 1 else mask.repeat(1, 1, num_groups, 1)
+    wide = per_group.expand(len(queries), -1, -1, -1)
     parts = []
     for rows, length in step.blocks:
-        part = folded[rows], key[rows, :, :length], value[rows, :, :length], mask[rows, :, :, :length]
-        parts.append(
-            _attend_by_kernel(*part, scale)
-            if by_kernel
-            else _attend_by_products(*part, scale, softcap=softcap, tables=step.lookups if by_tables else None)
-        )
-    mixed = torch.cat(parts).view(B, H, T, -1)
-    return mixed.transpose(1, 2).contiguous(), None  # As transformers has it: some families take a view of it.
+        part = queries[rows], keys[rows, :, :length], values[rows, :, :length], wide[rows, :, :, :length]
+        if softcap is None and not by_tables and queries.device.type == "cpu":
+            parts.append(_attend_by_kernel(*part, scale))
+        else:
+            mixes_by_lookups = by_tables and values.dtype in _HALF  # A product of 16 bits copies what has gaps.
+            lookups = step.lookups(*part[1:3], queries.shape[2]) if mixes_by_lookups else None
+            parts.append(_attend_by_products(*part, scale, softcap=softcap, lookups=lookups))
+    return torch.cat(parts)
 
 
 def _attend_by_products(
@@ -269,21 +314,16 @@ def _attend_by_products(
     scale: float,
     *,
     softcap: float | None,
-    tables: Callable[[Tensor, Tensor, int], Lookups | None] | None,
+    lookups: Lookups | None,
 ) -> Tensor:
-    """Return the mixed values of queries [B, G, Q, K], by lookups where `tables` has any and they are faster."""
-    is_few = are_few(queries.shape[2])
-    mixes_by_lookups = is_few or values.dtype in _HALF  # A product of 16 bits copies what has gaps.
-    lookups = tables(keys, values, queries.shape[2]) if tables and mixes_by_lookups else None
-    queries = queries.to(keys.dtype)
-    if lookups and is_few:
-        scores = lookups.score(queries, keys, scale)
-    else:
-        scores = torch.matmul(queries * scale, keys.transpose(2, 3))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    """Return the mixed values of queries [B, G, Q, K], mixed by `lookups` where there are any."""
+    scores = _cap(torch.matmul(queries.to(keys.dtype) * scale, keys.transpose(2, 3)), softcap)
     weights = scores.add(mask).softmax(-1).to(values.dtype)
-    return lookups.mix(weights, values) if lookups else torch.matmul(weights, values)
+    return lookups.mix(weights.flatten(), values) if lookups else torch.matmul(weights, values)
+
+
+def _cap(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
 def _attend_by_kernel(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 import tracemalloc
 
@@ -97,6 +98,20 @@ def test_what_was_written_is_read_back_for_the_check(tmp_path):
     assert (name, checked) == ("a.weight", update)
     assert torch.equal(base, weight)
     assert torch.equal(merged, load_file(tmp_path / "out")["a.weight"])
+
+
+def test_a_base_that_is_cut_meanwhile_ends_the_merge(tmp_path):
+    source = tmp_path / "in"
+    save_file({"a.weight": draw(6, 4), "b.weight": draw(3, 3)}, source)
+
+    class Cutting:
+        def apply(self, weight):
+            os.truncate(source, source.stat().st_size - 1)
+            return weight
+
+    updates = {"a.weight": Update(Cutting()), "b.weight": update_of(3, 3)}
+    with pytest.raises(ModelError, match=r"b\.weight ends before its last byte"):
+        write_merged_file(source, tmp_path / "out", updates, unchecked)
 
 
 def test_a_check_that_raises_ends_the_merge(tmp_path):

@@ -82,6 +82,29 @@ def test_a_softcap_on_attention_is_applied():
     assert expected != _generate_all("gemma2")
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2"])
+def test_rows_look_up_what_the_masks_of_a_family_show(family, monkeypatch):
+    monkeypatch.setattr(slots, "_reads_tables", lambda like, num_rows: True)
+    monkeypatch.setattr(tables, "_FEW", 10**6)
+    monkeypatch.setattr(slots, "_attend_in_blocks", lambda *_, **__: pytest.fail("no lookups"))
+    settings = {"mistral": {"sliding_window": 6}, "gemma2": {"sliding_window": 6, "attn_logit_softcapping": None}}
+    settings = settings.get(family, {})  # Every other layer of gemma2 has a window; with a cap it fills in blocks.
+    assert _answers(tiny_model(family, **settings), _rows(), 4) == _generate_all(family, **settings)
+
+
+@pytest.mark.parametrize("has_matrix_units", [False, True])
+def test_queries_and_keys_are_turned_in_float32_where_tables_compare_them(has_matrix_units, monkeypatch):
+    monkeypatch.setattr(slots, "has_matrix_units", lambda: has_matrix_units)
+    cpu, num_rows, found = torch.device("cpu"), slots.FEWEST_ROWS, []
+    for step in (slots.Step.of_prompts(0, num_rows, 1, cpu), slots.Step.of_next_tokens([[1]] * num_rows, cpu)):
+        angles = torch.ones(num_rows, 1, 8, dtype=torch.bfloat16)
+        token = slots._STEP.set(step)
+        turned = slots.SlotCache(num_rows, 2).turn(angles[:, :, None].clone(), angles, angles)
+        slots._STEP.reset(token)
+        found.append(turned.dtype)
+    assert found == [torch.bfloat16, torch.bfloat16 if has_matrix_units else torch.float32]
+
+
 @pytest.mark.parametrize("has_matrix_units", [False, True])
 @pytest.mark.parametrize("family", ["bloom", "gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
