@@ -130,6 +130,13 @@ def test_a_least_length_counts_padding_too_so_that_it_parts_prompts_by_length():
     assert is_moved_by_padding(model)
 
 
+def test_a_model_of_broken_weights_is_not_said_to_be_slow():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    assert find_obstacle(model) is None
+
+
 def test_a_model_whose_slots_give_other_logits_is_found_out():
     model = tiny_model("llama")
     model.register_forward_hook(_add_where_there_is_a_cache, with_kwargs=True)
