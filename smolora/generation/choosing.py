@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class Row:
         return self.settings.repetition_penalty or 1.0
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether its next token is the one that the model gives the highest logit."""
+        return not self.settings.is_drawn and self.penalty == 1.0
+
+    @property
     def reach(self) -> int:
         """Tokens of prompt and longest answer."""
         return len(self.prompt_ids) + self.room
@@ -97,6 +103,26 @@ class Row:
         return len(self.prompt_ids) + len(self.ids)
 
 
+class Highest(NamedTuple):
+    """The highest logit of each row, and the first token that has it."""
+
+    logits: Tensor
+    tokens: Tensor
+
+    def to_list(self) -> list[int]:
+        """Return the tokens of rows [B].
+
+        Raises:
+            BrokenRunError: A row's highest logit isn't finite, so nothing can be chosen.
+        """
+        if not self.logits.isfinite().all():
+            raise BrokenRunError(
+                "the model's logits are not finite, so no next token can be chosen. Check its weights."
+            )
+        tokens: list[int] = self.tokens.tolist()
+        return tokens
+
+
 def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """Return a token for each row of logits [B, V], by the row's own settings.
 
@@ -108,10 +134,7 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         for number, row in enumerate(rows):
             if row.penalty != 1.0:
                 penalise(logits[number], {*row.prompt_ids, *row.ids}, row.penalty)
-    peaks, likeliest = _find_highest(logits)
-    if not peaks.isfinite().all():
-        raise BrokenRunError("the model's logits are not finite, so no next token can be chosen. Check its weights.")
-    tokens: list[int] = likeliest.tolist()
+    tokens = find_highest(logits).to_list()
     for settings, numbers in _group_sampled(rows).items():
         chances = [_uniform(rows[number].key, len(rows[number].ids)) for number in numbers]
         drawn = _draw(logits[numbers].float(), settings, torch.tensor(chances, device=logits.device))
@@ -120,21 +143,21 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     return tokens
 
 
-def _find_highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest logit [B] of each row and its place, the first of equals, as `logits.max(-1)` does.
+def find_highest(logits: Tensor) -> Highest:
+    """Return the highest of each row of logits [B, V], the first of equals, as `logits.max(-1)` does.
 
     On a CPU torch finds a maximum without its place ten times as fast, so it is looked for in parts first.
     """
     num_parts = logits.shape[1] // _PART
     if logits.device.type != "cpu" or num_parts < 2:
-        return logits.max(-1)
+        return Highest(*logits.max(-1))
     highest = logits[:, : num_parts * _PART].view(-1, num_parts, _PART).amax(-1)  # [B, parts]
     if rest := logits.shape[1] % _PART:
         highest = torch.cat((highest, logits[:, -rest:].amax(-1, keepdim=True)), dim=1)
     peaks, part = highest.max(-1)
     start = (part * _PART).clamp_(max=logits.shape[1] - _PART)
     near = logits.gather(1, start[:, None] + torch.arange(_PART))
-    return peaks, start + near.argmax(-1)
+    return Highest(peaks, start + near.argmax(-1))
 
 
 def penalise(logits: Tensor, held: Collection[int], penalty: float) -> None:

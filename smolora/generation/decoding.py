@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from smolora.generation.choosing import Row, choose_tokens
+from smolora.generation.choosing import Highest, Row, choose_tokens
 from smolora.generation.drafts import Drafts
 from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.slots import SlotCache, Step, forward, slot_attention
@@ -87,8 +87,8 @@ class Decoder:
             self._take(self._read(drafts), drafts)
             self._release()
 
-    def _read(self, drafts: Sequence[list[int]]) -> Tensor:
-        """Return the logits [B, T, V] after each row's last token and after each of its drafts."""
+    def _read(self, drafts: Sequence[list[int]]) -> Tensor | Highest:
+        """Return the logits [B, T, V] after a row's last token and each of its drafts, or the highest ones [B, T]."""
         num_tokens = 1 + max(map(len, drafts))
         ids, positions = [], []
         for row, draft in zip(self._live, drafts, strict=True):
@@ -97,17 +97,22 @@ class Decoder:
             # Padding stays within the row's reach, where a token of its own will lie or none will be read.
             positions.append([min(row.length - 1 + place, row.reach - 1) for place in range(num_tokens)])
         step = Step.of_next_tokens(positions, self._device)
-        return forward(self._model, self._cache, step, torch.tensor(ids, device=self._device))
+        input_ids = torch.tensor(ids, device=self._device)
+        head = self._blocks.head
+        if head is None or not head.can_screen or not all(row.is_greedy for row in self._live):
+            return forward(self._model, self._cache, step, input_ids)
+        with head.keeping_hidden():
+            hidden = forward(self._model, self._cache, step, input_ids)
+        return Highest(*(part.view(input_ids.shape) for part in head.find_highest(hidden.flatten(0, 1))))
 
-    def _take(self, logits: Tensor, drafts: Sequence[list[int]]) -> None:
+    def _take(self, read: Tensor | Highest, drafts: Sequence[list[int]]) -> None:
         """Let each row take its next token, and go on as long as it was the draft that was read there."""
         going = list(range(len(self._live)))
-        for place in range(logits.shape[1]):
-            rows = [self._live[number] for number in going]
-            chosen = choose_tokens(logits[:, place] if len(going) == len(logits) else logits[going, place], rows)
-            for row, token in zip(rows, chosen, strict=True):
-                self._drafts.follow(row, token)
-                row.take(token)
+        for place in range(1 + max(map(len, drafts))):
+            chosen = self._choose(read, going, place)
+            for number, token in zip(going, chosen, strict=True):
+                self._drafts.follow(self._live[number], token)
+                self._live[number].take(token)
             going = [
                 number
                 for number, token in zip(going, chosen, strict=True)
@@ -115,6 +120,13 @@ class Decoder:
             ]
             if not going:
                 return
+
+    def _choose(self, read: Tensor | Highest, going: Sequence[int], place: int) -> list[int]:
+        """Return the next token of rows by their numbers, from what was read at their last or a draft's place."""
+        here = slice(None) if len(going) == len(self._live) else going  # A view where it can be.
+        if isinstance(read, Highest):
+            return Highest(read.logits[here, place], read.tokens[here, place]).to_list()
+        return choose_tokens(read[here, place], [self._live[number] for number in going])
 
     def _admit(self) -> None:
         """Fill free slots, an eighth of all at a time: a forward pass costs about the same for few tokens."""
@@ -134,7 +146,9 @@ class Decoder:
         if num_tokens:
             padded = [row.prompt_ids[:-1] + [0] * (num_tokens + 1 - len(row.prompt_ids)) for row in rows]
             step = Step.of_prompts(len(self._live), len(rows), num_tokens, self._device)
-            forward(self._model, self._cache, step, torch.tensor(padded, device=self._device))
+            output = forward(self._model, self._cache, step, torch.tensor(padded, device=self._device))
+            if self._blocks.head:
+                self._blocks.head.learn_whether_last(output)
 
     def _release(self) -> None:
         """Let the last row take the slot of one that is done."""

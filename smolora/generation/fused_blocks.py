@@ -17,8 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from smolora.generation.head import Head
 from smolora.generation.slots import FEWEST_ROWS, SlotCache, attend, is_filling
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import read_config
@@ -60,10 +62,13 @@ class FusedBlocks:
         self._model = model
         self._num_rows = num_rows
         self._forwards: dict[nn.Module, Callable[..., object]] = {}
+        self.head: Head | None = None
+        """What stands for the model's head, unless that is more than a matrix."""
+
         if next(model.parameters()).device.type == "cpu":
             linears = [module for module in model.modules() if _is_packable(module, num_rows)]
-            most = _MOST_BYTES if num_rows >= FEWEST_ROWS else _MOST_BYTES_FOR_FEW_ROWS
-            is_small = sum(module.get_parameter("weight").nbytes for module in linears) <= most
+            self._most_bytes = _MOST_BYTES if num_rows >= FEWEST_ROWS else _MOST_BYTES_FOR_FEW_ROWS
+            is_small = sum(module.get_parameter("weight").nbytes for module in linears) <= self._most_bytes
             self._to_pack = dict.fromkeys(linears) if is_small else {}
             self._fuse()
 
@@ -72,7 +77,7 @@ class FusedBlocks:
         return replaced_forwards(self._forwards)
 
     def _fuse(self) -> None:
-        """Take first what belongs together, then every other linear layer."""
+        """Take first what belongs together, then the head, then every other linear layer."""
         config = read_config(self._model)
         settings, family = config.to_dict(), FAMILIES.get(str(config.model_type))
         if family and family.fused:
@@ -84,9 +89,21 @@ class FusedBlocks:
                     self._fuse_attention(block, family, is_last=block is blocks[-1])
                 if activation:
                     self._fuse_mlp(block, family, partial(gate, activation=activation), is_last=block is blocks[-1])
+        self._fuse_head()
         for linear in list(self._to_pack):
             if not _multiplies_by_blas(read_weight(linear)):
                 self._forwards[linear] = self._pack([linear])
+
+    def _fuse_head(self) -> None:
+        transformer = next(module for module in self._model.modules() if isinstance(module, PreTrainedModel))
+        linear = transformer.get_output_embeddings()
+        if not isinstance(linear, nn.Linear) or not _is_plain(linear) or linear.bias is not None:
+            return
+        is_packed = linear in self._to_pack and not _multiplies_by_blas(linear.weight)
+        self._to_pack.pop(linear, None)
+        build = partial(self._build_product, [linear]) if is_packed else None
+        self.head = Head(linear.weight, build, num_rows=self._num_rows, most_bytes=self._most_bytes)
+        self._forwards[linear] = self.head
 
     def _fuse_norms(self, fused: Fused, *, eps: float) -> None:
         for module in self._model.modules():
@@ -119,10 +136,14 @@ class FusedBlocks:
         return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
 
     def _pack(self, layers: Sequence[nn.Module]) -> Product:
-        """Return one product of plain layers, from a copy of their weights."""
-        weights = [read_weight(layer).detach() for layer in layers]
+        """Return one product of plain layers, and take them from what is to be packed."""
         for layer in layers:
             del self._to_pack[layer]
+        return self._build_product(layers)
+
+    def _build_product(self, layers: Sequence[nn.Module]) -> Product:
+        """Return one product of plain layers, from a copy of their weights."""
+        weights = [read_weight(layer).detach() for layer in layers]
         joint = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = join_biases([len(weight) for weight in weights], [read_bias(layer) for layer in layers], joint)
         if _multiplies_by_blas(joint):
@@ -172,8 +193,9 @@ class _RMSNorm:
         self._is_rounded_first = not offset
 
     def __call__(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        normed = x * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        wide = x.float()  # Once: each operation on mixed types would do so.
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        normed = wide * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()
         if self._is_rounded_first:
             return normed.to(x.dtype).mul_(self._weight)
         return normed.mul_(self._weight).to(x.dtype)
@@ -191,11 +213,18 @@ def _find(block: nn.Module, roles: Mapping[str, Role], role: Role) -> nn.Module:
     return block.get_submodule(path)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing but a product with a matrix, and perhaps a bias, is computed here."""
+    is_linear = isinstance(module, nn.Linear | Conv1D)
+    return is_linear and has_plain_forward(module) and "forward" not in vars(module)
+
+
 def _is_packable(module: nn.Module, num_rows: int) -> bool:
-    """Whether nothing but a product with a matrix, and perhaps a bias, is computed here, and a copy of it is faster."""
-    if not isinstance(module, nn.Linear | Conv1D) or not has_plain_forward(module) or "forward" in vars(module):
+    """Whether it is plain, and a copy of its weight is faster."""
+    if not _is_plain(module):
         return False
-    return can_pack(module.weight) and (num_rows >= FEWEST_ROWS or module.weight.dtype != torch.float32)
+    weight = read_weight(module)
+    return can_pack(weight) and (num_rows >= FEWEST_ROWS or weight.dtype != torch.float32)
 
 
 def _multiplies_by_blas(weight: Tensor) -> bool:

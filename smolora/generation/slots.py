@@ -216,7 +216,8 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
 
 def is_filling() -> bool:
     """Whether the forward pass that is being made, by `forward`, fills slots with prompts: its logits are of no use."""
-    return _STEP.get().fills
+    step = _STEP.get(None)
+    return step is not None and step.fills
 
 
 def slot_attention(configs: Sequence[PretrainedConfig]) -> AbstractContextManager[None]:
