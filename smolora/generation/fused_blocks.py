@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smolora.generation.head import Head
-from smolora.generation.slots import FEWEST_ROWS, SlotCache, attend, is_filling
+from smolora.generation.slots import FEWEST_ROWS, SlotCache, attend, attend_prompts, compares_float32
+from smolora.generation.step import is_filling, is_packed
 from smolora.models.anatomy import PEFT_PREFIX
 from smolora.models.bundle import read_config
 from smolora.models.frozen_linear import can_pack, join_biases, multiply_by_onednn, pack
@@ -62,6 +64,8 @@ class FusedBlocks:
         self._model = model
         self._num_rows = num_rows
         self._forwards: dict[nn.Module, Callable[..., object]] = {}
+        self.packs_prompts = False
+        """Whether attention can be asked for prompts that lie end to end."""
         self.head: Head | None = None
         """What stands for the model's head, unless that is more than a matrix."""
 
@@ -84,6 +88,7 @@ class FusedBlocks:
             self._fuse_norms(family.fused, eps=float(settings["rms_norm_eps"]))
             activation = ACTIVATIONS.get(str(settings.get("hidden_activation") or settings.get("hidden_act")))
             blocks = list(_find_blocks(self._model, family))
+            self.packs_prompts = family.fused.attention and compares_float32(next(self._model.parameters()))
             for block in blocks:
                 if family.fused.attention:
                     self._fuse_attention(block, family, is_last=block is blocks[-1])
@@ -162,7 +167,7 @@ def _attention_forward(
     def forward(
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor,
+        attention_mask: Any,
         past_key_values: SlotCache,
         **_unused: object,
     ) -> tuple[Tensor, None]:
@@ -172,12 +177,18 @@ def _attention_forward(
         if norms:
             query, key, value = torch.split(heads, kinds, dim=2)
             heads = torch.cat((norms[0](query), norms[1](key), value), dim=2)
+        if is_packed():
+            heads = heads.float()  # As their scores are: rounded to 16 bits, they would change what is read.
         turned, value = torch.split(heads, [kinds[0] + num_shared, num_shared], dim=2)
         turned = past_key_values.turn(turned, *position_embeddings)
         query, key = torch.split(turned.transpose(1, 2), kinds[:2], dim=1)
-        key, value = past_key_values.update_for_attend(key, value.transpose(1, 2), layer)
+        value = value.transpose(1, 2).to(hidden_states.dtype)
+        key, value = past_key_values.update_for_attend(key, value, layer)
         if is_last and is_filling():
             return hidden_states, None  # Nothing reads what the last block makes of a prompt but its keys and values.
+        if is_packed():
+            mixed = attend_prompts(heads, num_heads=kinds[0], window=attention_mask, scaling=scaling)
+            return output(mixed.flatten(2).to(hidden_states.dtype)), None
         mixed, _ = attend(attention, query, key, value, attention_mask, scaling=scaling)
         return output(mixed.flatten(2)), None
 

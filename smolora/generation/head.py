@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smolora.generation.choosing import Highest, find_highest
-from smolora.generation.slots import is_filling
+from smolora.generation.slots import FEWEST_ROWS
+from smolora.generation.step import is_filling
 from smolora.models.frozen_linear import can_pack, multiply_by_onednn, pack
 from smolora.runtime.device import has_native_bfloat16
 
@@ -26,6 +27,9 @@ _FEWEST_TOKENS = 8192
 
 _PART = 256
 """Logits that share a bound, which the longest weight among them gives."""
+
+_FIRST_STEPS = 16
+"""Steps of fewer than `FEWEST_ROWS` rows without a copy of the matrix, which costs what so many steps save by it."""
 
 _MOST = 16
 """Logits of a row computed again, in the mean. Where more may be the highest, all are computed."""
@@ -57,12 +61,14 @@ class Head:
         self._num_rows, self._most_bytes = num_rows, most_bytes
         self._given: Tensor | None = None
         self._is_last = self._keeps_hidden = False
+        self._num_products = 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return logits, or the hidden states as they are where it keeps them or nobody reads its logits."""
         if self._keeps_hidden or is_filling():
             self._given = hidden
             return hidden
+        self._num_products += 1
         return self._product(hidden)
 
     @cached_property
@@ -85,7 +91,8 @@ class Head:
     @property
     def can_screen(self) -> bool:
         """Whether `find_highest` finds what the model's own logits would say, in less time."""
-        return self._is_last and self._is_worth_it
+        has_begun = self._num_rows >= FEWEST_ROWS or self._num_products >= _FIRST_STEPS
+        return self._is_last and has_begun and self._is_worth_it
 
     @cached_property
     def _is_worth_it(self) -> bool:

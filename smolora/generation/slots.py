@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +20,13 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from smolora.generation.step import Step, current_step, making
 from smolora.generation.tables import Lookups, are_few
-from smolora.models.fused_ops import MadeOnce, Rotary
+from smolora.models.row_attention import AttentionSettings, attend_rows, mask_interface
 from smolora.models.structure import replaced_attention
 from smolora.runtime.device import has_matrix_units
 
 _IMPLEMENTATION = "smolora_slots"
-_BLOCK_ROWS = 16
 _HEADROOM = 128
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -36,84 +34,6 @@ FEWEST_ROWS = 4
 """With fewer rows torch's kernel attends in two thirds of the time that tables take, and a step in float32 waits for
 the weights from memory, in whatever layout. In bfloat16 it doesn't: one row and 32,000 outputs take .5 ms packed, and
 .9 as they are."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where one forward pass writes and what it reads."""
-
-    slots: slice
-    positions: Tensor
-    """[B, T], or [1, T] where all rows have the same."""
-
-    blocks: tuple[tuple[slice, int], ...]
-    """Rows of the step, and how many keys they read where they don't look up each its own."""
-
-    fills: bool = False
-    """Whether its rows are new, so that a token sees none but those of the step."""
-
-    _turns: MadeOnce[Rotary] = field(default_factory=MadeOnce, repr=False, compare=False)
-    _visible: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
-    _lookups: dict[object, Lookups | None] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def of_prompts(cls, first_slot: int, num_rows: int, num_tokens: int, device: torch.device) -> Step:
-        """Fill slots from their start."""
-        positions = torch.arange(num_tokens, device=device)[None]
-        return cls(slice(first_slot, first_slot + num_rows), positions, ((slice(0, num_rows), num_tokens),), fills=True)
-
-    @classmethod
-    def of_next_tokens(cls, positions: Sequence[Sequence[int]], device: torch.device) -> Step:
-        """Go on by one or more tokens in each of the first slots, at `positions` [B, T] that ascend.
-
-        Rows that don't look up keys read in blocks, where a long one makes its neighbours read as far as itself.
-        """
-        blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, len(positions), _BLOCK_ROWS)]
-        return cls(
-            slice(0, len(positions)),
-            torch.tensor(positions, device=device),
-            tuple((block, 1 + max(row[-1] for row in positions[block])) for block in blocks),
-        )
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """[B], from 0."""
-        return torch.arange(self.slots.stop - self.slots.start, device=self.positions.device)
-
-    def turns(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rotary:
-        """Return the turns [B or 1, T, 1, K] of angles [B or 1, T, K], made once for all layers that share them."""
-        return self._turns.of(cos, lambda: Rotary.of_angles(cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)))
-
-    def remember(self, mask: Tensor, visible: Tensor) -> None:
-        """Keep in mind that `mask` hides every key but those of `visible` [B, 1, T, L], and does nothing else."""
-        self._visible[id(mask)] = mask, visible
-
-    def lookups(self, keys: Tensor, values: Tensor, num_queries: int, mask: Tensor | None = None) -> Lookups | None:
-        """Return how queries look up keys [B, G, L, K], those in sight or all, once for layers whose keys lie alike.
-
-        None for keys that are no table, and for a mask that isn't remembered: a family made it of another.
-        """
-        if mask is not None and id(mask) not in self._visible:
-            return None
-        place = id(mask), keys.shape, keys.stride(), values.shape, values.stride(), num_queries
-        if place not in self._lookups:
-            num_groups = num_queries // self.num_tokens
-            seen = None if mask is None else self._visible[id(mask)][1].repeat(1, 1, num_groups, 1)
-            self._lookups[place] = Lookups.of(keys, values, num_queries, seen)
-        return self._lookups[place]
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.positions.shape[1]
-
-    @cached_property
-    def num_keys(self) -> int:
-        """L."""
-        return max(length for _, length in self.blocks)
-
-
-_STEP: ContextVar[Step] = ContextVar("step")
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -131,16 +51,22 @@ class SlotCache(Cache):  # type: ignore[misc]
         return self._write(key_states, value_states, layer_idx, key_type=key_states.dtype)
 
     def update_for_attend(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Do the same for nobody but `attend`, which compares float32 where it reads tables, whatever the model has."""
-        wide = _reads_tables(key_states, self.num_slots)
-        return self._write(key_states, value_states, layer_idx, key_type=torch.float32 if wide else key_states.dtype)
+        """Do the same for `attend`, which compares float32 where it reads tables. Values have the model's type."""
+        wide = _reads_tables(value_states, self.num_slots)
+        return self._write(key_states, value_states, layer_idx, key_type=torch.float32 if wide else value_states.dtype)
 
     def _write(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *, key_type: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        step = _STEP.get()
+        step = current_step()
         buffers = self._reserve(layer_idx, key_states, value_states, key_type)
         keys, values = (buffer[step.slots] for buffer in buffers)
+        if step.packed:
+            places = step.places(*keys.shape[1:3])
+            for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+                rows = states[0].transpose(0, 1).flatten(0, 1)  # [T * G, K]
+                buffer.view(-1, rows.shape[1]).index_copy_(0, places, rows.to(buffer.dtype))
+            return key_states, value_states
         if step.fills:
             keys[:, :, : step.num_tokens], values[:, :, : step.num_tokens] = key_states, value_states
             return key_states, value_states
@@ -154,7 +80,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
         Where float32 is compared anyway, it takes half of the time that 16 bits take.
         """
-        step = _STEP.get()
+        step = current_step()
         if not step.fills and _reads_tables(heads, self.num_slots):
             heads = heads.float()
         return step.turns(cos, sin, heads.dtype).turn_(heads)
@@ -167,11 +93,11 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens the longest row had before this step; positions are given, so it decides nothing."""
-        return self.get_mask_sizes(0, layer_idx)[0] - _STEP.get().num_tokens
+        return self.get_mask_sizes(0, layer_idx)[0] - current_step().num_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return how many keys this step reads, and the first of them."""
-        return _STEP.get().num_keys, 0
+        return current_step().num_keys, 0
 
     def _reserve(
         self, layer_idx: int, key_states: Tensor, value_states: Tensor, key_type: torch.dtype
@@ -180,7 +106,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
         New ones hold zeros: a key out of sight has the weight 0, but 0 times whatever memory held may be NaN.
         """
-        length, before = _STEP.get().num_keys, self._buffers.get(layer_idx)
+        length, before = current_step().num_keys, self._buffers.get(layer_idx)
         if before is not None and length <= before[1].shape[2]:
             return before
         capacity = min(self._longest, length + max(_HEADROOM, length // 2))
@@ -197,8 +123,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -> Tensor:
     """Run `model` over tokens [B, T], and return the logits [B, T, V] after each, or useless ones where it fills."""
     num_kept = 1 if step.fills else step.num_tokens
-    token = _STEP.set(step)
-    try:
+    with making(step):
         output = model(
             input_ids=input_ids,
             position_ids=step.positions.expand(len(input_ids), -1),
@@ -208,16 +133,8 @@ def forward(model: nn.Module, cache: SlotCache, step: Step, input_ids: Tensor) -
             # (16 rows and 50,257 words in bfloat16: 1.7 s in place of .004).
             logits_to_keep=step.positions.new_tensor([-1]) if step.fills else num_kept,
         )
-    finally:
-        _STEP.reset(token)
     logits: Tensor = output.logits[:, -num_kept:]
     return logits
-
-
-def is_filling() -> bool:
-    """Whether the forward pass that is being made, by `forward`, fills slots with prompts: its logits are of no use."""
-    step = _STEP.get(None)
-    return step is not None and step.fills
 
 
 def slot_attention(configs: Sequence[PretrainedConfig]) -> AbstractContextManager[None]:
@@ -226,14 +143,16 @@ def slot_attention(configs: Sequence[PretrainedConfig]) -> AbstractContextManage
 
 
 def _mask(
-    *, mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype, **_: object
-) -> Tensor:
+    *, mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype, **others: Any
+) -> Tensor | int | None:
     """Return what is added to scores, [B or 1, 1, T, L]: 0 for a key that a token may see, else the lowest number.
 
     `mask_function` is the family's own (causal, or with a sliding window). It compares positions, so what a slot still
     holds of an earlier row, and the padding behind a shorter prompt, are out of sight.
     """
-    step = _STEP.get()
+    step = current_step()
+    if step.packed:
+        return mask_interface(**others)
     rows = step.rows[: len(step.positions)]
     keys = torch.arange(step.num_keys, device=rows.device)
     visible = mask_function(
@@ -256,9 +175,11 @@ def attend(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Return the mixed values [B, T, H, K] of queries [B, H, T, K] over keys and values [B, G, L, K]."""
-    step = _STEP.get()
+    step = current_step()
     if step.fills and softcap is None:
-        mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        is_causal = step.is_causal(attention_mask)  # The kernel leaves out what it needn't read then.
+        mask = None if is_causal else attention_mask
+        mixed, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=is_causal or None)
         return mixed, None
     B, H, T, K = query.shape
     num_groups = H // key.shape[1]
@@ -280,6 +201,13 @@ def attend(
     return mixed.transpose(1, 2).contiguous(), None  # As transformers has it: some families take a view of it.
 
 
+def attend_prompts(heads: Tensor, *, num_heads: int, window: int | None, scaling: float) -> Tensor:
+    """Return the mixed values [1, T, H, K] of packed rows' queries, keys and values [1, T, H + 2 * G, K]."""
+    rows, settings = current_step().packed, AttentionSettings(scaling, window=window)
+    assert rows, "prompts lie end to end"
+    return attend_rows(heads[0], num_heads=num_heads, rows=rows, settings=settings)[None]
+
+
 def _attend_in_blocks(
     queries: Tensor,
     keys: Tensor,
@@ -291,7 +219,7 @@ def _attend_in_blocks(
     by_tables: bool,
 ) -> Tensor:
     """Return the mixed values of queries [B, G, Q, K], each block of rows for itself, as far as its longest reads."""
-    step = _STEP.get()
+    step = current_step()
     num_groups = queries.shape[2] // step.num_tokens
     per_group = mask.expand(-1, -1, num_groups, -1) if step.num_tokens == 1 else mask.repeat(1, 1, num_groups, 1)
     wide = per_group.expand(len(queries), -1, -1, -1)
@@ -337,10 +265,15 @@ def _attend_by_kernel(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
 
 
 def _reads_tables(like: Tensor, num_rows: int) -> bool:
-    """Whether a few queries a row are compared with keys as rows of a table: on a CPU, where rows aren't very few.
+    """Whether a few queries a row are compared with keys as rows of a table, where rows aren't very few."""
+    return num_rows >= FEWEST_ROWS and compares_float32(like)
+
+
+def compares_float32(like: Tensor) -> bool:
+    """Whether queries and keys are compared in float32, whatever type the model has: on a CPU.
 
     In bfloat16 with matrix units torch's kernel reads them fast enough, in half of the memory.
     """
-    if like.device.type != "cpu" or num_rows < FEWEST_ROWS:
+    if like.device.type != "cpu":
         return False
     return like.dtype == torch.float32 or (like.dtype in _HALF and not has_matrix_units())

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from smolora.generation.choosing import Row
-from smolora.generation.decoding import in_eval_mode
+from smolora.generation.decoding import fill_slots, in_eval_mode
 from smolora.generation.fallback import build_settings, pad_prompts
 from smolora.generation.fused_blocks import FusedBlocks
 from smolora.generation.sampling import DEFAULT_SAMPLING
-from smolora.generation.slots import FEWEST_ROWS, SlotCache, Step, forward, slot_attention
+from smolora.generation.slots import FEWEST_ROWS, SlotCache, forward, slot_attention
+from smolora.generation.step import Step
 from smolora.models.bundle import read_config
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.structure import find_configs
@@ -125,12 +126,12 @@ def _logits_in_slots(model: nn.Module) -> Tensor:
     """Return the logits [answered tokens, rows, V] of prompts that fill slots, and go on by one token and by two."""
     device = next(model.parameters()).device
     rows = _ROWS * (FEWEST_ROWS // len(_ROWS))  # As many as decoding makes all of its copies for, and reads tables.
-    cache = SlotCache(len(rows), max(map(len, rows)))
+    cache, blocks = SlotCache(len(rows), max(map(len, rows))), FusedBlocks(model, num_rows=len(rows))
     filled = [len(row) - _NUM_ANSWERED for row in rows]
-    padded = [row[:count] + (0,) * (max(filled) - count) for row, count in zip(rows, filled, strict=True)]
     logits = []
-    with slot_attention(find_configs(model)), FusedBlocks(model, num_rows=len(rows)).installed():
-        forward(model, cache, Step.of_prompts(0, len(rows), max(filled), device), torch.tensor(padded, device=device))
+    with slot_attention(find_configs(model)), blocks.installed():
+        prompts = [row[:count] for row, count in zip(rows, filled, strict=True)]
+        fill_slots(model, cache, prompts, blocks=blocks)
         for places in ((0,), (1, 2)):
             positions = [[count + place for place in places] for count in filled]
             tokens = [[row[position] for position in own] for row, own in zip(rows, positions, strict=True)]

@@ -12,6 +12,7 @@ from smolora.generation import decoding, fused_blocks, slots, tables
 from smolora.generation.choosing import Row
 from smolora.generation.decoding import decode
 from smolora.generation.sampling import SamplingSettings
+from smolora.generation.step import Step, making
 from smolora.generation.support import find_obstacle
 from tests.tiny import FAMILIES, VOCAB_SIZE, random_input_ids, tiny_model
 
@@ -65,6 +66,34 @@ def test_greedy_tokens_of_mixed_rows_equal_those_of_generate_one_by_one(family):
         assert _answers(model, _rows(), num_slots) == _generate_all(family)
 
 
+@pytest.mark.parametrize("longest_packed", [0, 10, 512], ids=["padded", "both", "packed"])
+@pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 6})])
+def test_prompts_fill_slots_end_to_end_or_padded(family, settings, longest_packed, monkeypatch):
+    monkeypatch.setattr(decoding, "_LONGEST_PACKED", longest_packed)
+    monkeypatch.setattr(decoding, "_MOST_PACKED", 20)
+    monkeypatch.setattr(decoding, "_MOST_PADDED", 50)
+    kinds, forward = [], decoding.forward
+    monkeypatch.setattr(
+        decoding, "forward", lambda model, cache, step, ids: kinds.append(step) or forward(model, cache, step, ids)
+    )
+    assert _answers(tiny_model(family, **settings), _rows(), 9) == _generate_all(family, **settings)
+    filled = [(step.packed is not None, step.num_keys) for step in kinds if step.fills]
+    assert [is_packed for is_packed, _ in filled] == [longest <= longest_packed for _, longest in filled]
+    assert len(filled) > 2
+    assert {is_packed for is_packed, _ in filled} == {0: {False}, 10: {False, True}, 512: {True}}[longest_packed]
+
+
+@pytest.mark.parametrize(("settings", "is_causal"), [({}, True), ({"sliding_window": 6}, False)])
+def test_the_kernel_reads_no_mask_that_hides_nothing_but_what_lies_behind(settings, is_causal, monkeypatch):
+    monkeypatch.setattr(decoding, "_LONGEST_PACKED", 0)
+    masks, kernel = [], slots.sdpa_attention_forward
+    monkeypatch.setattr(
+        slots, "sdpa_attention_forward", lambda *args, **kw: masks.append(args[4]) or kernel(*args, **kw)
+    )
+    assert _answers(tiny_model("mistral", **settings), _rows(), 9) == _generate_all("mistral", **settings)
+    assert [mask is None for mask in masks] == [is_causal] * len(masks)
+
+
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
 def test_a_sliding_window_hides_the_same_keys_as_in_generate(family):
@@ -96,11 +125,10 @@ def test_rows_look_up_what_the_masks_of_a_family_show(family, monkeypatch):
 def test_queries_and_keys_are_turned_in_float32_where_tables_compare_them(has_matrix_units, monkeypatch):
     monkeypatch.setattr(slots, "has_matrix_units", lambda: has_matrix_units)
     cpu, num_rows, found = torch.device("cpu"), slots.FEWEST_ROWS, []
-    for step in (slots.Step.of_prompts(0, num_rows, 1, cpu), slots.Step.of_next_tokens([[1]] * num_rows, cpu)):
+    for step in (Step.of_prompts(0, num_rows, 1, cpu), Step.of_next_tokens([[1]] * num_rows, cpu)):
         angles = torch.ones(num_rows, 1, 8, dtype=torch.bfloat16)
-        token = slots._STEP.set(step)
-        turned = slots.SlotCache(num_rows, 2).turn(angles[:, :, None].clone(), angles, angles)
-        slots._STEP.reset(token)
+        with making(step):
+            turned = slots.SlotCache(num_rows, 2).turn(angles[:, :, None].clone(), angles, angles)
         found.append(turned.dtype)
     assert found == [torch.bfloat16, torch.bfloat16 if has_matrix_units else torch.float32]
 
@@ -145,7 +173,7 @@ def test_slots_that_grow_keep_what_they_hold(monkeypatch):
     model = tiny_model("llama")
     expected = _answers(model, _rows(), 4)
     monkeypatch.setattr(slots, "_HEADROOM", 1)
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 40)
+    monkeypatch.setattr(decoding, "_MOST_PACKED", 40)
     assert _answers(model, sorted(_rows(), key=lambda row: len(row.prompt_ids)), 4) == [
         expected[number] for number in sorted(range(len(LENGTHS)), key=LENGTHS.__getitem__)
     ]

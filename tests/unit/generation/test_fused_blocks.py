@@ -12,8 +12,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, SmolLM3Config, Smo
 
 from smolora.generation import fused_blocks as module
 from smolora.generation import slots
+from smolora.generation.decoding import fill_slots
 from smolora.generation.fused_blocks import FusedBlocks
-from smolora.generation.slots import SlotCache, Step, forward, slot_attention
+from smolora.generation.slots import SlotCache, forward, slot_attention
+from smolora.generation.step import Step
 from smolora.generation.support import find_obstacle
 from smolora.models.structure import find_configs
 from smolora.runtime.device import has_native_bfloat16
@@ -54,13 +56,16 @@ def replaced(model):
 
 
 @torch.no_grad()
-def decode_steps(model, *, num_rows):
+def decode_steps(model, blocks=None, *, num_rows):
     """Return the logits of three steps after prompts of two tokens and more, the last step of two tokens."""
     ids = torch.cat([random_input_ids(5 + num_rows, seed=seed) for seed in range(num_rows)])
     cache, longest = SlotCache(num_rows, 5 + num_rows), 1 + num_rows
     with slot_attention(find_configs(model)):
         logits = []
-        forward(model, cache, Step.of_prompts(0, num_rows, longest, CPU), ids[:, :longest])
+        if blocks:
+            fill_slots(model, cache, [row[: 2 + number].tolist() for number, row in enumerate(ids)], blocks=blocks)
+        else:
+            forward(model, cache, Step.of_prompts(0, num_rows, longest, CPU), ids[:, :longest])
         for places in ([0], [1], [2, 3]):
             positions = torch.arange(num_rows)[:, None] + 2 + torch.tensor(places)  # Others in each row.
             step = Step.of_next_tokens(positions.tolist(), CPU)
@@ -82,8 +87,11 @@ MODELS = {
 def test_steps_have_the_logits_of_the_model_s_own_blocks(build, num_rows):
     model = build()
     expected = decode_steps(model, num_rows=num_rows)
-    with FusedBlocks(model, num_rows=num_rows).installed():
-        found = decode_steps(model, num_rows=num_rows)
+    blocks = FusedBlocks(model, num_rows=num_rows)
+    with blocks.installed():
+        found = decode_steps(model, blocks, num_rows=num_rows)
+        padded = decode_steps(model, num_rows=num_rows)
+    torch.testing.assert_close(padded, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
@@ -102,8 +110,9 @@ def test_it_says_nothing_else_of_bfloat16_than_its_rounding(family, num_rows, ha
     model, exact = tiny_model(family).to(torch.bfloat16), tiny_model(family)
     exact.load_state_dict(model.state_dict())
     expected, plain = whole_rows(exact, num_rows=num_rows), whole_rows(model, num_rows=num_rows)
-    with FusedBlocks(model, num_rows=num_rows).installed():
-        found = decode_steps(model, num_rows=num_rows).float()
+    blocks = FusedBlocks(model, num_rows=num_rows)
+    with blocks.installed():
+        found = decode_steps(model, blocks, num_rows=num_rows).float()
     assert 0 < (found - expected).norm() <= 1.5 * (plain - expected).norm()
 
 

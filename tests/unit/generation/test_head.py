@@ -161,6 +161,15 @@ def test_a_row_that_reads_its_logits_has_them(settings, screened):
 
 
 @screens
+def test_a_row_or_two_begin_without_a_copy_of_the_matrix(screened, monkeypatch):
+    [whole] = _answers(tiny_model("llama"), _rows(num_rows=1))
+    assert screened == []
+    monkeypatch.setattr(module, "_FIRST_STEPS", 2)
+    assert _answers(tiny_model("llama"), _rows(num_rows=1)) == [whole]
+    assert screened == [1] * (len(whole) - 2)
+
+
+@screens
 def test_a_model_that_changes_what_its_head_gives_is_not_screened(screened):
     _answers(tiny_model("gemma2"), _rows())  # It caps its logits.
     assert screened == []

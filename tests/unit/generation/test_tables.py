@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smolora.generation import tables
-from smolora.generation.slots import Step
+from smolora.generation.step import Step
 from smolora.generation.tables import Lookups
 
 B, G, Q, L, K = 3, 2, 4, 5, 8

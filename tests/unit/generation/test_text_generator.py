@@ -128,6 +128,7 @@ def test_a_special_token_as_a_stop_text_ends_an_answer_though_no_answer_shows_it
     settings = GREEDY.replace(num_beams=num_beams)
     bundle.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     often = _greedy_ids(bundle, "the cat", 4)[3]
+    torch.manual_seed(0)  # One draw in forty lets the other answer win.
     bundle.model.resize_token_embeddings(len(bundle.tokenizer), mean_resizing=False)
     with torch.no_grad():
         head = bundle.model.get_output_embeddings().weight
