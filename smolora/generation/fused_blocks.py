@@ -107,7 +107,9 @@ class FusedBlocks:
         is_packed = linear in self._to_pack and not _multiplies_by_blas(linear.weight)
         self._to_pack.pop(linear, None)
         build = partial(self._build_product, [linear]) if is_packed else None
-        self.head = Head(linear.weight, build, num_rows=self._num_rows, most_bytes=self._most_bytes)
+        family = FAMILIES.get(str(read_config(self._model).model_type))
+        most_bytes = self._most_bytes if family and family.fused else 0  # Others may change logits in place.
+        self.head = Head(linear.weight, build, num_rows=self._num_rows, most_bytes=most_bytes)
         self._forwards[linear] = self.head
 
     def _fuse_norms(self, fused: Fused, *, eps: float) -> None:

@@ -34,7 +34,7 @@ _FIRST_STEPS = 16
 _MOST = 16
 """Logits of a row computed again, in the mean. Where more may be the highest, all are computed."""
 
-_ROUNDING = 2.0**-9
+_ROUNDING = 2.0**-8
 """How far at most a number moves to bfloat16, as a part of itself."""
 
 
@@ -108,7 +108,7 @@ class Head:
         once more, by as much and by what D sums lose (Higham 2002, sections 2.2 and 3.1).
         """
         part = 3.02 * _ROUNDING + hidden.shape[1] * torch.finfo(torch.float32).eps
-        bounds = torch.linalg.vector_norm(hidden, dim=1, keepdim=True) * self._longest * part  # [N, parts]
+        bounds = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).clamp_(min=1e-16) * self._longest * part  # [N, parts]
         rough = multiply_by_onednn(hidden.to(torch.bfloat16), self._rough_weight, None).view(*bounds.shape, _PART)
         highest = rough.amax(-1).float()
         lowest = (highest - bounds).amax(-1, keepdim=True)  # The highest logit is no lower.
@@ -136,5 +136,5 @@ class Head:
     @cached_property
     def _longest(self) -> Tensor:
         """[parts], the length of the longest row of the matrix in each part."""
-        lengths = torch.linalg.vector_norm(self._weight, dim=1)
+        lengths = torch.linalg.vector_norm(self._weight, dim=1).clamp_(min=1e-16)
         return F.pad(lengths, (0, -len(lengths) % _PART)).view(-1, _PART).amax(-1)

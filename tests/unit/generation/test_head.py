@@ -142,7 +142,7 @@ def _answers(model, rows):
 
 
 @screens
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
 def test_greedy_answers_are_screened_and_the_same(family, screened, monkeypatch):
     model = tiny_model(family)
     found = _answers(model, _rows())
