@@ -108,7 +108,7 @@ class Head:
         once more, by as much and by what D sums lose (Higham 2002, sections 2.2 and 3.1).
         """
         part = 3.02 * _ROUNDING + hidden.shape[1] * torch.finfo(torch.float32).eps
-        bounds = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).clamp_(min=1e-16) * self._longest * part  # [N, parts]
+        bounds = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).clamp_(min=1e-16) * self._longest * part
         rough = multiply_by_onednn(hidden.to(torch.bfloat16), self._rough_weight, None).view(*bounds.shape, _PART)
         highest = rough.amax(-1).float()
         lowest = (highest - bounds).amax(-1, keepdim=True)  # The highest logit is no lower.
