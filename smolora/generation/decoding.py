@@ -104,11 +104,15 @@ class Decoder:
         step = Step.of_next_tokens(positions, self._device)
         input_ids = torch.tensor(ids, device=self._device)
         head = self._blocks.head
-        if head is None or not head.can_screen or not all(row.is_greedy for row in self._live):
-            return forward(self._model, self._cache, step, input_ids)
-        with head.keeping_hidden():
-            hidden = forward(self._model, self._cache, step, input_ids)
-        return Highest(*(part.view(input_ids.shape) for part in head.find_highest(hidden.flatten(0, 1))))
+        if head and head.can_screen and all(row.is_greedy for row in self._live):
+            with head.keeping_hidden() as kept:
+                forward(self._model, self._cache, step, input_ids)
+            [hidden] = kept
+            return Highest(*(part.view(input_ids.shape) for part in head.screen(hidden.flatten(0, 1))))
+        logits = forward(self._model, self._cache, step, input_ids)
+        if head:
+            head.learn_whether_last(logits)
+        return logits
 
     def _take(self, read: Tensor | Highest, drafts: Sequence[list[int]]) -> None:
         """Let each row take its next token, and go on as long as it was the draft that was read there."""
@@ -169,9 +173,7 @@ def fill_slots(
     else:
         step = Step.of_prompts(first_slot, len(prompts), longest, device)
         ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    output = forward(model, cache, step, torch.tensor(ids, device=device))
-    if blocks.head:
-        blocks.head.learn_whether_last(output)
+    forward(model, cache, step, torch.tensor(ids, device=device))
 
 
 def _group_prompts(rows: Sequence[Row], *, packs: bool) -> Iterator[list[Row]]:
@@ -179,12 +181,12 @@ def _group_prompts(rows: Sequence[Row], *, packs: bool) -> Iterator[list[Row]]:
     group: list[Row] = []
     num_tokens = 0
     for row in sorted(rows, key=lambda row: -len(row.prompt_ids)):
-        longest = len((group or [row])[0].prompt_ids)
+        length, longest = (len(one.prompt_ids) - 1 for one in (row, (group or [row])[0]))
         is_packed = packs and longest <= _LONGEST_PACKED
-        num_tokens += len(row.prompt_ids) if is_packed else longest
+        num_tokens += length if is_packed else longest
         if group and num_tokens > (_MOST_PACKED if is_packed else _MOST_PADDED):
             yield group
-            group, num_tokens = [], len(row.prompt_ids)
+            group, num_tokens = [], length
         group.append(row)
     if group:
         yield group

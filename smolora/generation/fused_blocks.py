@@ -53,7 +53,8 @@ class FusedBlocks:
     """What the modules of a model compute in place of their own, from copies of the weights of this moment.
 
     A model on another device keeps its own blocks, and one whose copies would take more than 2 GiB (512 MiB for up to
-    three rows) its own products. An adapter that isn't merged is computed by peft's layers.
+    three rows) its own products. One of the head in bfloat16 may come to them (`Head`). An adapter that isn't merged is
+    computed by peft's layers.
 
     Args:
         model: One of transformers', or peft's around it, that decodes inside `slot_attention`, by `forward` alone.
@@ -88,7 +89,8 @@ class FusedBlocks:
             self._fuse_norms(family.fused, eps=float(settings["rms_norm_eps"]))
             activation = ACTIVATIONS.get(str(settings.get("hidden_activation") or settings.get("hidden_act")))
             blocks = list(_find_blocks(self._model, family))
-            self.packs_prompts = family.fused.attention and compares_float32(next(self._model.parameters()))
+            can_pack_prompts = family.fused.attention and compares_float32(next(self._model.parameters()))
+            self.packs_prompts = bool(blocks) and can_pack_prompts
             for block in blocks:
                 if family.fused.attention:
                     self._fuse_attention(block, family, is_last=block is blocks[-1])
@@ -107,9 +109,7 @@ class FusedBlocks:
         is_packed = linear in self._to_pack and not _multiplies_by_blas(linear.weight)
         self._to_pack.pop(linear, None)
         build = partial(self._build_product, [linear]) if is_packed else None
-        family = FAMILIES.get(str(read_config(self._model).model_type))
-        most_bytes = self._most_bytes if family and family.fused else 0  # Others may change logits in place.
-        self.head = Head(linear.weight, build, num_rows=self._num_rows, most_bytes=most_bytes)
+        self.head = Head(linear.weight, build, num_rows=self._num_rows, most_bytes=self._most_bytes)
         self._forwards[linear] = self.head
 
     def _fuse_norms(self, fused: Fused, *, eps: float) -> None:

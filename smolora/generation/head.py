@@ -23,7 +23,7 @@ from smolora.models.frozen_linear import can_pack, multiply_by_onednn, pack
 from smolora.runtime.device import has_native_bfloat16
 
 _FEWEST_TOKENS = 8192
-"""A smaller vocabulary's logits are computed before the few that remain of them are found."""
+"""All logits of fewer tokens take no longer than looking for the highest."""
 
 _PART = 256
 """Logits that share a bound, which the longest weight among them gives."""
@@ -35,7 +35,7 @@ _MOST = 16
 """Logits of a row computed again, in the mean. Where more may be the highest, all are computed."""
 
 _ROUNDING = 2.0**-8
-"""How far at most a number moves to bfloat16, as a part of itself."""
+"""How far at most a number moves to bfloat16, with its 8 significant bits, as a part of itself."""
 
 
 class Head:
@@ -59,40 +59,47 @@ class Head:
     ) -> None:
         self._weight, self._build_product = weight.detach(), build_product
         self._num_rows, self._most_bytes = num_rows, most_bytes
+        self._kept: list[Tensor] | None = None
         self._given: Tensor | None = None
-        self._is_last = self._keeps_hidden = False
+        self._is_last: bool | None = None
         self._num_products = 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return logits, or the hidden states as they are where it keeps them or nobody reads its logits."""
-        if self._keeps_hidden or is_filling():
-            self._given = hidden
-            return hidden
+        """Return logits, without numbers where nobody reads them: of prompts, and while hidden states are kept."""
+        if self._kept is not None:
+            self._kept.append(hidden)
+        if self._kept is not None or is_filling():
+            return hidden.new_empty(*hidden.shape[:-1], len(self._weight))
         self._num_products += 1
-        return self._product(hidden)
+        if self._is_last is not None or not self._is_worth_it:
+            return self._product(hidden)
+        logits = F.linear(hidden, self._weight)  # Whoever screens needs no other product.
+        self._given = logits.clone()
+        return logits
 
     @cached_property
     def _product(self) -> Callable[[Tensor], Tensor]:
         return self._build_product() if self._build_product else partial(F.linear, weight=self._weight)
 
     @contextmanager
-    def keeping_hidden(self) -> Iterator[None]:
-        """Give what it gets in the block, for `find_highest`."""
-        self._keeps_hidden = True
+    def keeping_hidden(self) -> Iterator[list[Tensor]]:
+        """Compute no logits in the block, and yield what hidden states come to: there, for `screen`."""
+        self._kept = []
         try:
-            yield
+            yield self._kept
         finally:
-            self._keeps_hidden = False
+            self._kept = None
 
     def learn_whether_last(self, output: Tensor) -> None:
-        """See by what the model gave for a prompt whether it changes what its head gave (gemma2 caps logits)."""
-        self._is_last = self._given is not None and output.data_ptr() == self._given.data_ptr()
+        """See by a step's logits whether the model changes those of its head: gemma2 caps them, others hide some."""
+        if self._given is not None:
+            self._is_last, self._given = torch.equal(output, self._given), None
 
     @property
     def can_screen(self) -> bool:
-        """Whether `find_highest` finds what the model's own logits would say, in less time."""
+        """Whether `screen` finds what the model's own logits would say, in less time."""
         has_begun = self._num_rows >= FEWEST_ROWS or self._num_products >= _FIRST_STEPS
-        return self._is_last and has_begun and self._is_worth_it
+        return has_begun and bool(self._is_last)
 
     @cached_property
     def _is_worth_it(self) -> bool:
@@ -101,14 +108,14 @@ class Head:
         is_small = self._weight.nbytes // 2 <= self._most_bytes
         return is_small and can_pack(self._weight) and has_native_bfloat16(self._weight.device)
 
-    def find_highest(self, hidden: Tensor) -> Highest:
+    def screen(self, hidden: Tensor) -> Highest:
         """Return the highest logit of each row of hidden states `[N, D]`, and its token; none is finite for NaN.
 
         Rounded weights and states are each off by `_ROUNDING` of their lengths, and their product, which is rounded
         once more, by as much and by what D sums lose (Higham 2002, sections 2.2 and 3.1).
         """
         part = 3.02 * _ROUNDING + hidden.shape[1] * torch.finfo(torch.float32).eps
-        bounds = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).clamp_(min=1e-16) * self._longest * part
+        bounds = _measure_lengths(hidden)[:, None] * self._longest * part  # [N, parts]
         rough = multiply_by_onednn(hidden.to(torch.bfloat16), self._rough_weight, None).view(*bounds.shape, _PART)
         highest = rough.amax(-1).float()
         lowest = (highest - bounds).amax(-1, keepdim=True)  # The highest logit is no lower.
@@ -136,5 +143,11 @@ class Head:
     @cached_property
     def _longest(self) -> Tensor:
         """[parts], the length of the longest row of the matrix in each part."""
-        lengths = torch.linalg.vector_norm(self._weight, dim=1).clamp_(min=1e-16)
+        lengths = _measure_lengths(self._weight)
         return F.pad(lengths, (0, -len(lengths) % _PART)).view(-1, _PART).amax(-1)
+
+
+def _measure_lengths(rows: Tensor) -> Tensor:
+    """Return the length of each row, which squares too small for float32 don't make 0."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return lengths.clamp_(min=1e-16)

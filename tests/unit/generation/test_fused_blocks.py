@@ -169,6 +169,16 @@ def test_an_adapter_that_isn_t_merged_counts(targets, use_dora):
     assert (without - expected).abs().max() > 0.01
 
 
+def test_prompts_lie_end_to_end_where_all_attention_takes_them_so(monkeypatch):
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    tuned = peft.get_peft_model(tiny_model("llama"), settings).eval()  # Its blocks aren't where a plain model has them.
+    models = tiny_model("llama"), tiny_model("gpt2"), tiny_smollm3(), tuned
+    assert [FusedBlocks(model, num_rows=5).packs_prompts for model in models] == [True, False, False, False]
+    for has_units in (False, True):
+        monkeypatch.setattr(slots, "has_matrix_units", lambda has_units=has_units: has_units)
+        assert FusedBlocks(tiny_model("llama").bfloat16(), num_rows=5).packs_prompts == (not has_units)
+
+
 def test_on_intel_a_head_alone_is_packed_in_float32(monkeypatch):
     monkeypatch.setattr(module, "has_intel_processor", lambda: True)
     monkeypatch.setattr(module, "_WIDE", VOCAB_SIZE)
