@@ -94,8 +94,8 @@ class Row:
 
     def tail(self, count: int) -> tuple[int, ...]:
         """Return the last `count` tokens, or all where there are fewer."""
-        before = self.prompt_ids[-count:] if len(self.ids) < count else []
-        return (*before, *self.ids[-count:])[-count:]
+        own = self.ids[-count:]
+        return tuple(own) if len(own) == count else (*self.prompt_ids[-count:], *own)[-count:]
 
     @property
     def length(self) -> int:

@@ -54,6 +54,8 @@ class Drafts:
         """Return drafts for each row, none at all where reading them would take longer than they are likely to save."""
         longest = max(0, min(_LONGEST_DRAFT, _MOST_TOKENS // len(rows) - 1))
         drafts = [self._draft_row(row, longest) for row in rows]
+        if not any(drafts):
+            return drafts
         cost = _COST * min(1.0, len(rows) / _FULL)
         best = max(range(longest + 1), key=lambda length: self._expect_tokens(drafts, length) / (1 + cost * length))
         return [draft[:best] for draft in drafts]
