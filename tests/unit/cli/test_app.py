@@ -85,6 +85,14 @@ def test_the_version_is_the_installed_one(smolora):
             ["generate", "m", "p", "--greedy", "--temperature", "2"],
             "--greedy and --temperature 2 contradict each other",
         ),
+        (
+            ["generate", "m", "p", "--greedy", "--seed", "1", "--top-k", "5"],
+            "--top-k, --seed would change nothing beside --greedy: leave it out.",
+        ),
+        (
+            ["chat", "m", "--temperature", "0", "--top-p", ".5"],
+            "--top-p would change nothing beside --temperature 0: leave it out.",
+        ),
         (["generate", "m", "p", "--top-p", "3"], "top_p: input should be less than or equal to 1 (found 3.0)"),
         (["train", "--model", "m"], "-o is missing"),
         (["train", "--resume"], "-o is missing: the folder of the run, such as -o my-run."),
