@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from smolora.adapters.toggling import disabled_adapter
 from smolora.data.benchmark_rows import BenchmarkRow
@@ -13,17 +14,16 @@ from smolora.evaluation.heads import choose_head_metrics, open_head
 from smolora.evaluation.metric import Answer, Resources
 from smolora.evaluation.metrics import MetricsCalculator
 from smolora.generation.sampling import SamplingSettings
-from smolora.generation.text_generator import TextGenerator
+from smolora.generation.text_generator import Prompt, TextGenerator
 from smolora.models.bundle import ModelBundle
 
 NUM_SAMPLES = 5
 _MAJORITY = "majority_accuracy"
 _AT_ONCE = 16
-_FEWEST_TOKENS = 8
-_PROBE_TOKENS = 4
+_CUT = "..."
 _MORE_TIME = "a larger evaluation.verdict_share gives more"
-_MARGIN = 2.0
-"""A step of 16 rows takes at most about so many times as long as one of a single row."""
+_LEAST_SECONDS_A_PROMPT = 1e-6
+"""Whatever the clock says, none is read in less."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ class Sample:
     def to_dict(self) -> dict[str, str]:
         """Return the texts by name."""
         return asdict(self)
+
+
+class _Part(NamedTuple):
+    """Some rows, each with the base's answer and the tuned model's."""
+
+    rows: list[tuple[BenchmarkRow, Answer, Answer]]
+    is_whole: bool
+    """Whether each answer has come to its end."""
 
 
 @dataclass
@@ -69,7 +77,7 @@ def compare_answers(
 
     Args:
         bundle: A base with an adapter.
-        rows: What is asked; the first five are shown.
+        rows: What is asked; the first five that are answered are shown.
         metrics: Names of metrics that are sums over rows; none for samples alone.
         settings: How both answer.
         before: Makes it the base of the comparison.
@@ -81,27 +89,25 @@ def compare_answers(
         found.skipped.append("answers: no held-out row leaves room for one")
         return found
     generator = TextGenerator(bundle)
-    room = _count_affordable_tokens(generator, rows[0], settings, budget) if budget.left > 0 else 0
-    if room < min(_FEWEST_TOKENS, settings.max_new_tokens):
-        found.reached = 0.0
-        found.skipped.append(f"answers: there was no time for any; {_MORE_TIME}")
-        return found
-    is_cut = room < settings.max_new_tokens
-    if is_cut:
-        cut = f"each was cut at {room} tokens to save time, and a right one has up to {settings.max_new_tokens}"
-        found.skipped.append(f"scores of answers: {cut}; {_MORE_TIME}")
-        settings, metrics = settings.replace(max_new_tokens=room), ()
+    first = _count_affordable_rows(generator, rows[0], settings, budget) if budget.left > 0 else 0
     rows = rows if metrics else rows[:NUM_SAMPLES]
-    chosen = settings
 
-    def answer(part: Sequence[BenchmarkRow]) -> list[Answer]:
+    def answer(part: Sequence[BenchmarkRow], spared: float) -> tuple[list[Answer], bool]:
         prompts = [row.prompt for row in part]
-        return [Answer(text) for text in generator.generate(prompts, settings=chosen, batch_size=_AT_ONCE)]
+        texts, are_whole = generator.generate_until(
+            lambda: budget.left <= spared, prompts, settings=settings, batch_size=_AT_ONCE
+        )
+        marked = (
+            text if is_whole or not text else text + _CUT for text, is_whole in zip(texts, are_whole, strict=True)
+        )
+        return [Answer(text) for text in marked], all(are_whole)
 
     calculators = [MetricsCalculator(metrics, resources=resources) for _ in range(2)]
-    _score(found, _ask(bundle, rows, answer, before=before, budget=budget), calculators, num_asked=len(rows))
-    if is_cut:
-        found.reached = 0.0
+    parts = _ask(bundle, rows, answer, first=first, before=before, budget=budget) if first else ()
+    _score(found, parts, calculators, num_asked=len(rows))
+    if not found.num_rows:
+        whole = f"whole ones, so none is scored; where it was up those shown end in {_CUT!r}"
+        found.skipped = [f"answers: there was no time for {whole if found.samples else 'any'}; {_MORE_TIME}"]
     return found
 
 
@@ -117,7 +123,12 @@ def compare_heads(
     metrics = [metric for metric in choose_head_metrics(bundle) if metric != "head_loss"]  # Of all rows there already.
     calculators = [MetricsCalculator(metrics, resources=Resources(labels=bundle.labels)) for _ in range(2)]
     head = open_head(bundle, batch_size=_AT_ONCE)
-    _score(found, _ask(bundle, rows, head.answer, before=before, budget=budget), calculators, num_asked=len(rows))
+
+    def answer(part: Sequence[BenchmarkRow], _: float) -> tuple[list[Answer], bool]:
+        return head.answer(part), True
+
+    parts = _ask(bundle, rows, answer, first=_AT_ONCE, before=before, budget=budget)
+    _score(found, parts, calculators, num_asked=len(rows))
     if not found.num_rows or not any(score.name == _MAJORITY for score in found.scores):
         return found
     found.scores = [score for score in found.scores if score.name != _MAJORITY]
@@ -137,60 +148,83 @@ def compare_heads(
 
 
 def _score(
-    found: PairedAnswers,
-    answered: Iterable[tuple[BenchmarkRow, Answer, Answer]],
-    calculators: Sequence[MetricsCalculator],
-    *,
-    num_asked: int,
+    found: PairedAnswers, parts: Iterable[_Part], calculators: Sequence[MetricsCalculator], *, num_asked: int
 ) -> None:
-    for row, *answers in answered:
-        found.num_rows += 1
-        for calculator, answer in zip(calculators, answers, strict=True):
-            calculator.add(answer, row)
-        if len(found.samples) < NUM_SAMPLES:
-            found.samples.append(Sample(_show_prompt(row), row.references[0], *(answer.text for answer in answers)))
+    for part in parts:
+        shown = part.rows[: NUM_SAMPLES - len(found.samples)]
+        found.samples += [
+            Sample(_show_prompt(row), row.references[0], base.text, tuned.text) for row, base, tuned in shown
+        ]
+        if part.is_whole:
+            found.num_rows += len(part.rows)
+            for row, *answers in part.rows:
+                for calculator, answer in zip(calculators, answers, strict=True):
+                    calculator.add(answer, row)
     if left := num_asked - found.num_rows:
         found.reached = found.num_rows / num_asked
         found.skipped.append(f"answers to {left:,} of {num_asked:,} held-out rows")
     found.scores = list(_compare_scores(calculators)) if found.num_rows else []
 
 
-def _count_affordable_tokens(
+def _count_affordable_rows(
     generator: TextGenerator, row: BenchmarkRow, settings: SamplingSettings, budget: Budget
 ) -> int:
-    """Return how long the first answers may be, by the time that a few tokens take."""
+    """Return how many rows' prompts both can read together in half of the time, one where they can't do so together."""
     one = settings.replace(max_new_tokens=1, stop=())
-    generator.generate([row.prompt], settings=one)  # The first call looks at the model.
-    of_one, of_all = (_time(generator, row, one.replace(max_new_tokens=1 + more)) for more in (0, _PROBE_TOKENS))
-    a_token = max(of_all - of_one, of_all / _PROBE_TOKENS) / _PROBE_TOKENS  # Whatever the clock says, none is free.
-    return min(settings.max_new_tokens, int(max(0.0, budget.left / (2 * _MARGIN) - of_one) / a_token))
+    generator.generate([row.prompt] * 2, settings=one)  # The first call looks at the model.
+    of_one, of_two = (_time(generator, [row.prompt] * count, one) for count in (1, 2))
+    a_prompt = max(of_two - of_one, _LEAST_SECONDS_A_PROMPT)
+    most = _AT_ONCE if generator.answers_side_by_side else 1
+    return max(0, min(most, 1 + int((budget.left / 4 - of_one) // a_prompt)))
 
 
-def _time(generator: TextGenerator, row: BenchmarkRow, settings: SamplingSettings) -> float:
+def _time(generator: TextGenerator, prompts: Sequence[Prompt], settings: SamplingSettings) -> float:
     began = time.perf_counter()
-    generator.generate([row.prompt], settings=settings)
+    generator.generate(prompts, settings=settings)
     return time.perf_counter() - began
 
 
 def _ask(
     bundle: ModelBundle,
     rows: Sequence[BenchmarkRow],
-    answer: Callable[[Sequence[BenchmarkRow]], list[Answer]],
+    answer: Callable[[Sequence[BenchmarkRow], float], tuple[list[Answer], bool]],
     *,
+    first: int,
     before: Before,
     budget: Budget,
-) -> Iterator[tuple[BenchmarkRow, Answer, Answer]]:
-    """Yield each row with the base's answer and the tuned model's, as long as there is time for more of them."""
-    start, needed = 0, 0.0
-    while start < len(rows) and budget.left >= needed:
-        began = time.perf_counter()
-        part = rows[start : start + _AT_ONCE]
-        tuned = answer(part)
+) -> Iterator[_Part]:
+    """Yield what both answer to some rows after the other, as long as there is time for more of them.
+
+    Half of what is left is the tuned model's. Of the first part what both came to is yielded all the same; a later one
+    that isn't whole is left out.
+
+    Args:
+        bundle: The tuned model.
+        rows: What is asked.
+        answer: Returns answers, and whether all are whole; it ends where no more than so many seconds are left.
+        first: Rows of the first part; the next ones have as many or, where the time allows for it, more.
+        before: Makes the base of it.
+        budget: The time.
+    """
+    start, count = 0, min(first, len(rows)) if budget.left > 0 else 0
+    while count:
+        began, asked = budget.spent, rows[start : start + count]
+        tuned, is_whole = answer(asked, budget.left / 2)
+        if start and not is_whole:
+            return
         with before(bundle):
-            base = answer(part)
-        yield from zip(part, base, tuned, strict=True)
-        needed = time.perf_counter() - began
-        start += len(part)
+            base, is_base_whole = answer(asked, 0.0)
+        is_whole = is_whole and is_base_whole
+        if is_whole or not start:
+            yield _Part(list(zip(asked, base, tuned, strict=True)), is_whole)
+        if not is_whole:
+            return
+        start += len(asked)
+        took = max(budget.spent - began, _LEAST_SECONDS_A_PROMPT)
+        count = min(_AT_ONCE, len(rows) - start, max(len(asked), int(len(asked) * budget.left / took)))
+        share = count / len(asked)
+        if budget.left < took * max(share, (1 + share) / 2):  # Few rows take half of the time of many.
+            return
 
 
 def _compare_scores(calculators: Sequence[MetricsCalculator]) -> Iterator[Comparison]:

@@ -10,7 +10,8 @@ import math
 import secrets
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import chain
@@ -84,8 +85,8 @@ class TextGenerator:
     ) -> list[str]:
         """Return an answer, without its prompt, for each prompt.
 
-        Greedy answers don't depend on the prompts beside them. Nor do sampled ones with a seed: only a prompt that is
-        asked again in the same call, with the same seed, gets another answer.
+        Greedy answers don't depend on the prompts beside them, but for rounding in 16 bits. Nor do sampled ones with a
+        seed: only a prompt that is asked again in the same call, with the same seed, gets another answer.
 
         Args:
             prompts: Texts or conversations; one text is one prompt.
@@ -98,12 +99,34 @@ class TextGenerator:
             DataError: A prompt leaves no room in the model's context.
             BrokenRunError: The model's logits aren't finite.
         """
+        return self.generate_until(_never, prompts, settings=settings, batch_size=batch_size)[0]
+
+    def generate_until(
+        self,
+        is_over: Callable[[], bool],
+        prompts: str | Sequence[Prompt],
+        *,
+        settings: SamplingSettings | Sequence[SamplingSettings] = DEFAULT_SAMPLING,
+        batch_size: int = 16,
+    ) -> tuple[list[str], list[bool]]:
+        """Do what `generate` does, until `is_over` says so; return the answers, and of each whether it is whole.
+
+        It is asked after each step. An answer is what it has come to by then: nothing, of a prompt that waits for its
+        batch and of beams that are still being looked for.
+
+        Raises:
+            ConfigError: As `generate`.
+            DataError: As `generate`.
+            BrokenRunError: As `generate`.
+        """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
         rows = self._prepare(list_prompts(prompts), settings)
-        for _ in self._answer(rows, batch_size):
-            pass
-        return [self._decode(row) for row in rows]
+        with closing(self._answer(rows, batch_size)) as steps:
+            for _ in steps:
+                if is_over():
+                    break
+        return [self._decode(row) for row in rows], [row.is_done for row in rows]
 
     def stream(self, prompt: Prompt, *, settings: SamplingSettings = DEFAULT_SAMPLING) -> Iterator[str]:
         """Yield the answer in pieces as they are computed; joined they are what `generate` returns.
@@ -129,6 +152,11 @@ class TextGenerator:
         """How many tokens a prompt may have; the answer shares the context with it, unless an encoder reads it."""
         context = math.inf if self.bundle.context is None else self.bundle.context
         return context if self._has_encoder else context - 1
+
+    @property
+    def answers_side_by_side(self) -> bool:
+        """Whether prompts of different lengths are answered together, and not one length after the other."""
+        return self._slot_reach > 0 or not self._is_asked_by_length
 
     @property
     def _has_seam(self) -> bool:
@@ -196,7 +224,7 @@ class TextGenerator:
             )
         return is_reordered
 
-    def _answer(self, rows: Sequence[Row], batch_size: int) -> Iterator[None]:
+    def _answer(self, rows: Sequence[Row], batch_size: int) -> Generator[None]:
         """Yield after each step, until all rows are done."""
         inside: list[Row] = []
         outside: list[Row] = []
@@ -311,6 +339,10 @@ class TextGenerator:
         text = decode_answer(self.bundle.tokenizer, row.prompt_ids, row.ids)
         text = "".join(cut_at_stop([text], row.settings.stop))
         return text.removeprefix(" ") if self._has_seam else text
+
+
+def _never() -> bool:
+    return False
 
 
 def _build_key(seed: int, occurrence: int, prompt_ids: Sequence[int]) -> bytes:

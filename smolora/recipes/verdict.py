@@ -48,8 +48,9 @@ logger = logging.getLogger(__name__)
 _LEAST_SECONDS = 1.0
 """Below this a share of the run is no matter."""
 
-_AIM = 0.8
-"""Of the time there is, so much is planned with: a batch that was begun is ended, and may take longer than the last."""
+_AIM = 0.9
+"""Of the time there is, so much is planned with: a batch of losses or of a head's answers that was begun is ended, and
+may take longer than the last."""
 
 _MOST_ROWS, _MOST_TOKENS = 500, 200
 _FIRST_WORDS = 16

@@ -22,7 +22,9 @@ from smolora.config import (
 )
 from smolora.data.benchmark_rows import TEXTS, BenchmarkRow
 from smolora.errors import ConfigError, DataError
+from smolora.evaluation.comparison import Budget
 from smolora.evaluation.evaluator import ModelEvaluator
+from smolora.evaluation.paired_answers import compare_heads
 from smolora.evaluation.tasks import evaluate_benchmark
 from smolora.generation.sampling import SamplingSettings
 from smolora.models.loading import load_model
@@ -89,6 +91,13 @@ def test_answers_dont_depend_on_the_batch(family, tmp_path):
     assert [a.label for a in one] == [a.label for a in many]
     losses = [torch.tensor([a.loss_sum for a in answers]) for answers in (one, many)]
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-4)  # Padded rows are rounded otherwise.
+
+
+@pytest.mark.parametrize(("seconds", "num_rows"), [(-1.0, 0), (60.0, 2)])
+def test_a_pair_of_heads_is_asked_where_there_is_time(run, seconds, num_rows):
+    rows = [BenchmarkRow("", ("yes",), {TEXTS: (f"the {word} dog",)}) for word in WORDS[:2]]
+    found = compare_heads(load_bundle(run), rows, budget=Budget(seconds))
+    assert (found.num_rows, len(found.samples), found.reached) == (num_rows, num_rows, num_rows / 2)
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(run, tmp_path):

@@ -253,6 +253,23 @@ def test_a_closed_stream_stops_computing(generator):
     assert len(steps) < 60
 
 
+@pytest.mark.parametrize("family", ["llama", "rwkv"])
+def test_answers_stop_where_it_is_said_to_be_over(family, tmp_path):
+    generator = TextGenerator(tiny_bundle(family, tmp_path / "base"))
+    asked, settings = PROMPTS[:1] * 2, GREEDY.replace(max_new_tokens=60)  # A thread may run ahead of who looks.
+    whole = generator.generate(asked, settings=settings)
+    looks, steps = iter([False, False, True]), []
+    hook = generator.bundle.model.register_forward_hook(lambda *_: steps.append(1))
+    cut, are_whole = generator.generate_until(lambda: next(looks), asked, settings=settings)
+    hook.remove()
+    assert are_whole == [False, False]
+    assert len(steps) < settings.max_new_tokens
+    for part, text in zip(cut, whole, strict=True):
+        assert text.startswith(part)
+        assert "" < part < text
+    assert generator.generate_until(lambda: False, asked, settings=settings) == (whole, [True, True])
+
+
 def test_between_two_pieces_the_model_is_its_own_so_that_streams_may_overlap(generator, bundle):
     expected = [generator.generate(prompt, settings=GREEDY)[0] for prompt in PROMPTS[:2]]
     first, second = (generator.stream(prompt, settings=GREEDY) for prompt in PROMPTS[:2])

@@ -236,8 +236,8 @@ def test_a_continued_adapter_is_held_against_the_one_it_started_from(tmp_path, b
     [
         (2.0, 1.0, 1000, 2.0),  # All of it was done; a longer run has nothing to add.
         (2.0, 0.5, 1000, 4.0),
-        (2.0, 0.01, 1000, 80.0),  # Four fifths of a tenth of the run.
-        (2.0, 0.0, 1000, 80.0),  # Nobody knows how much there is to ask.
+        (2.0, 0.01, 1000, 90.0),  # Nine tenths of a tenth of the run.
+        (2.0, 0.0, 1000, 90.0),  # Nobody knows how much there is to ask.
         (9.0, 0.0, 20, 9.0),  # 16 rows are measured in any case.
     ],
 )
