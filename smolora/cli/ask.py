@@ -61,12 +61,10 @@ class SamplingFlags:
         if self.greedy and self.num_beams is not None:
             raise ConfigError(f"--greedy and --num-beams {self.num_beams} contradict each other; give one.")
         given = {name: value for name, value in vars(self).items() if value not in (None, ()) and name != "greedy"}
-        if self.greedy or self.temperature == 0.0:
-            idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if name in given]
-            if idle:
-                beside = "--greedy" if self.greedy else "--temperature 0"
-                raise ConfigError(f"{', '.join(idle)} would change nothing beside {beside}: leave it out.")
-        return SamplingSettings(**({**given, "temperature": 0.0} if self.greedy else given))
+        settings = SamplingSettings(**({**given, "temperature": 0.0} if self.greedy else given))
+        if not settings.is_drawn:
+            settings.check_drawing()
+        return settings
 
 
 def generate(

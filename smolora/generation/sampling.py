@@ -51,14 +51,18 @@ class SamplingSettings(Section):
         return self.temperature > _COLDEST and self.num_beams == 1
 
     def check_drawing(self) -> None:
-        """Raise where they shape what is drawn at random, and nothing is, as answers that are scored are greedy.
+        """Raise where they shape what is drawn at random, and nothing is; a temperature that is left out counts as 0.
 
         Raises:
             ConfigError: They do.
         """
         given = self.model_fields_set
-        if "temperature" not in given and (idle := sorted(given & {"top_k", "top_p", "seed"})):
-            raise ConfigError(f"answers are greedy, so {' and '.join(idle)} would change nothing: set temperature too.")
+        is_greedy = "temperature" not in given or self.temperature <= _COLDEST
+        if is_greedy and (idle := sorted(given & {"top_k", "top_p", "seed"})):
+            raise ConfigError(
+                f"answers are greedy, so {' and '.join(idle)} would change nothing: "
+                "leave that out, or set a temperature above 0."
+            )
 
     @model_validator(mode="after")
     def _refuse_chance_in_beams(self) -> Self:

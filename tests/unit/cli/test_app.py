@@ -87,11 +87,11 @@ def test_the_version_is_the_installed_one(smolora):
         ),
         (
             ["generate", "m", "p", "--greedy", "--seed", "1", "--top-k", "5"],
-            "--top-k, --seed would change nothing beside --greedy: leave it out.",
+            "answers are greedy, so seed and top_k would change nothing: leave that out, or set a temperature above 0.",
         ),
         (
             ["chat", "m", "--temperature", "0", "--top-p", ".5"],
-            "--top-p would change nothing beside --temperature 0: leave it out.",
+            "answers are greedy, so top_p would change nothing",
         ),
         (["generate", "m", "p", "--top-p", "3"], "top_p: input should be less than or equal to 1 (found 3.0)"),
         (["train", "--model", "m"], "-o is missing"),

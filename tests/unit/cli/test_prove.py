@@ -107,7 +107,10 @@ def test_rows_that_a_run_learned_from_are_counted_where_they_are_scored(smolora,
         (("--predictions", "p.txt", "--data", "x.csv"), (2, "--predictions are of a benchmark's rows")),
         (("m", "--data", "x.csv", "--batch-size", 0), (2, "--batch-size must be at least 1")),
         (("m", "--data", "x.csv", "--num-samples=-1"), (2, "--num-samples must be at least 1")),
-        (("m", "--data", "x.csv", "--seed", 1), (2, "seed would change nothing: set temperature")),
+        (
+            ("m", "--data", "x.csv", "--seed", 1),
+            (2, "seed would change nothing: leave that out, or set a temperature above 0"),
+        ),
         (("m", "--data", "x.csv", "--num-beams", 2, "--seed", 1), (2, "num_beams=2 looks for the likeliest answer")),
         (
             ("--predictions", "p.txt", "--benchmark", "sick", "--num-beams", 2),

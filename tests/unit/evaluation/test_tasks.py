@@ -168,5 +168,6 @@ def test_what_isnt_set_is_greedy_and_as_the_benchmark_wants_it(nli):
     assert fill_settings(None, source) == SamplingSettings(temperature=0, max_new_tokens=8, stop=("\n",))
     drawn = fill_settings(SamplingSettings(temperature=0.7), source)
     assert (drawn.temperature, drawn.max_new_tokens) == (0.7, 8)
-    with pytest.raises(ConfigError, match="seed and top_p would change nothing: set temperature too"):
-        fill_settings(SamplingSettings(top_p=0.9, seed=1), source)
+    for greedy in ({}, {"temperature": 0.0}):
+        with pytest.raises(ConfigError, match="seed and top_p would change nothing: .* set a temperature above 0"):
+            fill_settings(SamplingSettings(top_p=0.9, seed=1, **greedy), source)
