@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from smolora.adapters.changes import Change, Experts, LowRank
 from smolora.adapters.merged_weights import Update
 from smolora.errors import ModelError
+from smolora.runtime.device import has_native_bfloat16
 
 _VECTORS = 8
 """A row that is off by four times the tolerance passes on one vector with a chance of .2, on all with 2e-6."""
@@ -56,10 +57,10 @@ class Proof(Protocol):
 
 
 class WeightProof:
-    """Compares each weight; numbers are shares of the length of the weight's row."""
+    """Compares each weight, in any thread; numbers are shares of the length of the weight's row."""
 
     def __init__(self) -> None:
-        self._effect = self._difference = self._tolerance = 0.0
+        self._found: list[tuple[float, float, float]] = []
         self._vectors: dict[int, Tensor] = {}
 
     def check(self, name: str, update: Update, weight: Tensor, merged: Tensor) -> None:
@@ -73,8 +74,8 @@ class WeightProof:
         base, found = _as_matrix(weight), _as_matrix(merged)  # [out, in]
         x = self._draw(base.shape[1])
         change = _respond(update.change, weight, x)  # [N, out]
-        length = base.norm(dim=1).add_(change.abs().amax(0)).clamp_(min=torch.finfo(torch.float32).tiny)
-        difference = ((F.linear(x, found) - F.linear(x, base) - change).abs() / length).max().item()
+        length = base.float().norm(dim=1).add_(change.abs().amax(0)).clamp_(min=torch.finfo(torch.float32).tiny)
+        difference = ((_multiply_difference(x, found, base) - change).abs() / length).max().item()
         tolerance = max(_ARITHMETIC, _ROUNDINGS * torch.finfo(merged.dtype).eps)
         if not difference <= tolerance:
             refuse_infinite(name, merged)
@@ -82,25 +83,36 @@ class WeightProof:
                 f"{name} merged isn't base and adapter: an output differs by {difference:.2e} of its row's length, "
                 f"more than {tolerance:.2e}. Nothing was written; adapter and base are as they were."
             )
-        self._effect = max(self._effect, (change.abs() / length).max().item())
-        self._difference = max(self._difference, difference)
-        self._tolerance = max(self._tolerance, tolerance)
+        self._found.append(((change.abs() / length).max().item(), difference, tolerance))
 
     def conclude(self, folder: Path) -> Finding:
         """Return the largest numbers of all weights."""
         compared = f"each merged weight on {_VECTORS} random vectors, as shares of its row's length"
-        return Finding(compared, self._effect, self._difference, self._tolerance)
+        effect, difference, tolerance = map(max, zip((0.0, 0.0, 0.0), *self._found, strict=True))
+        return Finding(compared, effect, difference, tolerance)
 
     def _draw(self, width: int) -> Tensor:
-        """Return the vectors [N, width], the same for all weights of this width."""
+        """Return the vectors [N, width], the same for all weights of this width; bfloat16 holds them as they are."""
         if width not in self._vectors:
-            self._vectors[width] = torch.randn(_VECTORS, width, generator=torch.Generator().manual_seed(width))
+            drawn = torch.randn(_VECTORS, width, generator=torch.Generator().manual_seed(width))
+            self._vectors[width] = drawn.bfloat16().float()
         return self._vectors[width]
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
-    """Return a parameter in float32 as [out, in]: experts below each other, a bias as the weight of a single input."""
-    return weight.float().reshape(-1, weight.shape[-1] if weight.ndim > 1 else 1)
+    """Return a parameter as [out, in]: experts below each other, a bias as the weight of a single input."""
+    return weight.reshape(-1, weight.shape[-1] if weight.ndim > 1 else 1)
+
+
+def _multiply_difference(x: Tensor, found: Tensor, base: Tensor) -> Tensor:
+    """Return `x (found - base)^T` [N, out] in float32.
+
+    In bfloat16 one product takes both sides at once and sums in float32, so that nothing but the difference itself is
+    rounded: half of the time of widening two weights and multiplying by each.
+    """
+    if base.dtype == found.dtype == torch.bfloat16 and has_native_bfloat16(base.device):
+        return F.linear(torch.cat((x, -x), dim=1).bfloat16(), torch.cat((found, base), dim=1)).float()
+    return F.linear(x, found.float()) - F.linear(x, base.float())
 
 
 def _respond(change: Change | None, weight: Tensor, x: Tensor) -> Tensor:
@@ -110,7 +122,7 @@ def _respond(change: Change | None, weight: Tensor, x: Tensor) -> Tensor:
     if isinstance(change, Experts):
         return torch.cat([_respond(part, matrix, x) for part, matrix in zip(change.parts, weight, strict=True)], dim=1)
     changed = weight if change is None else change.apply(weight)
-    return F.linear(x, _as_matrix(changed) - _as_matrix(weight))
+    return F.linear(x, _as_matrix(changed).float() - _as_matrix(weight).float())
 
 
 def refuse_infinite(name: str, merged: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Writes what an adapter makes of a base into safetensors files, tensor by tensor, and reads them back beside.
+"""Writes what an adapter makes of a base into safetensors files, tensor by tensor, and reads each back.
 
 A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte (but
-for a head that is tied to the embedding no longer, which comes last), and the tensors follow in the same order: updated
-ones computed in float32 and cast back, all others copied. One is in memory to be written, and one to be checked.
+for a head that is tied to the embedding no longer, which comes last), and every tensor's place is known beforehand:
+updated ones are computed in float32 and cast back, all others copied. Two are in memory at a time.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from threading import Event
 from typing import BinaryIO
 
 import torch
@@ -30,12 +31,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 _ALIGNED = 8
 """Bytes; tensors begin at a multiple of this."""
 
-_CHUNK = 1 << 20
-_DISK_BLOCK = 8 << 20
-"""Bytes that are handed to the disk at a time, at least."""
+_CHUNK = 1 << 18
 
-_MOST_WAITING = 8
-"""Tensors that may be written before an earlier one is checked: a mistake ends the merge soon."""
+_PAUSE = 0.03
+"""Seconds between two times that what was written is handed to the disk."""
 
 
 @dataclass(frozen=True)
@@ -101,35 +100,23 @@ def write_merged_file(
 ) -> None:
     """Copy the safetensors file `source` to `target` with `updates` added to the tensors they name.
 
-    A second thread reads back what was written, and the base's: merged tensors go to `check`, of all others every byte
-    is compared.
+    What was written is read back: merged tensors go to `check`, of all others every byte is compared.
 
     Args:
         source: The base's file.
         target: The new one.
         updates: What becomes of tensors, by the names they have in `target`; all others are copied.
-        check: What looks at them.
+        check: What looks at them, in two threads.
         added: Tensors of `source` that `target` holds once more, behind all others, under a further name.
 
     Raises:
         ModelError: `check` refuses a merged tensor, or a copied one isn't the base's.
     """
-    checks: list[Future[None]] = []
-    with _two_threads() as checker, source.open("rb") as reader, _written(target) as (writer, flush):
-        header, places = _lay_out(source, target, added or {})
-        writer.write(header)
-        for tensor, place in places:
-            update = updates.get(place.name)
-            if update:
-                writer.write(_view_bytes(update.apply(_read(reader, tensor))))
-            else:
-                writer.writelines(_iter_blocks(reader, tensor))
-            flush()
-            checks.append(checker.submit(_check_written, tensor, place, update, check))
-            if len(checks) > _MOST_WAITING:
-                checks[-_MOST_WAITING].result()
-        for checked in checks:
-            checked.result()
+    header, places = _lay_out(source, target, added or {})
+    target.write_bytes(header)
+    with _handed_to_disk(target), _two_threads() as pool:
+        for merged in [pool.submit(_merge, *pair, updates.get(pair[1].name), check) for pair in places]:
+            merged.result()
     if target.stat().st_size != max((place.end for _, place in places), default=len(header)):
         raise ModelError(f"{target.name} isn't as long as its tensors are. Merge again.")
 
@@ -161,58 +148,63 @@ def _lay_out(
 
 
 @contextmanager
-def _written(target: Path) -> Iterator[tuple[BinaryIO, Callable[[], None]]]:
-    """Yield a new file, and what makes all that was written to it readable.
+def _handed_to_disk(target: Path) -> Iterator[None]:
+    """Hand what the block writes to the disk all along: at the end, in one go, it took a fifth of a merge."""
+    is_over = Event()
 
-    A thread of its own hands that to the disk where enough has come together: at the end, in one go, it took a fifth of
-    a merge.
-    """
-    with target.open("wb") as writer, ThreadPoolExecutor(1) as disk:
-        handing: Future[None] | None = None
-        handed_to = 0
+    def hand_over() -> None:
+        with target.open("r+b") as file:
+            while not is_over.wait(_PAUSE):
+                os.fsync(file.fileno())
 
-        def flush() -> None:
-            nonlocal handing, handed_to
-            writer.flush()
-            if writer.tell() - handed_to >= _DISK_BLOCK and (handing is None or handing.done()):
-                if handing is not None:
-                    handing.result()
-                handed_to = writer.tell()
-                handing = disk.submit(os.fsync, writer.fileno())
-
-        yield writer, flush
-        if handing is not None:
-            handing.result()
+    with ThreadPoolExecutor(1) as disk:
+        handing = disk.submit(hand_over)
+        try:
+            yield
+        finally:
+            is_over.set()
+        handing.result()
 
 
 @contextmanager
 def _two_threads() -> Iterator[Executor]:
-    """Yield a second thread; it and this one have half of torch's threads each for the block.
+    """Yield two threads that have half of torch's threads each; what waits for them when the block ends is dropped.
 
     Where other work runs beside, torch's threads wait for each other at every operation: a merge with two of them took
     3 to 12 seconds there, and 1 in two threads of one.
     """
-    before = torch.get_num_threads()
-    share = max(1, before // 2)
-    torch.set_num_threads(share)
+    before, pool = torch.get_num_threads(), ThreadPoolExecutor(2)
+    torch.set_num_threads(max(1, before // 2))
     try:
-        with ThreadPoolExecutor(1) as other:
-            yield other
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
 @torch.no_grad()
-def _check_written(tensor: StoredTensor, place: StoredTensor, update: Update | None, check: Check) -> None:
-    """Hold what lies at its place in the merged file to the base's tensor, and to what becomes of it."""
-    with tensor.file.open("rb") as base, place.file.open("rb") as written:
+def _merge(tensor: StoredTensor, place: StoredTensor, update: Update | None, check: Check) -> None:
+    """Write what becomes of the base's tensor to its place in the merged file, and hold what lies there to both."""
+    with tensor.file.open("rb") as base, place.file.open("r+b") as target:
+        target.seek(place.start)
         if update:
-            check(place.name, update, _read(base, tensor), _read(written, place))
-        elif any(a != b for a, b in zip(_iter_blocks(base, tensor), _iter_blocks(written, place), strict=True)):
-            raise ModelError(f"{place.name} was copied, and reads back as something else. Check the disk; merge again.")
+            weight = _read(base, tensor)
+            target.write(_view_bytes(update.apply(weight)))
+            target.flush()
+            check(place.name, update, weight, _read(target, place))
+        else:
+            target.writelines(_iter_blocks(base, tensor))
+            target.flush()
+            _compare(base, tensor, target, place)
 
 
-def _read(reader: BufferedReader, tensor: StoredTensor) -> Tensor:
+def _compare(base: BinaryIO, tensor: StoredTensor, target: BinaryIO, place: StoredTensor) -> None:
+    """Raise where a copied tensor isn't the base's, byte for byte."""
+    if any(a != b for a, b in zip(_iter_blocks(base, tensor), _iter_blocks(target, place), strict=True)):
+        raise ModelError(f"{place.name} was copied, and reads back as something else. Check the disk; merge again.")
+
+
+def _read(reader: BufferedReader | BufferedRandom, tensor: StoredTensor) -> Tensor:
     weight = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
     reader.seek(tensor.start)
     if reader.readinto(_view_bytes(weight)) < weight.nbytes:

@@ -15,6 +15,7 @@ from threading import RLock
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from smolora.config.model import Quantization, TaskType
@@ -186,8 +187,10 @@ class _Opening:
     def build_skeleton(self, stored: Sequence[StoredTensor]) -> tuple[PreTrainedModel, list[str]]:
         """Build the model without weights; where the files don't hold a tensor as it is, transformers must find it."""
         with _opening(self.folder, self.task), torch.device("meta"):
-            model = AUTO_MODELS[self.task].from_config(self._read_config())
-        assert isinstance(model, PreTrainedModel)
+            with no_init_weights():  # Drawing on meta takes half of the time, and gives nothing.
+                model = AUTO_MODELS[self.task].from_config(self._read_config())
+            assert isinstance(model, PreTrainedModel)
+            model.tie_weights()  # Left out with the drawing.
         shapes, heads = {tensor.name: tensor.shape for tensor in stored}, find_heads(model)
         missing = [
             name

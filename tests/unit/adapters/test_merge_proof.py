@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smolora.adapters import merge_proof
 from smolora.adapters.changes import Directed, Experts, LowRank, Replaced, Rescaled, Rows
 from smolora.adapters.merge_proof import WeightProof
 from smolora.adapters.merged_weights import Update
 from smolora.errors import ModelError
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def draw(*shape, seed=0):
@@ -29,6 +30,19 @@ def test_a_weight_that_was_rounded_once_is_proved(dtype, is_transposed):
     proof.check("a.weight", update, weight, update.apply(weight))
     found = proof.conclude(None)
     assert 0 < found.difference <= found.tolerance < 0.1 * found.effect
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_processor_without_products_in_bfloat16_finds_the_same(monkeypatch, is_transposed):
+    weight, update = weight_and_update(dtype=torch.bfloat16, is_transposed=is_transposed)
+    merged, found = update.apply(weight), []
+    for is_native in (True, False):
+        monkeypatch.setattr(merge_proof, "has_native_bfloat16", lambda device, answer=is_native: answer)
+        proof = WeightProof()
+        proof.check("a.weight", update, weight, merged)
+        found.append(proof.conclude(None))
+    assert found[0].effect == found[1].effect
+    assert found[0].difference == pytest.approx(found[1].difference, abs=found[0].effect * 2**-8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

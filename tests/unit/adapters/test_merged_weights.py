@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from smolora.adapters import merged_weights
 from smolora.adapters.changes import LowRank
 from smolora.adapters.merged_weights import Update, match_updates, write_merged_file
 from smolora.errors import ModelError
@@ -87,7 +88,7 @@ def test_the_bytes_of_a_tensor_are_copied_once_on_their_way(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "out").stat().st_size > 32 * MIB
-    assert peak < 5 * MIB  # Bytes as read, as a tensor's buffer and as written, of one MiB each.
+    assert peak < 5 * MIB  # Tensors are of one MiB each, and never Python's bytes as a whole.
 
 
 def test_what_was_written_is_read_back_for_the_check(tmp_path):
@@ -102,47 +103,51 @@ def test_what_was_written_is_read_back_for_the_check(tmp_path):
 
 def test_a_base_that_is_cut_meanwhile_ends_the_merge(tmp_path):
     source = tmp_path / "in"
-    save_file({"a.weight": draw(6, 4), "b.weight": draw(3, 3)}, source)
+    save_file({"a.weight": draw(6, 4), "b.weight": draw(6, 4), "c.weight": draw(3, 3)}, source)
 
     class Cutting:
         def apply(self, weight):
             os.truncate(source, source.stat().st_size - 1)
             return weight
 
-    updates = {"a.weight": Update(Cutting()), "b.weight": update_of(3, 3)}
-    with pytest.raises(ModelError, match=r"b\.weight ends before its last byte"):
+    updates = {"a.weight": Update(Cutting()), "b.weight": Update(Cutting()), "c.weight": update_of(3, 3)}
+    with pytest.raises(ModelError, match=r"c\.weight ends before its last byte"):
         write_merged_file(source, tmp_path / "out", updates, unchecked)
 
 
-def test_a_check_that_raises_ends_the_merge(tmp_path):
-    save_file({"a.weight": draw(4, 4)}, tmp_path / "in")
+def test_a_check_that_raises_ends_the_merge_soon(tmp_path):
+    names = [f"{number:02}.weight" for number in range(60)]
+    save_file({name: draw(4, 4) for name in names}, tmp_path / "in")
+    checked = []
 
-    def refuse(name, *_):
-        raise ModelError(name)
+    def refuse_the_first(name, *_):
+        checked.append(name)
+        time.sleep(0.01)
+        if name == names[0]:
+            raise ModelError(name)
 
-    with pytest.raises(ModelError, match=r"a\.weight"):
-        write_merged_file(tmp_path / "in", tmp_path / "out", {"a.weight": update_of(4, 4)}, refuse)
+    with pytest.raises(ModelError, match=r"00\.weight"):
+        write_merged_file(tmp_path / "in", tmp_path / "out", dict.fromkeys(names, update_of(4, 4)), refuse_the_first)
+    assert len(checked) < 30
 
 
-def test_a_copied_tensor_that_reads_back_as_something_else_ends_the_merge(tmp_path):
-    source, target = tmp_path / "in", tmp_path / "out"
+def test_a_copied_tensor_that_reads_back_as_something_else_ends_the_merge(tmp_path, monkeypatch):
+    source, target, compare = tmp_path / "in", tmp_path / "out", merged_weights._compare
     save_file({"a.weight": draw(6, 4), "b.weight": draw(3, 3)}, source)
-    merged, copied = read_stored_tensors(source)
 
-    def damage_the_next_one(*_):
-        deadline = time.monotonic() + 30
-        while target.stat().st_size < source.stat().st_size and time.monotonic() < deadline:
-            time.sleep(0.001)
+    def compare_what_was_damaged(base, tensor, reader, place):
         with target.open("r+b") as file:
-            file.seek(copied.end - 1)
-            file.write(bytes([source.read_bytes()[copied.end - 1] ^ 1]))
+            file.seek(place.end - 1)
+            file.write(bytes([source.read_bytes()[tensor.end - 1] ^ 1]))
+        compare(base, tensor, reader, place)
 
+    monkeypatch.setattr(merged_weights, "_compare", compare_what_was_damaged)
     with pytest.raises(ModelError, match=r"b\.weight was copied, and reads back as something else"):
-        write_merged_file(source, target, {merged.name: update_of(4, 6)}, damage_the_next_one)
+        write_merged_file(source, target, {"a.weight": update_of(4, 6)}, unchecked)
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
-def test_writing_and_checking_share_the_threads_and_give_them_back(tmp_path, num_threads):
+def test_both_threads_share_those_of_torch_and_give_them_back(tmp_path, num_threads):
     def refuse(*_):
         counts.append(torch.get_num_threads())
         raise ModelError("no")
