@@ -2,7 +2,7 @@
 
 A merged tensor has the name, type and shape of the base's, so a merged file has the base's header, byte for byte (but
 for a head that is tied to the embedding no longer, which comes last), and every tensor's place is known beforehand:
-updated ones are computed in float32 and cast back, all others copied. Two are in memory at a time.
+updated ones are computed in float32 and cast back, all others copied. Two are in work at a time.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def _handed_to_disk(target: Path) -> Iterator[None]:
                 os.fsync(file.fileno())
 
     with ThreadPoolExecutor(1) as disk:
-        handing = disk.submit(hand_over)
         try:
+            handing = disk.submit(hand_over)
             yield
         finally:
             is_over.set()
@@ -178,8 +178,10 @@ def _two_threads() -> Iterator[Executor]:
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            torch.set_num_threads(before)
 
 
 @torch.no_grad()

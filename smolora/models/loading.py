@@ -187,7 +187,7 @@ class _Opening:
     def build_skeleton(self, stored: Sequence[StoredTensor]) -> tuple[PreTrainedModel, list[str]]:
         """Build the model without weights; where the files don't hold a tensor as it is, transformers must find it."""
         with _opening(self.folder, self.task), torch.device("meta"):
-            with no_init_weights():  # Drawing on meta takes half of the time, and gives nothing.
+            with no_init_weights():  # Layers draw their weights on meta too: half of the time.
                 model = AUTO_MODELS[self.task].from_config(self._read_config())
             assert isinstance(model, PreTrainedModel)
             model.tie_weights()  # Left out with the drawing.

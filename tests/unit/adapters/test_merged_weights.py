@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import tracemalloc
 
@@ -99,6 +100,30 @@ def test_what_was_written_is_read_back_for_the_check(tmp_path):
     assert (name, checked) == ("a.weight", update)
     assert torch.equal(base, weight)
     assert torch.equal(merged, load_file(tmp_path / "out")["a.weight"])
+
+
+def test_a_merged_tensor_that_reads_back_as_something_else_is_what_the_check_gets(tmp_path, monkeypatch):
+    target, update, read, seen = tmp_path / "out", update_of(4, 6), merged_weights._read, []
+    save_file({"a.weight": draw(6, 4)}, tmp_path / "in")
+
+    def read_what_was_damaged(reader, tensor):
+        if tensor.file == target:
+            with target.open("r+b") as file:
+                file.seek(tensor.end - 4)
+                file.write(bytes(4))
+        return read(reader, tensor)
+
+    monkeypatch.setattr(merged_weights, "_read", read_what_was_damaged)
+    write_merged_file(tmp_path / "in", target, {"a.weight": update}, lambda *values: seen.append(values))
+    [(_, _, base, merged)] = seen
+    assert merged[-1, -1] == 0 != update.apply(base)[-1, -1]
+
+
+def test_two_tensors_are_merged_side_by_side(tmp_path):
+    both = threading.Barrier(2, timeout=60)
+    save_file({"a.weight": draw(6, 4), "b.weight": draw(6, 4)}, tmp_path / "in")
+    updates = dict.fromkeys(("a.weight", "b.weight"), update_of(4, 6))
+    write_merged_file(tmp_path / "in", tmp_path / "out", updates, lambda *_: both.wait())
 
 
 def test_a_base_that_is_cut_meanwhile_ends_the_merge(tmp_path):
