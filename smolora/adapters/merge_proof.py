@@ -74,8 +74,9 @@ class WeightProof:
         base, found = _as_matrix(weight), _as_matrix(merged)  # [out, in]
         x = self._draw(base.shape[1])
         change = _respond(update.change, weight, x)  # [N, out]
-        length = base.float().norm(dim=1).add_(change.abs().amax(0)).clamp_(min=torch.finfo(torch.float32).tiny)
-        difference = ((_multiply_difference(x, found, base) - change).abs() / length).max().item()
+        wide = base.float()
+        length = _measure_lengths(wide).add_(change.abs().amax(0)).clamp_(min=torch.finfo(torch.float32).tiny)
+        difference = ((_multiply_difference(x, found, base, wide) - change).abs() / length).max().item()
         tolerance = max(_ARITHMETIC, _ROUNDINGS * torch.finfo(merged.dtype).eps)
         if not difference <= tolerance:
             refuse_infinite(name, merged)
@@ -104,15 +105,22 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.reshape(-1, weight.shape[-1] if weight.ndim > 1 else 1)
 
 
-def _multiply_difference(x: Tensor, found: Tensor, base: Tensor) -> Tensor:
-    """Return `x (found - base)^T` [N, out] in float32.
+def _measure_lengths(rows: Tensor) -> Tensor:
+    """Return the length of each row, in float64 where squares are too large for float32: by infinity all is small."""
+    lengths: Tensor = rows.norm(dim=1)
+    return lengths if lengths.isfinite().all() else rows.double().norm(dim=1)
 
-    In bfloat16 one product takes both sides at once and sums in float32, so that nothing but the difference itself is
-    rounded: half of the time of widening two weights and multiplying by each.
+
+def _multiply_difference(x: Tensor, found: Tensor, base: Tensor, wide: Tensor) -> Tensor:
+    """Return `x (found - base)^T` [N, out] in float32, with one product; `wide` is the base in float32.
+
+    Where bfloat16 is native, that takes both sides at once and sums in float32, so that nothing but the difference
+    itself is rounded: half of the time of widening two weights and multiplying by each.
     """
     if base.dtype == found.dtype == torch.bfloat16 and has_native_bfloat16(base.device):
         return F.linear(torch.cat((x, -x), dim=1).bfloat16(), torch.cat((found, base), dim=1)).float()
-    return F.linear(x, found.float()) - F.linear(x, base.float())
+    moved = found.float()
+    return F.linear(x, moved - wide if moved is found else moved.sub_(wide))
 
 
 def _respond(change: Change | None, weight: Tensor, x: Tensor) -> Tensor:

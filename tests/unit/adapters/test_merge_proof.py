@@ -62,6 +62,17 @@ def test_two_rows_that_changed_places_are_noticed():
         WeightProof().check("a.weight", update, weight, merged)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_whose_squares_are_too_large_for_float32_are_held_to_base_and_adapter(dtype):
+    weight, update = weight_and_update(dtype=dtype)
+    weight *= 1e20
+    merged = update.apply(weight)
+    WeightProof().check("a.weight", update, weight, merged)
+    merged[[3, 4]] = merged[[4, 3]]
+    with pytest.raises(ModelError, match="isn't base and adapter"):
+        WeightProof().check("a.weight", update, weight, merged)
+
+
 def test_a_weight_without_its_update_or_with_it_twice_is_noticed():
     weight, update = weight_and_update(dtype=torch.bfloat16)
     for merged in (weight, update.apply(update.apply(weight))):

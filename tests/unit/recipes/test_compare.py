@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -18,6 +19,16 @@ def base(tmp_path_factory):
     return save_tiny_model("llama", tmp_path_factory.mktemp("compare") / "base")
 
 
+@pytest.fixture(scope="module")
+def three(base, tmp_path_factory):
+    """Three configurations, a folder where they are compared over three seeds, and what was found."""
+    folder = tmp_path_factory.mktemp("three")
+    plain = config(base, write_rows(folder / "rows.jsonl"))
+    slow = plain.replace(training=plain.training.replace(learning_rate=1e-6))
+    configs = {"plain": plain, "twin": plain, "idle": slow}
+    return configs, folder / "out", compare(configs, folder / "out", num_seeds=3, workers=2)
+
+
 @pytest.fixture
 def rows(tmp_path):
     return write_rows(tmp_path / "rows.jsonl")
@@ -31,29 +42,27 @@ def write_rows(file, letters="klmnopqr"):
 
 def config(base, rows, *assignments):
     settings = [f"model.name_or_path={base}", f"data.sources={rows}", "model.dtype=float32", "adapter.r=2"]
-    steps = ["training.max_steps=6", "training.learning_rate=1e-2"]
+    steps = ["training.max_steps=6", "training.learning_rate=1e-2", "evaluation.verdict_share=0"]
     return resolve_config(ExperimentConfig, assignments=[*settings, *steps, *assignments])
 
 
-def test_twins_show_no_difference_a_rate_near_0_is_worse_and_what_is_finished_is_kept(base, rows, tmp_path):
-    plain = config(base, rows)
-    configs = {"plain": plain, "twin": plain, "idle": config(base, rows, "training.learning_rate=1e-6")}
-    found = compare(configs, tmp_path / "out", num_seeds=3, workers=2)
+def test_twins_show_no_difference_a_rate_near_0_is_worse_and_what_is_finished_is_kept(three):
+    configs, out, found = three
     plain, twin, idle = found.standings
     assert twin.against_first.differences == (0.0, 0.0, 0.0)
     assert twin.against_first.verdict == "no difference"
     assert idle.against_first.verdict == "worse"
     assert len(set(plain.losses)) == 3, "seeds differ"
     assert max(idle.losses) - min(idle.losses) < 1e-3, "the held-out rows are the same for all seeds"
-    folder = ComparisonDir(tmp_path / "out")
+    folder = ComparisonDir(out)
     written = json.loads(folder.result.read_text())
     assert [standing["name"] for standing in written["standings"]] == ["plain", "twin", "idle"]
     assert written["confidence_of_each"] == pytest.approx(0.975)
     assert folder.plot.read_bytes().startswith(b"\x89PNG")
     assert "no difference" in describe_comparison(found)
-    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("seed-*/**/*")}
-    assert compare(configs, tmp_path / "out", num_seeds=3, workers=2) == found
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("seed-*/**/*")} == times
+    times = {file: file.stat().st_mtime_ns for file in out.rglob("seed-*/**/*")}
+    assert compare(configs, out, num_seeds=3, workers=2) == found
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("seed-*/**/*")} == times
 
 
 @pytest.mark.parametrize(
@@ -113,15 +122,19 @@ def test_a_loss_of_ranks_that_adalora_took_away_later_does_not_count(base, rows,
     assert outcome["lowest"] == losses[outcome["step"]]
 
 
-def test_runs_of_other_settings_are_refused(base, rows, tmp_path):
-    configs = {"a": config(base, rows), "b": config(base, rows)}
-    compare(configs, tmp_path / "out", num_seeds=2)
-    changed = {**configs, "b": config(base, rows, "training.weight_decay=0.1")}
-    with pytest.raises(ConfigError, match=r"b/seed-0 was started with other settings: training.weight_decay was 0.0"):
-        compare(changed, tmp_path / "out", num_seeds=2)
+def test_runs_of_other_settings_are_refused(three, tmp_path):
+    configs, out, _ = three
+    changed = {**configs, "twin": configs["idle"]}
+    with pytest.raises(ConfigError, match=r"twin/seed-0 was started with other settings: training.learning_rate was 0"):
+        compare(changed, out, num_seeds=3)
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/idle/seed-2")
+    rows = out.parent / "rows.jsonl"
+    before = rows.read_bytes()
     write_rows(rows, letters="stuvwxyz")
-    with pytest.raises(DataError, match="was run on another data than a, seed 0"):
+    with pytest.raises(DataError, match="idle, seed 2, was run on another data than plain, seed 0"):
         compare(configs, tmp_path / "out", num_seeds=3)
+    rows.write_bytes(before)
 
 
 def test_a_comparison_needs_two_configurations_two_seeds_and_a_worker(base, rows, tmp_path):
