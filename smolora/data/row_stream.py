@@ -272,7 +272,7 @@ def iter_alike(
     """
     for source in sources:
         own = _resolve(source, data, task) if source.columns else fmt
-        if own.kind != fmt.kind:
+        if own.kind != fmt.kind or (own.columns.keys() ^ fmt.columns.keys()) - MAY_LACK:
             raise DataError(
                 f"{source.name} holds rows of the form {own.describe()}, but the first source {fmt.describe()}. "
                 "Name the columns that all have, or train on one form."

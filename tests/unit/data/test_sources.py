@@ -135,6 +135,16 @@ def test_sources_of_different_forms_are_refused(tmp_path):
         read(first, second)
 
 
+@pytest.mark.parametrize("lacking", ["a.jsonl", "b.jsonl"])
+def test_sources_of_one_and_of_two_texts_to_classify_are_refused(tmp_path, lacking):
+    for name in ("a.jsonl", "b.jsonl"):
+        pair = {} if name == lacking else {"text_pair": "so it is"}
+        write_rows(tmp_path / name, [{"text": f"of {name}", **pair, "label": "true"}])
+    data = DataConfig(sources=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
+    with pytest.raises(DataError, match=r"b\.jsonl holds rows of the form classification: text from column 'text', "):
+        read_sources(data, seed=0, task="classification")
+
+
 @pytest.mark.parametrize("lacking", ["a.csv", "b.csv", "held_out.csv"])
 def test_the_file_that_lacks_a_column_is_named(tmp_path, lacking):
     for name in ("a.csv", "b.csv", "held_out.csv"):
