@@ -8,6 +8,7 @@ so the shapes alone prove nothing.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from smolora.config.model import Quantization, TaskType
 from smolora.data.prompts import read_prompt_format
 from smolora.errors import ModelError, clause
 from smolora.records.staging import hash_file, hash_folder
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -152,6 +155,18 @@ class StoredAdapter:
             raise ModelError(
                 f"{self.folder} was trained on another base: {self.identity.get('source')} (weights {expected[:12]}), "
                 f"not on {source} ({fingerprint[:12]}). Open it on the base it was trained on."
+            )
+
+    def warn_of_unproved_base(self, source: str) -> None:
+        """Say so where nothing but a name tells on which weights it was trained, and `source` has another name."""
+        recorded = self.config.base_model_name_or_path or "none"
+        if not self.identity and Path(recorded).name != Path(source).resolve().name:
+            logger.warning(
+                "%s doesn't record the weights that it was trained on, and names as its base: %s. "
+                "Whether %s holds them can't be checked",
+                self.folder,
+                recorded,
+                source,
             )
 
 

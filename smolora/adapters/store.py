@@ -287,15 +287,18 @@ def open_base(source: str | Path, adapter: str | Path, *, device: str = "auto") 
 def read_on_base(folder: Path, base: str | Path | None) -> StoredAdapter:
     """Read an adapter folder, as one that names `base`, where there is one: a model folder, a run or a hub id.
 
+    Of plain peft's adapter on a base of another name a line says that it is taken on trust.
+
     Raises:
         ModelError: As `read_adapter`; or a run has made no model yet.
     """
     adapter = read_adapter(folder)
     if base is None:
         return adapter
+    source = str(_find_result(RunDir(base)) if RunDir.is_run(base) else base)
+    adapter.warn_of_unproved_base(source)
     config = copy.deepcopy(adapter.config)
-    config.base_model_name_or_path = str(_find_result(RunDir(base)) if RunDir.is_run(base) else base)
-    config.revision = None
+    config.base_model_name_or_path, config.revision = source, None
     return replace(adapter, config=config)
 
 

@@ -285,7 +285,9 @@ def load_base(config: ExperimentConfig, labels: Sequence[str] = ()) -> tuple[Mod
         machine["quantization"] = f"{base.quantization}: {describe_quantised(base.model, base.anatomy)}"
         logger.info("base in %s", machine["quantization"])
     if config.adapter.path is not None:
-        read_adapter(find_adapter(config.adapter.path)).refuse_other_base(base.fingerprint, base.source)
+        continued = read_adapter(find_adapter(config.adapter.path))
+        continued.refuse_other_base(base.fingerprint, base.source)
+        continued.warn_of_unproved_base(base.source)
     return reserve_virtual_tokens(base, config.adapter), machine
 
 

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 from smolora.adapters.adapter_files import is_same_adapter, read_adapter
 from smolora.adapters.attach import attach_adapter, quiet_peft
 from smolora.adapters.merge import merge_adapter
-from smolora.adapters.store import find_adapter, follow_adapter, load_adapter, load_bundle, open_model, save_adapter
+from smolora.adapters.store import (
+    find_adapter,
+    follow_adapter,
+    load_adapter,
+    load_bundle,
+    open_model,
+    read_on_base,
+    save_adapter,
+)
 from smolora.config import ExperimentConfig
 from smolora.config.adapter import METHODS
 from smolora.data.prompts import PromptFormat, write_prompt_format
@@ -131,6 +139,22 @@ def test_a_base_that_changed_on_disk_is_another_base(save_pair, tmp_path):
     save_tiny_model("llama", base, seed=1)
     with pytest.raises(ModelError, match="was trained on another base"):
         load_bundle(adapter)
+
+
+def test_a_plain_peft_adapter_on_a_base_of_another_name_is_taken_on_trust_and_a_line_says_so(
+    save_pair, save_peft_pair, tmp_path, caplog
+):
+    base, adapter = save_peft_pair()
+    other = shutil.copytree(base, tmp_path / "other")
+    read_on_base(adapter, base)
+    read_on_base(adapter, f"{tmp_path / 'moved' / 'base'}/")
+    assert not caplog.messages
+    read_on_base(adapter, other)
+    [message] = caplog.messages
+    assert f"names as its base: {base}. Whether {other} holds them can't be checked" in message
+    shutil.rmtree(adapter)
+    read_on_base(save_pair()[1], other)
+    assert len(caplog.messages) == 1
 
 
 def test_a_plain_peft_adapter_for_another_architecture_is_refused(save_peft_pair, tmp_path):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smolora.adapters.store import load_bundle
 from smolora.config import ExperimentConfig, resolve_config
 from smolora.errors import ConfigError, DataError, ModelError, StoppedBySignal
-from smolora.recipes.finetune import finetune, open_tuning, show_examples
+from smolora.recipes.finetune import finetune, load_base, open_tuning, show_examples
 from smolora.records.run_dir import RunDir
 from smolora.records.staging import retire_folder
 from smolora.training.callback import Callback
@@ -239,6 +239,17 @@ def test_an_adapter_can_be_continued_on_new_rows(tmp_path, base, rows, finished)
     second = finetune(config(base, rows, f"adapter.path={finished.path}"), tmp_path / "second")
     starts = [json.loads(run.metrics.read_text().splitlines()[0])["eval_loss"] for run in (finished, second)]
     assert starts[1] < starts[0] - 0.5
+
+
+def test_a_plain_peft_adapter_that_goes_on_on_a_base_of_another_name_is_taken_on_trust(
+    tmp_path, base, rows, finished, caplog
+):
+    plain = shutil.copytree(finished.adapter, tmp_path / "plain")
+    (plain / "base_identity.json").unlink()
+    load_base(config(base, rows, f"adapter.path={plain}"))
+    assert "can't be checked" not in caplog.text
+    load_base(config(shutil.copytree(base, tmp_path / "other"), rows, f"adapter.path={plain}"))
+    assert f"Whether {tmp_path / 'other'} holds them can't be checked" in caplog.text
 
 
 def test_rows_in_memory_are_taken_in_place_of_sources(tmp_path, base):
