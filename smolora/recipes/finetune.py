@@ -58,6 +58,7 @@ from smolora.runtime.device import resolve_device, resolve_dtype
 from smolora.runtime.memory import keep_large_blocks, return_large_blocks
 from smolora.tokenizers.pretrained import fingerprint_tokenizer
 from smolora.training.callback import Callback
+from smolora.training.callbacks import EvaluationTimeCallback
 from smolora.training.checkpoint import RunIdentity, require_one_identity
 from smolora.training.optim import trainable_parameters
 from smolora.training.phase_plan import build_phase_plan
@@ -240,7 +241,7 @@ def _build_trainer(
         evaluation=config.evaluation,
         run_dir=run,
         identity=tuning.identity,
-        callbacks=choose_callbacks(run, config, callbacks, is_main=processes.is_main),
+        callbacks=choose_callbacks(run, config, [*callbacks, EvaluationTimeCallback()], is_main=processes.is_main),
         plan=tuning.steps,
         processes=processes,
     )

@@ -47,6 +47,7 @@ from smolora.tokenizers.bpe import BPETokenizer
 from smolora.tokenizers.char import CharTokenizer
 from smolora.tokenizers.pretrained import fingerprint_tokenizer, to_pretrained
 from smolora.training.callback import Callback
+from smolora.training.callbacks import EvaluationTimeCallback
 from smolora.training.checkpoint import RunIdentity, require_one_identity
 from smolora.training.plan import StepPlan
 from smolora.training.processes import join_processes
@@ -103,7 +104,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, callbac
                 evaluation=config.evaluation,
                 run_dir=run,
                 identity=pretraining.identity,
-                callbacks=choose_callbacks(run, config, callbacks, is_main=processes.is_main),
+                callbacks=choose_callbacks(
+                    run, config, [*callbacks, EvaluationTimeCallback()], is_main=processes.is_main
+                ),
                 betas=_BETAS,
                 plan=pretraining.steps,
                 processes=processes,

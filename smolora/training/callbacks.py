@@ -1,4 +1,4 @@
-"""Callbacks that every run can use: early stopping, a lower rate on a plateau, a profile, and the progress line."""
+"""Callbacks that every run can use: early stopping, a lower rate on a plateau, a profile, and lines for people."""
 
 from __future__ import annotations
 
@@ -129,6 +129,36 @@ class ProfileCallback(Callback):
             self._profile.stop()
             self._profile.export_chrome_trace(str(self.path))
             self._profile = None
+
+
+class EvaluationTimeCallback(Callback):
+    """Say at the end of a run that evaluations took over half as long as its updates, if `least_seconds` at least."""
+
+    def __init__(self, least_seconds: float = 10.0) -> None:
+        self.least_seconds = least_seconds
+        self.reset()
+
+    def reset(self) -> None:
+        self._updating = self._evaluating = 0.0
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, trainer: Trainer, record: StepRecord) -> None:
+        self._updating += record.seconds
+        self._began = time.perf_counter()
+
+    def on_evaluate(self, trainer: Trainer, eval_loss: float) -> None:
+        self._evaluating += time.perf_counter() - self._began
+
+    def on_finish(self, trainer: Trainer) -> None:
+        if trainer.eval_dataset and self._evaluating > max(self.least_seconds, self._updating / 2):
+            logger.info(
+                "evaluations took %s beside %s of updates: data.max_validation_rows below %d makes them shorter",
+                in_minutes(self._evaluating),
+                in_minutes(self._updating),
+                len(trainer.eval_dataset),
+            )
 
 
 _WIDTH_FOR_A_BAR = 110

@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from smolora.config.phases import DynamicLoRAConfig
+from smolora.data.token_dataset import TokenDataset
 from smolora.training.callback import Callback
 from smolora.training.callbacks import (
     EarlyStoppingCallback,
+    EvaluationTimeCallback,
     PlateauRateCallback,
     ProfileCallback,
     ProgressCallback,
@@ -224,3 +226,21 @@ def test_the_time_left_after_a_resume_counts_the_steps_of_this_run_alone(make_tr
     callback = ProgressCallback(Console(file=io.StringIO()))
     make_trainer(run_dir=run, callbacks=[callback]).train(resume=True)
     assert callback._first_step == 3
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "least_seconds", "is_said"),
+    [
+        pytest.param(600, 0.0, True, id="much beside two updates"),
+        pytest.param(600, 600.0, False, id="a short time"),
+        pytest.param(1, 0.0, False, id="little beside them"),
+    ],
+)
+def test_evaluations_that_take_much_of_a_run_are_said_to(
+    make_trainer, dataset, caplog, num_rows, least_seconds, is_said
+):
+    caplog.set_level("INFO", "smolora.training.callbacks")
+    held_out = TokenDataset([dataset[number % len(dataset)] for number in range(num_rows)])
+    callbacks = [EvaluationTimeCallback(least_seconds)]
+    make_trainer(eval_dataset=held_out, callbacks=callbacks, max_steps=2, eval_steps=2).train()
+    assert caplog.text.count("data.max_validation_rows below 600 makes them shorter") == is_said
