@@ -22,7 +22,7 @@ from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import Anatomy, build_anatomy
 from smolora.models.bundle import ModelBundle
 from smolora.models.folders import resolve_model_folder
-from smolora.models.structure import PreTrainedModel
+from smolora.models.structure import PreTrainedModel, find_embedding
 from smolora.models.tasks import describe_task, task_of
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ def attach_adapter(
         logger.info("a fresh head for %s: %s", describe_task(bundle.task, bundle.labels), heads)
     if isinstance(config, FullConfig):
         return replace(bundle, model=_train_all(model))
-    width = model.get_input_embeddings().weight.shape[1]
-    ground = Ground(bundle.anatomy, width=width, seed=seed, total_steps=total_steps)
+    ground = Ground(bundle.anatomy, width=_read_width(model), seed=seed, total_steps=total_steps)
     peft_config = build_peft_config(config, ground)
     if "target_modules" in type(config).model_fields:
         _name_unadaptable(model, bundle.anatomy)
@@ -70,6 +69,11 @@ def attach_adapter(
         num_virtual_tokens=count_virtual_tokens(peft_config),
         taken=copy_tensors(adapted) if isinstance(config, PiSSAConfig) else None,
     )
+
+
+def _read_width(model: PreTrainedModel) -> int | None:
+    embedding = find_embedding(model)
+    return None if embedding is None else embedding.get_parameter("weight").shape[1]
 
 
 def _name_unadaptable(model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -100,9 +104,9 @@ def setup_model_with_lora(model: PreTrainedModel, config: PEFTConfig | None = No
     """
     if isinstance(config, (PiSSAConfig, LoftQConfig, FullConfig)):
         raise ConfigError(f"adapter.method: {config.method} needs the base's files. Use load_model and attach_adapter.")
-    width = model.get_input_embeddings().weight.shape[1]
     anatomy = build_anatomy(model)
-    peft_config = build_peft_config(config or LoRAConfig(), Ground(anatomy, width=width, seed=seed))
+    ground = Ground(anatomy, width=_read_width(model), seed=seed)
+    peft_config = build_peft_config(config or LoRAConfig(), ground)
     _name_task(peft_config, task_of(model), anatomy.heads)
     return adapt(model, peft_config, source=model.name_or_path or None, revision=None, seed=seed)
 

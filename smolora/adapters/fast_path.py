@@ -32,7 +32,7 @@ from smolora.models.registry import FAMILIES, Fused
 from smolora.models.rounding import allow_rounding, shifted_embeddings
 from smolora.models.row_attention import AttentionSettings, attend_rows, row_attention
 from smolora.models.rows import Rows
-from smolora.models.structure import PreTrainedModel, find_head_norms, replaced_forward, without_dropout
+from smolora.models.structure import PreTrainedModel, find_embedding, find_head_norms, replaced_forward, without_dropout
 from smolora.models.tasks import task_of
 from smolora.runtime.available_memory import is_out_of_memory
 from smolora.runtime.memory import return_freed_blocks
@@ -345,7 +345,8 @@ def _refusal(error: Exception) -> str:
 
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel, rows: Rows | None) -> Tensor:
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    embedding = find_embedding(model)
+    vocab_size = sum(_PROBE) + 1 if embedding is None else len(embedding.get_parameter("weight"))
     input_ids = torch.arange(1, 1 + sum(_PROBE), device=model.device)[None] % vocab_size
     with without_dropout(model):
         if read_config(model).is_encoder_decoder:

@@ -23,6 +23,7 @@ from smolora.config.adapter import (
     PromptTuningConfig,
     PTuningConfig,
     RSLoRAConfig,
+    SoftPromptConfig,
     VeRAConfig,
 )
 from smolora.errors import ConfigError
@@ -36,8 +37,8 @@ class Ground:
     """What an adapter goes on, as far as its configuration depends on it."""
 
     anatomy: Anatomy
-    width: int
-    """Features of an embedding."""
+    width: int | None
+    """Features of an embedding; None where the model looks none up."""
     seed: int
     total_steps: int | None = None
     """Updates of the run, where there is one."""
@@ -47,8 +48,14 @@ def build_peft_config(config: PEFTConfig, ground: Ground) -> peft.PeftConfig:
     """Return what peft is to do for `config`.
 
     Raises:
-        ConfigError: A target that the model doesn't have, or a schedule that doesn't fit the run.
+        ConfigError: A target that the model doesn't have, a schedule that doesn't fit the run, or virtual tokens for a
+            model without embeddings of tokens.
     """
+    if isinstance(config, SoftPromptConfig) and ground.width is None:
+        raise ConfigError(
+            f"adapter.method: {config.method} puts virtual tokens before the embeddings of others, and this model "
+            "looks up no embedding of a token. Choose another method, such as lora."
+        )
     return _BUILDERS[type(config)](config, ground)
 
 

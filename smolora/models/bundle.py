@@ -16,6 +16,7 @@ from smolora.data.prompts import PromptFormat
 from smolora.errors import ModelError
 from smolora.models.anatomy import Anatomy
 from smolora.models.gpt import GPTModel
+from smolora.models.structure import find_embedding
 from smolora.models.tasks import HEAD_TASKS, LABEL_TASKS
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -135,10 +136,8 @@ class ModelBundle:
         """Tokens that the model has an embedding of; None where it has none to look up, as Canine."""
         if isinstance(self.model, GPTModel):
             return self.model.token_embedding.num_embeddings
-        try:
-            return len(cast("PreTrainedModel", self.model).get_input_embeddings().weight)
-        except NotImplementedError:  # What transformers raises.
-            return None
+        embedding = find_embedding(cast("PreTrainedModel", self.model))
+        return None if embedding is None else len(embedding.get_parameter("weight"))
 
     @property
     def _writes_by_transformers(self) -> bool:

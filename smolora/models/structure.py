@@ -151,6 +151,15 @@ def read_bias(linear: nn.Module) -> nn.Parameter | None:
     return dict(linear.named_parameters(recurse=False)).get("bias")
 
 
+def find_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """Return what looks up a token's embedding; None where nothing does (Canine hashes characters)."""
+    try:
+        embedding: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:  # What transformers raises.
+        return None
+    return embedding
+
+
 def find_head_norms(attention: nn.Module) -> list[nn.Module]:
     """Return the norms that an attention puts on each head's query and key, in this order, or none (qwen3, gemma3)."""
     return [module for name, module in attention.named_children() if name in ("q_norm", "k_norm")]

@@ -4,13 +4,16 @@ import re
 
 import pytest
 import torch
+from transformers import CanineConfig, CanineForSequenceClassification
 
 from smolora.adapters.attach import attach_adapter, is_adapted, setup_model_with_lora
+from smolora.adapters.fast_path import fast_path
 from smolora.adapters.targets import resolve_target_modules
 from smolora.adapters.tensor_places import find_lora_pairs
 from smolora.adapters.wrapper import PEFTModelWrapper
-from smolora.config.adapter import LoRAConfig
+from smolora.config.adapter import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from smolora.config.model import GPTConfig
+from smolora.config.speed import SpeedConfig
 from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import build_anatomy
 from smolora.models.bundle import ModelBundle
@@ -160,3 +163,29 @@ def test_a_pattern_for_what_is_not_adapted_is_refused(tmp_path, pattern, message
     bundle = tiny_bundle("llama", tmp_path)
     with pytest.raises(ConfigError, match=re.escape(message)):
         attach_adapter(bundle, LoRAConfig(target_modules="q_proj", rank_pattern=pattern), seed=0)
+
+
+@pytest.fixture
+def canine():
+    """A model that hashes characters, where others look up embeddings of tokens."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = CanineForSequenceClassification(CanineConfig(**sizes, num_hash_buckets=64)).eval()
+    return ModelBundle(model, tiny_tokenizer(), build_anatomy(model), source="", fingerprint="", task="classification")
+
+
+def test_a_model_without_embeddings_of_tokens_takes_lora_and_the_fast_path(canine, caplog):
+    ids = random_input_ids(9)
+    before = canine.model(ids).logits
+    adapted = attach_adapter(canine, LoRAConfig(), seed=0)
+    adapted.model.eval()
+    assert torch.equal(adapted.model(ids).logits, before)
+    with fast_path(adapted, SpeedConfig(), is_packed=False) as parts, torch.no_grad():
+        assert "fused LoRA" in parts.used
+        torch.testing.assert_close(adapted.model(ids).logits, before)  # To float32's rounding.
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig(), PTuningConfig(), PrefixTuningConfig()])
+def test_a_model_without_embeddings_of_tokens_takes_no_virtual_ones(canine, config):
+    with pytest.raises(ConfigError, match=f"{config.method} puts virtual tokens before the embeddings of others"):
+        attach_adapter(canine, config, seed=0)
