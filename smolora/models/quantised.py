@@ -11,8 +11,8 @@ has evaluated it packs its weight for another kernel, through which no gradient 
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smolora.config.model import Quantization
-from smolora.errors import ConfigError
+from smolora.errors import ConfigError, ModelError
 from smolora.models.anatomy import Anatomy, build_anatomy
 from smolora.models.frozen_linear import multiply
 from smolora.models.structure import is_quantised, is_stored_transposed, read_bias, read_shape
@@ -57,7 +57,7 @@ def quantise(model: PreTrainedModel, quantization: Quantization, *, dtype: torch
         ConfigError: No layer of it can be held.
     """
     linears = build_anatomy(model).linear_modules()
-    holdable = [name for name in linears if _is_holdable(model.get_submodule(name), quantization)]
+    holdable = linears if quantization == "8bit" else _find_holdable_in_4_bits(model, linears)
     if not holdable:
         raise ConfigError(
             f"model.quantization: no linear layer of {model.name_or_path} can be held in 4 bits, which takes a "
@@ -78,16 +78,38 @@ def quantise(model: PreTrainedModel, quantization: Quantization, *, dtype: torch
             layer.compute_dtype = layer.weight.quant_state.dtype = dtype
         if is_dequantised_to_multiply(layer):
             layer.forward = MethodType(_multiply, layer)
+        layer.register_forward_pre_hook(_refuse_integers)
     vars(model)[f"is_loaded_in_{quantization}"] = True  # How peft and accelerate know.
 
 
-def _is_holdable(linear: nn.Module, quantization: Quantization) -> bool:
+def _find_holdable_in_4_bits(model: PreTrainedModel, linears: Iterable[str]) -> list[str]:
+    """Return the layers of whole blocks that transformers doesn't leave whole, as it does T5's `wo`.
+
+    T5 casts what `wo` reads to the type of its weight, unless that is int8; 4 bits lie in uint8.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    return [
+        name
+        for name in linears
+        if _fills_blocks(model.get_submodule(name)) and not any(f".{part}." in f".{name}." for part in kept)
+    ]
+
+
+def _refuse_integers(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if not inputs[0].is_floating_point():
+        raise ModelError(
+            f"this model casts what a layer reads to the type of its weight, here {inputs[0].dtype}, so it would "
+            "multiply whole numbers. Choose model.quantization=8bit or none."
+        )
+
+
+def _fills_blocks(linear: nn.Module) -> bool:
     """Whether every row of the weight is whole blocks.
 
     Elsewhere the AVX512 kernel of bitsandbytes 0.50 dequantises to other numbers, without a word. A layer's place in
     the set doesn't depend on the machine, so that an adapter finds the same base on another one.
     """
-    return quantization == "8bit" or read_shape(linear)[0] % _BLOCK == 0
+    return read_shape(linear)[0] % _BLOCK == 0
 
 
 def _hold(linear: nn.Module, quantization: Quantization, device: str) -> nn.Linear:
@@ -143,18 +165,22 @@ def round_trip(weight: Tensor, quantization: Quantization) -> Tensor:
 
 def describe_quantised(model: nn.Module, anatomy: Anatomy) -> str:
     """Return which linear layers of a quantised model are held in few bits, and which are left, as a sentence."""
-    linears = {name: model.get_submodule(name) for name in anatomy.linear_modules()}
-    left = Counter(
-        f"{name.rpartition('.')[2]} ({read_shape(linear)[0]} inputs)"
-        for name, linear in linears.items()
-        if not is_quantised(linear)
-    )
+    left: dict[str, Counter[str]] = defaultdict(Counter)
+    for name in anatomy.linear_modules():
+        linear = model.get_submodule(name)
+        if not is_quantised(linear):
+            inputs = read_shape(linear)[0]
+            reason = (
+                "as transformers leaves them" if _fills_blocks(linear) else f"having no multiple of {_BLOCK} inputs"
+            )
+            left[reason][f"{name.rpartition('.')[2]} ({inputs} inputs)"] += 1
+    held = len(anatomy.linear_modules()) - sum(names.total() for names in left.values())
     if not left:
-        return f"all {len(linears)} linear layers but the head"
-    names = ", ".join(f"{count} {name}" for name, count in left.items())
-    return (
-        f"{len(linears) - left.total()} linear layers; left as they are, having no multiple of {_BLOCK} inputs: {names}"
+        return f"all {held} linear layers but the head"
+    lists = (
+        f"{reason}: {', '.join(f'{count} {name}' for name, count in names.items())}" for reason, names in left.items()
     )
+    return f"{held} linear layers; left as they are, {', and '.join(lists)}"
 
 
 class HeldLinear:

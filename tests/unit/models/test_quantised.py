@@ -8,12 +8,21 @@ import sys
 
 import pytest
 import torch
+from transformers import LongT5ForConditionalGeneration, T5ForConditionalGeneration
 
 from smolora.errors import ConfigError, ModelError
 from smolora.models.loading import load_model
 from smolora.models.quantised import dequantise, describe_quantised, require_quantisation, round_trip
 from smolora.models.structure import is_quantised
-from tests.tiny import FAMILIES, HAS_BITSANDBYTES, WHOLE_BLOCKS, needs_bitsandbytes, random_input_ids, save_tiny_model
+from tests.tiny import (
+    FAMILIES,
+    HAS_BITSANDBYTES,
+    WHOLE_BLOCKS,
+    needs_bitsandbytes,
+    random_input_ids,
+    save_tiny_model,
+    tiny_seq2seq_tokenizer,
+)
 
 KINDS = ("8bit", "4bit")
 
@@ -134,6 +143,40 @@ def test_a_layer_whose_rows_are_no_whole_blocks_stays_and_is_named(tmp_path):
         == "12 linear layers; left as they are, having no multiple of 64 inputs: 2 down_proj (48 inputs)"
     )
     assert is_quantised(load_model(folder, quantization="8bit").model.model.layers[1].mlp.down_proj)
+
+
+def save_t5(kind, folder, **sizes):
+    torch.manual_seed(0)
+    config = kind.config_class(d_model=64, d_kv=16, num_layers=1, num_heads=4, vocab_size=288, **sizes)
+    kind(config).eval().save_pretrained(folder)
+    tiny_seq2seq_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def ask_t5(bundle):
+    ids = random_input_ids(9)
+    return bundle.model(input_ids=ids, decoder_input_ids=ids).logits
+
+
+@needs_bitsandbytes
+def test_a_layer_that_transformers_leaves_whole_stays_in_4_bits_and_is_named(tmp_path):
+    folder = save_t5(T5ForConditionalGeneration, tmp_path / "t5", d_ff=128)
+    bundle = load_model(folder, quantization="4bit", task="seq2seq")
+    assert not is_quantised(bundle.model.encoder.block[0].layer[1].DenseReluDense.wo)
+    assert is_quantised(bundle.model.encoder.block[0].layer[1].DenseReluDense.wi)
+    assert describe_quantised(bundle.model, bundle.anatomy) == (
+        "14 linear layers; left as they are, as transformers leaves them: 2 wo (128 inputs)"
+    )
+    plain = ask_t5(load_model(folder, task="seq2seq"))
+    assert (ask_t5(bundle) - plain).norm() < 0.3 * plain.norm()  # NF4 rounds by a tenth of a weight.
+
+
+@needs_bitsandbytes
+def test_a_model_that_would_multiply_whole_numbers_in_4_bits_is_refused(tmp_path):
+    folder = save_t5(LongT5ForConditionalGeneration, tmp_path / "long", d_ff=128)
+    with pytest.raises(ModelError, match=r"here torch\.uint8, so it would multiply whole numbers"):
+        ask_t5(load_model(folder, quantization="4bit", task="seq2seq"))
+    assert ask_t5(load_model(folder, quantization="8bit", task="seq2seq")).isfinite().all()
 
 
 @needs_bitsandbytes
